@@ -1,0 +1,1 @@
+"""From annotation files to micro-batches: manifest, conversation, tiles, packing, plan, loader."""
