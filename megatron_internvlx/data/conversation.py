@@ -1,0 +1,362 @@
+"""Chat templates: from a conversation to the prompt text, the token ids and the labels.
+
+Templates and label rules are those of the released code (``conversation.py`` and the ``preprocess_*``
+functions of ``internvl/train/dataset.py``). Ids come from one pass over the whole text; which of them are
+supervised is read from their character offsets, so no token arithmetic can drift.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_internvlx.data.rejects import BadSample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+IMAGE = "<image>"
+IMG_START, IMG_CONTEXT, IMG_END = "<img>", "<IMG_CONTEXT>", "</img>"
+# One context token stands for the whole image while tokenizing; its id is repeated afterwards.
+_IMAGE_BLOCK = IMG_START + IMG_CONTEXT + IMG_END
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat format. Every message is ``header + text + end + gap``; ``gap`` is never supervised."""
+
+    name: str
+    system: str
+    gap: str = ""
+    user_header: str = "<|im_start|>user\n"
+    answer_header: str = "<|im_start|>assistant\n"
+    system_header: str = "<|im_start|>system\n"
+    end: str = "<|im_end|>"
+    strip: bool = False  # messages lose surrounding white space before they are tokenized
+    strict_rounds: bool = True  # a leading answer is skipped, then human and gpt must alternate
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Special tokens that message text must not contain: they would forge structure."""
+        return (self.end, self.user_header.split("user")[0], IMG_CONTEXT)
+
+
+_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("internlm2-chat", _SYSTEM, strip=True),
+        Template("Hermes-2", _SYSTEM),
+        Template("internvl2_5", _SYSTEM_2_5, gap="\n", strict_rounds=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class ReleasedQuirks:
+    """Behaviours of the released code that are off by default; each True brings one back.
+
+    ``mask_id_zero``: tokens with id 0 get no attention ("!" for Qwen2), as ``attention_mask = ids != 0``.
+    ``literal_surplus_placeholders``: ``<image>`` beyond the number of images stays as plain text.
+    ``drop_surplus_images``: images without an ``<image>`` are dropped and the sample gives no loss.
+    ``ignore_exif``: images are not turned upright by their EXIF orientation.
+    ``ignore_labels_on_length_mismatch``: internlm2-chat and Hermes-2 samples whose parts tokenize to
+    another length than the whole (a pad token in the text, an empty answer) give no loss.
+    ``partial_answers``: a text over the length limit is cut anywhere, also inside an answer.
+    """
+
+    mask_id_zero: bool = False
+    literal_surplus_placeholders: bool = False
+    drop_surplus_images: bool = False
+    ignore_exif: bool = False
+    ignore_labels_on_length_mismatch: bool = False
+    partial_answers: bool = False
+
+    @classmethod
+    def all(cls) -> "ReleasedQuirks":
+        """Every released behaviour at once."""
+        return cls(*[True] * len(cls.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized conversation of n tokens.
+
+    ``input_ids`` int64 [n]; ``labels`` int64 [n], ``-100`` where ignored, not shifted; ``is_visual`` bool
+    [n], True on image placeholders; ``attention_mask`` bool [n], or None when every token is attended to;
+    ``num_images`` images used; ``dropped_tokens`` tokens cut from the end by the length limit.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    is_visual: np.ndarray
+    attention_mask: np.ndarray | None
+    num_images: int
+    dropped_tokens: int
+
+
+NO_QUIRKS = ReleasedQuirks()
+
+
+def get_template(name: str) -> Template:
+    """The template of that name; ValueError lists the known ones."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown chat template {name!r}; choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _messages(
+    template: Template, conversations: Sequence[Mapping[str, Any]], key: str
+) -> tuple[str, list[tuple[str, str]]]:
+    """The system text and the (role, text) turns, checked; roles are ``human`` and ``gpt``."""
+    system, turns = template.system, []
+    for number, message in enumerate(conversations):
+        role, text = message.get("from"), message.get("value")
+        if role not in ("system", "human", "gpt") or not isinstance(text, str):
+            raise BadSample(
+                key, "bad_message", f"turn {number} needs 'from' (system, human or gpt) and a text 'value'"
+            )
+        if role == "system":
+            if number:
+                raise BadSample(key, "bad_message", f"turn {number} is a system turn; only turn 0 may be")
+            system = text
+        else:
+            turns.append((role, text))
+    if template.strict_rounds:
+        if turns and turns[0][0] == "gpt":
+            turns = turns[1:]
+        for number, (role, _) in enumerate(turns):
+            if role != ("human", "gpt")[number % 2]:
+                raise BadSample(
+                    key, "bad_message", f"human and gpt must alternate; round turn {number} is {role}"
+                )
+    if not turns:
+        raise BadSample(key, "bad_message", "the conversation has no human turn")
+    return system, turns
+
+
+def render_prompt(
+    template: str,
+    conversations: Sequence[Mapping[str, Any]],
+    *,
+    generation_prompt: bool = False,
+    key: str = "?",
+) -> str:
+    """The text of a conversation, ``<image>`` left as it is and no message stripped.
+
+    With ``generation_prompt`` it ends with the header of the answer to be generated: that of the last gpt
+    turn, whose text is left out, or a new one after a human turn. Raises ValueError for an unknown
+    template, BadSample named ``key`` for unusable turns.
+    """
+    form = get_template(template)
+    system, turns = _messages(form, conversations, key)
+    text = form.system_header + system + form.end + form.gap
+    last = len(turns) - 1
+    for number, (role, message) in enumerate(turns):
+        text += form.user_header if role == "human" else form.answer_header
+        if role == "gpt" and number == last and generation_prompt:
+            return text
+        # The released templates write a turn without text as its bare header.
+        text += message + form.end + form.gap if message else ""
+    return text + form.answer_header if generation_prompt else text
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[int, int | None]:
+    """Ids of IMG_CONTEXT and of the bos token that this tokenizer puts first (None if it puts none)."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets; convert it to a fast tokenizer "
+            "(a directory with tokenizer.json)"
+        )
+    for token in (IMG_START, IMG_CONTEXT, IMG_END, *template.reserved):
+        ids = tokenizer(token, add_special_tokens=False).input_ids
+        if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != token:
+            raise ValueError(
+                f"the tokenizer has no single token {token!r} (it gives ids {ids}), which template "
+                f"{template.name!r} needs; add it as a special token and resize the embeddings"
+            )
+    # Asked by trying: `add_bos_token` is not kept truthfully by every transformers version.
+    first = tokenizer("").input_ids[:1]
+    bos = first[0] if first and first[0] == tokenizer.bos_token_id else None
+    return tokenizer(IMG_CONTEXT, add_special_tokens=False).input_ids[0], bos
+
+
+def _place_images(
+    system: str, turns: list[tuple[str, str]], num_images: int, quirks: ReleasedQuirks, key: str
+) -> tuple[list[tuple[str, str]], int]:
+    """Turns with the first ``num_images`` ``<image>`` of the human turns as image blocks; their number."""
+    usable = sum(text.count(IMAGE) for role, text in turns if role == "human")
+    elsewhere = system.count(IMAGE) + sum(text.count(IMAGE) for role, text in turns if role == "gpt")
+    if not quirks.literal_surplus_placeholders and (usable > num_images or elsewhere):
+        raise BadSample(
+            key,
+            "placeholder_mismatch",
+            f"{usable} {IMAGE} placeholders in human turns and {elsewhere} elsewhere for {num_images} images;"
+            f" every image needs exactly one {IMAGE}, in a human turn",
+        )
+    if not quirks.drop_surplus_images and usable < num_images:
+        raise BadSample(
+            key,
+            "placeholder_mismatch",
+            f"{usable} {IMAGE} placeholders in human turns for {num_images} images",
+        )
+    placed, left = [], min(num_images, usable)
+    for role, text in turns:
+        here = min(left, text.count(IMAGE)) if role == "human" else 0
+        placed.append((role, text.replace(IMAGE, _IMAGE_BLOCK, here)))
+        left -= here
+    return placed, min(num_images, usable)
+
+
+def _check_text(
+    form: Template, system: str, turns: list[tuple[str, str]], quirks: ReleasedQuirks, key: str
+) -> None:
+    for role, text in [("system", system), *turns]:
+        for token in form.reserved:
+            if token in text:
+                raise BadSample(
+                    key,
+                    "reserved_token",
+                    f"a {role} message contains {token!r}, which only the template may write",
+                )
+        if role == "gpt" and not text and not quirks.ignore_labels_on_length_mismatch:
+            raise BadSample(key, "empty_answer", "a gpt message has no text")
+
+
+def _compose(
+    form: Template, system: str, turns: list[tuple[str, str]]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """Pieces of the text (the system turn, then one per turn) and the supervised spans in characters."""
+    pieces = [form.system_header + system + form.end + form.gap]
+    spans, length = [], len(pieces[0])
+    for role, text in turns:
+        header = form.user_header if role == "human" else form.answer_header
+        body = text + form.end if text else ""
+        if role == "gpt" and text:
+            spans.append((length + len(header), length + len(header) + len(body)))
+        pieces.append(header + body + (form.gap if text else ""))
+        length += len(pieces[-1])
+    return pieces, spans
+
+
+def _label(
+    ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of the tokens that lie inside a span, and the flag of the last token of each span."""
+    labels, last = np.full_like(ids, IGNORE_INDEX), np.zeros(len(ids), dtype=bool)
+    for start, stop in spans:
+        # A token that straddles the header and the answer is part of the prompt at inference: not supervised.
+        inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 0] < stop))
+        labels[inside] = ids[inside]
+        last[inside[-1]] = True
+    return labels, last
+
+
+def _lengths_differ(
+    tokenizer: "PreTrainedTokenizerBase", pieces: list[str], turns: list[tuple[str, str]], ids: np.ndarray
+) -> bool:
+    """The released length check: tokens of the parts against tokens of the whole that are not padding."""
+    parts = tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids
+    empty = sum(role == "gpt" and not text for role, text in turns)  # each counts an end token it has not
+    return sum(map(len, parts)) + empty != int((ids != tokenizer.pad_token_id).sum())
+
+
+def _kept_length(
+    labels: np.ndarray, last: np.ndarray, is_visual: np.ndarray, limit: int, partial: bool, key: str
+) -> int:
+    """Tokens to keep of a sample over ``limit``; BadSample if an image or every answer is cut."""
+    total, num_visual = len(labels), int(is_visual.sum())
+    remedy = "raise the sequence length, or lower max_tiles or the tokens per tile"
+    ends = np.flatnonzero(last[:limit])
+    kept = limit if partial else (int(ends[-1]) + 1 if len(ends) else 0)
+    images_end = int(np.flatnonzero(is_visual)[-1]) + 2 if num_visual else 0  # past </img>
+    if images_end > limit or (kept and images_end > kept):
+        raise BadSample(
+            key,
+            "image_truncated",
+            f"{total} tokens ({num_visual} of images, the last ends at token {images_end}): the limit of "
+            f"{limit} would cut an image block or part it from its answer; {remedy}",
+        )
+    if not (labels[:kept] != IGNORE_INDEX).any():
+        first = int(np.flatnonzero(last)[0]) + 1
+        raise BadSample(
+            key,
+            "answer_truncated",
+            f"the answer is cut by the length limit: {total} tokens ({num_visual} of images), the first "
+            f"answer ends at token {first}, the limit is {limit}; {remedy}",
+        )
+    return kept
+
+
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", pieces: list[str], spans: list[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    text = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.asarray(text.input_ids, dtype=np.int64)
+    return ids, *_label(ids, np.asarray(text.offset_mapping, dtype=np.int64).reshape(-1, 2), spans)
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    conversations: Sequence[Mapping[str, Any]],
+    *,
+    image_tokens: Sequence[int],
+    max_length: int | None,
+    compat: ReleasedQuirks = NO_QUIRKS,
+    key: str = "?",
+) -> Encoded:
+    """Tokenize a conversation and mark what is supervised: answers with their end token, every round.
+
+    ``image_tokens``: placeholders of each image, in the order of the ``<image>`` they replace.
+    ``max_length``: tokens, bos and images included; None for no limit. A longer conversation is cut after
+    its last whole answer that fits; an image block is never cut or dropped.
+
+    Raises ValueError for an unknown template or a tokenizer without the needed special tokens, and
+    BadSample named ``key``: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
+    image_truncated, answer_truncated.
+    """
+    form = get_template(template)
+    context_id, bos = _special_ids(tokenizer, form)
+    system, turns = _messages(form, conversations, key)
+    if form.strip:
+        turns = [(role, text.strip()) for role, text in turns]
+    _check_text(form, system, turns, compat, key)
+    turns, num_images = _place_images(system, turns, len(image_tokens), compat, key)
+    pieces, spans = _compose(form, system, turns)
+    ids, labels, last = _tokenize(tokenizer, pieces, spans)
+
+    repeats = np.ones(len(ids), dtype=np.int64)
+    repeats[ids == context_id] = image_tokens[:num_images]
+    num_tokens = int(repeats.sum()) + (bos is not None)
+    fits = max_length is None or num_tokens <= max_length
+    no_loss = num_images < len(image_tokens) or (
+        compat.ignore_labels_on_length_mismatch
+        and form.strict_rounds
+        and fits
+        and _lengths_differ(tokenizer, pieces, turns, ids)
+    )
+    if not spans and not no_loss:
+        raise BadSample(key, "no_supervision", "the conversation has no gpt turn to learn from")
+    ids, labels, last = (np.repeat(row, repeats) for row in (ids, labels, last))
+    if bos is not None:
+        ids, labels, last = np.r_[bos, ids], np.r_[IGNORE_INDEX, labels], np.r_[False, last]
+    kept = num_tokens
+    if max_length is not None and not fits:
+        kept = _kept_length(labels, last, ids == context_id, max_length, compat.partial_answers, key)
+    if no_loss:
+        labels[:] = IGNORE_INDEX
+    ids, labels = ids[:kept], labels[:kept]
+    attention_mask = ids != 0 if compat.mask_id_zero else None
+    return Encoded(ids, labels, ids == context_id, attention_mask, num_images, num_tokens - kept)

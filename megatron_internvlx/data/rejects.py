@@ -1,0 +1,92 @@
+"""Bad samples: what is wrong with one record, and the log that counts them and stops the run in time."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+
+class BadSample(Exception):
+    """One record that cannot be trained on.
+
+    ``key`` names the record (``file.jsonl:12``), ``cause`` is a short slug that can be counted
+    (``missing_image``, ``truncated_image``, ``malformed_json``, ``placeholder_mismatch``, ...), ``detail``
+    says what was found and what to do. It pickles, so that data workers can hand it over.
+    """
+
+    def __init__(self, key: str, cause: str, detail: str):
+        super().__init__(key, cause, detail)
+        self.key, self.cause, self.detail = key, cause, detail
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.cause}: {self.detail}"
+
+    def with_key(self, key: str) -> "BadSample":
+        """The same finding under the name of the record it belongs to."""
+        return BadSample(key, self.cause, self.detail)
+
+
+class TooManyRejects(ValueError):
+    """More bad records than the run allows."""
+
+
+class RejectLog:
+    """Counts bad records per cause and appends one JSON line for each to ``path``.
+
+    A record is counted once, however often it comes up again. Lines already in ``path`` (a resumed run)
+    are not written twice. ``max_rejects`` is the number of distinct bad records that is still accepted;
+    None accepts any number. Several processes may share a path (lines are appended whole), but each then
+    knows only its own records: give each data-parallel rank its own path to keep lines distinct.
+    """
+
+    def __init__(self, path: str | Path | None, max_rejects: int | None):
+        if max_rejects is not None and max_rejects < 0:
+            raise ValueError(f"max_rejects is {max_rejects}; use 0 to accept none, None to accept any number")
+        self.path = Path(path) if path is not None else None
+        self.max_rejects = max_rejects
+        self.counts: Counter[str] = Counter()
+        self._seen: set[tuple[str, str]] = set()
+        self._written = self._read_back()
+
+    def _read_back(self) -> set[tuple[str, str]]:
+        written: set[tuple[str, str]] = set()
+        if self.path is None or not self.path.exists():
+            return written
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                written.add((entry["key"], entry["cause"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut by a killed run: its record is written again when it comes up
+        return written
+
+    @property
+    def total(self) -> int:
+        """Distinct bad records seen by this run."""
+        return len(self._seen)
+
+    def add(self, bad: BadSample) -> None:
+        """Count ``bad``; raise TooManyRejects, chained to it, once more than ``max_rejects`` were seen."""
+        name = (bad.key, bad.cause)
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        self.counts[bad.cause] += 1
+        if self.path is not None and name not in self._written:
+            self._written.add(name)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            entry = {"key": bad.key, "cause": bad.cause, "detail": bad.detail}
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self.max_rejects is not None and self.total > self.max_rejects:
+            raise TooManyRejects(self._verdict()) from bad
+
+    def _verdict(self) -> str:
+        where = f"they are listed in {self.path}" if self.path else "give a rejects file to have them listed"
+        return (
+            f"{self.total} bad records, {self.max_rejects} are allowed ({self.summary()}); {where}. "
+            "Repair or remove them, or raise the number of allowed rejects"
+        )
+
+    def summary(self) -> str:
+        """Counts per cause, most frequent first, for the log line: ``missing_image 3, bomb 1``."""
+        return ", ".join(f"{cause} {count}" for cause, count in self.counts.most_common()) or "none"
