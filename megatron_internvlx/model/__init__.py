@@ -1,0 +1,1 @@
+"""The model: vision encoder, projectors, expansion inside the decoder, and the whole."""

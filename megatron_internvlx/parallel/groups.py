@@ -1,0 +1,35 @@
+"""Process groups of one rank, for model parts that take no part in a kind of parallelism.
+
+The vision encoder's weights are replicated over the tensor-parallel group, every rank encoding its own
+tiles. Its Megatron modules therefore get tensor-, pipeline- and context-parallel groups of size one, which
+frees its head count from the tensor-parallel size and makes every collective inside it a no-op.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+_FIELDS = ("tp", "pp", "cp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
+_cache: list[tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]] = []
+
+
+def single_rank_groups() -> ProcessGroupCollection:
+    """Returns a collection whose model-parallel groups hold this rank only; no rank waits for another.
+
+    The groups are made once per default group, so that a process that starts torch.distributed anew (as
+    tests do) gets new ones.
+
+    Raises:
+        RuntimeError: if torch.distributed is not initialized.
+    """
+    if not torch.distributed.is_initialized():
+        raise RuntimeError("single_rank_groups() needs torch.distributed: call init_process_group first")
+    world = torch.distributed.group.WORLD
+    if not _cache or _cache[0][0] is not world:
+        # Local synchronization: only members call, and the only member is this rank, so first-stage ranks
+        # may build a vision encoder while the others do not.
+        group = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+        collection = ProcessGroupCollection()
+        for field in _FIELDS:
+            setattr(collection, field, group)
+        _cache[:] = [(world, collection)]
+    return _cache[0][1]
