@@ -1,0 +1,75 @@
+"""Where the model runs: Megatron on CUDA as shipped, or the same unmodified Megatron on CPU with gloo.
+
+`setup()` is called once, before anything imports Megatron. On a machine with CUDA it only prepares the
+environment; without CUDA it applies the patches of `cpu.py`, one function each, with its reason.
+`device()` is the only device switch of the project: no other module asks for CUDA.
+"""
+
+import argparse
+import os
+from typing import Any
+
+import torch
+
+from megatron_internvlx.platform import cpu, shared
+from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_logs
+
+__all__ = [
+    "LogRecord",
+    "backend",
+    "cpu_args_defaults",
+    "device",
+    "install_log_line",
+    "quiet_logs",
+    "set_args_defaults",
+    "setup",
+]
+
+_done: str | None = None
+
+
+def _has_cuda() -> bool:
+    """Asked once, before any patch, so that no patch can change the answer."""
+    return torch.cuda.is_available()
+
+
+_CUDA = _has_cuda()
+
+
+def device() -> torch.device:
+    """The device of parameters and batches: this rank's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if _CUDA else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that moves tensors of `device()`."""
+    return "nccl" if _CUDA else "gloo"
+
+
+def setup() -> str:
+    """Make `megatron.training.pretrain` run on this machine; returns "cuda" or "cpu". Safe to repeat.
+
+    Must come before the first import of Megatron: its modules bind some torch names when imported.
+    """
+    global _done
+    if _done is None:
+        # Sequence parallelism and overlapped communication check for this setting on every device.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        quiet_logs(on_cpu=not _CUDA)
+        if not _CUDA:
+            cpu.patch_torch()
+            cpu.patch_megatron()
+        shared.use_shipped_index_helper()
+        _done = "cuda" if _CUDA else "cpu"
+    return _done
+
+
+def cpu_args_defaults() -> dict[str, Any]:
+    """Values of Megatron arguments (argparse destinations) needed without CUDA; empty with CUDA."""
+    return {} if _CUDA else dict(cpu.ARGS_DEFAULTS)
+
+
+def set_args_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make those values the parser's defaults; to be called from Megatron's `extra_args_provider`."""
+    parser.set_defaults(**cpu_args_defaults())
+    return parser
