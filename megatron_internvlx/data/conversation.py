@@ -192,6 +192,11 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase", template: Template) -> tu
     return tokenizer(IMG_CONTEXT, add_special_tokens=False).input_ids[0], bos
 
 
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
+    """Raise ValueError, with the remedy, if ``tokenizer`` cannot serve ``template``."""
+    _special_ids(tokenizer, get_template(template))
+
+
 def _place_images(
     system: str, turns: list[tuple[str, str]], num_images: int, quirks: ReleasedQuirks, key: str
 ) -> tuple[list[tuple[str, str]], int]:

@@ -1,0 +1,187 @@
+"""The simple data path: an endless, deterministic order of samples, split over data-parallel ranks.
+
+What comes at global position p depends on the seed and p alone, not on workers, ranks or earlier
+positions, so that a run resumes at any number of consumed samples and on any number of ranks.
+"""
+
+import multiprocessing
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_internvlx.data.decode_pil import load_tiles
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
+from megatron_internvlx.data.sample import Sample, SampleEncoder
+
+# Replacements tried for one position. At 50 % bad records the chance to run out is 1e-20.
+MAX_ATTEMPTS = 64
+
+
+class ConversationDataset(Dataset):
+    """Samples by global position: epoch ``position // len``, each epoch in its own order from the seed.
+
+    An item is ``(Sample, tiles)`` with tiles uint8 [T, 3, S, S] as numpy array (T is 0 for text only), or the
+    BadSample that says why there is none. ``shuffle`` False keeps the order of the files, for validation.
+    """
+
+    def __init__(self, manifest: Manifest, encoder: SampleEncoder, *, seed: int, shuffle: bool = True):
+        if seed < 0:
+            raise ValueError(f"the data seed is {seed}; it must not be negative")
+        self.manifest, self.encoder = manifest, encoder
+        self.seed, self.shuffle = seed, shuffle
+
+    def __len__(self) -> int:
+        """Samples in an epoch; positions go on beyond it without end."""
+        return len(self.manifest)
+
+    def __getitem__(self, position: int) -> tuple[Sample, np.ndarray] | BadSample:
+        return self.attempt(position, 0)
+
+    def attempt(self, position: int, attempt: int) -> tuple[Sample, np.ndarray] | BadSample:
+        """Item at ``position``; from ``attempt`` 1 on a replacement, drawn from (seed, position, attempt)."""
+        number = self._number(position, attempt)
+        try:
+            sample = self.encoder.encode(self.manifest.record(number))
+            return sample, self._tiles(sample, random.Random(f"{self.seed}/{position}/{attempt}"))
+        except BadSample as bad:
+            return bad
+
+    def _number(self, position: int, attempt: int) -> int:
+        if position < 0:
+            raise IndexError(f"position {position} is negative")
+        if attempt:
+            return int(np.random.default_rng([self.seed, position, attempt]).integers(len(self)))
+        epoch, index = divmod(position, len(self))
+        return int(_order(self.manifest, epoch, self.seed)[index]) if self.shuffle else index
+
+    def _tiles(self, sample: Sample, rng: random.Random) -> np.ndarray:
+        size = self.encoder.settings.tile_size
+        parts = [np.empty((0, 3, size, size), dtype=np.uint8)]
+        for image in sample.images:
+            try:
+                tiles = load_tiles(
+                    image.path,
+                    image.cols,
+                    image.rows,
+                    tile_size=size,
+                    thumbnail=image.thumbnail,
+                    jpeg_augment=rng if sample.jpeg_augment else None,
+                    apply_exif=self.encoder.apply_exif,
+                )
+            except BadSample as bad:
+                raise bad.with_key(sample.key) from bad
+            parts.append(tiles)
+        return np.concatenate(parts)
+
+
+@lru_cache(maxsize=2)
+def _order(manifest: Manifest, epoch: int, seed: int) -> np.ndarray:
+    # Kept per process and not in the dataset, which travels to every worker.
+    return manifest.order(epoch, seed)
+
+
+class _Slot(NamedTuple):
+    """What a worker hands over for one position: the sample, if any was found, and all that were not."""
+
+    item: tuple[Sample, np.ndarray] | None
+    rejects: list[BadSample]
+
+
+class _Slots(Dataset):
+    """A ConversationDataset that replaces bad samples inside the worker."""
+
+    def __init__(self, dataset: ConversationDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> _Slot:
+        rejects: list[BadSample] = []
+        for attempt in range(MAX_ATTEMPTS):
+            item = self.dataset.attempt(position, attempt)
+            if not isinstance(item, BadSample):
+                return _Slot(item, rejects)
+            rejects.append(item)
+        return _Slot(None, rejects)
+
+
+def _positions(start: int, size: int, rank: int, ranks: int, limit: int | None) -> Iterator[list[int]]:
+    """Positions of this rank's micro-batches: ranks take consecutive blocks of ``size`` in turn."""
+    number = 0
+    while limit is None or number < limit:
+        first = start + (number * ranks + rank) * size
+        yield list(range(first, first + size))
+        number += 1
+
+
+def _as_is(slots: list[_Slot]) -> list[_Slot]:
+    return slots
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # each worker has one core; more threads would fight over it
+
+
+def _check_split(start: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    if start < 0 or micro_batch_size < 1 or not 0 <= dp_rank < dp_size:
+        raise ValueError(
+            f"start {start} must not be negative, micro_batch_size {micro_batch_size} must be at least 1 and "
+            f"dp_rank {dp_rank} must be in 0..{dp_size - 1}"
+        )
+
+
+def batches(
+    dataset: ConversationDataset,
+    *,
+    start: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    reject_log: RejectLog,
+    limit: int | None = None,
+    prefetch_factor: int = 2,
+    start_method: str = "forkserver",
+) -> Iterator[list[tuple[Sample, torch.Tensor]]]:
+    """Micro-batches of this rank, each a list of ``(Sample, tiles)``; tiles uint8 tensor [T, 3, S, S] on CPU.
+
+    ``start``: consumed samples, over all ranks, of earlier runs. ``limit``: micro-batches to give, None for
+    no end. A bad sample is counted in ``reject_log`` and replaced by one that only its own position
+    decides; so other positions and other ranks stay as they are. Rejects are counted in the order of the
+    batches, however far the workers are ahead.
+
+    Raises ValueError for an impossible split and TooManyRejects when ``reject_log`` is over its limit or
+    no replacement can be found. Close the generator (or let it go) to stop the workers.
+    """
+    _check_split(start, micro_batch_size, dp_rank, dp_size)
+    options: dict[str, Any] = {}
+    if num_workers:
+        context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            context.set_forkserver_preload([__name__])  # imports once, not once per worker
+        options = {"multiprocessing_context": context, "prefetch_factor": prefetch_factor}
+    loader = DataLoader(
+        _Slots(dataset),
+        batch_sampler=_positions(start, micro_batch_size, dp_rank, dp_size, limit),
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        **options,
+    )
+    for slots in loader:
+        batch = []
+        for slot in slots:
+            for bad in slot.rejects:
+                reject_log.add(bad)
+            if slot.item is None:
+                raise TooManyRejects(
+                    f"{MAX_ATTEMPTS} records in a row are bad, the last: {slot.rejects[-1]} "
+                    f"(so far: {reject_log.summary()}); check the data set"
+                )
+            sample, tiles = slot.item
+            batch.append((sample, torch.from_numpy(tiles)))
+        yield batch

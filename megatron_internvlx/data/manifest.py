@@ -1,0 +1,217 @@
+"""InternVL's training set description: ``meta.json`` naming JSONL files of conversations.
+
+``meta.json`` is ``{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}``. Records
+stay on disk; only their byte offsets are held in memory (16 bytes each).
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_internvlx.data.rejects import BadSample
+
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Record:
+    """One parsed line: ``key`` (``file.jsonl:12``), its JSON object, and the settings of its dataset.
+
+    ``root`` is the folder of its images, ``max_tiles`` the dataset's own maximum or None.
+    """
+
+    key: str
+    data: dict[str, Any]
+    root: str
+    data_augment: bool
+    max_tiles: int | None
+
+
+class JsonlFile:
+    """Records of a JSONL file by number, read from disk when asked for. Blank lines are not records.
+
+    ``label`` is how the file is named in keys. Picklable: each process opens the file for itself.
+    """
+
+    def __init__(self, path: Path, label: str):
+        self.path, self.label = path, label
+        self._fd: int | None = None
+        starts, lengths = self._scan()
+        # Only short lines can be blank.
+        blank = [i for i in np.flatnonzero(lengths <= 4) if not self._read(starts[i], lengths[i]).strip()]
+        self._numbers = np.delete(np.arange(1, len(starts) + 1), blank) if blank else None
+        self._starts, self._lengths = np.delete(starts, blank), np.delete(lengths, blank)
+        if len(self) and self._read(self._starts[0], min(64, self._lengths[0])).lstrip()[:1] == b"[":
+            raise ValueError(f"{path} starts with '[': it must be JSONL, one record a line, not a JSON array")
+
+    def _scan(self) -> tuple[np.ndarray, np.ndarray]:
+        breaks, size = [], 0
+        with self.path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                breaks.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + size)
+                size += len(chunk)
+        stops = np.concatenate([*breaks, [size]]).astype(np.int64)
+        starts = np.concatenate([[0], stops[:-1] + 1])
+        return starts, np.maximum(stops - starts, 0)
+
+    def _read(self, start: int, length: int) -> bytes:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        return os.pread(
+            self._fd, int(length), int(start)
+        )  # no shared file position: safe in threads and forks
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def key(self, index: int) -> str:
+        """Name and line number of record ``index``."""
+        return f"{self.label}:{index + 1 if self._numbers is None else self._numbers[index]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        line = self._read(self._starts[index], self._lengths[index])
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(self.key(index), "malformed_json", f"not valid JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise BadSample(
+                self.key(index), "malformed_json", f"expected a JSON object, found {type(data).__name__}"
+            )
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fd": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One dataset of ``meta.json``; ``repeat_time`` is how often an epoch holds each of its records."""
+
+    name: str
+    file: JsonlFile
+    root: str
+    data_augment: bool
+    repeat_time: float
+    max_tiles: int | None
+
+    @property
+    def epoch_size(self) -> int:
+        """Records that an epoch holds: ``floor(repeat_time * records)``."""
+        return math.floor(self.repeat_time * len(self.file) + 1e-6)
+
+    def select(self, position: int) -> int:
+        """Record number at ``position`` of the unshuffled epoch.
+
+        Whole repeats take every record. The rest of the repeat time takes records spread evenly over the
+        file, the same ones each epoch, where the released code takes the first lines.
+        """
+        records = len(self.file)
+        whole = math.floor(self.repeat_time + 1e-9) * records
+        if position < whole:
+            return position % records
+        return (position - whole) * records // (self.epoch_size - whole)
+
+
+def _resolve(path: str, folder: Path) -> Path:
+    """``path`` as given if that exists, otherwise relative to the folder of ``meta.json``."""
+    given = Path(path).expanduser()
+    if not given.parts:  # "" and ".": the working directory always exists, so that says nothing
+        return folder
+    return given if given.is_absolute() or given.exists() else folder / given
+
+
+def _number(name: str, entry: dict[str, Any], key: str, default: Any, least: float) -> Any:
+    value = entry.get(key, default)
+    if value is None and default is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value < least
+    ):
+        raise ValueError(f"dataset {name!r}: {key} is {value!r}; it must be a number of at least {least}")
+    return value
+
+
+def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
+    if not isinstance(entry, dict) or not {"root", "annotation"} <= entry.keys():
+        has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"dataset {name!r} needs the keys 'root' and 'annotation'; it has {has}")
+    for key in ("root", "annotation"):
+        if not isinstance(entry[key], str):
+            raise ValueError(f"dataset {name!r}: {key} must be a path, found {entry[key]!r}")
+    annotation = _resolve(entry["annotation"], folder)
+    if not annotation.is_file():
+        raise ValueError(
+            f"dataset {name!r}: no annotation file {entry['annotation']!r}, neither as given nor in {folder}"
+        )
+    max_tiles = _number(name, entry, "max_dynamic_patch", None, 1)
+    return DatasetEntry(
+        name=name,
+        file=JsonlFile(annotation, entry["annotation"]),
+        root=str(_resolve(entry["root"], folder)),
+        data_augment=bool(entry.get("data_augment", False)),
+        repeat_time=_number(name, entry, "repeat_time", 1, 0),
+        max_tiles=None if max_tiles is None else int(max_tiles),
+    )
+
+
+class Manifest:
+    """All datasets of a ``meta.json``, concatenated with their repeats; ``len`` is the size of an epoch.
+
+    Relative paths that do not exist as given are taken from the folder of ``meta.json``, as is an empty
+    root. ``repeat_time`` 0 leaves a dataset out. ``length`` is not needed and not read.
+
+    Raises ValueError naming the file and dataset: unreadable JSON, missing keys, missing annotation, values
+    out of range, no record at all.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"no meta file {self.path}")
+        try:
+            meta = json.loads(self.path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.path} is not valid JSON: {error}") from error
+        if not isinstance(meta, dict):
+            raise ValueError(
+                f"{self.path} must hold an object {{name: dataset}}, found {type(meta).__name__}"
+            )
+        try:
+            self.entries = [_entry(name, entry, self.path.parent) for name, entry in meta.items()]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        self._ends = np.cumsum([entry.epoch_size for entry in self.entries], dtype=np.int64)
+        if not len(self):
+            held = ", ".join(f"{e.name}: {len(e.file)} records x {e.repeat_time}" for e in self.entries)
+            raise ValueError(f"{self.path}: the data set is empty ({held or 'it names no dataset'})")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def record(self, position: int) -> Record:
+        """Record at ``position`` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of an epoch of {len(self)} records")
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        entry = self.entries[number]
+        index = entry.select(position - (int(self._ends[number - 1]) if number else 0))
+        return Record(
+            entry.file.key(index), entry.file[index], entry.root, entry.data_augment, entry.max_tiles
+        )
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """Positions int64 [len] in the order of ``epoch``: a permutation that depends on the seed alone."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))

@@ -1,0 +1,199 @@
+"""One training sample: a record of the manifest, tokenized, with its images measured but not yet decoded."""
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_internvlx.data.conversation import (
+    IMAGE,
+    NO_QUIRKS,
+    ReleasedQuirks,
+    check_tokenizer,
+    encode,
+    get_template,
+)
+from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.data.manifest import Record
+from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BadSample", "EncoderSettings", "ImageTiles", "Sample", "SampleEncoder"]
+
+
+@dataclass(frozen=True)
+class ImageTiles:
+    """One image of a sample: where it is, its size in pixels (upright) and its grid in tiles."""
+
+    path: str
+    width: int
+    height: int
+    cols: int
+    rows: int
+    thumbnail: bool
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles with the thumbnail, which a 1x1 grid does not have."""
+        return tile_count(self.cols, self.rows, thumbnail=self.thumbnail)
+
+
+@dataclass
+class Sample:
+    """A tokenized record of n tokens in the layout of the deep phase.
+
+    ``key`` names the record in every message; ``input_ids`` and ``labels`` int64 [n], labels not shifted and
+    -100 where ignored; ``is_visual`` bool [n], True exactly where an image feature row goes, in the order
+    of ``images`` and of their tiles; ``jpeg_augment`` asks the decoder for the released JPEG augmentation;
+    ``attention_mask`` bool [n], None unless a released quirk masks tokens; ``dropped_tokens`` tokens cut
+    from the end by the length limit.
+    """
+
+    key: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[ImageTiles, ...]
+    is_visual: np.ndarray
+    jpeg_augment: bool
+    attention_mask: np.ndarray | None = None
+    dropped_tokens: int = 0
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all images; 0 for a text-only sample."""
+        return sum(image.num_tiles for image in self.images)
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How records become samples.
+
+    ``template`` chat template; ``tile_size`` pixels; ``max_tiles``, ``min_tiles`` tiles of an image
+    without the thumbnail (``max_tiles`` is shared by the images of a record); ``use_thumbnail``; ``rvtc``
+    policy (off, area, edge); ``tokens_per_tile`` tokens in the deep phase; ``max_length`` tokens, None for
+    no limit; ``dynamic_image_size`` False gives one tile per image; ``compat`` released behaviours to
+    bring back.
+    """
+
+    template: str = "internvl2_5"
+    tile_size: int = 448
+    max_tiles: int = 12
+    min_tiles: int = 1
+    use_thumbnail: bool = True
+    rvtc: str = "area"
+    tokens_per_tile: int = 256
+    max_length: int | None = None
+    dynamic_image_size: bool = True
+    compat: ReleasedQuirks = field(default=NO_QUIRKS)
+
+    def __post_init__(self) -> None:
+        get_template(self.template)
+        for name in ("tile_size", "max_tiles", "min_tiles", "tokens_per_tile"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.min_tiles > self.max_tiles:
+            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
+        if self.rvtc not in POLICIES:
+            raise ValueError(f"unknown RVTC policy {self.rvtc!r}; choose one of {', '.join(POLICIES)}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(
+                f"max_length is {self.max_length} tokens; it must be at least 2, or None for no limit"
+            )
+
+
+class SampleEncoder:
+    """Turns records into samples: image sizes from the headers, RVTC grids, tokens and labels.
+
+    Raises ValueError at construction if the tokenizer lacks the special tokens of the template.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: EncoderSettings):
+        check_tokenizer(tokenizer, settings.template)
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @property
+    def apply_exif(self) -> bool:
+        """Whether images are turned upright; grids and decoding must agree on it."""
+        return not self.settings.compat.ignore_exif
+
+    def encode(self, record: Record) -> Sample:
+        """The sample of ``record``; BadSample, named by the record's key, if it cannot be trained on."""
+        paths, turns = self._parse(record)
+        try:
+            images = self._measure(record, paths)
+        except BadSample as bad:
+            raise bad.with_key(record.key) from bad
+        per_tile = self.settings.tokens_per_tile
+        text = encode(
+            self.tokenizer,
+            self.settings.template,
+            turns,
+            image_tokens=[image.num_tiles * per_tile for image in images],
+            max_length=self.settings.max_length,
+            compat=self.settings.compat,
+            key=record.key,
+        )
+        sample = Sample(
+            key=record.key,
+            input_ids=text.input_ids,
+            labels=text.labels,
+            images=images[: text.num_images],
+            is_visual=text.is_visual,
+            jpeg_augment=record.data_augment,
+            attention_mask=text.attention_mask,
+            dropped_tokens=text.dropped_tokens,
+        )
+        placeholders, features = int(sample.is_visual.sum()), sample.num_tiles * per_tile
+        if placeholders != features:
+            raise BadSample(
+                record.key,
+                "placeholder_mismatch",
+                f"{placeholders} placeholder tokens for {features} image features "
+                f"({sample.num_tiles} tiles of {per_tile} tokens)",
+            )
+        return sample
+
+    def _parse(self, record: Record) -> tuple[list[str], list[dict[str, Any]]]:
+        """Image paths and turns of the record, its shape checked."""
+        data, key = record.data, record.key
+        turns = data.get("conversations")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise BadSample(key, "missing_key", "the record needs 'conversations', a list of {from, value}")
+        if data.get("video"):
+            raise BadSample(key, "video", "videos are not supported; cut them into images first")
+        named = data.get("image") or []
+        names = [named] if isinstance(named, str) else named
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
+        # The released loader does this for an image given as a string, and not for a list.
+        if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
+            first = next((i for i, turn in enumerate(turns) if turn.get("from") == "human"), None)
+            if first is not None and isinstance(turns[first].get("value"), str):
+                turns = list(turns)
+                turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
+        return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
+
+    def _measure(self, record: Record, paths: list[str]) -> tuple[ImageTiles, ...]:
+        settings = self.settings
+        # A dataset may set its own maximum, which several images share, one tile each at least.
+        max_tiles = max(1, (record.max_tiles or settings.max_tiles) // max(1, len(paths)))
+        images = []
+        for path in paths:
+            width, height = image_size(path, apply_exif=self.apply_exif)
+            cols, rows = 1, 1
+            if settings.dynamic_image_size:
+                cols, rows = tile_grid(
+                    width,
+                    height,
+                    tile_size=settings.tile_size,
+                    min_tiles=settings.min_tiles,
+                    max_tiles=max_tiles,
+                    policy=settings.rvtc,
+                )
+            images.append(ImageTiles(path, width, height, cols, rows, settings.use_thumbnail))
+        return tuple(images)

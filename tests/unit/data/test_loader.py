@@ -1,0 +1,144 @@
+"""Order, split, resume and replacement of bad samples in the simple data path."""
+
+import hashlib
+import itertools
+
+import pytest
+import torch
+
+from megatron_internvlx.data.loader import ConversationDataset, batches
+from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
+from tests.unit.data.conftest import record
+
+GOOD, BAD = 13, 4
+BAD_KEYS = {f"a.jsonl:{GOOD + 1 + i}" for i in range(BAD)}
+
+
+@pytest.fixture
+def dataset(disk, encoder):
+    """17 records with 0 to 3 tiles, four of them bad; the training set asks for JPEG augmentation."""
+    sizes = [(90, 30), (30, 60), (30, 30)]
+    names = [disk.image(f"{i}.jpg", *sizes[i % 3]) for i in range(8)]
+    records = [record(names[i] if i < 8 else None, f"What is {i}?", f"It is {i}.") for i in range(GOOD)]
+    broken = disk.folder / disk.image("cut.jpg", 200, 200)
+    broken.write_bytes(broken.read_bytes()[:900])
+    records += [
+        record("cut.jpg", "What?", "A"),
+        record("gone.png", "What?", "A"),
+        record(None, "<image>", "A"),
+        "{malformed",
+    ]
+    return ConversationDataset(disk.add("a", records, data_augment=True).manifest(), encoder(), seed=5)
+
+
+def take(dataset, *, start=0, size=2, rank=0, ranks=1, workers=0, limit=10, log=None):
+    return list(
+        batches(
+            dataset,
+            start=start,
+            micro_batch_size=size,
+            dp_rank=rank,
+            dp_size=ranks,
+            num_workers=workers,
+            reject_log=log or RejectLog(None, None),
+            limit=limit,
+        )
+    )
+
+
+def digest(batch):
+    """Everything that training sees of a micro-batch."""
+    parts = []
+    for sample, tiles in batch:
+        parts += [
+            sample.key.encode(),
+            sample.input_ids.tobytes(),
+            sample.labels.tobytes(),
+            tiles.numpy().tobytes(),
+        ]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_items_are_samples_with_tiles_or_say_why_not(dataset):
+    items = [dataset[position] for position in range(len(dataset))]
+    bad = [item for item in items if isinstance(item, BadSample)]
+    causes = {item.key: item.cause for item in bad}
+    assert causes == {
+        "a.jsonl:14": "truncated_image",
+        "a.jsonl:15": "missing_image",
+        "a.jsonl:16": "placeholder_mismatch",
+        "a.jsonl:17": "malformed_json",
+    }
+    for sample, tiles in (item for item in items if not isinstance(item, BadSample)):
+        assert tiles.shape == (sample.num_tiles, 3, 32, 32)
+
+
+def test_every_epoch_holds_each_record_once_in_another_order(dataset):
+    def epoch(number):
+        items = [dataset[number * len(dataset) + i] for i in range(len(dataset))]
+        return [item.key if isinstance(item, BadSample) else item[0].key for item in items]
+
+    first, second = epoch(0), epoch(1)
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == len(dataset) == GOOD + BAD
+    assert first != second
+
+
+def test_unshuffled_order_is_that_of_the_file(dataset):
+    plain = ConversationDataset(dataset.manifest, dataset.encoder, seed=0, shuffle=False)
+    assert [plain[i][0].key for i in (0, 1, 17)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:1"]
+
+
+def test_workers_change_nothing(dataset):
+    def run(workers):
+        log = RejectLog(None, None)
+        return [digest(batch) for batch in take(dataset, workers=workers, log=log)], log.counts
+
+    assert run(0) == run(2)
+
+
+def test_ranks_cover_every_position_once_and_bad_samples_disturb_nobody(dataset):
+    alone = [pair[0].key for batch in take(dataset, size=2, ranks=1, limit=18) for pair in batch]
+    split = [take(dataset, size=2, rank=rank, ranks=3, limit=6) for rank in range(3)]
+    woven = [pair[0].key for step in zip(*split, strict=True) for batch in step for pair in batch]
+    assert woven == alone
+    for position, key in enumerate(alone):
+        item = dataset[position]
+        assert key == item[0].key if not isinstance(item, BadSample) else key not in BAD_KEYS
+
+
+def test_resume_continues_exactly_also_on_other_ranks(dataset):
+    whole = [digest([pair]) for batch in take(dataset, limit=20) for pair in batch]
+    assert [digest([pair]) for batch in take(dataset, start=14, limit=13) for pair in batch] == whole[14:]
+    resumed = [take(dataset, start=14, size=1, rank=rank, ranks=2, limit=13) for rank in range(2)]
+    woven = [digest(batch) for step in zip(*resumed, strict=True) for batch in step]
+    assert woven == whole[14:]
+
+
+def test_tiles_arrive_as_uint8_tensors(dataset):
+    for sample, tiles in itertools.chain(*take(dataset, limit=5)):
+        assert tiles.dtype == torch.uint8
+        assert tiles.shape == (sample.num_tiles, 3, 32, 32)
+
+
+def test_rejects_are_counted_once_however_often_they_come(dataset, tmp_path):
+    log = RejectLog(tmp_path / "rejects.jsonl", None)
+    take(dataset, limit=40, log=log)
+    assert log.total == BAD == len((tmp_path / "rejects.jsonl").read_text().splitlines())
+
+
+def test_training_stops_after_the_allowed_number(dataset):
+    with pytest.raises(TooManyRejects, match="3 bad records, 2 are allowed"):
+        take(dataset, limit=40, log=RejectLog(None, 2))
+
+
+def test_a_data_set_without_a_good_record_stops(disk, encoder):
+    hopeless = disk.add("b", [record("gone.png", "What?", "A")]).manifest()
+    with pytest.raises(TooManyRejects, match=r"64 records in a row are bad.*missing_image"):
+        take(ConversationDataset(hopeless, encoder(), seed=0), limit=1)
+
+
+@pytest.mark.parametrize(("start", "size", "rank", "ranks"), [(-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 2)])
+def test_impossible_splits_are_refused(dataset, start, size, rank, ranks):
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        take(dataset, start=start, size=size, rank=rank, ranks=ranks)
