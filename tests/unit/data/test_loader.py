@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -142,3 +144,8 @@ def test_a_data_set_without_a_good_record_stops(disk, encoder):
 def test_impossible_splits_are_refused(dataset, start, size, rank, ranks):
     with pytest.raises(ValueError, match="micro_batch_size"):
         take(dataset, start=start, size=size, rank=rank, ranks=ranks)
+
+
+def test_workers_never_import_megatron():
+    code = "import sys, megatron_internvlx.data.loader; print('megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
