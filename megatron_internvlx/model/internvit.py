@@ -72,6 +72,7 @@ def internvit_transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=vit.initializer_range,
+        cuda_graph_modules=[],  # the default is a deprecated value, about which Megatron warns
         perform_initialization=False,  # Megatron's draws differ between tensor-parallel ranks: see InternViT
         **{name: getattr(parent, name) for name in names},
         **(full if recompute else {}),
@@ -93,8 +94,14 @@ class InternViTEmbeddings(nn.Module):
         width = vit.hidden_size
         self.class_embedding = nn.Parameter(torch.empty(1, 1, width, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(1, vit.tokens_per_tile, width, dtype=dtype))
-        self.patch_embedding = nn.Conv2d(
-            vit.num_channels, width, kernel_size=vit.patch_size, stride=vit.patch_size, dtype=dtype
+        # Without torch's own initialization, which would move the default generator.
+        self.patch_embedding = nn.utils.skip_init(
+            nn.Conv2d,
+            vit.num_channels,
+            width,
+            kernel_size=vit.patch_size,
+            stride=vit.patch_size,
+            dtype=dtype,
         )
 
     def positions(self, rows: int, columns: int) -> Tensor:
@@ -162,8 +169,8 @@ class InternViT(MegatronModule):
         for parameter in self.parameters():
             # Megatron's linear layers mark their weights as shards; as replicas they would count once per
             # tensor-parallel rank in the gradient norm.
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-            parameter.tile_parallel = True  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = False
+            parameter.tile_parallel = True
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -203,8 +210,11 @@ class InternViT(MegatronModule):
         # costs nothing while nothing in them needs one.
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            x_STC = self.embeddings(pixel_values).transpose(0, 1).contiguous()
-            x_STC = self.encoder(hidden_states=x_STC, attention_mask=None)
+            x_TSC = self.embeddings(pixel_values)
+            if x_TSC.size(0) == 0:
+                # Megatron's layers cannot reshape nothing; every gradient is zero, none is None.
+                return x_TSC + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+            x_STC = self.encoder(hidden_states=x_TSC.transpose(0, 1).contiguous(), attention_mask=None)
             return x_STC.transpose(0, 1).contiguous()
 
     def sharded_state_dict(

@@ -39,7 +39,7 @@ class InternViTConfig:
     layer_scale_init: float = 1.0
     """Initial value of the per-channel factor of each branch (`initializer_factor` in Hugging Face)."""
     drop_path_rate: float = 0.0
-    """Probability that a tile skips a branch of the last layer, rising linearly from 0 at the first. 0: off."""
+    """Probability that a tile skips a branch of the last layer; linear from 0 at the first. 0: off."""
     select_layer: int = -1
     """Which hidden state is the output: 0 the embeddings, n the output of the n-th layer, negative numbers
     count from the end (-1 the last). Layers above it are frozen and do not run."""

@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 _FIELDS = ("tp", "pp", "cp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
-_cache: list[tuple[torch.distributed.ProcessGroup, ProcessGroupCollection]] = []
+_cache: list[tuple[torch.distributed.ProcessGroup | None, ProcessGroupCollection]] = []
 
 
 def single_rank_groups() -> ProcessGroupCollection:
