@@ -206,16 +206,12 @@ class InternViT(MegatronModule):
         Returns:
             features `[T, 1 + h*w, C]`, the selected hidden state, CLS first, patches row by row.
         """
-        # A frozen encoder keeps no activations; Megatron's layers switch gradients on by themselves, which
-        # costs nothing while nothing in them needs one.
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            x_TSC = self.embeddings(pixel_values)
-            if x_TSC.size(0) == 0:
-                # Megatron's layers cannot reshape nothing; every gradient is zero, none is None.
-                return x_TSC + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
-            x_STC = self.encoder(hidden_states=x_TSC.transpose(0, 1).contiguous(), attention_mask=None)
-            return x_STC.transpose(0, 1).contiguous()
+        x_TSC = self.embeddings(pixel_values)
+        if x_TSC.size(0) == 0:
+            # Megatron's layers cannot reshape nothing; every gradient is zero, none is None.
+            return x_TSC + sum(0 * p.sum() for p in self.parameters() if p.requires_grad)
+        x_STC = self.encoder(hidden_states=x_TSC.transpose(0, 1).contiguous(), attention_mask=None)
+        return x_STC.transpose(0, 1).contiguous()
 
     def sharded_state_dict(
         self,

@@ -39,6 +39,9 @@ class InternViTLayer(TransformerLayer):
 
     def __init__(self, *args: Any, unused: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Megatron ends branches under enable_grad, harmless without parameters there; ours has one, and
+        # would keep activations in evaluation.
+        self.bias_dropout_add_exec_handler = nullcontext
         self.unused = unused
         if unused:
             self.requires_grad_(False)
@@ -180,6 +183,6 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
             ),
         )
 
-    # The released code takes torch.linspace(0, rate, layers), in fp32.
-    rates = torch.linspace(0, vit.drop_path_rate, vit.num_layers, device="cpu").tolist()
-    return TransformerBlockSubmodules(layer_specs=[layer(i, rate) for i, rate in enumerate(rates)])
+    # As torch.linspace(0, rate, layers) in the released code.
+    step = vit.drop_path_rate / max(1, vit.num_layers - 1)
+    return TransformerBlockSubmodules(layer_specs=[layer(i, i * step) for i in range(vit.num_layers)])

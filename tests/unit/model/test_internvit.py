@@ -187,10 +187,18 @@ def test_frozen_encoder_keeps_no_graph_but_drops_paths(recompute: bool) -> None:
     module.freeze()
     output = module(tiles(8))
     assert not output.requires_grad
-    assert torch.is_grad_enabled()
     assert not torch.equal(output, module(tiles(8)))
     module.eval()
     assert torch.equal(module(tiles(8)), module(tiles(8)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_evaluation_keeps_no_graph(recompute: bool) -> None:
+    module = build(recompute=recompute)
+    with torch.no_grad():
+        assert not module(tiles(2)).requires_grad
+        module.eval()
+        assert not module(tiles(2)).requires_grad
 
 
 @pytest.mark.parametrize("recompute", [False, True])
