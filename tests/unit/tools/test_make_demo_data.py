@@ -1,0 +1,194 @@
+"""The demo data: the same bytes from the same seed, InternVL format, and no answer that wins by itself."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_internvlx.data.conversation import TEMPLATES, encode
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.rvtc import tile_count, tile_grid
+from tools import make_demo_data as demo
+
+TRAIN, VAL = 240, 60
+
+
+def make(out, *more):
+    return demo.main(["--out", str(out), "--train", str(TRAIN), "--val", str(VAL), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "data"
+    assert make(out) == 0
+    return out
+
+
+def records(root, split):
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+
+
+def images(record):
+    names = record.get("image", [])
+    return [names] if isinstance(names, str) else names
+
+
+def answers(rows):
+    return [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_same_seed_same_bytes(made, tmp_path):
+    assert make(tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(made)
+
+
+def test_another_seed_other_bytes(made, tmp_path):
+    assert make(tmp_path / "other", "--seed", 1) == 0
+    assert (tmp_path / "other" / "train.jsonl").read_bytes() != (made / "train.jsonl").read_bytes()
+
+
+def test_training_and_held_out_pictures_differ(made):
+    train, val = ({p.read_bytes() for p in (made / "images" / s).iterdir()} for s in ("train", "val"))
+    assert len(val) > VAL / 2
+    assert not train & val
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_records_are_internvl_chats(made, split):
+    rows = records(made, split)
+    meta = json.loads((made / ("meta.json" if split == "train" else "meta_val.json")).read_text())
+    ((_, entry),) = meta.items()
+    assert entry["length"] == len(rows) == {"train": TRAIN, "val": VAL}[split]
+    assert entry["repeat_time"] == 1 and entry["data_augment"] is False
+    assert made / entry["annotation"] == made / f"{split}.jsonl"
+    for row in rows:
+        roles = [turn["from"] for turn in row["conversations"]]
+        assert roles == ["system"] + ["human", "gpt"] * len(row["kinds"])
+        text = "".join(turn["value"] for turn in row["conversations"])
+        assert text.count("<image>") == len(images(row))
+        widths = row.get("width_list", [row.get("width")])
+        heights = row.get("height_list", [row.get("height")])
+        for name, width, height in zip(images(row), widths, heights, strict=False):
+            with Image.open(made / entry["root"] / name) as image:
+                image.load()
+                assert image.size == (width, height)
+                assert 40 <= width <= 1000 and 40 <= height <= 600
+                assert image.format == {".png": "PNG", ".jpg": "JPEG"}[Path(name).suffix]
+
+
+def test_the_package_reads_it(made):
+    manifest = Manifest(made / "meta.json")
+    assert len(manifest) == TRAIN
+
+
+def test_every_form_and_kind_occurs(made):
+    rows = records(made, "train")
+    forms = {row["kind"] for row in rows}
+    assert forms >= {*demo.KIND_WEIGHTS, "two_rounds", "two_images", "text_only"}
+    assert {kind for row in rows for kind in row["kinds"]} == {*demo.KIND_WEIGHTS, "two_images", "text_only"}
+    assert {Path(name).suffix for row in rows for name in images(row)} == {".png", ".jpg"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_answer_is_common(made, split):
+    given = answers(records(made, split))
+    assert set(given) <= set(demo.answer_words())
+    assert Counter(given).most_common(1)[0][1] / len(given) < 0.3
+
+
+@pytest.mark.parametrize(("tile_size", "wanted"), [(224, {1, 2, 3, 4, 5, 6}), (448, {1, 2, 3, 4, 6})])
+def test_every_tile_count_occurs(made, tile_size, wanted):
+    for split in ("train", "val"):
+        sizes = [(row["width"], row["height"]) for row in records(made, split) if "width" in row]
+        grids = [tile_grid(*size, tile_size=tile_size, max_tiles=6) for size in sizes]
+        assert {cols * rows for cols, rows in grids} == wanted
+
+
+def test_mean_tiles_stays_small():
+    # Drawn from the knobs, not from the pictures: the small set over-represents the large classes.
+    import random
+
+    rng = random.Random(0)
+    sizes = [demo._pick_size(rng, 1000) for _ in range(4000)]
+    counts = [tile_count(*tile_grid(*size, tile_size=224, max_tiles=6), thumbnail=True) for size in sizes]
+    assert 1.8 < sum(counts) / len(counts) < 2.5
+
+
+def test_tokenizer(made):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made / "tokenizer")
+    assert len(tokenizer) <= 512
+    assert tokenizer.bos_token is None
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
+    for token in demo.SPECIAL_TOKENS:
+        assert len(tokenizer(token).input_ids) == 1
+    for word in demo.answer_words():
+        assert len(tokenizer(word).input_ids) == 1, word
+    text = "<|im_start|>user\nAny text, ünïcode 也 too.<|im_end|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_encodes_it(made, template):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made / "tokenizer")
+    for row in records(made, "val"):
+        encoded = encode(
+            tokenizer,
+            template,
+            row["conversations"],
+            image_tokens=[4] * len(images(row)),
+            max_length=None,
+        )
+        supervised = encoded.labels[encoded.labels != -100]
+        assert len(supervised) == 2 * len(row["kinds"])  # the answer and its end token
+        assert len(encoded.input_ids) < 80
+
+
+def test_complete_directory_is_kept(made, capsys):
+    before = (made / demo.MARK).stat().st_mtime_ns
+    assert make(made) == 0
+    assert "kept" in capsys.readouterr().out
+    assert (made / demo.MARK).stat().st_mtime_ns == before
+
+
+def test_other_settings_need_force(tmp_path, capsys):
+    out = tmp_path / "data"
+    assert demo.main(["--out", str(out), "--train", "4", "--val", "4"]) == 0
+    assert demo.main(["--out", str(out), "--train", "5", "--val", "4"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert demo.main(["--out", str(out), "--train", "5", "--val", "4", "--force"]) == 0
+    assert len(records(out, "train")) == 5
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_foreign_directory_is_left_alone(tmp_path, capsys, force):
+    (tmp_path / "precious.txt").write_text("mine")
+    assert make(tmp_path, *force) == 2
+    assert "did not make it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_killed_run_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "make_tokenizer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--out", str(tmp_path / "data"), "--train", "2", "--val", "2"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [["--train", "0"], ["--val", "-1"], ["--vocab-size", "100"]])
+def test_bad_numbers_are_refused(tmp_path, bad):
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "data"), *bad])
+    assert not (tmp_path / "data").exists()

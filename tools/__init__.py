@@ -1,0 +1,1 @@
+"""Command-line tools; each module is a script of its own."""

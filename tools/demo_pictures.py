@@ -1,0 +1,129 @@
+"""The pictures of the demo's data set: coloured shapes, halves, dots and words, drawn with Pillow.
+
+Strong contrast and large forms: a model of a million parameters should read them after minutes of training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+# The corners of the RGB cube, pulled in a little: as far apart as eight colours can be.
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 190, 50),
+    "blue": (35, 50, 220),
+    "yellow": (245, 230, 40),
+    "cyan": (40, 215, 225),
+    "pink": (240, 60, 215),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
+}
+GREY = (128, 128, 128)  # of what no question is about
+COLOUR_NOISE = 12  # every channel of a drawn colour is off by at most this, of 255
+SHAPES = ("circle", "square", "triangle", "cross")
+COUNTS = ("one", "two", "three", "four")
+# Words of different lengths: they fill the image's width, so also the letters' size tells them apart.
+WORDS = ("go", "cat", "stop", "bakery")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawn image and the answer to every kind of question that may be asked about it."""
+
+    image: Image.Image
+    answers: dict[str, str]
+
+
+def _noisy(rng: random.Random, colour: str | None) -> tuple[int, int, int]:
+    """The colour of that name, or grey, a little off."""
+    exact = GREY if colour is None else COLOURS[colour]
+    r, g, b = (min(255, max(0, c + rng.randint(-COLOUR_NOISE, COLOUR_NOISE))) for c in exact)
+    return r, g, b
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, box: Sequence[int], fill: tuple[int, int, int]
+) -> None:
+    x0, y0, x1, y1 = box
+    if shape == "circle":
+        draw.ellipse((x0, y0, x1, y1), fill=fill)
+    elif shape == "square":
+        draw.rectangle((x0, y0, x1, y1), fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x0, y1), (x1, y1), ((x0 + x1) // 2, y0)], fill=fill)
+    else:
+        third = (x1 - x0) // 3
+        draw.rectangle((x0 + third, y0, x1 - third, y1), fill=fill)
+        draw.rectangle((x0, y0 + third, x1, y1 - third), fill=fill)
+
+
+def shape_picture(rng: random.Random, size: tuple[int, int], *, grey_background: bool) -> Picture:
+    """One large shape near the middle of a coloured or grey background; `size` is (width, height)."""
+    width, height = size
+    names: list[str | None] = [*rng.sample(list(COLOURS), 2)]
+    back, front = [None, names[1]] if grey_background else names
+    shape = rng.choice(SHAPES)
+    image = Image.new("RGB", size, _noisy(rng, back))
+    side = int(min(size) * rng.uniform(0.6, 0.8))
+    # The shape moves by a tenth of the free room at most, so that it is always near the middle.
+    x0 = int((width - side) * rng.uniform(0.4, 0.6))
+    y0 = int((height - side) * rng.uniform(0.4, 0.6))
+    _draw_shape(ImageDraw.Draw(image), shape, (x0, y0, x0 + side, y0 + side), _noisy(rng, front))
+    answers = {"background": back, "shape_colour": front, "shape": shape}
+    return Picture(image, {kind: answer for kind, answer in answers.items() if answer is not None})
+
+
+def _halves_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
+    width, height = size
+    left, right = rng.sample(list(COLOURS), 2)
+    image = Image.new("RGB", size, _noisy(rng, left))
+    middle = int(width * rng.uniform(0.47, 0.53))
+    ImageDraw.Draw(image).rectangle((middle, 0, width, height), fill=_noisy(rng, right))
+    return Picture(image, {"left": left, "right": right})
+
+
+def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
+    width, height = size
+    back = rng.choice([name for name in COLOURS if name not in ("black", "blue")])  # black shows on the rest
+    count = rng.randrange(len(COUNTS)) + 1
+    image = Image.new("RGB", size, _noisy(rng, back))
+    draw, fill = ImageDraw.Draw(image), _noisy(rng, "black")
+    radius = min(width, height) * rng.uniform(0.15, 0.19)
+    for slot in rng.sample(range(4), count):  # one dot in the middle of each of `count` quadrants
+        x = width * (0.25 + 0.5 * (slot % 2) + rng.uniform(-0.03, 0.03))
+        y = height * (0.25 + 0.5 * (slot // 2) + rng.uniform(-0.03, 0.03))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    return Picture(image, {"background": back, "count": COUNTS[count - 1]})
+
+
+def _word_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
+    width, height = size
+    word = rng.choice(WORDS)
+    dark_on_light = rng.random() < 0.5
+    back = rng.choice(("white", "yellow", "cyan")) if dark_on_light else rng.choice(("black", "blue"))
+    front = "black" if dark_on_light else "white"
+    image = Image.new("RGB", size, _noisy(rng, back))
+    draw = ImageDraw.Draw(image)
+    text = word.upper()
+    probe = draw.textbbox((0, 0), text, font=ImageFont.load_default(size=100))
+    scale = min(0.88 * width / (probe[2] - probe[0]), 0.7 * height / (probe[3] - probe[1]))
+    font = ImageFont.load_default(size=max(8, int(100 * scale)))
+    draw.text((width / 2, height / 2), text, fill=_noisy(rng, front), font=font, anchor="mm")
+    return Picture(image, {"background": back, "word": word})
+
+
+def draw_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Picture:
+    """Draw a picture of `size` (width, height) about which a question of `kind` can be asked."""
+    if kind == "count":
+        return _count_picture(rng, size)
+    if kind == "word":
+        return _word_picture(rng, size)
+    if kind in ("left", "right"):
+        return _halves_picture(rng, size)
+    # With a grey background the shape's colour is the only one. A model first learns which colours an image
+    # holds and only much later which belongs where: two colours everywhere would take ten times as long.
+    return shape_picture(rng, size, grey_background=kind != "background")

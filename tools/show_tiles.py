@@ -1,0 +1,184 @@
+"""Draw how RVTC cuts an image into tiles under each policy, with the visual tokens that each one costs.
+
+    python tools/show_tiles.py photo.jpg --tile-size 448 --max-tiles 12 --out tiles.png
+
+One row of the picture per policy: the image as it is resized for the grid, the grid's lines, and the
+thumbnail. The same numbers are printed as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
+
+MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
+PICTURE_WIDTH = 560  # pixels at most for one policy's resized image
+PICTURE_HEIGHT = 340
+# Pillow's own font has no multiplication sign: the page writes x.
+INK, FAINT, PAPER = (33, 37, 41), (108, 117, 125), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one policy cuts an image: the grid, all tiles with the thumbnail, tokens in both phases."""
+
+    policy: str
+    cols: int
+    rows: int
+    thumbnail: bool
+    tiles: int
+    shallow: int
+    deep: int
+
+
+def tokens_per_tile(tile_size: int, patch: int, ratio: float) -> int:
+    """Visual tokens of a tile after projection: (patches per side x ratio) squared.
+
+    Raises ValueError where the tile is no whole number of patches, or the ratio gives no whole grid.
+    """
+    side = tile_size / patch * ratio
+    if tile_size % patch or side != int(side) or side < 1:
+        raise ValueError(
+            f"tile size {tile_size}, patch {patch} and ratio {ratio} give a grid of {side:g} tokens a side, "
+            "which must be a whole number of at least 1: use a multiple of patch / ratio"
+        )
+    return int(side) ** 2
+
+
+def cut_image(size: tuple[int, int], args: argparse.Namespace) -> list[Cut]:
+    """The cut of an image of `size` (width, height) under every policy."""
+    low = tokens_per_tile(args.tile_size, args.patch, args.low_ratio)
+    high = tokens_per_tile(args.tile_size, args.patch, args.high_ratio)
+    cuts = []
+    for policy in POLICIES:
+        cols, rows = tile_grid(
+            *size,
+            tile_size=args.tile_size,
+            min_tiles=args.min_tiles,
+            max_tiles=args.max_tiles,
+            policy=policy,
+        )
+        tiles = tile_count(cols, rows, thumbnail=args.thumbnail)
+        cuts.append(Cut(policy, cols, rows, tiles > cols * rows, tiles, tiles * low, tiles * high))
+    return cuts
+
+
+def table(cuts: Sequence[Cut]) -> str:
+    """The cuts as text, one line a policy."""
+    lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep"]
+    for cut in cuts:
+        thumbnail = "yes" if cut.thumbnail else "no"
+        lines.append(
+            f"{cut.policy:<8} {f'{cut.cols} x {cut.rows}':<20} {thumbnail:<11} {cut.tiles:>5}"
+            f" {cut.shallow:>16} {cut.deep:>13}"
+        )
+    return "\n".join(lines)
+
+
+def _cut_line(page: ImageDraw.ImageDraw, ends: tuple[int, int, int, int]) -> None:
+    # White around black: visible on every image.
+    page.line(ends, fill=PAPER, width=6)
+    page.line(ends, fill=INK, width=2)
+
+
+def _draw_cut(page: ImageDraw.ImageDraw, canvas: Image.Image, image: Image.Image, cut: Cut, top: int) -> int:
+    """Draw one policy's row at height `top`; return its height in pixels."""
+    # One scale for the whole row, so that tiles and thumbnail compare; small grids are not blown up.
+    side = min(PICTURE_WIDTH // cut.cols, PICTURE_HEIGHT // cut.rows, 220)
+    width, height = cut.cols * side, cut.rows * side
+    left = MARGIN + TEXT_WIDTH
+    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    for column in range(cut.cols + 1):
+        _cut_line(page, (left + column * side, top, left + column * side, top + height))
+    for row in range(cut.rows + 1):
+        _cut_line(page, (left, top + row * side, left + width, top + row * side))
+    if cut.thumbnail:
+        x = left + width + GAP
+        canvas.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, top))
+        page.rectangle((x, top, x + side, top + side), outline=FAINT, width=2)
+        page.text((x, top + side + 6), "thumbnail", fill=FAINT, font=ImageFont.load_default(size=14))
+        height = max(height, side + 26)
+    lines = [
+        f"{cut.cols} x {cut.rows} grid" + (" + thumbnail" if cut.thumbnail else ""),
+        f"{cut.tiles} tile{'s' if cut.tiles > 1 else ''}",
+        f"{cut.shallow:,} tokens in shallow layers",
+        f"{cut.deep:,} tokens in deep layers",
+    ]
+    page.text((MARGIN, top), cut.policy, fill=INK, font=ImageFont.load_default(size=24))
+    for number, line in enumerate(lines):
+        page.text((MARGIN, top + 36 + 24 * number), line, fill=FAINT, font=ImageFont.load_default(size=16))
+    return max(height, 36 + 24 * len(lines))
+
+
+def draw_page(image: Image.Image, cuts: Sequence[Cut], title: str) -> Image.Image:
+    """One picture with a row for every cut."""
+    width = MARGIN * 2 + TEXT_WIDTH + PICTURE_WIDTH + GAP + 220
+    canvas = Image.new("RGB", (width, 120 + len(cuts) * (PICTURE_HEIGHT + 40)), PAPER)
+    page = ImageDraw.Draw(canvas)
+    page.text((MARGIN, 24), title, fill=INK, font=ImageFont.load_default(size=20))
+    top = 76
+    for cut in cuts:
+        page.line((MARGIN, top - 12, width - MARGIN, top - 12), fill=(222, 226, 230))
+        top += _draw_cut(page, canvas, image, cut, top + 4) + 36
+    return canvas.crop((0, 0, width, top))
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image upright and in RGB. Raises ValueError for what is missing, no image or cut short."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that Pillow can read") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: the image is damaged: {error}") from None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("tiles.png"), help="PNG to write")
+    parser.add_argument("--tile-size", type=int, default=448, help="pixels")
+    parser.add_argument("--min-tiles", type=int, default=1)
+    parser.add_argument("--max-tiles", type=int, default=12, help="tiles at most, the thumbnail not counted")
+    parser.add_argument("--patch", type=int, default=14, help="patch size of the vision model, in pixels")
+    parser.add_argument("--low-ratio", type=float, default=0.25, help="tokens per patch side, shallow layers")
+    parser.add_argument("--high-ratio", type=float, default=0.5, help="tokens per patch side, deep layers")
+    parser.add_argument("--thumbnail", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parse_args(argv)
+    try:
+        image = open_image(args.image)
+        cuts = cut_image(image.size, args)
+        title = (
+            f"{args.image.name}   {image.width} x {image.height} pixels,"
+            f" tiles of {args.tile_size}, at most {args.max_tiles}"
+        )
+        draw_page(image, cuts, title).save(args.out, format="PNG")
+    except (ValueError, OSError) as error:
+        print(f"show_tiles: {error}", file=sys.stderr)
+        return 2
+    print(table(cuts))
+    print(f"drawn in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
