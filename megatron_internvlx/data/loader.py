@@ -48,6 +48,7 @@ class ConversationDataset(Dataset):
         number = self._number(position, attempt)
         try:
             sample = self.encoder.encode(self.manifest.record(number))
+            sample.number = number
             return sample, self._tiles(sample, random.Random(f"{self.seed}/{position}/{attempt}"))
         except BadSample as bad:
             return bad

@@ -61,6 +61,8 @@ class Sample:
     jpeg_augment: bool
     attention_mask: np.ndarray | None = None
     dropped_tokens: int = 0
+    number: int = 0
+    """Position of the record in the unshuffled data set; set by the loader."""
 
     @property
     def num_tiles(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_internvlx.platform import cpu, shared
-from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_logs
+from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_logs, quiet_prints
 
 __all__ = [
     "LogRecord",
@@ -20,7 +20,9 @@ __all__ = [
     "cpu_args_defaults",
     "device",
     "install_log_line",
+    "peak_memory",
     "quiet_logs",
+    "quiet_prints",
     "set_args_defaults",
     "setup",
 ]
@@ -44,6 +46,11 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend that moves tensors of `device()`."""
     return "nccl" if _CUDA else "gloo"
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held on its device; without a GPU, its peak resident size."""
+    return torch.cuda.max_memory_allocated()
 
 
 def setup() -> str:

@@ -123,9 +123,10 @@ def _allocate_on_cpu() -> None:
     """
     from torch.jit._builtins import _find_builtin, _register_builtin
 
-    for original in list(_device_constructors()):
+    factories: list[Any] = list(_device_constructors())
+    for original in factories:
         name = getattr(original, "__name__", "")
-        if original is not None and getattr(torch, name, None) is original:
+        if vars(torch).get(name) is original:
             wrapped = _with_cpu_device(original)
             setattr(torch, name, wrapped)
             if (builtin := _find_builtin(original)) is not None:

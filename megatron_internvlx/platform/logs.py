@@ -165,17 +165,21 @@ def install_log_line(
     """Replace Megatron's lines about training and evaluation by those that `fn` and `fn_eval` return.
 
     Both are called on every rank (so they may communicate) and their text is printed on the last rank; None
-    prints nothing. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the
+    prints nothing. A second call replaces the first. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the
     mean of each reported value, empty on ranks without the last pipeline stage. TensorBoard is not changed.
     """
     import megatron.training.training as training
 
     quiet_prints()
-    training.training_log = _with_log_line(training, training.training_log, fn)
+    training.training_log = _with_log_line(training, _megatrons(training.training_log), fn)
     if fn_eval is not None:
-        training.evaluate_and_print_results = _with_eval_line(
-            training, training.evaluate_and_print_results, fn_eval
-        )
+        evaluation = _megatrons(training.evaluate_and_print_results)
+        training.evaluate_and_print_results = _with_eval_line(training, evaluation, fn_eval)
+
+
+def _megatrons(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without a wrapper of ours, which a second call of `install_log_line` replaces."""
+    return getattr(function, "__wrapped__", function)
 
 
 class _Replaced:

@@ -1,0 +1,196 @@
+"""Our settings as Megatron arguments, and the checks that need both.
+
+Defaults are set in this order, later ones winning: Megatron's, the platform's (CPU), ours, the
+model preset, a recipe file, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+
+from megatron_internvlx import platform
+from megatron_internvlx.config import (
+    SETTINGS,
+    CompressionSettings,
+    DataSettings,
+    TrainSettings,
+    VisionSettings,
+    check_compression,
+    check_projector,
+)
+from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from megatron_internvlx.model.presets import preset
+
+# What every run of ours needs from Megatron, whatever the model.
+OUR_DEFAULTS: dict[str, Any] = {
+    "calculate_per_token_loss": True,
+    "dataloader_type": "external",
+    "tokenizer_type": "NullTokenizer",
+    "ckpt_format": "torch_dist",
+    "micro_batch_size": 1,
+    "eval_iters": 0,
+    "eval_interval": 1000,
+    "rerun_mode": "disabled",
+    "log_interval": 10,
+}
+
+Settings = TypeVar("Settings")
+
+
+def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron's `extra_args_provider`: our flags, then the layered defaults."""
+    for settings in SETTINGS:
+        ArgumentGroupFactory(settings).build_group(parser, title=settings.__name__)
+    parser.add_argument("--recipe", help="flat YAML file of arguments; the command line overrides it")
+    known = {action.dest for action in parser._actions}
+    chosen = _peek(sys.argv[1:])
+    recipe = read_recipe(chosen.recipe, known) if chosen.recipe else {}
+    name = chosen.model_preset or recipe.get("model_preset")
+    defaults = platform.cpu_args_defaults() | OUR_DEFAULTS | (preset(name) if name else {}) | recipe
+    unknown = sorted(set(defaults) - known)
+    if unknown:
+        raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
+    tokenizer = chosen.tokenizer_model or defaults.get("tokenizer_model")
+    if tokenizer and chosen.vocab_size is None and "vocab_size" not in recipe:
+        size = tokenizer_size(tokenizer)
+        # A released embedding is often a little larger than its tokenizer: keep the larger.
+        keep = name is not None and "tiny" not in name
+        defaults["vocab_size"] = max(size, defaults.get("vocab_size", 0) if keep else 0)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _peek(argv: list[str]) -> argparse.Namespace:
+    """The few flags that decide other flags' defaults."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model-preset")
+    peek.add_argument("--recipe")
+    peek.add_argument("--tokenizer-model")
+    peek.add_argument("--vocab-size", type=int)
+    return peek.parse_known_args(argv)[0]
+
+
+def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+    """A recipe file as argparse defaults. Raises ValueError naming the file and what is wrong."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--recipe {path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--recipe {path}: a recipe is a flat mapping of argument names to values")
+    flat = {str(key).replace("-", "_"): value for key, value in content.items()}
+    unknown = sorted(set(flat) - known)
+    if unknown:
+        raise ValueError(f"--recipe {path}: unknown arguments {', '.join(unknown)}")
+    return flat
+
+
+def tokenizer_size(directory: str) -> int:
+    """Number of token ids of a Hugging Face tokenizer directory."""
+    from megatron_internvlx.data.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(directory))
+
+
+def settings_from(args: argparse.Namespace, settings: type[Settings]) -> Settings:
+    """One of our settings classes filled from the parsed arguments."""
+    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
+
+
+def vision_config(args: argparse.Namespace) -> InternViTConfig:
+    """The vision encoder's architecture: the preset with our overrides."""
+    wanted = settings_from(args, VisionSettings)
+    changes: dict[str, Any] = {"image_size": wanted.image_size, "drop_path_rate": wanted.vision_drop_path}
+    if wanted.patch_size is not None:
+        changes["patch_size"] = wanted.patch_size
+    if wanted.select_layer is not None:
+        changes["select_layer"] = wanted.select_layer
+    return internvit_preset(wanted.vision_preset, **changes)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Stop before anything is built if the combination cannot run. Raises ValueError."""
+    vision = vision_config(args)
+    if vision.image_size % vision.patch_size:
+        raise ValueError(
+            f"--image-size {vision.image_size} is not a multiple of the patch size {vision.patch_size}"
+        )
+    compression = settings_from(args, CompressionSettings)
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is not set: give it, or a --model-preset")
+    check_compression(
+        compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers
+    )
+    check_projector(
+        compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
+    )
+    _check_unsupported(args)
+    _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
+
+
+def _check_unsupported(args: argparse.Namespace) -> None:
+    refused = {
+        "--context-parallel-size": args.context_parallel_size > 1,
+        "--mtp-num-layers": bool(args.mtp_num_layers),
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path is not None,
+        "--cuda-graph-impl": args.cuda_graph_impl != "none",
+    }
+    asked = [flag for flag, on in refused.items() if on]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: not supported with InternVL-X; the sequence length changes inside the decoder, "
+            "and these parts of Megatron were not made for that"
+        )
+    if args.max_position_embeddings is not None and args.seq_length > args.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is more than the model's --max-position-embeddings "
+            f"{args.max_position_embeddings}: RoPE was not trained beyond it"
+        )
+
+
+def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSettings) -> None:
+    if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
+        raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
+    if not 1 <= data.min_tiles <= data.max_tiles:
+        raise ValueError(f"--min-tiles {data.min_tiles} --max-tiles {data.max_tiles}: want 1 <= min <= max")
+    if not data.data:
+        raise ValueError("--data is not set: the meta.json of the training data")
+    if not args.tokenizer_model:
+        raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
+    if not args.calculate_per_token_loss:
+        raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
+
+
+def complain(error: ValueError) -> int:
+    """Print a caller's mistake once, on rank 0; returns the exit code."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"pretrain_vlm.py: {error}", file=sys.stderr)
+    return 2
+
+
+def parse() -> argparse.Namespace:
+    """Parse sys.argv, check, and fill Megatron's global variables. Raises ValueError."""
+    platform.quiet_prints()
+    args = parse_args(add_our_arguments)
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    check_arguments(args)
+    validate_args(args)
+    set_global_variables(args)
+    return args

@@ -1,0 +1,178 @@
+"""Our own settings, each a dataclass whose fields become Megatron command-line flags.
+
+Megatron keeps the language model, the parallel layout, the optimizer and the checkpoint settings
+in its own arguments. What InternVL-X adds is here, with every check that spans several of them,
+so that an impossible combination stops before anything is built.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class VisionSettings:
+    """Vision encoder (InternViT) settings."""
+
+    vision_preset: str = "internvit_300m"
+    """Name of the InternViT architecture: internvit_300m, internvit_6b or a tiny one."""
+    image_size: int = 448
+    """Side of a square tile, in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    """Side of a ViT patch, in pixels. Unset: the preset's."""
+    vision_drop_path: float = 0.0
+    """Largest drop-path rate of the vision encoder; it rises linearly over the layers. 0: off."""
+    vision_recompute: bool = False
+    """Recompute every vision layer in the backward pass instead of keeping its activations."""
+    select_layer: int | None = None
+    """Which hidden state feeds the projectors: -1 the last one. Unset: the preset's."""
+
+
+@dataclass
+class CompressionSettings:
+    """Visual token compression: PVTC in the projector, LVTC inside the decoder."""
+
+    projector: Literal["pvtc", "mlp"] = "pvtc"
+    """pvtc: the InternVL-X projector. mlp: InternVL's pixel shuffle and two linear layers."""
+    pixel_shuffle_version: Literal["v1", "v2"] = "v2"
+    """Order of pixels in a shuffled block; released models use v2."""
+    projector_drop_path: float = 0.1
+    """Drop-path rate inside PVTC, per window; the released code has 0.1 fixed. 0: off."""
+    expand_layer: int | None = None
+    """LVTC: 0-based decoder layer at whose entry visual rows are upsampled. Unset: LVTC off."""
+    inject_layers: list[int] | None = None
+    """LVTC: further layers (after expand_layer) that add a projection of the ViT features."""
+    low_ratio: float = 0.25
+    """Side ratio of the token grid to the patch grid before expand_layer."""
+    high_ratio: float = 0.5
+    """Side ratio of the token grid to the patch grid from expand_layer on, or with LVTC off."""
+    upsample: Literal["bilinear", "nearest"] = "bilinear"
+    """How shallow visual rows become deep ones; bilinear is align_corners=False."""
+
+    @property
+    def lvtc(self) -> bool:
+        """Whether the decoder's sequence grows at `expand_layer`."""
+        return self.expand_layer is not None
+
+    def injection_layers(self) -> tuple[int, ...]:
+        """Every layer with a projector of its own at its entry: `expand_layer` first; () if off."""
+        if self.expand_layer is None:
+            return ()
+        return (self.expand_layer, *sorted(self.inject_layers or ()))
+
+
+@dataclass
+class TrainSettings:
+    """What is trained, and how the loss weighs tokens."""
+
+    model_preset: str | None = None
+    """Named model: sets Megatron's architecture flags and ours; later flags override it."""
+    freeze_vision: bool = False
+    """Do not train the vision encoder."""
+    freeze_llm: bool = False
+    """Do not train the language model (embedding and output layer included)."""
+    freeze_projectors: bool = False
+    """Do not train the projectors (PVTC or MLP, LVTC injections included)."""
+    loss_weighting: Literal["token", "sample", "square"] = "token"
+    """Weight of an answer token: token 1; sample 1/n; square 1/sqrt(n), n = answer tokens of its sample."""
+    boundary: Literal["variable", "static"] = "variable"
+    """Row counts between pipeline stages: exchanged per message, or padded to fixed budgets."""
+    shallow_seq_length: int | None = None
+    """Static boundaries: rows of the shallow phase per micro-batch, in tokens."""
+    max_tiles_per_pack: int | None = None
+    """Static boundaries and packing: tiles per micro-batch at most."""
+
+
+@dataclass
+class DataSettings:
+    """Where samples come from and how images are cut into tiles."""
+
+    data: str | None = None
+    """InternVL meta.json of the training data."""
+    valid_data: str | None = None
+    """InternVL meta.json of held-out data. Unset: no validation."""
+    conversation_template: str = "internvl2_5"
+    """Prompt template: internlm2-chat, Hermes-2, internvl2_5 or phi3-chat."""
+    rvtc: Literal["area", "edge", "off"] = "area"
+    """Rule that picks the tile grid from the image size (RVTC); off is InternVL's search."""
+    min_tiles: int = 1
+    """Fewest tiles of a grid."""
+    max_tiles: int = 12
+    """Most tiles of a grid, thumbnail not counted."""
+    no_thumbnail: bool = False
+    """Leave out the whole-image thumbnail that follows the tiles of a grid larger than 1x1."""
+    static_image_size: bool = False
+    """One tile per image: the whole image stretched to image_size (released non-HD models)."""
+    loader_workers: int = 2
+    """Processes per loading rank that tokenize, decode and resize. 0: in the training process."""
+    max_rejects: int = 100
+    """Training stops once this many samples were unusable."""
+    rejects_file: str | None = None
+    """JSON lines file that lists every unusable sample. Unset: in the checkpoint directory, if any."""
+    released_quirks: bool = False
+    """Repeat three behaviours of the released data code that lose data; see docs/data.md."""
+    predictions_file: str | None = None
+    """JSON lines file for the answers given in the last evaluation. Unset: not written."""
+    report_file: str | None = None
+    """PNG with the loss curve and six validation images, written at the end. Unset: not drawn."""
+
+
+SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings)
+
+
+def grid_side(patches: int, ratio: float, name: str) -> int:
+    """Side of the token grid of a tile with `patches` x `patches` patches.
+
+    Raises ValueError when `ratio` is not 1/n with n a divisor of `patches`.
+    """
+    block = round(1 / ratio) if ratio > 0 else 0
+    if block < 1 or abs(block * ratio - 1) > 1e-9 or patches % block:
+        raise ValueError(
+            f"{name} {ratio} does not fit {patches}x{patches} patches per tile: "
+            f"it must be 1/n with n a divisor of {patches}"
+        )
+    return patches // block
+
+
+def check_compression(settings: CompressionSettings, *, patches: int, num_layers: int) -> None:
+    """Check LVTC and projector settings against the tile's patches and the decoder's depth."""
+    high = grid_side(patches, settings.high_ratio, "--high-ratio")
+    if settings.expand_layer is None:
+        if settings.inject_layers:
+            raise ValueError(
+                f"--inject-layers {settings.inject_layers} needs --expand-layer: injections add to "
+                "visual rows that were expanded before"
+            )
+        return
+    low = grid_side(patches, settings.low_ratio, "--low-ratio")
+    if low >= high or high % low:
+        raise ValueError(
+            f"--low-ratio {settings.low_ratio} gives a {low}x{low} grid and --high-ratio "
+            f"{settings.high_ratio} {high}x{high}: the deep side must be a multiple of the shallow side, "
+            "and larger"
+        )
+    if not 1 <= settings.expand_layer < num_layers:
+        raise ValueError(
+            f"--expand-layer {settings.expand_layer} is outside 1..{num_layers - 1} "
+            f"(the model has {num_layers} layers); leave it unset to switch LVTC off"
+        )
+    wrong = [m for m in settings.inject_layers or () if not settings.expand_layer < m < num_layers]
+    if wrong:
+        raise ValueError(
+            f"--inject-layers {wrong}: each must lie after --expand-layer {settings.expand_layer} "
+            f"and before {num_layers}"
+        )
+    if len(set(settings.inject_layers or ())) != len(settings.inject_layers or ()):
+        raise ValueError(f"--inject-layers {settings.inject_layers} names a layer twice")
+
+
+def check_projector(settings: CompressionSettings, *, hidden_size: int, tensor_parallel: int) -> None:
+    """Check that PVTC's 16 heads and widths divide over the tensor-parallel group."""
+    if settings.projector != "pvtc":
+        return
+    if hidden_size % 16:
+        raise ValueError(f"PVTC has 16 attention heads: --hidden-size {hidden_size} is not a multiple of 16")
+    if 16 % tensor_parallel:
+        raise ValueError(
+            f"PVTC has 16 attention heads, which --tensor-model-parallel-size {tensor_parallel} "
+            "does not divide: use 1, 2, 4, 8 or 16"
+        )

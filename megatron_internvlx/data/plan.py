@@ -1,0 +1,268 @@
+"""SequencePlan: where every row of a micro-batch lives, in both phases of the decoder.
+
+The plan is plain host data (Python ints and numpy arrays), built next to the samples. Every
+pipeline stage gets the same plan, so lengths and index maps never have to be read back from a
+device.
+
+Rows of a phase: the samples of the micro-batch one after another, then padding rows. A sample
+holds text rows and, per tile, g*g visual rows (g = shallow or deep grid side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the plan needs to know of the model and of the layout."""
+
+    low_grid: int
+    """Token grid side per tile in the shallow phase; equal to high_grid when LVTC is off."""
+    high_grid: int
+    """Token grid side per tile in the deep phase."""
+    lvtc: bool = True
+    """Whether there is a shallow phase at all."""
+    alignment: int = 1
+    """Both phase lengths are padded to a multiple of this many rows."""
+    tile_multiple: int = 1
+    """Tiles per micro-batch are padded to a multiple of this with blank tiles."""
+    shallow_length: int | None = None
+    """Static mode: rows of the shallow phase, in tokens."""
+    deep_length: int | None = None
+    """Static mode: rows of the deep phase, in tokens."""
+    tile_budget: int | None = None
+    """Static mode: tiles per micro-batch."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Rows of the decoder in one phase."""
+
+    length: int
+    """Rows, padding included."""
+    segment_lengths: tuple[int, ...]
+    """Rows per sample; the padding rows, if any, are a last segment of their own."""
+    position_ids: Int32
+    """[length] 0-based position inside the segment."""
+    visual_rows: Int32
+    """[tiles*g*g] row of every visual token, tile by tile, row-major inside a tile."""
+
+    @property
+    def cu_seqlens(self) -> Int32:
+        """[segments+1] cumulative segment lengths, starting at 0."""
+        return np.concatenate([[0], np.cumsum(self.segment_lengths)]).astype(np.int32)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest segment, in rows."""
+        return max(self.segment_lengths)
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Index maps of one micro-batch. All row numbers count from 0 in their own phase."""
+
+    num_tiles: int
+    """Tiles that some row refers to."""
+    tile_capacity: int
+    """Tiles the encoder runs on: num_tiles and blank ones. At least 1, so that a text-only
+    micro-batch still gives every vision parameter its (zero) gradient."""
+    shallow: PhasePlan
+    deep: PhasePlan
+    merge_index: Int32
+    """[entry length] rows that enter layer 0, taken from [entry text rows ; visual rows]."""
+    expand_index: Int32 | None
+    """[deep.length] rows after expansion, taken from [shallow rows ; upsampled visual rows];
+    None when LVTC is off."""
+    tokens: Int32
+    """[entry length] text token ids of the rows that enter layer 0 (0 at visual rows)."""
+    loss_rows: Int32
+    """[n] deep rows whose next token is supervised."""
+    targets: Int32
+    """[n] that next token."""
+    answer_ids: Int32
+    """[n] which supervised span (numbered through the micro-batch) the target belongs to."""
+    sample_of_loss_row: Int32
+    """[n] which sample of the micro-batch the target belongs to."""
+    sample_ids: Int32
+    """[samples] number of each sample in its data set, for messages and predictions."""
+
+    @property
+    def entry(self) -> PhasePlan:
+        """The phase of layer 0."""
+        return self.shallow if self.expand_index is not None else self.deep
+
+    @property
+    def encoded_tiles(self) -> int:
+        """Tiles that go through projectors: the real ones, or one blank tile."""
+        return max(self.num_tiles, 1)
+
+
+def _aligned(rows: int, fixed: int | None, alignment: int, name: str) -> int:
+    if fixed is None:
+        return -(-rows // alignment) * alignment
+    if rows > fixed:
+        raise ValueError(f"a micro-batch has {rows} {name} rows, over the static budget of {fixed}")
+    return fixed
+
+
+def _phase(lengths: Sequence[int], visual: NDArray[np.bool_], fixed: int | None, alignment: int, name: str):
+    rows = int(sum(lengths))
+    total = _aligned(max(rows, 1), fixed, alignment, name)
+    segments = tuple(int(n) for n in lengths) + ((total - rows,) if total > rows else ())
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in segments])
+    return PhasePlan(total, segments, positions, np.flatnonzero(visual).astype(np.int32))
+
+
+def _tile_capacity(tiles: int, settings: PlanSettings) -> int:
+    if settings.tile_budget is None:
+        wanted = max(tiles, 1)
+    elif tiles > settings.tile_budget:
+        raise ValueError(f"a micro-batch has {tiles} tiles, over the static budget of {settings.tile_budget}")
+    else:
+        wanted = settings.tile_budget
+    return -(-wanted // settings.tile_multiple) * settings.tile_multiple
+
+
+def _supervision(labels: Sequence[NDArray], starts: NDArray) -> tuple[Int32, Int32, Int32, Int32]:
+    """Rows that predict a supervised token, the tokens, and which answer and sample each is of."""
+    rows, targets, answers, samples = [], [], [], []
+    spans = 0
+    for index, label in enumerate(labels):
+        at = np.flatnonzero(label[1:] != IGNORE)
+        if not len(at):
+            continue
+        rows.append(at + starts[index])
+        targets.append(label[1:][at])
+        new_span = np.concatenate([[True], np.diff(at) > 1])
+        answers.append(spans + np.cumsum(new_span) - 1)
+        spans += int(new_span.sum())
+        samples.append(np.full(len(at), index))
+    if not rows:
+        empty = np.zeros(0, np.int32)
+        return empty, empty, empty, empty
+    return tuple(np.concatenate(x).astype(np.int32) for x in (rows, targets, answers, samples))  # type: ignore[return-value]
+
+
+def build_plan(
+    token_ids: Sequence[NDArray],
+    labels: Sequence[NDArray],
+    is_visual: Sequence[NDArray[np.bool_]],
+    settings: PlanSettings,
+    sample_ids: Sequence[int] | None = None,
+) -> SequencePlan:
+    """Plan one micro-batch of samples given in the deep layout.
+
+    Args:
+        token_ids: per sample [n] ids; any value at visual rows.
+        labels: per sample [n], -100 where nothing is supervised; not shifted.
+        is_visual: per sample [n], true at visual rows, high_grid**2 rows per tile.
+        settings: grids, alignment and budgets.
+        sample_ids: number of each sample in its data set; 0, 1, ... if not given.
+
+    Raises:
+        ValueError: a sample's visual rows are not whole tiles, or a static budget is exceeded.
+    """
+    per_tile = settings.high_grid**2
+    keep_per_tile = settings.low_grid**2 if settings.lvtc else per_tile
+    for number, mask in enumerate(is_visual):
+        if mask.sum() % per_tile:
+            raise ValueError(
+                f"sample {number} of the micro-batch has {int(mask.sum())} visual rows, "
+                f"which is not a whole number of tiles of {per_tile}"
+            )
+    visual = np.concatenate(list(is_visual)) if is_visual else np.zeros(0, bool)
+    lengths = [len(x) for x in token_ids]
+    num_tiles = int(visual.sum()) // per_tile
+    rank_in_tile = (np.cumsum(visual) - 1) % per_tile
+    kept = ~visual | (rank_in_tile < keep_per_tile)
+
+    deep = _phase(lengths, visual, settings.deep_length, settings.alignment, "deep")
+    if settings.lvtc:
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        kept_lengths = [int(kept[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        shallow = _phase(
+            kept_lengths, visual[kept], settings.shallow_length, settings.alignment, "shallow"
+        )
+        expand_index = _expand_index(visual, kept, shallow, deep)
+    else:
+        shallow, expand_index = deep, None
+    entry = shallow
+    merge = np.arange(entry.length, dtype=np.int32)
+    merge[entry.visual_rows] = entry.length + np.arange(len(entry.visual_rows), dtype=np.int32)
+    tokens = np.zeros(entry.length, np.int32)
+    flat = np.concatenate([np.asarray(x) for x in token_ids]) if token_ids else np.zeros(0, np.int64)
+    tokens[: int(kept.sum())] = np.where(visual, 0, flat)[kept]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return SequencePlan(
+        num_tiles,
+        _tile_capacity(num_tiles, settings),
+        shallow,
+        deep,
+        merge,
+        expand_index,
+        tokens,
+        *_supervision(labels, starts),
+        np.asarray(range(len(lengths)) if sample_ids is None else sample_ids, np.int32),
+    )
+
+
+def _expand_index(visual: NDArray, kept: NDArray, shallow: PhasePlan, deep: PhasePlan) -> Int32:
+    """Source of every deep row in [shallow rows ; upsampled visual rows]."""
+    index = np.zeros(deep.length, np.int32)
+    rows = len(visual)
+    shallow_row = np.cumsum(kept) - 1
+    index[:rows] = np.where(visual, 0, shallow_row)
+    index[deep.visual_rows] = shallow.length + np.arange(len(deep.visual_rows), dtype=np.int32)
+    # Padding rows repeat a padding row where the shallow phase has one, so that no text row's
+    # gradient can ever come from them; their own gradient is zero either way.
+    padding = shallow.length - 1 if shallow.length > int(kept.sum()) else 0
+    index[rows:] = padding
+    return index
+
+
+_HEADER = 6
+
+
+def pack_plan(plan: SequencePlan) -> Int32:
+    """Flatten a plan into one int32 array, for a single broadcast. `unpack_plan` reverses it."""
+    phases = (plan.shallow, plan.deep) if plan.expand_index is not None else (plan.deep,)
+    arrays = [plan.merge_index, plan.tokens, plan.loss_rows, plan.targets, plan.answer_ids]
+    arrays += [plan.sample_of_loss_row, plan.sample_ids]
+    if plan.expand_index is not None:
+        arrays.append(plan.expand_index)
+    for phase in phases:
+        arrays += [np.asarray(phase.segment_lengths, np.int32), phase.position_ids, phase.visual_rows]
+    sizes = np.asarray([len(x) for x in arrays], np.int32)
+    header = np.zeros(_HEADER, np.int32)
+    header[:3] = plan.num_tiles, plan.tile_capacity, int(plan.expand_index is not None)
+    return np.concatenate([header, sizes, *arrays]).astype(np.int32)
+
+
+def unpack_plan(flat: Int32) -> SequencePlan:
+    """Rebuild the plan that `pack_plan` flattened; a longer buffer is allowed."""
+    num_tiles, capacity, lvtc = (int(x) for x in flat[:3])
+    count = 14 if lvtc else 10
+    sizes = flat[_HEADER : _HEADER + count]
+    ends = _HEADER + count + np.cumsum(sizes)
+    arrays = [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    merge, tokens, loss_rows, targets, answers, samples, ids = arrays[:7]
+    expand = arrays[7] if lvtc else None
+
+    def phase(first: int) -> PhasePlan:
+        segments, positions, visual_rows = arrays[first : first + 3]
+        return PhasePlan(len(positions), tuple(int(n) for n in segments), positions, visual_rows)
+
+    deep = phase(11 if lvtc else 7)
+    shallow = phase(8) if lvtc else deep
+    return SequencePlan(
+        num_tiles, capacity, shallow, deep, merge, expand, tokens, loss_rows, targets, answers, samples, ids
+    )

@@ -1,0 +1,19 @@
+"""The Hugging Face tokenizer of a model directory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(directory: str):
+    """Load a tokenizer from a local directory. Raises ValueError when there is none."""
+    from transformers import AutoTokenizer
+
+    if not Path(directory).is_dir():
+        raise ValueError(f"--tokenizer-model {directory}: no such directory")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer-model {directory}: no tokenizer could be loaded: {error}") from error

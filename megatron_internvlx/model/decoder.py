@@ -1,0 +1,123 @@
+"""The decoder layer that knows its phase, and injects at its entry where LVTC says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_internvlx.model.lvtc import LVTCInjection
+from megatron_internvlx.model.pvtc import PROJECTORS
+from megatron_internvlx.parallel.batch import DevicePlan
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Compression settings resolved to sizes; the same on every layer and stage."""
+
+    projector: str
+    pixel_shuffle_version: str
+    drop_path: float
+    injection_layers: tuple[int, ...]
+    low_grid: int
+    high_grid: int
+    patches: int
+    vision_hidden_size: int
+    upsample: str
+
+    @property
+    def lvtc(self) -> bool:
+        """Whether the sequence grows inside the decoder."""
+        return bool(self.injection_layers)
+
+    @property
+    def entry_grid(self) -> int:
+        """Token grid side of the visual rows that enter layer 0."""
+        return self.low_grid if self.lvtc else self.high_grid
+
+    def build_projector(self, config, grid: int, pg_collection):
+        """A projector from ViT features to grid x grid tokens per tile."""
+        return PROJECTORS[self.projector](
+            config,
+            self.vision_hidden_size,
+            grid=grid,
+            patches=self.patches,
+            pixel_shuffle_version=self.pixel_shuffle_version,
+            drop_path_rate=self.drop_path,
+            pg_collection=pg_collection,
+        )
+
+
+class PhaseAttention(PackedSeqParams):
+    """Megatron's packed-sequence parameters with the segment lengths on the host as well."""
+
+    segment_lengths: tuple[int, ...] = ()
+
+
+@dataclass
+class PhaseInputs:
+    """What a layer needs of the phase it runs in."""
+
+    rotary: Tensor | None
+    attention: PhaseAttention
+    padding_mask: Tensor | None = None
+
+
+@dataclass
+class DecoderInputs:
+    """Handed to every layer of a stage through TransformerBlock's `packed_seq_params`.
+
+    The ViT features travel as the block's `context`: a tensor argument of every layer, so that
+    recomputation and its gradients need nothing from us.
+    """
+
+    plan: DevicePlan
+    shallow: PhaseInputs
+    deep: PhaseInputs
+
+
+class InternVLXLayer(TransformerLayer):
+    """Megatron's transformer layer, run on the rows of its phase.
+
+    A layer named in `compression.injection_layers` first expands the visual rows (the first of
+    them) or adds a projection of the ViT features to them (the others).
+    """
+
+    def __init__(self, config, submodules, *, compression: CompressionPlan, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **kwargs)
+        index = self.layer_number - 1
+        expand_at = compression.injection_layers[0] if compression.lvtc else 0
+        self.is_deep = index >= expand_at
+        self.injection = None
+        if index in compression.injection_layers:
+            self.injection = LVTCInjection(
+                config,
+                compression.build_projector(config, compression.high_grid, self.pg_collection),
+                expand=index == expand_at,
+                low_grid=compression.low_grid,
+                high_grid=compression.high_grid,
+                upsample=compression.upsample,
+                group=self.tp_group,
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        packed_seq_params: DecoderInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows [S, 1, h] and ViT features [T, L, c] -> rows of this layer's phase, same features."""
+        assert packed_seq_params is not None
+        if self.injection is not None:
+            hidden_states = self.injection(hidden_states, context, packed_seq_params.plan)
+        phase = packed_seq_params.deep if self.is_deep else packed_seq_params.shallow
+        kwargs |= {"rotary_pos_emb": phase.rotary, "padding_mask": phase.padding_mask}
+        hidden_states, _ = super().forward(
+            hidden_states=hidden_states, packed_seq_params=phase.attention, **kwargs
+        )
+        return hidden_states, context

@@ -1,0 +1,246 @@
+"""InternVL-X as Megatron sees it: one module per (virtual) pipeline stage.
+
+Shapes: S rows of the current phase (S/TP per rank under sequence parallelism), h LLM width,
+T tiles, L = 1+P*P ViT tokens, c ViT width, n supervised rows, V vocabulary.
+
+A stage has: the vision encoder and the entry projector (first stage, with the embedding), its
+decoder layers (each injection layer owns its projector), the output layer (last stage).
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_internvlx.data.normalize import normalize_tiles
+from megatron_internvlx.model.decoder import CompressionPlan, DecoderInputs, PhaseAttention, PhaseInputs
+from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
+from megatron_internvlx.model.internvit_config import InternViTConfig
+from megatron_internvlx.model.layer_specs import decoder_spec
+from megatron_internvlx.model.lvtc import merge_visual
+from megatron_internvlx.parallel.batch import DevicePhase, DevicePlan, MicroBatch
+from megatron_internvlx.parallel.boundary import BoundaryFormat
+from megatron_internvlx.parallel.layout import boundary_content, stage_layers
+
+ROTARY_TABLE_STEP = 256
+
+
+class InternVLX(MegatronModule):
+    """Vision encoder, compression and language model of one pipeline stage.
+
+    Args:
+        config: Megatron's config of the language model.
+        vision: architecture of the vision encoder.
+        compression: projector and LVTC sizes.
+        vocab_size: V padded for the layout. real_vocab_size: V of the tokenizer; logits of padding
+            columns are masked, so that the loss does not depend on the tensor-parallel size.
+        rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
+        share_embeddings_and_output_weights: tied embeddings.
+        freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vision: InternViTConfig,
+        compression: CompressionPlan,
+        *,
+        vocab_size: int,
+        real_vocab_size: int,
+        max_sequence_length: int,
+        rotary_base: float = 10000,
+        rope_scaling_factor: float | None = None,
+        share_embeddings_and_output_weights: bool = False,
+        freeze_vision: bool = False,
+        vision_recompute: bool = False,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group = self.pg_collection.tp
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.compression, self.freeze_vision = compression, freeze_vision
+        self.real_vocab_size = real_vocab_size
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        pp_rank = self.pg_collection.pp.rank()
+        layers = stage_layers(config, pp_rank, vp_stage)
+        self.layers = layers
+        self.content_in = boundary_content(layers.first, compression.injection_layers)
+        self.content_out = boundary_content(layers.end, compression.injection_layers)
+        self.boundary = BoundaryFormat(
+            config.hidden_size,
+            compression.vision_hidden_size,
+            1 + compression.patches**2,
+            sequence_parallel=config.sequence_parallel,
+            group=self.tp_group,
+        )
+        if pre_process:
+            vision_settings = internvit_transformer_config(vision, config, recompute=vision_recompute)
+            self.vision_model = InternViT(vision, vision_settings, self.tp_group)
+            self.projector = compression.build_projector(config, compression.entry_grid, self.pg_collection)
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=decoder_spec(config, compression, pp_rank=pp_rank, vp_stage=vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            # Positions differ between the phases, so each layer gets its own; see _phase_inputs.
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=rotary_base,
+            rope_scaling=rope_scaling_factor is not None,
+            rope_scaling_factor=rope_scaling_factor or 1.0,
+            cp_group=self.pg_collection.cp,
+        )
+        if post_process:
+            # Only supervised rows reach the output layer, gathered first; see _supervised_rows.
+            self.language_model.output_layer.sequence_parallel = False
+            self.language_model.output_layer.allreduce_dgrad = self.tp_group.size() > 1
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight, where Megatron's gradient all-reduce between stages looks for it."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Called by Megatron's schedules with what the previous stage sent."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: MicroBatch, *, return_logits: bool = False) -> Tensor:
+        """Run this stage.
+
+        Returns:
+            Not the last stage: the boundary tensor [rows, 1, h].
+            Last stage: [n] losses of the supervised rows; in evaluation [2, n], the second row the
+            predicted token ids; with `return_logits` [S_deep, V] logits in fp32 instead.
+        """
+        plan = batch.plan
+        if self.pre_process:
+            assert batch.tiles is not None
+            features = self.encode(batch.tiles, plan)
+            rows = self.embed(plan, features)
+        else:
+            rows, features = self.boundary.split(self.input_tensor, self.content_in, plan)
+            if features is not None and self.freeze_vision:
+                features = features.detach()
+            self.language_model.set_input_tensor(rows)
+        inputs = DecoderInputs(plan, self._phase_inputs(plan.shallow), self._phase_inputs(plan.deep))
+        out = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=rows if self.pre_process else None,
+            packed_seq_params=inputs,
+            extra_block_kwargs={"context": features},
+            output_processor=self._logits if return_logits else self._loss,
+            output_processor_context=plan,
+        )
+        if self.post_process:
+            return out
+        out = self.boundary.join(out, features, self.content_out)
+        return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
+
+    def encode(self, tiles: Tensor, plan: DevicePlan) -> Tensor:
+        """This rank's tiles (uint8, or already normalised floats) -> features of all [T, L, c].
+
+        The encoder is tile-parallel: weights are replicated over TP and every rank encodes its
+        share. The gradient that comes back is the same on all ranks; each keeps its share, and
+        training/gradients.py sums the weight gradients over TP.
+        """
+        dtype = self.config.params_dtype
+        pixels = normalize_tiles(tiles, dtype) if tiles.dtype == torch.uint8 else tiles.to(dtype)
+        features = self.vision_model(pixels)
+        if self.tp_group.size() > 1:
+            features = gather_from_sequence_parallel_region(
+                features, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return features[: plan.encoded_tiles]
+
+    def embed(self, plan: DevicePlan, features_TLc: Tensor) -> Tensor:
+        """Text embeddings with the visual rows of layer 0 in place: [S, 1, h]."""
+        text = self.language_model.embedding(input_ids=plan.tokens.unsqueeze(0), position_ids=None)
+        rows = merge_visual(text, self.projector(features_TLc), plan)
+        if self.config.sequence_parallel:
+            rows = scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        return rows
+
+    def _phase_inputs(self, phase: DevicePhase) -> PhaseInputs:
+        table_len = -(-phase.max_seqlen // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
+        table = self.rotary(table_len)
+        if self.config.transformer_impl == "local":
+            attention = PhaseAttention(qkv_format="sbhd")
+            rotary = table.index_select(0, phase.position_ids)
+        else:
+            attention = PhaseAttention(
+                qkv_format="thd",
+                cu_seqlens_q=phase.cu_seqlens,
+                cu_seqlens_kv=phase.cu_seqlens,
+                max_seqlen_q=phase.max_seqlen,
+                max_seqlen_kv=phase.max_seqlen,
+            )
+            # The fused kernel restarts positions at every cu_seqlens entry by itself.
+            rotary = table
+        attention.segment_lengths = phase.segment_lengths
+        return PhaseInputs(rotary, attention)
+
+    def _supervised_rows(self, hidden_S1h: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows that the output layer needs, whole on every TP rank: [n, 1, h]."""
+        if self.config.sequence_parallel:
+            hidden_S1h = gather_from_sequence_parallel_region(
+                hidden_S1h, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return hidden_S1h if rows is None else hidden_S1h.index_select(0, rows)
+
+    def _local_logits(self, rows_n1h: Tensor, output_layer, output_weight) -> Tensor:
+        """This TP rank's vocabulary columns, padding columns at the lowest value: [n, 1, V/TP]."""
+        logits, _ = output_layer(rows_n1h, weight=output_weight)
+        first = self.tp_group.rank() * logits.shape[-1]
+        real = min(max(self.real_vocab_size - first, 0), logits.shape[-1])
+        if real < logits.shape[-1]:
+            logits[..., real:] = torch.finfo(logits.dtype).min
+        return logits
+
+    def _loss(self, *, hidden_states, output_layer, output_weight, context: DevicePlan, **_) -> Tensor:
+        rows = self._supervised_rows(hidden_states, context.loss_rows)
+        logits = self._local_logits(rows, output_layer, output_weight)
+        predicted = None if self.training else self._argmax(logits)
+        losses = self.language_model.compute_language_model_loss(context.targets.long()[None], logits)
+        losses = losses.view(-1)
+        return losses if predicted is None else torch.stack([losses, predicted.to(losses.dtype)])
+
+    def _argmax(self, logits_n1V: Tensor) -> Tensor:
+        """Most likely token id per row over all vocabulary shards: [n]."""
+        value, index = logits_n1V.float().squeeze(1).max(dim=-1)
+        if self.tp_group.size() == 1:
+            return index
+        index = index + self.tp_group.rank() * logits_n1V.shape[-1]
+        values = gather_from_tensor_model_parallel_region(value[:, None], group=self.tp_group)
+        indices = gather_from_tensor_model_parallel_region(index[:, None], group=self.tp_group)
+        return indices.gather(1, values.argmax(dim=1, keepdim=True)).squeeze(1)
+
+    def _logits(self, *, hidden_states, output_layer, output_weight, **_) -> Tensor:
+        rows = self._supervised_rows(hidden_states, None)
+        logits = self._local_logits(rows, output_layer, output_weight)
+        whole = gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
+        return whole[:, 0, : self.real_vocab_size].float()

@@ -1,0 +1,55 @@
+"""Layer specs of the decoder: Transformer Engine on GPUs, local modules elsewhere.
+
+Both give the same parameter names in a distributed checkpoint (Megatron's
+`sharded_state_dict_keys_map`), so a checkpoint moves between them.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_internvlx.model.attention import PackedDotProductAttention
+from megatron_internvlx.model.decoder import CompressionPlan, InternVLXLayer
+from megatron_internvlx.model.norm import norm_builder
+from megatron_internvlx.parallel.layout import stage_layers
+
+
+def _localize(submodules, normalization: str):
+    """Replace what Megatron's local modules cannot do: sequence-parallel norms, packed attention."""
+    norm = norm_builder(normalization, "local")
+    submodules.input_layernorm = norm
+    submodules.pre_mlp_layernorm = norm
+    attention = submodules.self_attention.submodules
+    attention.core_attention = PackedDotProductAttention
+    for name in ("q_layernorm", "k_layernorm"):
+        if getattr(attention, name) is not IdentityOp:
+            setattr(attention, name, norm)
+    return submodules
+
+
+def decoder_spec(
+    config: TransformerConfig, compression: CompressionPlan, *, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Specs of the decoder layers on one pipeline stage, and the final norm."""
+    local = config.transformer_impl == "local"
+    specs = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=not local, normalization=config.normalization
+    )
+    layers = stage_layers(config, pp_rank, vp_stage)
+    built = []
+    for spec in specs[layers.first : layers.end]:
+        submodules = copy.deepcopy(spec.submodules)
+        if local:
+            submodules = _localize(submodules, config.normalization)
+        built.append(
+            ModuleSpec(module=InternVLXLayer, submodules=submodules, params={"compression": compression})
+        )
+    return TransformerBlockSubmodules(
+        layer_specs=built, layer_norm=norm_builder(config.normalization, config.transformer_impl)
+    )

@@ -1,0 +1,53 @@
+"""Which decoder layers, projectors and carried features each pipeline stage has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+
+@dataclass(frozen=True)
+class StageLayers:
+    """The decoder layers of one (virtual) pipeline stage, 0-based, `first` <= layer < `end`."""
+
+    first: int
+    end: int
+
+
+def stage_layers(config: TransformerConfig, pp_rank: int, vp_stage: int | None) -> StageLayers:
+    """Layers that Megatron builds on this stage, under any of its ways to split them."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None and config.pipeline_model_parallel_size > 1:
+        stage = {"layer_type": LayerType.decoder, "vp_stage": vp_stage, "pp_rank": pp_rank}
+        first = layout.get_layer_offset(**stage)
+        return StageLayers(first, first + layout.get_num_layers_to_build(**stage))
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    return StageLayers(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+
+
+@dataclass(frozen=True)
+class BoundaryContent:
+    """What crosses the boundary in front of decoder layer `next_layer`."""
+
+    next_layer: int
+    deep: bool
+    """The decoder rows are those of the deep phase."""
+    carry: bool
+    """ViT features travel along: layer `next_layer` or a later one projects them."""
+
+
+def boundary_content(next_layer: int, injection_layers: tuple[int, ...]) -> BoundaryContent:
+    """Content of the boundary in front of a layer.
+
+    Layer k itself expands, so the boundary in front of it still carries shallow rows.
+    """
+    expand = injection_layers[0] if injection_layers else None
+    return BoundaryContent(
+        next_layer,
+        deep=expand is None or next_layer > expand,
+        carry=any(layer >= next_layer for layer in injection_layers),
+    )

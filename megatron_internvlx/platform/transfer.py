@@ -1,0 +1,12 @@
+"""Host to device copies that do not wait."""
+
+import torch
+
+from megatron_internvlx.platform import backend, device
+
+
+def to_device(host: torch.Tensor) -> torch.Tensor:
+    """Copy a host tensor to this rank's device; through pinned memory, so asynchronously, on a GPU."""
+    if backend() == "gloo":
+        return host
+    return host.pin_memory().to(device(), non_blocking=True)

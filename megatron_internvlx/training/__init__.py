@@ -1,0 +1,1 @@
+"""Forward step, loss, gradients, logging: what Megatron's training loop calls."""

@@ -1,0 +1,100 @@
+"""The answers a model gives in evaluation: which were right, and what was asked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_internvlx.arguments import settings_from
+from megatron_internvlx.config import DataSettings
+from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.training.data import DataProvider, build_encoder
+
+
+class AnswerBook:
+    """Collects the predicted tokens of an evaluation and writes one JSON line per answer.
+
+    A prediction is made with the correct earlier answer tokens given (teacher forcing), so an
+    answer is entirely right exactly when greedy generation would produce it.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: DataProvider) -> None:
+        self.args, self.data = args, data
+        self.path = settings_from(args, DataSettings).predictions_file
+        self.last: list[dict[str, Any]] = []
+        """Rows of the last complete evaluation, on the last stage of data-parallel rank 0."""
+        self._pending: list[tuple[SequencePlan, np.ndarray]] = []
+
+    def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
+        """Keep one micro-batch: predicted int [n] for the plan's supervised rows."""
+        self._pending.append((plan, predicted.to("cpu").numpy()))
+
+    def finish(self) -> None:
+        """End of an evaluation: gather all ranks' answers and write the file."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
+            return
+        rows = [row for plan, predicted in self._pending for row in self._rows(plan, predicted)]
+        self._pending = []
+        group = mpu.get_data_parallel_group()
+        if group.size() > 1:
+            parts: list[Any] = [None] * group.size()
+            dist.all_gather_object(parts, rows, group=group)
+            rows = [row for part in parts for row in part]
+        if mpu.get_data_parallel_rank() == 0:
+            self.last = rows
+            if self.path:
+                write_jsonl(Path(self.path), rows)
+
+    def _rows(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
+        tokenizer = load_tokenizer(self.args.tokenizer_model)
+        rows = []
+        spans: dict[int, int] = {}
+        for answer in range(int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0):
+            at = np.flatnonzero(plan.answer_ids == answer)
+            sample = int(plan.sample_of_loss_row[at[0]])
+            turn = spans.get(sample, 0)
+            spans[sample] = turn + 1
+            expected, given = plan.targets[at], predicted[at]
+            rows.append(
+                self._source(int(plan.sample_ids[sample]), turn)
+                | {
+                    "expected": tokenizer.decode(expected, skip_special_tokens=True).strip(),
+                    "given": tokenizer.decode(given, skip_special_tokens=True).strip(),
+                    "correct": bool((expected == given).all()),
+                }
+            )
+        return rows
+
+    def _source(self, number: int, turn: int) -> dict[str, Any]:
+        """Question, image and grid of the `turn`-th answer of a validation record."""
+        assert self.data.valid_manifest is not None
+        record = self.data.valid_manifest.record(number)
+        asked = [t["value"] for t in record.data["conversations"] if t["from"] == "human"]
+        sample = build_encoder(self.args).encode(record)
+        first = sample.images[0] if sample.images else None
+        return {
+            "key": record.key,
+            "kind": record.data.get("kind", ""),
+            "question": asked[min(turn, len(asked) - 1)].replace("<image>", "").strip(),
+            "image": first.path if first else None,
+            "cols": first.cols if first else 0,
+            "rows": first.rows if first else 0,
+            "thumbnail": first.thumbnail if first else False,
+        }
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, under the final name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(partial, path)

@@ -1,0 +1,151 @@
+"""Megatron's dataset provider: loaders on one rank per replica, the same micro-batches on its others."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_internvlx.arguments import settings_from
+from megatron_internvlx.config import DataSettings, TrainSettings
+from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.loader import ConversationDataset, batches
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.plan import PlanSettings, build_plan
+from megatron_internvlx.data.rejects import RejectLog
+from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
+from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.model.builder import compression_plan
+from megatron_internvlx.parallel.batch import BatchChannel, BatchIterator, HostBatch, SharedBatches
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """Row alignment and budgets of the layout that the arguments describe."""
+    compression = compression_plan(args)
+    train = settings_from(args, TrainSettings)
+    tensor_parallel = args.tensor_model_parallel_size
+    static = train.boundary == "static"
+    rows = 16 if args.fp8 else 1
+    return PlanSettings(
+        low_grid=compression.low_grid,
+        high_grid=compression.high_grid,
+        lvtc=compression.lvtc,
+        alignment=rows * (tensor_parallel if args.sequence_parallel else 1),
+        tile_multiple=tensor_parallel,
+        shallow_length=train.shallow_seq_length if static else None,
+        deep_length=args.seq_length if static else None,
+        tile_budget=train.max_tiles_per_pack if static else None,
+    )
+
+
+def build_encoder(args: argparse.Namespace) -> SampleEncoder:
+    """Record -> tokens, labels and tile grids, as the model's token counts want them."""
+    data = settings_from(args, DataSettings)
+    settings = EncoderSettings(
+        template=data.conversation_template,
+        tile_size=args.image_size,
+        min_tiles=data.min_tiles,
+        max_tiles=data.max_tiles,
+        use_thumbnail=not data.no_thumbnail,
+        rvtc=data.rvtc,
+        tokens_per_tile=compression_plan(args).high_grid ** 2,
+        max_length=args.seq_length,
+        dynamic_image_size=not data.static_image_size,
+        compat=ReleasedQuirks.all() if data.released_quirks else ReleasedQuirks(),
+    )
+    return SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
+
+
+def host_batches(samples: Iterator, settings: PlanSettings) -> Iterator[HostBatch]:
+    """Lists of (Sample, tiles) -> planned micro-batches."""
+    for micro_batch in samples:
+        plan = build_plan(
+            [sample.input_ids for sample, _ in micro_batch],
+            [sample.labels for sample, _ in micro_batch],
+            [sample.is_visual for sample, _ in micro_batch],
+            settings,
+            [sample.number for sample, _ in micro_batch],
+        )
+        yield HostBatch(plan, torch.cat([tiles for _, tiles in micro_batch]))
+
+
+class DataProvider:
+    """Builds the training and validation iterators; Megatron calls it once per virtual stage."""
+
+    # Every rank takes part: the loading ranks send, the others receive.
+    is_distributed = True
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.data = settings_from(args, DataSettings)
+        self.rejects: RejectLog | None = None
+        self.valid_manifest = Manifest(self.data.valid_data) if self.data.valid_data else None
+        self._groups = None
+        self._shared: dict[str, SharedBatches] = {}
+
+    @property
+    def is_loading_rank(self) -> bool:
+        """Whether this rank reads files; the others of its replica receive."""
+        return any(shared.channel.is_source for shared in self._shared.values())
+
+    def __call__(self, _num_samples, vp_stage: int | None = None):
+        """(training, validation, test) iterators of one model chunk."""
+        train = None if self.args.skip_train else self._iterator("train")
+        valid = self._iterator("valid") if self.valid_manifest is not None else None
+        return train, valid, None
+
+    def _iterator(self, split: str) -> BatchIterator:
+        if split not in self._shared:
+            channel = self._channel()
+            loader = self._loader(split) if channel.is_source else None
+            readers = self.args.virtual_pipeline_model_parallel_size or 1
+            self._shared[split] = SharedBatches(channel, loader, readers)
+        return BatchIterator(self._shared[split])
+
+    def _channel(self) -> BatchChannel:
+        if self._groups is None:
+            ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
+            first = ranks[: self.args.tensor_model_parallel_size]
+
+            def gloo(members):
+                if len(members) == 1 or dist.get_rank() not in members:
+                    return None
+                return dist.new_group(members, backend="gloo", use_local_synchronization=True)
+
+            self._groups = (ranks, first, gloo(ranks), gloo(first))
+        return BatchChannel(*self._groups, self.args.image_size)
+
+    def _loader(self, split: str) -> Iterator[HostBatch]:
+        args = self.args
+        if self.rejects is None:
+            path = self.data.rejects_file
+            if path is None and args.save:
+                path = str(Path(args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
+            self.rejects = RejectLog(path, self.data.max_rejects)
+        train = split == "train"
+        manifest = Manifest(self.data.data) if train else self.valid_manifest
+        assert manifest is not None
+        dataset = ConversationDataset(manifest, build_encoder(args), seed=args.seed, shuffle=train)
+        size = args.micro_batch_size if train else args.eval_micro_batch_size
+        split_args = {
+            "micro_batch_size": size,
+            "dp_rank": mpu.get_data_parallel_rank(),
+            "dp_size": mpu.get_data_parallel_world_size(),
+            "num_workers": self.data.loader_workers,
+            "reject_log": self.rejects,
+        }
+        settings = plan_settings(args)
+        if train:
+            return host_batches(batches(dataset, start=args.consumed_train_samples, **split_args), settings)
+        per_rank = args.eval_global_batch_size // (size * split_args["dp_size"]) * args.eval_iters
+        return self._evaluations(dataset, split_args, settings, per_rank)
+
+    @staticmethod
+    def _evaluations(dataset, split_args, settings, micro_batches: int) -> Iterator[HostBatch]:
+        """Every evaluation sees the same held-out samples, from the first on."""
+        while True:
+            yield from host_batches(batches(dataset, start=0, limit=micro_batches, **split_args), settings)

@@ -1,0 +1,121 @@
+"""One forward step: micro-batch -> stage output, and the loss with its weights.
+
+With Megatron's `--calculate-per-token-loss` the gradient of a global batch is
+sum(weight * loss) / sum(weight), over all micro-batches and data-parallel ranks. Megatron adds up
+the weights as integers, so each scheme below makes a sample's total weight an integer:
+
+    token   n      sample   1      square   round(1024 * sqrt(n))
+
+where n is the number of supervised tokens of the sample; a token weighs its sample's total / n.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.platform.transfer import to_device
+
+SQUARE_SCALE = 1024
+
+
+@dataclass
+class Counters:
+    """What a rank has seen of training micro-batches since the last log line."""
+
+    rows: int = 0
+    """Deep rows, padding included."""
+    padding: int = 0
+    tiles: int = 0
+    data_wait: float = 0.0
+    """Seconds spent waiting for micro-batches."""
+
+
+def sample_weight(answer_tokens: np.ndarray, weighting: str) -> np.ndarray:
+    """Integer weight of a sample with so many supervised tokens: int64, same shape."""
+    if weighting == "token":
+        return answer_tokens.astype(np.int64)
+    if weighting == "sample":
+        return np.ones_like(answer_tokens, dtype=np.int64)
+    if weighting == "square":
+        return np.rint(SQUARE_SCALE * np.sqrt(answer_tokens)).astype(np.int64)
+    raise ValueError(f"unknown loss weighting {weighting!r}: token, sample or square")
+
+
+def loss_weights(plan: SequencePlan, weighting: str) -> tuple[np.ndarray, int]:
+    """Weight of each supervised row [n] (fp32), and their sum as an integer."""
+    if not len(plan.sample_of_loss_row):
+        return np.zeros(0, np.float32), 0
+    samples, counts = np.unique(plan.sample_of_loss_row, return_counts=True)
+    totals = sample_weight(counts, weighting)
+    per_token = (totals / counts).astype(np.float32)
+    return per_token[np.searchsorted(samples, plan.sample_of_loss_row)], int(totals.sum())
+
+
+def answers_right(plan: SequencePlan, predicted: Tensor) -> Tensor:
+    """Per answer span, whether every token was predicted: int [answers]."""
+    wrong = (predicted != to_device(torch.from_numpy(plan.targets))).to(torch.float32)
+    answers = int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0
+    misses = torch.zeros(answers, device=wrong.device)
+    misses.index_add_(0, to_device(torch.from_numpy(plan.answer_ids)), wrong)
+    return (misses == 0).to(torch.float32)
+
+
+class ForwardStep:
+    """Megatron's `forward_step_func`.
+
+    Args:
+        weighting: token, sample or square.
+        on_answers: called on the last stage in evaluation with (plan, predicted ids [n]).
+    """
+
+    def __init__(self, weighting: str, on_answers=None) -> None:
+        self.weighting, self.on_answers = weighting, on_answers
+        self.counters = Counters()
+        self._first_chunk: object = None
+
+    def take(self) -> Counters:
+        """Counters since the last call, which start anew."""
+        taken, self.counters = self.counters, Counters()
+        return taken
+
+    def __call__(self, data_iterator: Iterator[MicroBatch], model):
+        """Run one stage on the next micro-batch: (output, loss function)."""
+        start = time.perf_counter()
+        batch = next(data_iterator)
+        wait = time.perf_counter() - start
+        # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
+        self._first_chunk = self._first_chunk or model
+        if model.training and model is self._first_chunk:
+            self._count(batch.plan.host, wait)
+        return model(batch), partial(self.loss, batch.plan.host, model.training)
+
+    def _count(self, plan: SequencePlan, wait: float) -> None:
+        counters = self.counters
+        counters.rows += plan.deep.length
+        counters.padding += plan.deep.length - sum(plan.deep.segment_lengths[: len(plan.sample_ids)])
+        counters.tiles += plan.num_tiles
+        counters.data_wait += wait
+
+    def loss(self, plan: SequencePlan, training: bool, output: Tensor):
+        """Weighted loss sum, its integer weight, and what to report (each [sum, weight])."""
+        weights, total = loss_weights(plan, self.weighting)
+        losses = output if training else output[0]
+        weighted = (losses.float() * to_device(torch.from_numpy(weights))).sum()
+        count = torch.tensor(total, dtype=torch.int, device=losses.device)
+        report = {"loss": torch.stack([weighted.detach(), count.to(weighted.dtype)])}
+        if not training:
+            predicted = output[1].to(torch.int32)
+            right = answers_right(plan, predicted)
+            report["accuracy"] = torch.stack([right.sum(), torch.tensor(float(len(right)), device=right.device)])
+            if self.on_answers is not None:
+                self.on_answers(plan, predicted)
+        return weighted, count, report

@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Train an InternVL-X model: arguments, model, data, then Megatron's training loop.
+
+    torchrun --nproc-per-node 2 pretrain_vlm.py --model-preset internvlx_tiny --data meta.json ...
+
+Where things are: the compressors in megatron_internvlx/model/{pvtc,lvtc}.py and data/rvtc.py, what
+crosses a pipeline boundary in parallel/boundary.py, the plan of a micro-batch in data/plan.py.
+"""
+
+import sys
+
+from megatron_internvlx import platform
+
+
+def main() -> int:
+    """Train; returns 2 for a mistake of the caller, after one message."""
+    # Before Megatron is imported: without CUDA it prepares torch for it. The imports stay in here
+    # because the loader's worker processes import this file again.
+    platform.setup()
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_internvlx import arguments
+    from megatron_internvlx.model.builder import ModelProvider
+    from megatron_internvlx.training.data import DataProvider
+    from megatron_internvlx.training.log import TrainingLog
+    from megatron_internvlx.training.step import ForwardStep
+
+    try:
+        args = arguments.parse()
+        data = DataProvider(args)
+    except ValueError as error:
+        return arguments.complain(error)
+    log = TrainingLog(args, data)
+    step = ForwardStep(args.loss_weighting, on_answers=log.answers)
+    log.install(step)
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        data,
+        ModelType.encoder_or_decoder,
+        step,
+        ModelProvider(args),
+    )
+    log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
