@@ -23,6 +23,9 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 GREY = (128, 128, 128)  # of what no question is about
+# Shapes to name, dots to count and words to read are black on one of these: with the same polarity
+# everywhere a model need not learn each form once per pair of colours.
+LIGHT = ("white", "yellow", "cyan")
 COLOUR_NOISE = 12  # every channel of a drawn colour is off by at most this, of 255
 SHAPES = ("circle", "square", "triangle", "cross")
 COUNTS = ("one", "two", "three", "four")
@@ -61,14 +64,25 @@ def _draw_shape(
         draw.rectangle((x0, y0 + third, x1, y1 - third), fill=fill)
 
 
-def shape_picture(rng: random.Random, size: tuple[int, int], *, grey_background: bool) -> Picture:
-    """One large shape near the middle of a coloured or grey background; `size` is (width, height)."""
+def shape_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Picture:
+    """One large shape near the middle; `size` is (width, height).
+
+    Asked for `background` both colours are free; for `shape_colour` the background is grey; for `shape` the
+    shape is black on a light background.
+    """
     width, height = size
-    names: list[str | None] = [*rng.sample(list(COLOURS), 2)]
-    back, front = [None, names[1]] if grey_background else names
+    colours = rng.sample(list(COLOURS), 2)
+    back: str | None = colours[0]
+    front = colours[1]
+    if kind == "shape_colour":
+        # A model first learns which colours an image holds, and only much later which belongs where: two
+        # colours in every picture would take it several times as long.
+        back = None
+    elif kind == "shape":
+        back, front = rng.choice(LIGHT), "black"
     shape = rng.choice(SHAPES)
     image = Image.new("RGB", size, _noisy(rng, back))
-    side = int(min(size) * rng.uniform(0.6, 0.8))
+    side = int(min(size) * rng.uniform(0.7, 0.85))
     # The shape moves by a tenth of the free room at most, so that it is always near the middle.
     x0 = int((width - side) * rng.uniform(0.4, 0.6))
     y0 = int((height - side) * rng.uniform(0.4, 0.6))
@@ -88,7 +102,7 @@ def _halves_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
 
 def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     width, height = size
-    back = rng.choice([name for name in COLOURS if name not in ("black", "blue")])  # black shows on the rest
+    back = rng.choice(LIGHT)
     count = rng.randrange(len(COUNTS)) + 1
     image = Image.new("RGB", size, _noisy(rng, back))
     draw, fill = ImageDraw.Draw(image), _noisy(rng, "black")
@@ -103,16 +117,14 @@ def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
 def _word_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     width, height = size
     word = rng.choice(WORDS)
-    dark_on_light = rng.random() < 0.5
-    back = rng.choice(("white", "yellow", "cyan")) if dark_on_light else rng.choice(("black", "blue"))
-    front = "black" if dark_on_light else "white"
+    back = rng.choice(LIGHT)
     image = Image.new("RGB", size, _noisy(rng, back))
     draw = ImageDraw.Draw(image)
     text = word.upper()
     probe = draw.textbbox((0, 0), text, font=ImageFont.load_default(size=100))
     scale = min(0.88 * width / (probe[2] - probe[0]), 0.7 * height / (probe[3] - probe[1]))
     font = ImageFont.load_default(size=max(8, int(100 * scale)))
-    draw.text((width / 2, height / 2), text, fill=_noisy(rng, front), font=font, anchor="mm")
+    draw.text((width / 2, height / 2), text, fill=_noisy(rng, "black"), font=font, anchor="mm")
     return Picture(image, {"background": back, "word": word})
 
 
@@ -124,6 +136,4 @@ def draw_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Pictur
         return _word_picture(rng, size)
     if kind in ("left", "right"):
         return _halves_picture(rng, size)
-    # With a grey background the shape's colour is the only one. A model first learns which colours an image
-    # holds and only much later which belongs where: two colours everywhere would take ten times as long.
-    return shape_picture(rng, size, grey_background=kind != "background")
+    return shape_picture(rng, kind, size)

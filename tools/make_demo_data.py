@@ -91,15 +91,15 @@ QUESTIONS = {
 }
 TWO_IMAGES_QUESTION = "What colour is the background of the {which} image?"
 TEXT_QUESTION = "Say the word {word}."
-# Which second question may follow the first about the same picture.
-SECOND_KINDS = {
-    "background": ("shape_colour",),
-    "shape_colour": ("shape",),
-    "left": ("right",),
-    "right": ("left",),
-    "shape": ("shape_colour",),
-    "count": ("background",),
-    "word": ("background",),
+# The two questions about a picture, where a sample that would ask the one kind has two rounds.
+TWO_ROUNDS = {
+    "background": ("background", "shape_colour"),
+    "shape_colour": ("background", "shape_colour"),
+    "left": ("left", "right"),
+    "right": ("right", "left"),
+    "shape": ("shape", "background"),
+    "count": ("count", "background"),
+    "word": ("word", "background"),
 }
 
 # A short system turn takes the place of the template's own, which is ten times as long as a question and
@@ -169,7 +169,7 @@ def _two_images(rng: random.Random, folder: Path, stem: str) -> dict[str, Any]:
     names, widths, heights, colours = [], [], [], []
     for number in "ab":
         size = (rng.randint(40, 224), rng.randint(40, 224))
-        picture = shape_picture(rng, size, grey_background=False)
+        picture = shape_picture(rng, "background", size)
         names.append(_save(rng, picture, folder, stem + number))
         widths.append(size[0])
         heights.append(size[1])
@@ -203,7 +203,7 @@ def make_sample(seed: int, split: str, index: int, folder: Path) -> dict[str, An
     size = _pick_size(rng, index)
     kinds = [_pick_kind(rng, size)]
     if place >= CYCLE - TEXT_ONLY_PER_CYCLE - TWO_IMAGES_PER_CYCLE - TWO_ROUNDS_PER_CYCLE:
-        kinds.append(rng.choice(SECOND_KINDS[kinds[0]]))
+        kinds = list(TWO_ROUNDS[kinds[0]])
     picture = draw_picture(rng, kinds[0], size)
     rounds = [(QUESTIONS[kind], picture.answers[kind]) for kind in kinds]
     rounds[0] = (f"<image>\n{rounds[0][0]}", rounds[0][1])
