@@ -122,7 +122,7 @@ def forward_flops(shape: ModelShape, stats: PlanStats, attention: Attention = "c
             works += _projector(shape, plan.high_grid, f"injection_{layer}", layer, tiles)
             if layer == shape.shallow_layers:
                 upsample = 2 * stats.upsampled_tiles * (plan.high_grid * plan.low_grid) ** 2 * shape.hidden
-                works.append(Work("upsample", "projectors", "upsample", layer, upsample))
+                works.append(Work("upsample", "llm", "upsample", layer, upsample))  # of decoder rows
         works += _layer(shape, layer, stats, attention)
     output = 2 * stats.output_rows * shape.hidden * shape.vocab
     works.append(Work("output", "llm", "linear", None, output))
@@ -281,15 +281,13 @@ _MODULE = {"mlp": "mlp", "experts": "moe", "shared_experts": "shared_experts"}
 
 def _recomputed(work: Work, settings: BackwardSettings) -> int:
     """FLOPs of an operation that run again before its backward pass."""
-    if not settings.reaches(work.owner):
-        return 0
     again = 0
     attention = work.kind == "products" and work.owner != "projectors"
-    if attention:
+    if attention and settings.reaches(work.owner):
         again += work.flops // 2  # the fused backward kernel computes the scores, one of two products
     if work.owner == "vision":
-        whole = settings.vision_recompute and work.kind != "patches"
-    else:
+        whole = settings.vision_recompute and settings.reaches("vision") and work.kind != "patches"
+    else:  # a layer runs again as a whole, a frozen injection in it too
         whole = work.layer in settings.full_layers
     if not whole and work.owner == "llm" and work.layer is not None:
         asked = "core_attn" if attention else _MODULE.get(work.kind)
