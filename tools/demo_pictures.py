@@ -92,12 +92,13 @@ def shape_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Pictu
 
 
 def _halves_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
+    # Upper and lower, not left and right: tokens run row by row, so a half is one stretch of them.
     width, height = size
-    left, right = rng.sample(list(COLOURS), 2)
-    image = Image.new("RGB", size, _noisy(rng, left))
-    middle = int(width * rng.uniform(0.47, 0.53))
-    ImageDraw.Draw(image).rectangle((middle, 0, width, height), fill=_noisy(rng, right))
-    return Picture(image, {"left": left, "right": right})
+    upper, lower = rng.sample(list(COLOURS), 2)
+    image = Image.new("RGB", size, _noisy(rng, upper))
+    middle = int(height * rng.uniform(0.47, 0.53))
+    ImageDraw.Draw(image).rectangle((0, middle, width, height), fill=_noisy(rng, lower))
+    return Picture(image, {"upper": upper, "lower": lower})
 
 
 def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
@@ -106,8 +107,10 @@ def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     count = rng.randrange(len(COUNTS)) + 1
     image = Image.new("RGB", size, _noisy(rng, back))
     draw, fill = ImageDraw.Draw(image), _noisy(rng, "black")
-    radius = min(width, height) * rng.uniform(0.15, 0.19)
-    for slot in rng.sample(range(4), count):  # one dot in the middle of each of `count` quadrants
+    radius = min(width, height) * rng.uniform(0.18, 0.22)
+    for slot in range(
+        count
+    ):  # one dot in the middle of each of the first `count` quadrants, in reading order
         x = width * (0.25 + 0.5 * (slot % 2) + rng.uniform(-0.03, 0.03))
         y = height * (0.25 + 0.5 * (slot // 2) + rng.uniform(-0.03, 0.03))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
@@ -119,12 +122,19 @@ def _word_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     word = rng.choice(WORDS)
     back = rng.choice(LIGHT)
     image = Image.new("RGB", size, _noisy(rng, back))
-    draw = ImageDraw.Draw(image)
-    text = word.upper()
-    probe = draw.textbbox((0, 0), text, font=ImageFont.load_default(size=100))
-    scale = min(0.88 * width / (probe[2] - probe[0]), 0.7 * height / (probe[3] - probe[1]))
-    font = ImageFont.load_default(size=max(8, int(100 * scale)))
-    draw.text((width / 2, height / 2), text, fill=_noisy(rng, "black"), font=font, anchor="mm")
+    # The letters are stretched over the same part of every image, as the tiles stretch the image: a word then
+    # always covers the same patches.
+    font = ImageFont.load_default(size=100)
+    bounds = font.getmask(word.upper(), mode="L", stroke_width=5).size
+    mask = Image.new("L", (int(bounds[0]), int(bounds[1])))
+    ImageDraw.Draw(mask).text(
+        (bounds[0] / 2, bounds[1] / 2), word.upper(), fill=255, font=font, anchor="mm", stroke_width=5
+    )
+    box = mask.getbbox()
+    letters = mask.crop(box).resize((int(width * 0.86), int(height * 0.6)), Image.Resampling.BICUBIC)
+    shift = rng.uniform(-0.02, 0.02), rng.uniform(-0.02, 0.02)
+    corner = int(width * (0.07 + shift[0])), int(height * (0.2 + shift[1]))
+    image.paste(_noisy(rng, "black"), corner, letters)
     return Picture(image, {"background": back, "word": word})
 
 
@@ -134,6 +144,6 @@ def draw_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Pictur
         return _count_picture(rng, size)
     if kind == "word":
         return _word_picture(rng, size)
-    if kind in ("left", "right"):
+    if kind in ("upper", "lower"):
         return _halves_picture(rng, size)
     return shape_picture(rng, kind, size)

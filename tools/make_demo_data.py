@@ -43,13 +43,13 @@ MARK = "demo_data.json"
 
 # How often a question of each kind is asked, among samples with one image and one round.
 KIND_WEIGHTS = {
-    "background": 0.27,
-    "shape_colour": 0.31,
-    "left": 0.09,
-    "right": 0.09,
-    "shape": 0.08,
-    "count": 0.08,
-    "word": 0.08,
+    "background": 0.24,
+    "shape_colour": 0.28,
+    "upper": 0.08,
+    "lower": 0.08,
+    "shape": 0.11,
+    "count": 0.10,
+    "word": 0.11,
 }
 # Every cycle of twenty samples holds this many of the other forms.
 CYCLE = 20
@@ -72,9 +72,9 @@ SIZE_CLASSES: dict[str, tuple[float, tuple[int, int], tuple[int, int]]] = {
     "four_448": (0.02, (710, 740), (585, 600)),
     "six_448": (0.02, (890, 1000), (590, 600)),
 }
-# Longer images than this (long side over short side) are asked about their background or halves only:
-# stretched to square tiles, a circle would no longer look like one.
-MAX_ASPECT_FOR_SHAPES = 2.3
+# Longer images than this (long side over short side) get no forms to name, count or read: the tiles stretch
+# them to squares, and a circle would no longer look like one.
+MAX_ASPECT_FOR_FORMS = 1.7
 MIN_SIDE_FOR_WORDS = 90  # pixels; smaller letters are unreadable
 JPEG_QUALITY = 92
 
@@ -83,8 +83,8 @@ JPEG_QUALITY = 92
 QUESTIONS = {
     "background": "What colour is the background?",
     "shape_colour": "What colour is the shape?",
-    "left": "What colour is the left half?",
-    "right": "What colour is the right half?",
+    "upper": "What colour is the upper half?",
+    "lower": "What colour is the lower half?",
     "shape": "Which shape is it?",
     "count": "How many dots are there?",
     "word": "Which word is written?",
@@ -95,8 +95,8 @@ TEXT_QUESTION = "Say the word {word}."
 TWO_ROUNDS = {
     "background": ("background", "shape_colour"),
     "shape_colour": ("background", "shape_colour"),
-    "left": ("left", "right"),
-    "right": ("right", "left"),
+    "upper": ("upper", "lower"),
+    "lower": ("lower", "upper"),
     "shape": ("shape", "background"),
     "count": ("count", "background"),
     "word": ("word", "background"),
@@ -135,8 +135,8 @@ def _pick_size(rng: random.Random, index: int) -> tuple[int, int]:
 
 def _pick_kind(rng: random.Random, size: tuple[int, int]) -> str:
     kinds = dict(KIND_WEIGHTS)
-    if max(size) > MAX_ASPECT_FOR_SHAPES * min(size):
-        kinds = {kind: kinds[kind] for kind in ("background", "left", "right")}
+    if max(size) > MAX_ASPECT_FOR_FORMS * min(size):
+        kinds = {kind: kinds[kind] for kind in ("background", "shape_colour", "upper", "lower")}
     elif min(size) < MIN_SIDE_FOR_WORDS:
         del kinds["word"]
     return rng.choices(list(kinds), list(kinds.values()))[0]
