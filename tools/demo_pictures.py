@@ -108,9 +108,8 @@ def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     image = Image.new("RGB", size, _noisy(rng, back))
     draw, fill = ImageDraw.Draw(image), _noisy(rng, "black")
     radius = min(width, height) * rng.uniform(0.18, 0.22)
-    for slot in range(
-        count
-    ):  # one dot in the middle of each of the first `count` quadrants, in reading order
+    # One dot in the middle of each of the first quadrants, in reading order.
+    for slot in range(count):
         x = width * (0.25 + 0.5 * (slot % 2) + rng.uniform(-0.03, 0.03))
         y = height * (0.25 + 0.5 * (slot // 2) + rng.uniform(-0.03, 0.03))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)

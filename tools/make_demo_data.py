@@ -41,7 +41,8 @@ from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_pi
 FORMAT_VERSION = 1
 MARK = "demo_data.json"
 
-# How often a question of each kind is asked, among samples with one image and one round.
+# How often a picture of each kind is drawn. Colours are learnt first and make up most; forms need several
+# times as many samples.
 KIND_WEIGHTS = {
     "background": 0.24,
     "shape_colour": 0.28,
