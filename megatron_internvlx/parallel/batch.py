@@ -1,9 +1,9 @@
 """What each rank gets of a micro-batch.
 
 One rank per data-parallel replica (first stage, TP rank 0) loads samples. The plan, the token ids
-and the targets of a micro-batch are a few kilobytes of int32: one broadcast over the replica's
-TP x PP ranks, on the host, gives every stage the same plan without a device synchronization.
-Pixels go only to the first stage, each TP rank receiving the tiles it encodes.
+and the targets of a micro-batch are a few kilobytes of int32: they go to the first rank of each
+stage and from there to its TP ranks in one broadcast, all on the host, so that every rank has the
+same plan without a device synchronization. Pixels go only to the first stage, each TP rank receiving the tiles it encodes.
 """
 
 from __future__ import annotations
@@ -113,62 +113,82 @@ class BatchChannel:
     """Hands micro-batches from the loading rank of a replica to its TP x PP ranks.
 
     Args:
-        ranks: global ranks of one replica, loading rank first.
-        first_stage_ranks: those that encode tiles, in TP order, loading rank first.
-        group, first_stage_group: gloo groups of the two; None when they hold one rank.
+        stages: global ranks of the replica, one list per pipeline stage in TP order; the loading rank
+            is the first of the first.
+        group: host group of all of them; None when it holds one rank.
+        stage_group: host group of this rank's stage; None when it holds one rank.
         tile_size: side of a tile, in pixels.
     """
 
     START_CAPACITY = 1 << 14
 
-    def __init__(self, ranks, first_stage_ranks, group, first_stage_group, tile_size: int) -> None:
-        self.ranks, self.first_stage_ranks = list(ranks), list(first_stage_ranks)
-        self.group, self.first_stage_group = group, first_stage_group
-        self.tile_size = tile_size
+    def __init__(self, stages: list[list[int]], group, stage_group, tile_size: int) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.source = stages[0][0]
+        self.first_stage = stages[0]
+        self.leaders = [stage[0] for stage in stages]
+        self.stage = next(stage for stage in stages if self.rank in stage)
+        self.group, self.stage_group = group, stage_group
+        self.tile_size = tile_size
         self.capacity = self.START_CAPACITY
         self.broadcasts = 0
+        self._sending: list[tuple[dist.Work, Tensor]] = []
 
     @property
     def is_source(self) -> bool:
         """Whether this rank loads data."""
-        return self.rank == self.ranks[0]
+        return self.rank == self.source
 
     def receive(self, loader: Iterator[HostBatch] | None) -> MicroBatch:
         """Next micro-batch; `loader` is read on the loading rank only."""
         batch = next(loader) if self.is_source else None  # type: ignore[arg-type]
         plan = unpack_plan(self._broadcast(pack_plan(batch.plan) if batch else None))
         tiles = None
-        if self.rank in self.first_stage_ranks:
+        if self.rank in self.first_stage:
             tiles = to_device(self._scatter_tiles(plan, batch.tiles if batch else None))
         return MicroBatch(device_plan(plan), tiles)
 
     def _broadcast(self, flat: np.ndarray | None) -> np.ndarray:
-        if len(self.ranks) == 1:
+        if self.group is None:
             assert flat is not None
             return flat
-        buffer = torch.zeros(self.capacity, dtype=torch.int32)
+        first = torch.zeros(self.capacity, dtype=torch.int32)
         if flat is not None:
-            buffer[0] = len(flat)
+            first[0] = len(flat)
             head = torch.from_numpy(flat[: self.capacity - 1])
-            buffer[1 : 1 + len(head)] = head
-        dist.broadcast(buffer, self.ranks[0], group=self.group)
-        self.broadcasts += 1
-        size = int(buffer[0])
+            first[1 : 1 + len(head)] = head
+        self._exchange(first)
+        size = int(first[0])
         if size <= self.capacity - 1:
-            return buffer[1 : 1 + size].numpy()
+            return first[1 : 1 + size].numpy()
         # Longer than ever before: the rest follows once, and the next ones fit.
         rest = torch.zeros(size - self.capacity + 1, dtype=torch.int32)
         if flat is not None:
             rest[:] = torch.from_numpy(flat[self.capacity - 1 :])
-        dist.broadcast(rest, self.ranks[0], group=self.group)
-        self.broadcasts += 1
-        whole = torch.cat([buffer[1:], rest]).numpy()
+        self._exchange(rest)
         self.capacity = 2 * (size + 1)
-        return whole
+        return torch.cat([first[1:], rest]).numpy()
+
+    def _exchange(self, buffer: Tensor) -> None:
+        """From the loading rank to the first rank of every stage, then one broadcast inside each stage.
+
+        The loading rank does not wait for the later stages: they ask for the plan only when their input
+        arrives, and that input waits for the loading rank's forward pass.
+        """
+        if self.is_source:
+            self._sending = [(w, kept) for w, kept in self._sending if not w.is_completed()]
+            for leader in self.leaders[1:]:
+                work = dist.isend(buffer, leader, group=self.group)
+                assert work is not None
+                self._sending.append((work, buffer))
+        elif self.rank in self.leaders:
+            dist.recv(buffer, self.source, group=self.group)
+        if self.stage_group is not None:
+            self.broadcasts += 1
+            dist.broadcast(buffer, self.stage[0], group=self.stage_group)
 
     def _scatter_tiles(self, plan: SequencePlan, tiles: Tensor | None) -> Tensor:
-        world = len(self.first_stage_ranks)
+        world = len(self.first_stage)
         share = plan.tile_capacity // world
         shape = (share, 3, self.tile_size, self.tile_size)
         padded = None
@@ -180,7 +200,7 @@ class BatchChannel:
             return padded
         mine = torch.empty(shape, dtype=torch.uint8)
         parts = list(padded.contiguous().chunk(world)) if padded is not None else None
-        dist.scatter(mine, parts, src=self.ranks[0], group=self.first_stage_group)
+        dist.scatter(mine, parts, src=self.source, group=self.stage_group)
         return mine
 
 

@@ -1,7 +1,8 @@
 """Where the model runs: Megatron on CUDA as shipped, or the same unmodified Megatron on CPU with gloo.
 
 `setup()` is called once, before anything imports Megatron. On a machine with CUDA it only prepares the
-environment; without CUDA it applies the patches of `cpu.py`, one function each, with its reason.
+environment; without CUDA it applies the patches of `cpu.py`, `rng.py` and `cpu_megatron.py`, one function
+each, with its reason.
 `device()` is the only device switch of the project: no other module asks for CUDA.
 """
 
@@ -65,7 +66,9 @@ def setup() -> str:
         quiet_logs(on_cpu=not _CUDA)
         if not _CUDA:
             cpu.patch_torch()
-            cpu.patch_megatron()
+            from megatron_internvlx.platform import cpu_megatron
+
+            cpu_megatron.patch_megatron()
         shared.use_shipped_index_helper()
         _done = "cuda" if _CUDA else "cpu"
     return _done

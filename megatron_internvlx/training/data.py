@@ -109,14 +109,11 @@ class DataProvider:
     def _channel(self) -> BatchChannel:
         if self._groups is None:
             ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
-            first = ranks[: self.args.tensor_model_parallel_size]
-
-            def gloo(members):
-                if len(members) == 1 or dist.get_rank() not in members:
-                    return None
-                return dist.new_group(members, backend="gloo", use_local_synchronization=True)
-
-            self._groups = (ranks, first, gloo(ranks), gloo(first))
+            width = self.args.tensor_model_parallel_size
+            # Megatron numbers ranks with TP innermost and PP outermost.
+            stages = [ranks[i : i + width] for i in range(0, len(ranks), width)]
+            stage = next(stage for stage in stages if dist.get_rank() in stage)
+            self._groups = (stages, host_group(ranks), host_group(stage))
         return BatchChannel(*self._groups, self.args.image_size)
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
@@ -149,3 +146,17 @@ class DataProvider:
         """Every evaluation sees the same held-out samples, from the first on."""
         while True:
             yield from host_batches(batches(dataset, start=0, limit=micro_batches, **split_args), settings)
+
+
+def host_group(ranks: list[int]) -> dist.ProcessGroup | None:
+    """A gloo group of these ranks, this one among them; every rank of the world calls it.
+
+    Ranks may name different groups: each is made by all, in one order. None for a group of one.
+    """
+    named: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(named, ranks)
+    mine = None
+    for members in sorted({tuple(group) for group in named if len(group) > 1}):
+        group = dist.new_group(list(members), backend="gloo")
+        mine = group if list(members) == ranks else mine
+    return mine

@@ -1,0 +1,158 @@
+"""Which slice of each full weight a rank holds, and the weight put together again.
+
+A *full name* is the parameter's name in a model on one rank: decoder layers and experts carry their
+global number. `full_tensors` gives the weights (or gradients) of a running model under full names,
+whatever the layout; `load_full` is the way back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
+
+from megatron_internvlx.model.internvlx import InternVLX
+
+_LAYER = re.compile(r"(\.decoder\.layers\.)(\d+)(\.)")
+_EXPERT = re.compile(r"(\.experts\.local_experts\.)(\d+)(\.)")
+_GROUPED = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter of this rank.
+
+    dim: dimension split over `group`, None for a replicated weight. gated: the slice is
+    [gate part ; up part], so the full weight is [all gates ; all ups].
+    """
+
+    name: str
+    parameter: nn.Parameter
+    dim: int | None
+    gated: bool
+    group: dist.ProcessGroup | None
+
+
+def full_name(name: str, stage: InternVLX, expert_offset: int) -> str:
+    """The name that a parameter of this stage has in a model on one rank."""
+    name = _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + stage.layers.first}{m[3]}", name)
+    name = _EXPERT.sub(lambda m: f"{m[1]}{int(m[2]) + expert_offset}{m[3]}", name)
+    return _GROUPED.sub(lambda m: f"{m[1]}{int(m[2]) + expert_offset}", name)
+
+
+def shards(stage: InternVLX) -> Iterator[Shard]:
+    """Parameters of one stage. A tied output layer is left out: it is the embedding."""
+    config = stage.config
+    experts = (config.num_moe_experts or 0) // max(config.expert_model_parallel_size, 1)
+    offset = experts * mpu.get_expert_model_parallel_rank() if experts else 0
+    for name, parameter in stage.named_parameters():
+        if stage.share_embeddings_and_output_weights and name.endswith("output_layer.weight"):
+            continue
+        expert = ".experts." in name
+        group = mpu.get_expert_tensor_parallel_group() if expert else stage.tp_group
+        sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
+        fused = "linear_fc1" in name and name.startswith("language_model.")
+        gated = fused and config.gated_linear_unit
+        dim = parameter.partition_dim if sharded else None
+        yield Shard(full_name(name, stage, offset), parameter, dim, gated, group if sharded else None)
+
+
+def join_shards(parts: list[Tensor], dim: int, gated: bool) -> Tensor:
+    """Slices of all ranks -> the full weight."""
+    if not gated:
+        return torch.cat(parts, dim)
+    halves = [part.chunk(2, dim) for part in parts]
+    return torch.cat([h[0] for h in halves] + [h[1] for h in halves], dim)
+
+
+def cut_shard(full: Tensor, dim: int, gated: bool, rank: int, size: int) -> Tensor:
+    """The slice of `rank` among `size`; `full` must divide."""
+    if not gated:
+        return full.chunk(size, dim)[rank]
+    gate, up = full.chunk(2, dim)
+    return torch.cat([gate.chunk(size, dim)[rank], up.chunk(size, dim)[rank]], dim)
+
+
+def full_tensor(shard: Shard, value: Tensor) -> Tensor:
+    """`value`, shaped like the shard's parameter, gathered over the shard's group, on the host."""
+    if shard.dim is None or shard.group is None:
+        return value.detach().to("cpu", copy=True)
+    parts = [torch.empty_like(value) for _ in range(shard.group.size())]
+    dist.all_gather(parts, value.detach().contiguous(), group=shard.group)
+    return join_shards(parts, shard.dim, shard.gated).to("cpu")
+
+
+def unpadded(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """Embedding and output rows without the padding that the layout asked for."""
+    vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+    return tensor[:vocab_size] if vocabulary else tensor
+
+
+def full_tensors(
+    stages: list[InternVLX], value_of: Callable[[nn.Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    """Full weights (or gradients) of the model, on every rank; for models that fit one host.
+
+    Args:
+        stages: this rank's chunks, unwrapped.
+        value_of: what to take of a parameter, for example `lambda p: p.data`; None: leave it out.
+    """
+    mine: dict[str, Tensor] = {}
+    for stage in stages:
+        for shard in shards(stage):
+            value = value_of(shard.parameter)
+            if value is not None:
+                full = full_tensor(shard, value)
+                mine[shard.name] = unpadded(shard.name, full, stage.real_vocab_size)
+    everyone: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return {name: tensor for part in everyone for name, tensor in part.items()}
+
+
+def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:
+    """Copy full weights into this rank's parameters.
+
+    Raises:
+        ValueError: a name is missing or a shape does not fit; names and shapes are listed.
+    """
+    problems = []
+    for stage in stages:
+        wanted = list(shards(stage))
+        if stage.share_embeddings_and_output_weights and stage.post_process and not stage.pre_process:
+            wanted.append(_tied_output(stage))
+        for shard in wanted:
+            if shard.name not in weights:
+                problems.append(f"{shard.name} is missing")
+                continue
+            full = _padded(shard, weights[shard.name])
+            if shard.dim is not None and shard.group is not None:
+                full = cut_shard(full, shard.dim, shard.gated, shard.group.rank(), shard.group.size())
+            if full.shape != shard.parameter.shape:
+                problems.append(f"{shard.name}: {tuple(full.shape)} for {tuple(shard.parameter.shape)}")
+                continue
+            with torch.no_grad():
+                shard.parameter.copy_(full)
+    if problems:
+        raise ValueError("the weights do not fit the model: " + "; ".join(problems[:20]))
+
+
+def _tied_output(stage: InternVLX) -> Shard:
+    """The copy of the tied embedding that the last stage keeps."""
+    weight = stage.language_model.output_layer.weight
+    name = "language_model.embedding.word_embeddings.weight"
+    sharded = stage.tp_group.size() > 1
+    return Shard(name, weight, 0 if sharded else None, False, stage.tp_group if sharded else None)
+
+
+def _padded(shard: Shard, full: Tensor) -> Tensor:
+    """Vocabulary rows padded with zeros to what the layout holds."""
+    if not shard.name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return full
+    size = shard.group.size() if shard.group is not None else 1
+    missing = shard.parameter.shape[0] * size - full.shape[0]
+    return torch.cat([full, full.new_zeros((missing, *full.shape[1:]))]) if missing > 0 else full

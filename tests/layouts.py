@@ -1,0 +1,181 @@
+"""The same tiny InternVL-X trained in any layout, from the same weights, on the same global batches.
+
+`train(arguments, ...)` runs on a rank of the pool through Megatron's own `train` (schedules, DDP,
+optimizer): only the samples are synthetic. Gradients are captured just before the optimizer's step,
+under full names and in full shape (see `checkpoint/shards.py`).
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+import megatron.training.training as training  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
+from megatron.core.utils import get_model_config, unwrap_model  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+
+from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
+from megatron_internvlx.data.plan import PlanSettings, build_plan  # noqa: E402
+from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
+from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
+from megatron_internvlx.training.data import DataProvider, plan_settings  # noqa: E402
+from megatron_internvlx.training.step import ForwardStep  # noqa: E402
+
+TOKENIZER = Path(__file__).parent / "golden" / "data" / "tokenizers" / "qwen2_fast"
+IMAGE, VOCABULARY, MICRO_BATCHES = 32, 67, 4
+
+# 4x4 patches per tile: 1 shallow and 4 deep tokens (ratios 1/4 and 1/2). 8 decoder layers, so that
+# PP8 and PP4 x VPP2 have one layer per stage.
+ARGUMENTS = f"""
+--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention
+--num-query-groups 4 --kv-channels 8 --normalization RMSNorm --swiglu --disable-bias-linear
+--position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+--vision-preset internvit_tiny --image-size {IMAGE} --patch-size 8 --projector-drop-path 0
+--vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1 --tokenizer-model {TOKENIZER} --data none
+--seq-length 256 --max-position-embeddings 256 --micro-batch-size 1 --global-batch-size {MICRO_BATCHES}
+--lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --weight-decay 0 --clip-grad 1.0 --train-iters 1
+--log-interval 1 --eval-iters 0 --expand-layer 3 --inject-layers 5
+""".split()
+
+
+def sample(number: int, tiles: int, tokens_per_tile: int) -> tuple[np.ndarray, ...]:
+    """(ids, labels, is_visual, uint8 tiles) of a sample: text, its tiles in the middle, an answer."""
+    rng = np.random.default_rng([77, number])
+    before, after, answer = rng.integers(2, 6, 3)
+    text = rng.integers(3, VOCABULARY, before + after + answer)
+    visual = tiles * tokens_per_tile
+    ids = np.concatenate([text[:before], np.zeros(visual, int), text[before:]])
+    is_visual = np.zeros(len(ids), bool)
+    is_visual[before : before + visual] = True
+    labels = np.full(len(ids), -100)
+    labels[-answer:] = ids[-answer:]
+    return ids, labels, is_visual, rng.integers(0, 256, (tiles, 3, IMAGE, IMAGE)).astype(np.uint8)
+
+
+def micro_batch(number: int, packed: bool, settings: PlanSettings) -> HostBatch:
+    """Micro-batch `number`: one sample, or three packed; mixes 0, 1 and more tiles."""
+    count = 3 if packed else 1
+    tiles = [(number * 5 + i * 2) % 4 for i in range(count)]
+    samples = [sample(number * 8 + i, n, settings.high_grid**2) for i, n in enumerate(tiles)]
+    plan = build_plan([s[0] for s in samples], [s[1] for s in samples], [s[2] for s in samples], settings)
+    return HostBatch(plan, torch.from_numpy(np.concatenate([s[3] for s in samples])))
+
+
+class SyntheticData(DataProvider):
+    """The real provider (channels, groups, virtual stages) with synthetic micro-batches."""
+
+    packed = True
+
+    def _loader(self, split: str) -> Iterator[HostBatch]:
+        from megatron.core import parallel_state as mpu
+
+        settings = plan_settings(self.args)
+        number = mpu.get_data_parallel_rank() + self.args.consumed_train_samples
+        while True:
+            yield micro_batch(number, self.packed, settings)
+            number += mpu.get_data_parallel_world_size()
+
+
+def parse(changes: list[str]) -> Any:
+    """Our arguments, parsed as the entry script does."""
+    saved, sys.argv = sys.argv, ["layouts", *ARGUMENTS, *changes]
+    try:
+        return arguments.parse()
+    finally:
+        sys.argv = saved
+
+
+def train(
+    changes: list[str], *, weights: str | None = None, packed: bool = True, keep: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Train in the layout that `changes` describes.
+
+    Args:
+        changes: arguments on top of ARGUMENTS (layout, --train-iters, LVTC settings).
+        weights: file of full weights to start from; None: Megatron's initialisation.
+        keep: of "grads" (first step, full shape), "weights" (at the end), "start" (before training).
+
+    Returns:
+        losses by iteration (last stage only) and what `keep` names (on rank 0 only).
+    """
+    args = parse(changes)
+    initialize_megatron()
+    model, optimizer, scheduler = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        model_provider_func=ModelProvider(args),
+        cfg_container=pretrain_cfg_container_from_args(args),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    stages = unwrap_model(model)
+    if weights is not None:
+        load_full(stages, torch.load(weights))
+        optimizer.reload_model_params()
+    result: dict[str, Any] = {"losses": {}, "norms": {}}
+    first = torch.distributed.get_rank() == 0
+    if "start" in keep:
+        start = full_tensors(stages, lambda p: p.data)
+        result["start"] = start if first else None
+    if "grads" in keep:
+        _capture_gradients(args, optimizer, stages, result, first)
+
+    def line(record: platform.LogRecord) -> None:
+        result["norms"][record.iteration] = record.grad_norm
+        if record.losses:
+            result["losses"][record.iteration] = record.losses["loss"]
+
+    platform.install_log_line(line)
+    data = SyntheticData(args)
+    data.packed = packed
+    stages_of_rank = args.virtual_pipeline_model_parallel_size
+    chunks = [RerunDataIterator(data(None, vp_stage=i)[0]) for i in range(stages_of_rank or 1)]
+    args.do_valid = args.do_test = False
+    training.train(
+        ForwardStep(args.loss_weighting), model, optimizer, scheduler, chunks if stages_of_rank else chunks[0],
+        None, None, get_model_config(model[0]), {}, None,
+    )  # fmt: skip
+    if "weights" in keep:
+        final = full_tensors(stages, lambda p: p.data)
+        result["weights"] = final if first else None
+    return result
+
+
+def _capture_gradients(args: Any, optimizer: Any, stages: list, result: dict[str, Any], first: bool) -> None:
+    """Take all gradients at the first optimizer step.
+
+    Megatron's own switch for saving gradients makes the distributed optimizer all-reduce instead of
+    reduce-scatter, so that every rank has whole gradients; its file is not wanted.
+    """
+    args.save_wgrads_interval = 1
+    training.save_grads = lambda *_: None
+    step = optimizer.step
+
+    def captured() -> Any:
+        if "grads" not in result:
+            grads = full_tensors(stages, lambda p: p.main_grad if p.requires_grad else None)
+            result["grads"] = grads if first else None
+        return step()
+
+    optimizer.step = captured
+
+
+def save_start(changes: list[str], path: str) -> None:
+    """Initialise on this one rank and write the full weights, every one of them random.
+
+    Norm weights, zero biases and layer scales are perturbed as well, so that no gradient is hidden
+    by a value of 0 or 1.
+    """
+    start = train([*changes, "--train-iters", "1"], keep=("start",))["start"]
+    generator = torch.Generator().manual_seed(5)
+    noisy = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in start.items()}
+    torch.save(noisy, path)
