@@ -1,4 +1,4 @@
-"""Every patch that Megatron needs to run on CPU with gloo, each with its reason.
+"""Every patch of torch that Megatron needs to run on CPU with gloo, each with its reason.
 
 All seen on megatron-core 0.19.2 / torch 2.13.0 (the CUDA build of torch on a machine without a driver).
 `torch.cuda.is_available()` keeps answering False: other libraries believe it and choose CPU paths, and
@@ -53,12 +53,6 @@ def patch_torch() -> None:
     _plain_barrier()
 
 
-def patch_megatron() -> None:
-    """Apply the patches of Megatron's own modules."""
-    _start_without_cuda()
-    _split_sizes_as_lists()
-
-
 def _share_cores() -> None:
     """Divide the cores among the ranks of this machine; torch takes all of them in each rank otherwise.
 
@@ -81,14 +75,14 @@ def _no_compilation() -> None:
     def unchanged(model: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
         return model if model is not None else lambda function: function
 
-    _put(torch, compile=unchanged)
+    put(torch, compile=unchanged)
     # torch's optimizers import torch._dynamo when first used, only to exclude themselves from compilation.
     for method in vars(torch.optim.Optimizer).values():
         if inner := getattr(method, "__wrapped__", None):
             setattr(inner, "__dynamo_disable", inner)
 
 
-def _put(owner: Any, **names: Any) -> None:
+def put(owner: Any, **names: Any) -> None:
     """Set attributes of a module or class that is not ours (its stubs would refuse plain assignments)."""
     for name, value in names.items():
         setattr(owner, name, value)
@@ -126,7 +120,7 @@ def _allocate_on_cpu() -> None:
     factories: list[Any] = list(_device_constructors())
     for original in factories:
         name = getattr(original, "__name__", "")
-        if vars(torch).get(name) is original:
+        if name in vars(torch) and vars(torch)[name] is original:
             wrapped = _with_cpu_device(original)
             setattr(torch, name, wrapped)
             if (builtin := _find_builtin(original)) is not None:
@@ -150,7 +144,7 @@ def _move_to_cpu() -> None:
     def same(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return self
 
-    _put(torch.Tensor, to=functools.wraps(original_to)(to), cuda=same, pin_memory=same)
+    put(torch.Tensor, to=functools.wraps(original_to)(to), cuda=same, pin_memory=same)
     # Module.cuda() moves each parameter with Tensor.cuda: nothing to add.
 
 
@@ -170,7 +164,7 @@ def _report_cuda_tensor_types() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original(self, dtype, *args, **kwargs)
 
-    _put(torch.Tensor, type=functools.wraps(original)(type_))
+    put(torch.Tensor, type=functools.wraps(original)(type_))
 
 
 def _one_device() -> None:
@@ -195,7 +189,7 @@ def _one_device() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, functools.partial(_answer, answer))
     # Megatron imports it by name to defer work until CUDA exists; here the work is done at once.
-    _put(torch.cuda, _lazy_call=lambda work, **_kwargs: work())
+    put(torch.cuda, _lazy_call=lambda work, **_kwargs: work())
 
 
 def _answer(value: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -264,7 +258,7 @@ class Stream:
 def _streams_and_events() -> None:
     """Streams and events are needed by overlapped communication, timers and the token dispatcher."""
     only = Stream()
-    _put(
+    put(
         torch.cuda,
         Event=Event,
         Stream=Stream,
@@ -296,7 +290,7 @@ def _memory_of_the_process() -> None:
         setattr(torch.cuda, name, resident)
     for name in ("max_memory_allocated", "max_memory_reserved"):
         setattr(torch.cuda, name, peak)
-    _put(torch.cuda, memory_stats=stats, reset_peak_memory_stats=functools.partial(_answer, None))
+    put(torch.cuda, memory_stats=stats, reset_peak_memory_stats=functools.partial(_answer, None))
 
 
 def _plain_barrier() -> None:
@@ -308,42 +302,4 @@ def _plain_barrier() -> None:
         return original(*args, **kwargs)
 
     for module in (torch.distributed, torch.distributed.distributed_c10d):
-        _put(module, barrier=barrier)
-
-
-def _start_without_cuda() -> None:
-    """`initialize_megatron` sees one CUDA device while it runs.
-
-    It asserts that CUDA exists, and builds the parallel groups and seeds the trackers only if it counts a
-    device.
-    """
-    import megatron.training.initialize as initialize
-    import megatron.training.training as training
-
-    original = initialize.initialize_megatron
-
-    @functools.wraps(original)
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        honest = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count}
-        _put(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _put(torch.cuda, **honest)
-
-    initialize.initialize_megatron = training.initialize_megatron = initialize_megatron
-
-
-def _split_sizes_as_lists() -> None:
-    """The expert dispatcher's split sizes become numpy arrays, as they do when they come from a GPU.
-
-    `maybe_move_tensor_to_cpu(as_numpy=True)` converts only CUDA tensors, and gloo's all-to-all does not
-    take tensors as sizes.
-    """
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
+        put(module, barrier=barrier)

@@ -27,7 +27,9 @@ _CHATTER = re.compile(
             r"using \S+ for parameters|Number of |Theoretical|Total number|Activation memory|\[Rank \d+\]",
             r"\(min, max\) time|    \S+ \.*: \(|Overwriting rerun_state_machine|WARNING: one_logger",
             r" > datasets target sizes|    (train|validation|test): +\d+$|compute_activation_memory",
-            r"saving checkpoint|loading (distributed )?checkpoint|sharded_state_dict| checkpoint version",
+            r" *\[[^\]]*\] (saving|successfully saved) checkpoint| loading (distributed )?checkpoint",
+            r" checkpoint version",
+            r"(Storing|Loading) distributed optimizer sharded|torch distributed is already initialized",
         )
     )
 )
@@ -42,7 +44,9 @@ _EXPECTED_ON_CPU = re.compile(
 _EXPECTED = re.compile(
     r"\s*It is recommended to use a ModelConfig|GPTModel IS DEPRECATED|MimoModelConfig is experimental"
     r"|RerunStateMachine initialized|Result validation enabled|Setting RerunStateMachine mode"
-    r"|`torch.distributed.\S+` is deprecated"
+    r"|MCore's async save is deprecated|The \.grad attribute of a Tensor that is not a leaf"
+    r"|torch.distributed is disabled, unavailable or uninitialized|The argument order of load has been"
+    r"|Please use DTensor instead|`torch.distributed.\S+` is deprecated"
 )
 
 _PRINTING_MODULES = (
@@ -165,8 +169,9 @@ def install_log_line(
     """Replace Megatron's lines about training and evaluation by those that `fn` and `fn_eval` return.
 
     Both are called on every rank (so they may communicate) and their text is printed on the last rank; None
-    prints nothing. A second call replaces the first. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the
-    mean of each reported value, empty on ranks without the last pipeline stage. TensorBoard is not changed.
+    prints nothing. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the mean
+    of each reported value, empty on ranks without the last pipeline stage. TensorBoard is written as before.
+    A second call replaces the first.
     """
     import megatron.training.training as training
 

@@ -1,0 +1,125 @@
+"""Every patch of Megatron's own modules that it needs to run on CPU, each with its reason.
+
+All seen on megatron-core 0.19.2 / torch 2.13.0.
+"""
+
+import functools
+import queue
+from typing import Any
+
+import torch
+
+from megatron_internvlx.platform.cpu import put
+
+
+def patch_megatron() -> None:
+    """Apply the patches; imports Megatron, so torch must be patched before."""
+    _start_without_cuda()
+    _split_sizes_as_lists()
+    _save_without_helper_process()
+    _load_torch_adam()
+
+
+def _start_without_cuda() -> None:
+    """`initialize_megatron` sees one CUDA device while it runs.
+
+    It asserts that CUDA exists, and builds the parallel groups and seeds the trackers only if it counts a
+    device.
+    """
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    original = initialize.initialize_megatron
+
+    @functools.wraps(original)
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        honest = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count}
+        put(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            put(torch.cuda, **honest)
+
+    for module in (initialize, training):
+        put(module, initialize_megatron=initialize_megatron)
+
+
+def _split_sizes_as_lists() -> None:
+    """The expert dispatcher's split sizes become numpy arrays, as they do when they come from a GPU.
+
+    `maybe_move_tensor_to_cpu(as_numpy=True)` converts only CUDA tensors, and gloo's all-to-all does not
+    take tensors as sizes.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    for module in (moe_utils, token_dispatcher):
+        put(module, maybe_move_tensor_to_cpu=move)
+
+
+def _save_without_helper_process() -> None:
+    """A synchronous save passes its results through a queue of this process.
+
+    Megatron spawns a server process per rank for a queue between processes, which only an asynchronous save
+    needs. The server imports the main script again (seconds per rank), and outlives a rank that is killed.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    from megatron.training import global_vars
+
+    original = filesystem_async.get_write_results_queue
+
+    def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
+        settings = global_vars._GLOBAL_ARGS
+        asynchronous = settings is not None and settings.async_save
+        return original(*args, **kwargs) if asynchronous else queue.Queue()
+
+    put(filesystem_async, get_write_results_queue=get_write_results_queue)
+
+
+def _load_torch_adam() -> None:
+    """The distributed optimizer can load a checkpoint into torch's Adam, which stands in for the fused ones.
+
+    Three things differ from those: there is no state before the first step, and without it the question what
+    to load fails; the number of steps is a tensor in every parameter's state, where loaders do not expect it;
+    and after loading all parameters share one such tensor, so each step would count once per parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    ask, load, fill = (
+        DistributedOptimizer.sharded_state_dict,
+        DistributedOptimizer.load_state_dict,
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+    )
+
+    @functools.wraps(ask)
+    def sharded_state_dict(
+        self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        return ask(self, model_state, is_loading, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(fill)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        fill(self, model_param, {**tensors, "step": None})
+
+    put(
+        DistributedOptimizer,
+        sharded_state_dict=sharded_state_dict,
+        load_state_dict=load_state_dict,
+        _set_main_param_and_optimizer_states=set_states,
+    )
