@@ -188,7 +188,11 @@ class InternViT(MegatronModule):
                 if device not in generators:
                     generators[device] = torch.Generator(device=device).manual_seed(torch.initial_seed())
                 drawn = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-                parameter.copy_(drawn.normal_(0, self.vit.initializer_range, generator=generators[device]))
+                # CLS and positions start at unit variance as in the released code: at 0.02 the position
+                # would be lost beside the patch embedding.
+                embedding = name in ("embeddings.class_embedding", "embeddings.position_embedding")
+                std = 1.0 if embedding else self.vit.initializer_range
+                parameter.copy_(drawn.normal_(0, std, generator=generators[device]))
 
     def freeze(self) -> None:
         """Stops training every parameter.

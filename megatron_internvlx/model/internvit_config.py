@@ -167,11 +167,22 @@ _6B = InternViTConfig(
 )
 _TINY = InternViTConfig(hidden_size=64, num_layers=3, num_heads=4, ffn_hidden_size=128, image_size=56)
 
+_DEMO = InternViTConfig(
+    hidden_size=96,
+    num_layers=3,
+    num_heads=4,
+    ffn_hidden_size=384,
+    image_size=224,
+    patch_size=28,
+    initializer_range=0.06,
+)
+
 PRESETS: dict[str, InternViTConfig] = {
     "internvit_300m": _300M,
     "internvit_6b": _6B,
     "internvit_6b_48l": replace(_6B, num_layers=48),
-    # For tests and the demo: the shapes of the two golden models.
+    "internvit_demo": _DEMO,
+    # For tests: the shapes of the two golden models.
     "internvit_tiny": _TINY,
     "internvit_tiny_rms": replace(
         _TINY,

@@ -81,15 +81,35 @@ class AnswerBook:
         asked = [t["value"] for t in record.data["conversations"] if t["from"] == "human"]
         sample = build_encoder(self.args).encode(record)
         first = sample.images[0] if sample.images else None
+        kinds = record.data.get("kinds") or [record.data.get("kind", "")]
         return {
             "key": record.key,
-            "kind": record.data.get("kind", ""),
+            "kind": kinds[min(turn, len(kinds) - 1)],
             "question": asked[min(turn, len(asked) - 1)].replace("<image>", "").strip(),
             "image": first.path if first else None,
             "cols": first.cols if first else 0,
             "rows": first.rows if first else 0,
             "thumbnail": first.thumbnail if first else False,
         }
+
+
+    def predictions(self) -> list[Any]:
+        """The last evaluation's answers as the report wants them."""
+        from megatron_internvlx.training.report import prediction_of
+
+        return [prediction_of(row) for row in self.last]
+
+    def summary(self) -> str:
+        """Share of right answers per kind of question, and what the commonest answer would reach."""
+        from megatron_internvlx.training.report import accuracy_by_kind, most_common_baseline
+
+        rows = self.predictions()
+        right = sum(row.correct for row in rows)
+        lines = [f"held-out answers entirely right: {right}/{len(rows)} = {right / len(rows):.1%}"]
+        baseline = most_common_baseline([row.expected for row in rows])
+        lines.append(f"always the commonest answer: {baseline:.1%}")
+        lines += [f"  {kind:<14} {a:>4}/{b}" for kind, (a, b) in sorted(accuracy_by_kind(rows).items())]
+        return "\n".join(lines)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ class TrainingLog:
         if self.book is not None and mpu.get_tensor_model_parallel_rank() == 0:
             self.book.add(plan, predicted)
 
-    def train_line(self, record: platform.LogRecord) -> str:
+    def train_line(self, record: platform.LogRecord) -> str | None:
         """The line of one log interval; called on every rank."""
         totals = self._totals(record)
         loss = record.losses.get("loss")
@@ -75,9 +75,7 @@ class TrainingLog:
             parts.append(f"unusable samples {totals['rejects']:.0f}")
         if record.skipped or record.nan:
             parts.append(f"skipped {record.skipped} nan {record.nan}")
-        if dist.get_rank() == dist.get_world_size() - 1 and sys.stderr.isatty():
-            self._progress(record, loss, totals["tokens_per_s"])
-        return " | ".join(parts)
+        return self._shown(" | ".join(parts), record, loss, totals["tokens_per_s"])
 
     def _totals(self, record: platform.LogRecord) -> dict[str, float]:
         """Figures of the interval over all ranks, one all-reduce."""
@@ -108,13 +106,19 @@ class TrainingLog:
             "rejects": rejected,
         }
 
-    def _progress(self, record: platform.LogRecord, loss: float | None, tokens_per_s: float) -> None:
+    def _shown(self, line: str, record: platform.LogRecord, loss, tokens_per_s: float) -> str | None:
+        """The line for the log; at a terminal, print it above the progress bar instead."""
+        if not (is_last_rank() and sys.stderr.isatty()):
+            return line
         from megatron_internvlx.training.progress import ProgressBar
 
-        if self.bar is None:
-            self.bar = ProgressBar(record.train_iters)
+        self.bar = self.bar or ProgressBar()
+        self.bar.write(line)
         accuracy = self.accuracies[-1][1] if self.accuracies else None
-        self.bar.update(record.iteration, loss=loss, tokens_per_s=tokens_per_s, accuracy=accuracy)
+        self.bar.update(
+            record.iteration, record.train_iters, loss=loss, tokens_per_s=tokens_per_s, accuracy=accuracy
+        )
+        return None
 
     def eval_line(self, prefix: str, values: dict[str, float]) -> str:
         """The line of one evaluation; called on every rank."""
@@ -132,39 +136,32 @@ class TrainingLog:
         """Write the report and end the progress bar; after `pretrain`."""
         if self.bar is not None:
             self.bar.close()
-        if self.settings.report_file and self.losses and dist.get_rank() == dist.get_world_size() - 1:
+        if not is_last_rank() or not self.losses:
+            return
+        if self.book is not None and self.book.last:
+            print(self.book.summary())
+        if self.settings.report_file:
             self._report(Path(self.settings.report_file))
 
     def _report(self, path: Path) -> None:
         # matplotlib takes a second to import and is needed on one rank only.
-        from megatron_internvlx.training.report import Example, write_report
+        from megatron_internvlx.training.report import choose_examples, write_report
 
-        predictions = self.book.last if self.book else []
-        kept = [
-            Example(**{k: row[k] for k in Example.__dataclass_fields__})
-            for row in spread([row for row in predictions if row["image"]], 6)
-        ]
+        examples = choose_examples(self.book.predictions()) if self.book else []
+        caption = f"loss {self.losses[0][1]:.3f} -> {self.losses[-1][1]:.3f}"
+        if self.accuracies:
+            caption += f", held-out answers right {self.accuracies[-1][1]:.1%}"
         write_report(
             path,
             losses=self.losses,
             accuracies=self.accuracies,
-            examples=kept,
+            examples=examples,
             title=f"InternVL-X: {self.losses[-1][0]} steps",
-            caption=self.summary(),
+            caption=caption,
         )
-        print(f"report: {path}")
-
-    def summary(self) -> str:
-        """One sentence: the last loss and accuracy."""
-        text = f"loss {self.losses[0][1]:.3f} -> {self.losses[-1][1]:.3f}"
-        if self.accuracies:
-            text += f", held-out answers right {self.accuracies[-1][1]:.1%}"
-        return text
+        print(f"picture: {path}")
 
 
-def spread(rows: list[Any], count: int) -> list[Any]:
-    """`count` rows at even distances."""
-    if len(rows) <= count:
-        return rows
-    return [rows[i * len(rows) // count] for i in range(count)]
-
+def is_last_rank() -> bool:
+    """Whether this is the rank that speaks: Megatron's choice, on the last pipeline stage."""
+    return dist.get_rank() == dist.get_world_size() - 1

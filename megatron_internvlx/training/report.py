@@ -22,6 +22,7 @@ LOSS_COLOUR, ACCURACY_COLOUR = "#1f5fa8", "#c2570c"
 RIGHT_COLOUR, WRONG_COLOUR = "#1a7f37", "#b42318"
 IMAGE_SIDE = 480  # pixels at most that an example is drawn from; the figure shows no more
 SMOOTHING = 0.9  # of the exponential mean drawn over the single losses
+SMOOTH_FROM = 200  # fewer points are averages over log intervals already
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def read_predictions(path: str | Path) -> list[Prediction]:
             if not line.strip():
                 continue
             try:
-                predictions.append(_prediction(json.loads(line)))
+                predictions.append(prediction_of(json.loads(line)))
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"missing {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path}:{number}: not a prediction: {reason}") from None
     return predictions
 
 
-def _prediction(row: dict[str, Any]) -> Prediction:
+def prediction_of(row: dict[str, Any]) -> Prediction:
     return Prediction(
         key=str(row["key"]),
         kind=row.get("kind"),
@@ -190,7 +191,8 @@ def _draw_curves(
     if losses:
         steps, values = zip(*losses, strict=True)
         axes.plot(steps, values, color=LOSS_COLOUR, linewidth=0.8, alpha=0.3)
-        axes.plot(steps, _smooth(values), color=LOSS_COLOUR, linewidth=2)
+        shown = _smooth(values) if len(values) > SMOOTH_FROM else values
+        axes.plot(steps, shown, color=LOSS_COLOUR, linewidth=2)
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0, right=max(max(steps), *(step for step, _ in accuracies), 1))
     if accuracies:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Draw a small data set, train a tiny InternVL-X on two CPU ranks, answer held-out questions.
+# Further arguments go to pretrain_vlm.py:  bash examples/demo/run.sh --train-iters 100
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=.venv/bin/python
+out=${DEMO_OUT:-runs/demo}
+
+"$python" tools/make_demo_data.py --out "$out/data"
+rm -rf "$out/checkpoints"
+# One thread per rank: two ranks share two cores.
+OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py \
+  --recipe examples/demo/demo.yaml \
+  --data "$out/data/meta.json" --valid-data "$out/data/meta_val.json" \
+  --tokenizer-model "$out/data/tokenizer" \
+  --save "$out/checkpoints" \
+  --predictions-file "$out/predictions.jsonl" --report-file "$out/report.png" "$@"
+echo "checkpoint: $out/checkpoints   answers: $out/predictions.jsonl"
