@@ -1,11 +1,19 @@
-"""What the server of the rank pool imports before it forks ranks; see `distributed.py`."""
+"""What the server of the rank pool imports before it forks ranks (see `distributed.py`): all that is slow."""
 
 from megatron_internvlx import platform
 
 platform.setup()
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402 (torch's optimizers import it in their first step)
+import transformers  # noqa: E402
 from megatron import training  # noqa: E402, F401
 from megatron.core.models import gpt  # noqa: E402, F401
+from megatron.core.tokenizers.utils import build_tokenizer  # noqa: E402, F401
+from tokenizers import Tokenizer  # noqa: E402, F401
 
+from megatron_internvlx.model import builder  # noqa: E402, F401
+from megatron_internvlx.training import step  # noqa: E402, F401
+
+_ = transformers.AutoTokenizer  # its modules are loaded when first named
 torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from megatron_internvlx import platform
 platform.setup()
 
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
@@ -28,9 +29,12 @@ ARGUMENTS = f"""
 --lr-decay-style constant --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1
 --tokenizer-type NullTokenizer --log-interval 1 --eval-iters 1 --eval-interval 1000 --normalization RMSNorm
 --swiglu --disable-bias-linear --position-embedding-type rope --no-create-attention-mask-in-dataloader
---use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --override-opt-param-scheduler
---ckpt-format torch_dist --num-workers 0 --hidden-dropout 0 --attention-dropout 0
+--override-opt-param-scheduler --ckpt-format torch_dist --num-workers 0
 """.split()
+
+NO_DROPOUT = ["--hidden-dropout", "0", "--attention-dropout", "0"]
+# Optimizer state saved in a form that any layout can load.
+RESHARDABLE = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
 
 
 class CountingRows(torch.utils.data.Dataset):
@@ -45,9 +49,6 @@ class CountingRows(torch.utils.data.Dataset):
 
 def datasets(_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
     return CountingRows(), CountingRows(), None
-
-
-datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def model(
@@ -83,8 +84,16 @@ def _loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, t
     return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
 
 
-def forward_step(rows: Iterator[torch.Tensor], gpt: GPTModel) -> tuple[torch.Tensor, Any]:
-    row = next(rows)
+def _row(rows: Iterator[torch.Tensor] | None) -> torch.Tensor:
+    """The next row; only the first rank of a tensor parallel group has a loader."""
+    row = next(rows) if rows is not None else torch.empty(1, LENGTH + 1, dtype=torch.long)
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.broadcast(row, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
+    return row
+
+
+def forward_step(rows: Iterator[torch.Tensor] | None, gpt: GPTModel) -> tuple[torch.Tensor, Any]:
+    row = _row(rows)
     positions = torch.arange(LENGTH).expand(len(row), LENGTH)
     mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH), 1).bool()
     losses = gpt(row[:, :-1].contiguous(), positions, mask, labels=row[:, 1:].contiguous())
@@ -94,8 +103,8 @@ def forward_step(rows: Iterator[torch.Tensor], gpt: GPTModel) -> tuple[torch.Ten
 def train(arguments: list[str]) -> dict[str, Any]:
     """Trains with these arguments on top of the common ones.
 
-    Returns the losses by iteration (empty but on the last pipeline stage), the gradient norms, and the
-    values of the evaluation at the end.
+    Returns the losses by iteration (empty but on the last pipeline stage), the gradient norms, the values of
+    the evaluation at the end, and the final random state.
     """
     losses: dict[int, float] = {}
     norms: dict[int, float | None] = {}
@@ -119,4 +128,9 @@ def train(arguments: list[str]) -> dict[str, Any]:
         sys.argv = saved
     config = pretrain_cfg_container_from_args(args)
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step, model)
-    return {"losses": losses, "norms": norms, "evaluations": evaluations}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "evaluations": evaluations,
+        "random": torch.get_rng_state().numpy().tobytes(),
+    }

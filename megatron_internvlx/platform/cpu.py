@@ -68,7 +68,7 @@ def _no_compilation() -> None:
     """`torch.compile` returns its function unchanged.
 
     Megatron decorates its fused activations with it: on CPU they would build C++ at first use (tens of
-    seconds), and the decoration alone imports torch._dynamo (2 s per process).
+    seconds), and the decoration alone imports torch's compiler (2 s per process).
     """
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
@@ -76,10 +76,6 @@ def _no_compilation() -> None:
         return model if model is not None else lambda function: function
 
     put(torch, compile=unchanged)
-    # torch's optimizers import torch._dynamo when first used, only to exclude themselves from compilation.
-    for method in vars(torch.optim.Optimizer).values():
-        if inner := getattr(method, "__wrapped__", None):
-            setattr(inner, "__dynamo_disable", inner)
 
 
 def put(owner: Any, **names: Any) -> None:

@@ -114,6 +114,7 @@ def _load_torch_adam() -> None:
             state["step"] = state["step"].clone()
 
     @functools.wraps(fill)
+    @torch.no_grad()  # the loader of the default format lacks it, which only fp32 parameters notice
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         fill(self, model_param, {**tensors, "step": None})
 

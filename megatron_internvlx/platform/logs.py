@@ -152,13 +152,13 @@ class LogRecord:
 
     iteration: int
     train_iters: int
-    losses: dict[str, float]  # averages since the last log; empty but on the last pipeline stage
+    losses: dict[str, float]  # averages over the log interval; empty but on the last pipeline stage
     learning_rate: float | None
     grad_norm: float | None
     loss_scale: float
-    skipped: int  # iterations skipped since the last log
+    skipped: int  # iterations skipped in the interval
     nan: int  # of them, those with a loss that is not finite
-    seconds: float  # per iteration, mean since the last log, without evaluation and saving
+    seconds: float  # per iteration, mean over the interval, without evaluation and saving
     consumed_samples: int
 
 
@@ -248,6 +248,9 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
             taken["lr"] = reduce_max(*a, **k)
             return taken["lr"]
 
+        # Megatron logs its first iteration without closing the interval, which is right unless it ends there.
+        interval_ends = iteration % training.get_args().log_interval == 0
+        first = kwargs.pop("is_first_iteration", False) and not interval_ends
         timer.elapsed = elapsed
         try:
             with _Replaced(
@@ -257,7 +260,7 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
             ):
                 flag = original(
                     loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag,
-                    skipped_iter, grad_norm, *args, **kwargs,
+                    skipped_iter, grad_norm, *args, is_first_iteration=first, **kwargs,
                 )  # fmt: skip
         finally:
             del timer.elapsed
