@@ -1,6 +1,7 @@
 """One training sample: a record of the manifest, tokenized, with its images measured but not yet decoded."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,15 @@ from megatron_internvlx.data.conversation import (
 )
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
+from megatron_internvlx.data.packing import Budget, Cost
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Width and height of an image, upright, from its path; BadSample if there is none.
+SizeOf = Callable[[str], tuple[int, int]]
 
 __all__ = ["BadSample", "EncoderSettings", "ImageTiles", "Sample", "SampleEncoder"]
 
@@ -50,7 +55,7 @@ class Sample:
     -100 where ignored; ``is_visual`` bool [n], True exactly where an image feature row goes, in the order
     of ``images`` and of their tiles; ``jpeg_augment`` asks the decoder for the released JPEG augmentation;
     ``attention_mask`` bool [n], None unless a released quirk masks tokens; ``dropped_tokens`` tokens cut
-    from the end by the length limit.
+    from the end by the length limit; ``dropped_tiles`` tiles given up to keep a packing budget.
     """
 
     key: str
@@ -61,6 +66,7 @@ class Sample:
     jpeg_augment: bool
     attention_mask: np.ndarray | None = None
     dropped_tokens: int = 0
+    dropped_tiles: int = 0
     number: int = 0
     """Position of the record in the unshuffled data set; set by the loader."""
 
@@ -78,7 +84,8 @@ class EncoderSettings:
     without the thumbnail (``max_tiles`` is shared by the images of a record); ``use_thumbnail``; ``rvtc``
     policy (off, area, edge); ``tokens_per_tile`` tokens in the deep phase; ``max_length`` tokens, None for
     no limit; ``dynamic_image_size`` False gives one tile per image; ``compat`` released behaviours to
-    bring back.
+    bring back; ``shallow_tokens_per_tile`` tokens in the shallow phase, None for those of the deep one;
+    ``budget`` what one pack may hold, None without packing.
     """
 
     template: str = "internvl2_5"
@@ -91,6 +98,13 @@ class EncoderSettings:
     max_length: int | None = None
     dynamic_image_size: bool = True
     compat: ReleasedQuirks = field(default=NO_QUIRKS)
+    shallow_tokens_per_tile: int | None = None
+    budget: Budget | None = None
+
+    @property
+    def shallow_per_tile(self) -> int:
+        """Tokens of a tile in the shallow phase."""
+        return self.shallow_tokens_per_tile or self.tokens_per_tile
 
     def __post_init__(self) -> None:
         get_template(self.template)
@@ -123,20 +137,82 @@ class SampleEncoder:
         """Whether images are turned upright; grids and decoding must agree on it."""
         return not self.settings.compat.ignore_exif
 
-    def encode(self, record: Record) -> Sample:
-        """The sample of ``record``; BadSample, named by the record's key, if it cannot be trained on."""
+    def cost(self, sample: Sample) -> Cost:
+        """What the sample takes of a pack."""
+        deep, tiles = len(sample.input_ids), sample.num_tiles
+        saved = self.settings.tokens_per_tile - self.settings.shallow_per_tile
+        return Cost(deep - tiles * saved, deep, tiles)
+
+    def encode(self, record: Record, size_of: SizeOf | None = None) -> Sample:
+        """The sample of ``record``; BadSample, named by the record's key, if it cannot be trained on.
+
+        ``size_of`` answers for the headers where sizes were recorded before. With a packing budget, a sample
+        over it first gives up tiles: its images share one tile less, until it fits or each has one; then its
+        text is cut after the last whole answer that fits.
+        """
         paths, turns = self._parse(record)
         try:
-            images = self._measure(record, paths)
+            sizes = [
+                size_of(path) if size_of else image_size(path, apply_exif=self.apply_exif) for path in paths
+            ]
         except BadSample as bad:
             raise bad.with_key(record.key) from bad
+        # A dataset may set its own maximum, which several images share, one tile each at least.
+        max_tiles = max(1, (record.max_tiles or self.settings.max_tiles) // max(1, len(paths)))
+        images = self._cut(paths, sizes, max_tiles)
+        budget = self.settings.budget
+        if budget is None:
+            return self._sample(record, turns, images, self.settings.max_length)
+        sample = self._sample(record, turns, images, None)
+        if budget.fits(self.cost(sample)):
+            return sample
+        return self._reduced(record, turns, sizes, max_tiles, sample, budget)
+
+    def _reduced(
+        self,
+        record: Record,
+        turns: list[dict[str, Any]],
+        sizes: Sequence[tuple[int, int]],
+        max_tiles: int,
+        whole: Sample,
+        budget: Budget,
+    ) -> Sample:
+        """The sample made to fit ``budget``: fewer tiles first, then less text."""
+        per_tile, shallow = self.settings.tokens_per_tile, self.settings.shallow_per_tile
+        text = len(whole.input_ids) - whole.num_tiles * per_tile
+        most = min((budget.deep - text) // per_tile, (budget.shallow - text) // shallow)
+        most = min(most, budget.tiles) if budget.tiles is not None else most
+        images, paths = whole.images, [image.path for image in whole.images]
+        while max_tiles > 1 and sum(image.num_tiles for image in images) > most:
+            max_tiles -= 1
+            images = self._cut(paths, sizes, max_tiles)
+        tiles = sum(image.num_tiles for image in images)
+        if budget.tiles is not None and tiles > budget.tiles:
+            raise BadSample(
+                record.key,
+                "too_many_images",
+                f"{len(paths)} images of one tile each, and a pack may hold {budget.tiles} tiles: "
+                "raise --max-tiles-per-pack or split the record",
+            )
+        limit = min(budget.deep, budget.shallow + tiles * (per_tile - shallow))
+        sample = self._sample(record, turns, images, limit)
+        sample.dropped_tiles = whole.num_tiles - tiles
+        return sample
+
+    def _sample(
+        self,
+        record: Record,
+        turns: list[dict[str, Any]],
+        images: tuple[ImageTiles, ...],
+        max_length: int | None,
+    ) -> Sample:
         per_tile = self.settings.tokens_per_tile
         text = encode(
             self.tokenizer,
             self.settings.template,
             turns,
             image_tokens=[image.num_tiles * per_tile for image in images],
-            max_length=self.settings.max_length,
+            max_length=max_length,
             compat=self.settings.compat,
             key=record.key,
         )
@@ -180,13 +256,13 @@ class SampleEncoder:
                 turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
         return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
 
-    def _measure(self, record: Record, paths: list[str]) -> tuple[ImageTiles, ...]:
+    def _cut(
+        self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], max_tiles: int
+    ) -> tuple[ImageTiles, ...]:
+        """Grids of the images, each of at most ``max_tiles`` tiles."""
         settings = self.settings
-        # A dataset may set its own maximum, which several images share, one tile each at least.
-        max_tiles = max(1, (record.max_tiles or settings.max_tiles) // max(1, len(paths)))
         images = []
-        for path in paths:
-            width, height = image_size(path, apply_exif=self.apply_exif)
+        for path, (width, height) in zip(paths, sizes, strict=False):
             cols, rows = 1, 1
             if settings.dynamic_image_size:
                 cols, rows = tile_grid(

@@ -1,0 +1,172 @@
+"""Dual-length packing: samples -> packs that obey three budgets at once.
+
+A sample costs shallow tokens, deep tokens and tiles; a pack's sums may exceed no budget. Which budget binds
+depends on the data: long texts fill the deep tokens, large images the tiles. Everything here is a
+function of the costs alone, so that a resumed run and every rank repeat it exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+NAMES = ("shallow tokens", "deep tokens", "tiles")
+# Tries with ever more packs before the tightest heuristic decides, each of them this much more.
+_GROWTH, _TRIES = 0.008, 6
+
+
+class Cost(NamedTuple):
+    """What a sample takes of a pack: rows of both decoder phases, and tiles."""
+
+    shallow: int
+    deep: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most that a pack may hold, in tokens of either phase and in tiles; None for no limit on tiles."""
+
+    shallow: int
+    deep: int
+    tiles: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("shallow", self.shallow), ("deep", self.deep), ("tiles", self.tiles)):
+            if value is not None and value < 1:
+                raise ValueError(f"the packing budget of {name} is {value}; it must be at least 1")
+
+    def limits(self) -> Int64:
+        """int64 [3] in the order of `Cost`."""
+        tiles = np.iinfo(np.int64).max if self.tiles is None else self.tiles
+        return np.asarray([self.shallow, self.deep, tiles], np.int64)
+
+    def fits(self, cost: Cost) -> bool:
+        """Whether a pack may hold this cost."""
+        return (
+            cost.shallow <= self.shallow
+            and cost.deep <= self.deep
+            and cost.tiles <= (self.tiles or cost.tiles)
+        )
+
+
+def as_costs(costs: Sequence[Cost] | Int64) -> Int64:
+    """int64 [n, 3]."""
+    return np.asarray(costs, np.int64).reshape(-1, 3)
+
+
+def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
+    """Indices of the samples of each pack, every sample in exactly one.
+
+    Packs come in order of falling tiles: ranks that pack samples of the same kind have similar tiles at the
+    same step. Samples of a pack keep their order.
+
+    Raises ValueError naming the sample that is over a budget by itself; see `sample.py` for the rule that
+    prevents it.
+    """
+    table, limits = as_costs(costs), budget.limits()
+    if not len(table):
+        return []
+    over = np.argwhere(table > limits)
+    if len(over):
+        number, which = (int(i) for i in over[0])
+        raise ValueError(
+            f"sample {number} has {table[number, which]} {NAMES[which]}, over the budget of {limits[which]}"
+        )
+    owner = _place(table, limits)
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner))
+    packs = [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True) if end > start]
+    totals = np.asarray([table[rows].sum(0) for rows in packs])
+    keys = (np.asarray([rows[0] for rows in packs]), -totals[:, 1], -totals[:, 2])
+    return [packs[i] for i in np.lexsort(keys)]
+
+
+def lower_bound(costs: Int64, limits: Int64) -> int:
+    """Packs that the fullest budget needs at least."""
+    return max(1, int(np.max(-(-costs.sum(0) // limits))))
+
+
+def _place(costs: Int64, limits: Int64) -> Int64:
+    """Number of the pack of each sample."""
+    shares = costs / limits
+    order = np.argsort(-shares.max(1), kind="stable")
+    least = lower_bound(costs, limits)
+    tight = _assign(costs, shares, order, limits, least, spread=False)
+    most = int(tight.max()) + 1
+    for attempt in range(_TRIES):
+        count = least + int(np.ceil(attempt * _GROWTH * least))
+        if count >= most and attempt:
+            break
+        even = _assign(costs, shares, order, limits, count, spread=True)
+        if int(even.max()) < count:
+            return even
+    return tight
+
+
+def _assign(costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: int, *, spread: bool) -> Int64:
+    """One greedy pass, the largest samples first.
+
+    ``spread``: into the one of ``count`` packs where it adds least to the sum of squared loads, which evens
+    out all three sums. Otherwise: into the fullest one where it fits, which needs the fewest packs.
+    Packs beyond ``count`` are opened when nothing fits.
+    """
+    owner = np.zeros(len(costs), np.int64)
+    free = np.repeat(limits[:, None], len(costs) + 1, axis=1)
+    loads = np.zeros((3, len(costs) + 1))
+    opened = count if spread else 1
+    for i in order:
+        (a, b, c), (x, y, z) = costs[i], shares[i]
+        fits = (free[0, :opened] >= a) & (free[1, :opened] >= b) & (free[2, :opened] >= c)
+        if spread:
+            score = np.where(
+                fits, x * loads[0, :opened] + y * loads[1, :opened] + z * loads[2, :opened], np.inf
+            )
+            best = int(score.argmin())
+        else:
+            score = np.where(fits, loads[:, :opened].max(0), -np.inf)
+            best = int(score.argmax())
+        if not fits[best]:
+            best = opened
+            opened += 1
+        owner[i] = best
+        free[:, best] -= costs[i]
+        loads[:, best] += shares[i]
+    return owner
+
+
+@dataclass(frozen=True)
+class Fill:
+    """How full packs are: share of each budget used over all packs, and which budget binds."""
+
+    packs: int
+    shallow: float
+    deep: float
+    tiles: float
+
+    @property
+    def binding(self) -> str:
+        """Name of the fullest budget."""
+        return NAMES[int(np.argmax([self.shallow, self.deep, self.tiles]))]
+
+    @property
+    def best(self) -> float:
+        """Share of the binding budget that is used."""
+        return max(self.shallow, self.deep, self.tiles)
+
+
+def fill(costs: Sequence[Cost] | Int64, packs: Sequence[Int64], budget: Budget) -> Fill:
+    """Share of every budget that ``packs`` use; 0 for tiles without a limit."""
+    used = as_costs(costs).sum(0) / np.maximum(len(packs), 1) / budget.limits()
+    return Fill(len(packs), *(float(share) for share in used))
+
+
+def tile_spread(tiles_per_rank: Sequence[Sequence[int]]) -> float:
+    """Tiles that ranks wait for: mean over steps of (most of any rank / mean of the ranks) - 1."""
+    steps = min(len(tiles) for tiles in tiles_per_rank)
+    table = np.asarray([tiles[:steps] for tiles in tiles_per_rank], float)
+    mean = table.mean(0)
+    return float((table.max(0)[mean > 0] / mean[mean > 0]).mean() - 1) if (mean > 0).any() else 0.0
