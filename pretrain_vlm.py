@@ -22,26 +22,38 @@ def main() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_internvlx import arguments
+    from megatron_internvlx.data.rejects import TooManyRejects
     from megatron_internvlx.model.builder import ModelProvider
+    from megatron_internvlx.training import dryrun
+    from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.training.data import DataProvider
     from megatron_internvlx.training.log import TrainingLog
+    from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.step import ForwardStep
 
     try:
         args = arguments.parse()
+        if args.dry_run:
+            return dryrun.run(args)
         data = DataProvider(args)
     except ValueError as error:
         return arguments.complain(error)
     log = TrainingLog(args, data)
     step = ForwardStep(args.loss_weighting, on_answers=log.answers)
     log.install(step)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        data,
-        ModelType.encoder_or_decoder,
-        step,
-        ModelProvider(args),
-    )
+    communicator = boundary_communicator(args, data)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            data,
+            ModelType.encoder_or_decoder,
+            step,
+            ModelProvider(args, communicator),
+            p2p_communicator=communicator,
+            pg_collection=MegatronGroups(),
+        )
+    except TooManyRejects as error:
+        return arguments.complain(error, from_any_rank=True)
     log.close()
     return 0
 

@@ -7,8 +7,10 @@ model preset, a recipe file, the command line.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +25,13 @@ from megatron_internvlx.config import (
     SETTINGS,
     CompressionSettings,
     DataSettings,
+    RunSettings,
     TrainSettings,
     VisionSettings,
     check_compression,
     check_projector,
+    check_static_budgets,
+    grid_side,
 )
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
@@ -56,11 +61,14 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     chosen = _peek(sys.argv[1:])
     recipe = read_recipe(chosen.recipe, known) if chosen.recipe else {}
     name = chosen.model_preset or recipe.get("model_preset")
+    _pretend_world_size(chosen, recipe)
     defaults = platform.cpu_args_defaults() | OUR_DEFAULTS | (preset(name) if name else {}) | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
     tokenizer = chosen.tokenizer_model or defaults.get("tokenizer_model")
+    if chosen.dry_run and tokenizer and not Path(tokenizer).is_dir():
+        tokenizer = None  # a dry run needs no files; the preset knows the size
     if tokenizer and chosen.vocab_size is None and "vocab_size" not in recipe:
         size = tokenizer_size(tokenizer)
         # A released embedding is often a little larger than its tokenizer: keep the larger.
@@ -77,7 +85,18 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     peek.add_argument("--recipe")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
+    peek.add_argument("--dry-run", action="store_true")
+    peek.add_argument("--dry-run-world-size", type=int)
     return peek.parse_known_args(argv)[0]
+
+
+def _pretend_world_size(chosen: argparse.Namespace, recipe: dict[str, Any]) -> None:
+    """A dry run has the world size and the GPUs that it was asked about, not those of this process."""
+    if chosen.dry_run:
+        platform.pretend_hopper()
+    size = chosen.dry_run_world_size or recipe.get("dry_run_world_size")
+    if chosen.dry_run and size:
+        os.environ["WORLD_SIZE"] = str(size)  # Megatron reads it here and nowhere else
 
 
 def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
@@ -117,7 +136,18 @@ def vision_config(args: argparse.Namespace) -> InternViTConfig:
         changes["patch_size"] = wanted.patch_size
     if wanted.select_layer is not None:
         changes["select_layer"] = wanted.select_layer
+    if wanted.vision_overrides:
+        changes |= json.loads(wanted.vision_overrides)
     return internvit_preset(wanted.vision_preset, **changes)
+
+
+def row_alignment(args: argparse.Namespace) -> int:
+    """Both phases hold a multiple of this many rows: what FP8 and sequence parallelism need.
+
+    FP8 matrix products need multiples of 16, MXFP8 blocks 32, on every rank of the split.
+    """
+    rows = 1 if not args.fp8 else 32 if args.fp8_recipe == "mxfp8" else 16
+    return rows * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -138,6 +168,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
     )
     _check_unsupported(args)
+    _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
     _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
 
 
@@ -154,8 +185,8 @@ def _check_unsupported(args: argparse.Namespace) -> None:
     asked = [flag for flag, on in refused.items() if on]
     if asked:
         raise ValueError(
-            f"{', '.join(asked)}: not supported with InternVL-X; the sequence length changes inside the decoder, "
-            "and these parts of Megatron were not made for that"
+            f"{', '.join(asked)}: not supported with InternVL-X; the sequence length changes inside the "
+            "decoder, and these parts of Megatron were not made for that"
         )
     if args.max_position_embeddings is not None and args.seq_length > args.max_position_embeddings:
         raise ValueError(
@@ -164,17 +195,40 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         )
 
 
+def _check_static(
+    args: argparse.Namespace, compression: CompressionSettings, train: TrainSettings, data: DataSettings
+) -> None:
+    if train.boundary != "static":
+        return
+    vision = vision_config(args)
+    patches = vision.image_size // vision.patch_size
+    high = grid_side(patches, compression.high_ratio, "--high-ratio")
+    low = grid_side(patches, compression.low_ratio, "--low-ratio") if compression.lvtc else high
+    tiles = data.max_tiles + (not data.no_thumbnail and data.max_tiles > 1)
+    check_static_budgets(
+        train,
+        deep=args.seq_length,
+        alignment=row_alignment(args),
+        sample_tiles=1 if data.static_image_size else tiles,
+        low_rows=low**2,
+        high_rows=high**2,
+        lvtc=compression.lvtc,
+    )
+
+
 def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSettings) -> None:
     if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
         raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
     if not 1 <= data.min_tiles <= data.max_tiles:
         raise ValueError(f"--min-tiles {data.min_tiles} --max-tiles {data.max_tiles}: want 1 <= min <= max")
+    if not args.calculate_per_token_loss:
+        raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
+    if settings_from(args, RunSettings).dry_run:
+        return
     if not data.data:
         raise ValueError("--data is not set: the meta.json of the training data")
     if not args.tokenizer_model:
         raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
-    if not args.calculate_per_token_loss:
-        raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
 
 
 def complain(error: ValueError) -> int:
@@ -184,6 +238,15 @@ def complain(error: ValueError) -> int:
     return 2
 
 
+def validate(args: argparse.Namespace) -> None:
+    """Megatron's own checks; a failed assertion becomes a ValueError with its message or condition."""
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        condition = traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses the arguments: {error or condition}") from error
+
+
 def parse() -> argparse.Namespace:
     """Parse sys.argv, check, and fill Megatron's global variables. Raises ValueError."""
     platform.quiet_prints()
@@ -191,6 +254,6 @@ def parse() -> argparse.Namespace:
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
-    validate_args(args)
+    validate(args)
     set_global_variables(args)
     return args

@@ -25,6 +25,8 @@ class VisionSettings:
     """Recompute every vision layer in the backward pass instead of keeping its activations."""
     select_layer: int | None = None
     """Which hidden state feeds the projectors: -1 the last one. Unset: the preset's."""
+    vision_overrides: str | None = None
+    """JSON object of InternViTConfig fields that differ from the preset; written by imports. Unset: none."""
 
 
 @dataclass
@@ -116,7 +118,23 @@ class DataSettings:
     """PNG with the loss curve and six validation images, written at the end. Unset: not drawn."""
 
 
-SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings)
+@dataclass
+class RunSettings:
+    """How a run is checked before it starts, and how it survives faults."""
+
+    dry_run: bool = False
+    """Check everything, print layout, memory and batch sizes, and train nothing. Needs no data and no GPU."""
+    dry_run_world_size: int | None = None
+    """Number of GPUs to check for; recipes state theirs. Unset: WORLD_SIZE."""
+    gpu_memory_gib: float | None = None
+    """Memory of one GPU, in GiB: a dry run that needs more fails. Unset: not checked."""
+    auto_resume: bool = False
+    """Go on from the newest complete checkpoint in --save; the first start takes --load, if given."""
+    max_tries: int = 3
+    """With --auto-resume, starts without a newer checkpoint in between after which training gives up."""
+
+
+SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
 
 
 def grid_side(patches: int, ratio: float, name: str) -> int:
@@ -175,4 +193,62 @@ def check_projector(settings: CompressionSettings, *, hidden_size: int, tensor_p
         raise ValueError(
             f"PVTC has 16 attention heads, which --tensor-model-parallel-size {tensor_parallel} "
             "does not divide: use 1, 2, 4, 8 or 16"
+        )
+
+
+def check_static_budgets(
+    train: TrainSettings,
+    *,
+    deep: int,
+    alignment: int,
+    sample_tiles: int,
+    low_rows: int,
+    high_rows: int,
+    lvtc: bool,
+) -> None:
+    """Check the sizes that static boundaries pad every micro-batch to.
+
+    Args:
+        train: the settings that hold the shallow and tile budgets.
+        deep: --seq-length, the deep budget.
+        alignment: rows per phase must be a multiple of it.
+        sample_tiles: most tiles that one sample's image is cut into, thumbnail included.
+        low_rows, high_rows: visual rows per tile in the shallow and the deep phase.
+        lvtc: whether there is a shallow phase.
+    """
+    shallow, tiles = train.shallow_seq_length, train.max_tiles_per_pack
+    missing = ["--max-tiles-per-pack"] if tiles is None else []
+    if lvtc and shallow is None:
+        missing.append("--shallow-seq-length")
+    if missing:
+        raise ValueError(
+            f"--boundary static needs {' and '.join(missing)}: it pads every micro-batch to fixed sizes; "
+            "give them, or use --boundary variable"
+        )
+    assert tiles is not None
+    sizes = {"--seq-length": deep}
+    if lvtc and shallow is not None:
+        sizes["--shallow-seq-length"] = shallow
+    for name, rows in sizes.items():
+        if rows % alignment:
+            raise ValueError(
+                f"{name} {rows} is not a multiple of {alignment}, which the precision and sequence "
+                f"parallelism of this layout need: use {-(-rows // alignment) * alignment}"
+            )
+    if tiles < sample_tiles:
+        raise ValueError(
+            f"--max-tiles-per-pack {tiles} does not hold one image of {sample_tiles} tiles: raise it to "
+            f"{sample_tiles}, or lower --max-tiles"
+        )
+    wanted = {"--seq-length": sample_tiles * high_rows, "--shallow-seq-length": sample_tiles * low_rows}
+    for name, rows in sizes.items():
+        if rows <= wanted[name]:
+            raise ValueError(
+                f"{name} {rows} does not hold the {wanted[name]} visual rows of one image of {sample_tiles} "
+                "tiles and some text: raise it, or lower --max-tiles"
+            )
+    if lvtc and shallow is not None and shallow > deep:
+        raise ValueError(
+            f"--shallow-seq-length {shallow} is more than --seq-length {deep}: the shallow phase has fewer "
+            "rows than the deep one"
         )

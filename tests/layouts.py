@@ -18,7 +18,6 @@ import megatron.training.training as training  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.utils import get_model_config, unwrap_model  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
@@ -29,7 +28,9 @@ from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa
 from megatron_internvlx.data.plan import PlanSettings, build_plan  # noqa: E402
 from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
+from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
 from megatron_internvlx.training.data import DataProvider, plan_settings  # noqa: E402
+from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 TOKENIZER = Path(__file__).parent / "golden" / "data" / "tokenizers" / "qwen2_fast"
@@ -111,11 +112,14 @@ def train(
     """
     args = parse(changes)
     initialize_megatron()
+    data = SyntheticData(args)
+    communicator = boundary_communicator(args, data)
+    groups = MegatronGroups()
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        model_provider_func=ModelProvider(args),
+        model_provider_func=ModelProvider(args, communicator),
         cfg_container=pretrain_cfg_container_from_args(args),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pg_collection=groups,
     )
     stages = unwrap_model(model)
     if weights is not None:
@@ -135,14 +139,14 @@ def train(
             result["losses"][record.iteration] = record.losses["loss"]
 
     platform.install_log_line(line)
-    data = SyntheticData(args)
     data.packed = packed
     stages_of_rank = args.virtual_pipeline_model_parallel_size
     chunks = [RerunDataIterator(data(None, vp_stage=i)[0]) for i in range(stages_of_rank or 1)]
     args.do_valid = args.do_test = False
     training.train(
-        ForwardStep(args.loss_weighting), model, optimizer, scheduler, chunks if stages_of_rank else chunks[0],
-        None, None, get_model_config(model[0]), {}, None,
+        ForwardStep(args.loss_weighting), model, optimizer, scheduler,
+        chunks if stages_of_rank else chunks[0],
+        None, None, get_model_config(model[0]), {}, None, p2p_communicator=communicator, pg_collection=groups,
     )  # fmt: skip
     if "weights" in keep:
         final = full_tensors(stages, lambda p: p.data)

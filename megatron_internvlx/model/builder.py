@@ -11,6 +11,8 @@ from megatron_internvlx.arguments import settings_from, vision_config
 from megatron_internvlx.config import CompressionSettings, TrainSettings, grid_side
 from megatron_internvlx.model.decoder import CompressionPlan
 from megatron_internvlx.model.internvlx import InternVLX
+from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.parallel.communicator import BoundaryCommunicator
 from megatron_internvlx.training.gradients import finalize_hook
 
 
@@ -46,11 +48,25 @@ def freeze(stage: InternVLX, train: TrainSettings) -> None:
             parameter.requires_grad_(False)
 
 
-class ModelProvider:
-    """Builds the stage that Megatron asks for."""
+def static_budget(args: argparse.Namespace) -> Budget | None:
+    """The sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
+    train = settings_from(args, TrainSettings)
+    if train.boundary != "static":
+        return None
+    assert train.max_tiles_per_pack is not None
+    return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+
+class ModelProvider:
+    """Builds the stage that Megatron asks for.
+
+    Args:
+        args: parsed arguments.
+        communicator: is told of every stage; needed with more than one pipeline stage.
+    """
+
+    def __init__(self, args: argparse.Namespace, communicator: BoundaryCommunicator | None = None) -> None:
+        self.args, self.communicator = args, communicator
 
     def __call__(
         self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None, **_: Any
@@ -59,8 +75,9 @@ class ModelProvider:
         args = self.args
         train = settings_from(args, TrainSettings)
         config = config or core_transformer_config_from_args(args)
-        # Megatron's validate_args resets the argument; the config is where schedules look.
-        config.variable_seq_lengths = train.boundary == "variable" and config.pipeline_model_parallel_size > 1
+        # Makes Megatron ask our communicator for the shape of every message, in both boundary modes.
+        # Its validate_args resets the argument; the config is where schedules look.
+        config.variable_seq_lengths = config.pipeline_model_parallel_size > 1
         # Injection layers have parameters that others lack: keys of a checkpoint are per layer.
         config.hetereogenous_dist_checkpoint = True
         stage = InternVLX(
@@ -75,6 +92,7 @@ class ModelProvider:
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             freeze_vision=train.freeze_vision,
             vision_recompute=args.vision_recompute,
+            budget=static_budget(args),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -82,4 +100,6 @@ class ModelProvider:
         )
         freeze(stage, train)
         config.finalize_model_grads_func = finalize_hook(stage.tp_group)
+        if self.communicator is not None:
+            self.communicator.add(stage)
         return stage

@@ -70,13 +70,15 @@ class PhaseInputs:
 class DecoderInputs:
     """Handed to every layer of a stage through TransformerBlock's `packed_seq_params`.
 
-    The ViT features travel as the block's `context`: a tensor argument of every layer, so that
-    recomputation and its gradients need nothing from us.
+    ViT features with a gradient travel as the block's `context`: a tensor argument of every layer, so
+    that recomputation needs nothing from us. Those of a frozen encoder are here instead: as an argument
+    they would get a gradient of zeros from every recomputed layer.
     """
 
     plan: DevicePlan
     shallow: PhaseInputs
     deep: PhaseInputs
+    frozen_features: Tensor | None = None
 
 
 class InternVLXLayer(TransformerLayer):
@@ -103,7 +105,7 @@ class InternVLXLayer(TransformerLayer):
                 group=self.tp_group,
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -114,7 +116,8 @@ class InternVLXLayer(TransformerLayer):
         """Rows [S, 1, h] and ViT features [T, L, c] -> rows of this layer's phase, same features."""
         assert packed_seq_params is not None
         if self.injection is not None:
-            hidden_states = self.injection(hidden_states, context, packed_seq_params.plan)
+            features = packed_seq_params.frozen_features if context is None else context
+            hidden_states = self.injection(hidden_states, features, packed_seq_params.plan)
         phase = packed_seq_params.deep if self.is_deep else packed_seq_params.shallow
         kwargs |= {"rotary_pos_emb": phase.rotary, "padding_mask": phase.padding_mask}
         hidden_states, _ = super().forward(

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_internvlx.data.normalize import normalize_tiles
@@ -30,7 +29,7 @@ from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.layer_specs import decoder_spec
 from megatron_internvlx.model.lvtc import merge_visual
 from megatron_internvlx.parallel.batch import DevicePhase, DevicePlan, MicroBatch
-from megatron_internvlx.parallel.boundary import BoundaryFormat
+from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
 from megatron_internvlx.parallel.layout import boundary_content, stage_layers
 
 ROTARY_TABLE_STEP = 256
@@ -48,6 +47,7 @@ class InternVLX(MegatronModule):
         rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
         share_embeddings_and_output_weights: tied embeddings.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
+        budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class InternVLX(MegatronModule):
         share_embeddings_and_output_weights: bool = False,
         freeze_vision: bool = False,
         vision_recompute: bool = False,
+        budget: Budget | None = None,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -87,6 +88,8 @@ class InternVLX(MegatronModule):
             1 + compression.patches**2,
             sequence_parallel=config.sequence_parallel,
             group=self.tp_group,
+            carry_gradient=not freeze_vision,
+            budget=budget,
         )
         if pre_process:
             vision_settings = internvit_transformer_config(vision, config, recompute=vision_recompute)
@@ -136,30 +139,33 @@ class InternVLX(MegatronModule):
             predicted token ids; with `return_logits` [S_deep, V] logits in fp32 instead.
         """
         plan = batch.plan
+        features: Tensor | None
         if self.pre_process:
             assert batch.tiles is not None
             features = self.encode(batch.tiles, plan)
             rows = self.embed(plan, features)
         else:
             rows, features = self.boundary.split(self.input_tensor, self.content_in, plan)
-            if features is not None and self.freeze_vision:
-                features = features.detach()
             self.language_model.set_input_tensor(rows)
-        inputs = DecoderInputs(plan, self._phase_inputs(plan.shallow), self._phase_inputs(plan.deep))
+        inputs = DecoderInputs(
+            plan,
+            self._phase_inputs(plan.shallow),
+            self._phase_inputs(plan.deep),
+            features if self.freeze_vision else None,
+        )
         out = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=rows if self.pre_process else None,
             packed_seq_params=inputs,
-            extra_block_kwargs={"context": features},
+            extra_block_kwargs={"context": None if self.freeze_vision else features},
             output_processor=self._logits if return_logits else self._loss,
             output_processor_context=plan,
         )
         if self.post_process:
             return out
-        out = self.boundary.join(out, features, self.content_out)
-        return make_viewless_tensor(out, requires_grad=out.requires_grad, keep_graph=True)
+        return self.boundary.join(out, features, self.content_out, plan)
 
     def encode(self, tiles: Tensor, plan: DevicePlan) -> Tensor:
         """This rank's tiles (uint8, or already normalised floats) -> features of all [T, L, c].

@@ -87,6 +87,7 @@ class LVTCInjection(MegatronModule):
             up_qp = self.upsample_qp.to(rows_Sh.dtype).expand(plan.num_tiles, -1, -1)
             visual_Tqh = torch.baddbmm(visual_Tqh.to(rows_Sh.dtype), up_qp, low_Tph)
         source = torch.cat([rows_Sh, visual_Tqh.reshape(-1, h).to(rows_Sh.dtype)])
+        assert plan.expand_index is not None
         return source.index_select(0, plan.expand_index).view(-1, 1, h)
 
     def _add(self, rows_S1h: Tensor, visual_Tqh: Tensor, plan: DevicePlan) -> Tensor:

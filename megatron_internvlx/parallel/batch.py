@@ -3,7 +3,8 @@
 One rank per data-parallel replica (first stage, TP rank 0) loads samples. The plan, the token ids
 and the targets of a micro-batch are a few kilobytes of int32: they go to the first rank of each
 stage and from there to its TP ranks in one broadcast, all on the host, so that every rank has the
-same plan without a device synchronization. Pixels go only to the first stage, each TP rank receiving the tiles it encodes.
+same plan without a device synchronization. Pixels go only to the first stage, each TP rank receiving
+the tiles it encodes.
 """
 
 from __future__ import annotations
@@ -216,11 +217,19 @@ class SharedBatches:
         self._received = 0
         self._kept: dict[int, tuple[MicroBatch, int]] = {}
 
-    def get(self, number: int) -> MicroBatch:
-        """The micro-batch with this number; each reader asks once per number."""
+    def _receive_up_to(self, number: int) -> None:
         while self._received <= number:
             self._kept[self._received] = (self.channel.receive(self.loader), self.readers)
             self._received += 1
+
+    def peek(self, number: int) -> MicroBatch:
+        """The micro-batch with this number, which stays for its readers."""
+        self._receive_up_to(number)
+        return self._kept[number][0]
+
+    def get(self, number: int) -> MicroBatch:
+        """The micro-batch with this number; each reader asks once per number."""
+        self._receive_up_to(number)
         batch, left = self._kept.pop(number)
         if left > 1:
             self._kept[number] = (batch, left - 1)
@@ -240,3 +249,8 @@ class BatchIterator:
         batch = self.shared.get(self._next)
         self._next += 1
         return batch
+
+    def upcoming(self, least: int) -> tuple[int, DevicePlan]:
+        """Number and plan of the first micro-batch not consumed, or of number `least` if that is later."""
+        number = max(least, self._next)
+        return number, self.shared.peek(number).plan

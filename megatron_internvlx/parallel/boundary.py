@@ -4,19 +4,49 @@ One 3-D tensor per message, [rows + carry, 1, h] (Megatron's schedules move exac
 features [T, L, c] are flattened and cut into rows of width h; under sequence parallelism every
 TP rank sends its share of both parts. Features are carried, not projections: T*L*c elements
 whatever the number of injections, and each projector stays on the stage of its layer.
+
+For a frozen vision encoder the features have no gradient. They are then attached to the tensor of
+decoder rows, outside of autograd; `communicator.py` puts both into the message and takes them apart,
+so that the gradient that goes back has the decoder rows only.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_internvlx.parallel.batch import DevicePhase, DevicePlan
+from megatron_internvlx.parallel.batch import DevicePlan
 from megatron_internvlx.parallel.layout import BoundaryContent
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Static mode: the sizes to which every micro-batch is padded."""
+
+    shallow: int
+    """Rows of the shallow phase."""
+    deep: int
+    """Rows of the deep phase."""
+    tiles: int
+    """Tiles whose features a message has room for."""
+
+
+def attach_carried(rows_S1h: Tensor, carried_C1h: Tensor) -> Tensor:
+    """Let features without gradient travel with the rows; see `take_carried`."""
+    rows_S1h.carried = carried_C1h  # type: ignore[attr-defined]
+    return rows_S1h
+
+
+def take_carried(rows_S1h: Tensor) -> Tensor | None:
+    """What `attach_carried` attached, once; None if nothing is."""
+    return rows_S1h.__dict__.pop("carried", None)
 
 
 class BoundaryFormat:
@@ -26,6 +56,8 @@ class BoundaryFormat:
         hidden_size: h. vision_hidden_size: c. vision_tokens: L = 1 + P*P.
         sequence_parallel: whether rows are sharded over `group`.
         group: tensor-parallel group.
+        carry_gradient: whether the gradient of carried features is wanted.
+        budget: sizes in static mode; None: those of the micro-batch's plan.
     """
 
     def __init__(
@@ -36,52 +68,69 @@ class BoundaryFormat:
         *,
         sequence_parallel: bool,
         group: torch.distributed.ProcessGroup,
+        carry_gradient: bool = True,
+        budget: Budget | None = None,
     ) -> None:
         self.hidden_size = hidden_size
         self.vision_hidden_size, self.vision_tokens = vision_hidden_size, vision_tokens
         self.sequence_parallel, self.group = sequence_parallel, group
         self.shards = group.size() if sequence_parallel else 1
+        self.carry_gradient, self.budget = carry_gradient, budget
 
     def carry_rows(self, tiles: int) -> int:
         """Rows of width h that `tiles` tiles of features fill, padded to whole shards."""
         elements = tiles * self.vision_tokens * self.vision_hidden_size
         return -(-elements // (self.hidden_size * self.shards)) * self.shards
 
-    def local_rows(self, content: BoundaryContent, plan: DevicePlan) -> tuple[int, int]:
-        """(decoder rows, carried rows) of this rank's message."""
-        carry = self.carry_rows(plan.encoded_tiles) if content.carry else 0
-        return self.phase(content, plan).length // self.shards, carry // self.shards
+    def local_rows(self, content: BoundaryContent, plan: DevicePlan | None) -> tuple[int, int]:
+        """(decoder rows, carried rows) of this rank's message; with a budget the plan is not needed."""
+        if self.budget is not None:
+            length = self.budget.deep if content.deep else self.budget.shallow
+            tiles = self.budget.tiles
+        else:
+            assert plan is not None
+            length = (plan.deep if content.deep else plan.shallow).length
+            tiles = plan.encoded_tiles
+        carry = self.carry_rows(tiles) if content.carry else 0
+        return length // self.shards, carry // self.shards
 
-    @staticmethod
-    def phase(content: BoundaryContent, plan: DevicePlan) -> DevicePhase:
-        """The phase whose rows cross the boundary."""
-        return plan.deep if content.deep else plan.shallow
+    def join(
+        self, rows_S1h: Tensor, features_TLc: Tensor | None, content: BoundaryContent, plan: DevicePlan
+    ) -> Tensor:
+        """Decoder rows and, if the boundary carries them, features -> what the schedule sends."""
+        if content.carry:
+            assert features_TLc is not None
+            carry = self._flatten(features_TLc, self.local_rows(content, plan)[1], rows_S1h.dtype)
+            if self.carry_gradient:
+                rows_S1h = torch.cat([rows_S1h, carry])
+        # Megatron frees the data of a sent tensor, which must therefore be no view.
+        out = make_viewless_tensor(rows_S1h, requires_grad=rows_S1h.requires_grad, keep_graph=True)
+        return attach_carried(out, carry.detach()) if content.carry and not self.carry_gradient else out
 
-    def join(self, rows_S1h: Tensor, features_TLc: Tensor | None, content: BoundaryContent) -> Tensor:
-        """Decoder rows and, if the boundary carries them, features -> one tensor."""
-        if not content.carry:
-            return rows_S1h
-        assert features_TLc is not None
-        flat = features_TLc.reshape(-1).to(rows_S1h.dtype)
-        wanted = self.carry_rows(features_TLc.shape[0]) * self.hidden_size
-        carry = torch.nn.functional.pad(flat, (0, wanted - flat.numel())).view(-1, 1, self.hidden_size)
+    def _flatten(self, features_TLc: Tensor, local_rows: int, dtype: torch.dtype) -> Tensor:
+        """Features as rows of width h, this rank's share: [local_rows, 1, h]."""
+        flat = features_TLc.reshape(-1).to(dtype)
+        missing = local_rows * self.shards * self.hidden_size - flat.numel()
+        carry = torch.nn.functional.pad(flat, (0, missing)).view(-1, 1, self.hidden_size)
         if self.sequence_parallel:
             carry = scatter_to_sequence_parallel_region(carry, group=self.group)
-        return torch.cat([rows_S1h, carry])
+        return carry
 
     def split(
         self, message: Tensor, content: BoundaryContent, plan: DevicePlan
     ) -> tuple[Tensor, Tensor | None]:
-        """One received tensor -> decoder rows [S, 1, h] and features [T, L, c] (or None)."""
+        """What the schedule received -> decoder rows [S, 1, h] and features [T, L, c] (or None)."""
         rows, carried = self.local_rows(content, plan)
-        if message.shape[0] != rows + carried:
+        attached = take_carried(message)
+        received = message.shape[0] + (attached.shape[0] if attached is not None else 0)
+        if received != rows + carried:
             raise RuntimeError(
-                f"boundary before layer {content.next_layer}: received {message.shape[0]} rows, the plan "
+                f"boundary before layer {content.next_layer}: received {received} rows, the plan "
                 f"says {rows} decoder rows and {carried} carried rows"
             )
         if not content.carry:
             return message, None
-        rows_S1h, carry = message.split([rows, carried])
+        rows_S1h, carry = (message, attached) if attached is not None else message.split([rows, carried])
         if self.sequence_parallel:
             # All ranks compute the same gradient of the features, so each keeps its share.
             carry = gather_from_sequence_parallel_region(

@@ -1,11 +1,14 @@
-"""Process groups of one rank, for model parts that take no part in a kind of parallelism.
+"""Process groups that Megatron does not make, or not in time.
 
 The vision encoder's weights are replicated over the tensor-parallel group, every rank encoding its own
 tiles. Its Megatron modules therefore get tensor-, pipeline- and context-parallel groups of size one, which
 frees its head count from the tensor-parallel size and makes every collective inside it a no-op.
 """
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 _FIELDS = ("tp", "pp", "cp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
@@ -33,3 +36,17 @@ def single_rank_groups() -> ProcessGroupCollection:
             setattr(collection, field, group)
         _cache[:] = [(world, collection)]
     return _cache[0][1]
+
+
+class MegatronGroups(ProcessGroupCollection):
+    """Megatron's own groups, looked up when first needed.
+
+    `pretrain` wants the collection beside a communicator of ours, but makes the groups itself, later.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and parallel_state.model_parallel_is_initialized():
+            self.__dict__.update(ProcessGroupCollection.use_mpu_process_groups().__dict__)
+            if name in self.__dict__:
+                return self.__dict__[name]
+        return super().__getattr__(name)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_internvlx.arguments import settings_from
+from megatron_internvlx.arguments import row_alignment, settings_from
 from megatron_internvlx.config import DataSettings, TrainSettings
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.loader import ConversationDataset, batches
@@ -20,7 +20,7 @@ from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
 from megatron_internvlx.model.builder import compression_plan
-from megatron_internvlx.parallel.batch import BatchChannel, BatchIterator, HostBatch, SharedBatches
+from megatron_internvlx.parallel.batch import BatchChannel, BatchIterator, DevicePlan, HostBatch, SharedBatches
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
@@ -29,12 +29,11 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
     train = settings_from(args, TrainSettings)
     tensor_parallel = args.tensor_model_parallel_size
     static = train.boundary == "static"
-    rows = 16 if args.fp8 else 1
     return PlanSettings(
         low_grid=compression.low_grid,
         high_grid=compression.high_grid,
         lvtc=compression.lvtc,
-        alignment=rows * (tensor_parallel if args.sequence_parallel else 1),
+        alignment=row_alignment(args),
         tile_multiple=tensor_parallel,
         shallow_length=train.shallow_seq_length if static else None,
         deep_length=args.seq_length if static else None,
@@ -94,17 +93,24 @@ class DataProvider:
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
         """(training, validation, test) iterators of one model chunk."""
-        train = None if self.args.skip_train else self._iterator("train")
-        valid = self._iterator("valid") if self.valid_manifest is not None else None
+        train = None if self.args.skip_train else self._iterator("train", vp_stage)
+        valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
+        self._iterators: dict[tuple[str, int], BatchIterator] = {}
         return train, valid, None
 
-    def _iterator(self, split: str) -> BatchIterator:
+    def upcoming(self, chunk: int, training: bool, least: int) -> tuple[int, DevicePlan]:
+        """Number and plan of a chunk's next micro-batch; see `BatchIterator.upcoming`."""
+        return self._iterators["train" if training else "valid", chunk].upcoming(least)
+
+    def _iterator(self, split: str, vp_stage: int | None) -> BatchIterator:
         if split not in self._shared:
             channel = self._channel()
             loader = self._loader(split) if channel.is_source else None
             readers = self.args.virtual_pipeline_model_parallel_size or 1
             self._shared[split] = SharedBatches(channel, loader, readers)
-        return BatchIterator(self._shared[split])
+        iterator = BatchIterator(self._shared[split])
+        self._iterators[split, vp_stage or 0] = iterator
+        return iterator
 
     def _channel(self) -> BatchChannel:
         if self._groups is None:
