@@ -24,8 +24,8 @@ def main() -> int:
     from megatron_internvlx import arguments
     from megatron_internvlx.data.rejects import TooManyRejects
     from megatron_internvlx.model.builder import ModelProvider
-    from megatron_internvlx.training import dryrun
     from megatron_internvlx.parallel.groups import MegatronGroups
+    from megatron_internvlx.training import dryrun
     from megatron_internvlx.training.data import DataProvider
     from megatron_internvlx.training.log import TrainingLog
     from megatron_internvlx.training.pipeline import boundary_communicator

@@ -13,7 +13,7 @@ import sys
 import traceback
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -48,8 +48,6 @@ OUR_DEFAULTS: dict[str, Any] = {
     "rerun_mode": "disabled",
     "log_interval": 10,
 }
-
-Settings = TypeVar("Settings")
 
 
 def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -123,7 +121,7 @@ def tokenizer_size(directory: str) -> int:
     return len(load_tokenizer(directory))
 
 
-def settings_from(args: argparse.Namespace, settings: type[Settings]) -> Settings:
+def settings_from[Settings](args: argparse.Namespace, settings: type[Settings]) -> Settings:
     """One of our settings classes filled from the parsed arguments."""
     return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
 
@@ -161,9 +159,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is not set: give it, or a --model-preset")
-    check_compression(
-        compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers
-    )
+    check_compression(compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers)
     check_projector(
         compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
     )
@@ -231,9 +227,9 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
         raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
 
 
-def complain(error: ValueError) -> int:
-    """Print a caller's mistake once, on rank 0; returns the exit code."""
-    if int(os.environ.get("RANK", "0")) == 0:
+def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
+    """Print a caller's mistake, if all ranks see the same one on rank 0 only; returns the exit code."""
+    if from_any_rank or int(os.environ.get("RANK", "0")) == 0:
         print(f"pretrain_vlm.py: {error}", file=sys.stderr)
     return 2
 

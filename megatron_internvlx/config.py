@@ -111,7 +111,7 @@ class DataSettings:
     rejects_file: str | None = None
     """JSON lines file that lists every unusable sample. Unset: in the checkpoint directory, if any."""
     released_quirks: bool = False
-    """Repeat three behaviours of the released data code that lose data; see docs/data.md."""
+    """Repeat behaviours of the released data code that lose data (EXIF, surplus images); see docs/data.md."""
     predictions_file: str | None = None
     """JSON lines file for the answers given in the last evaluation. Unset: not written."""
     report_file: str | None = None

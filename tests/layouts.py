@@ -78,6 +78,9 @@ class SyntheticData(DataProvider):
 
     packed = True
 
+    def open_files(self) -> None:
+        """There are none."""
+
     def _loader(self, split: str) -> Iterator[HostBatch]:
         from megatron.core import parallel_state as mpu
 

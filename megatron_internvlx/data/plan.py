@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,10 +189,8 @@ def build_plan(
     deep = _phase(lengths, visual, settings.deep_length, settings.alignment, "deep")
     if settings.lvtc:
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        kept_lengths = [int(kept[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        shallow = _phase(
-            kept_lengths, visual[kept], settings.shallow_length, settings.alignment, "shallow"
-        )
+        kept_lengths = [int(kept[a:b].sum()) for a, b in pairwise(bounds)]
+        shallow = _phase(kept_lengths, visual[kept], settings.shallow_length, settings.alignment, "shallow")
         expand_index = _expand_index(visual, kept, shallow, deep)
     else:
         shallow, expand_index = deep, None

@@ -147,10 +147,11 @@ class InternVLX(MegatronModule):
         else:
             rows, features = self.boundary.split(self.input_tensor, self.content_in, plan)
             self.language_model.set_input_tensor(rows)
+        samples = len(plan.host.sample_ids)
         inputs = DecoderInputs(
             plan,
-            self._phase_inputs(plan.shallow),
-            self._phase_inputs(plan.deep),
+            self._phase_inputs(plan.shallow, samples),
+            self._phase_inputs(plan.deep, samples),
             features if self.freeze_vision else None,
         )
         out = self.language_model(
@@ -191,7 +192,7 @@ class InternVLX(MegatronModule):
             rows = scatter_to_sequence_parallel_region(rows, group=self.tp_group)
         return rows
 
-    def _phase_inputs(self, phase: DevicePhase) -> PhaseInputs:
+    def _phase_inputs(self, phase: DevicePhase, samples: int) -> PhaseInputs:
         table_len = -(-phase.max_seqlen // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
         table = self.rotary(table_len)
         if self.config.transformer_impl == "local":
@@ -208,7 +209,17 @@ class InternVLX(MegatronModule):
             # The fused kernel restarts positions at every cu_seqlens entry by itself.
             rotary = table
         attention.segment_lengths = phase.segment_lengths
-        return PhaseInputs(rotary, attention)
+        return PhaseInputs(rotary, attention, self._padding_mask(phase, samples))
+
+    def _padding_mask(self, phase: DevicePhase, samples: int) -> Tensor | None:
+        """True at padding rows, [1, rows of this rank]: experts' load statistics leave them out."""
+        if not self.config.num_moe_experts:
+            return None
+        used = sum(phase.segment_lengths[:samples])
+        rows = torch.arange(phase.length, device=phase.position_ids.device)
+        if self.config.sequence_parallel:
+            rows = rows.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return (rows >= used).unsqueeze(0)
 
     def _supervised_rows(self, hidden_S1h: Tensor, rows: Tensor | None) -> Tensor:
         """Rows that the output layer needs, whole on every TP rank: [n, 1, h]."""

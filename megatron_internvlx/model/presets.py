@@ -20,7 +20,14 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 
 
-def _llm(layers, hidden, heads, kv, ffn, vocab, *, base, eps, positions=32768, **extra) -> dict[str, Any]:
+Shape = tuple[int, int, int, int, int]
+"""Layers, hidden size, attention heads, key-value groups, MLP width."""
+
+
+def _llm(
+    shape: Shape, vocab: int, *, base: int, eps: float, positions: int = 32768, **extra: Any
+) -> dict[str, Any]:
+    layers, hidden, heads, kv, ffn = shape
     return _LLAMA_LIKE | {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -35,17 +42,17 @@ def _llm(layers, hidden, heads, kv, ffn, vocab, *, base, eps, positions=32768, *
     }
 
 
-def _internlm2(*shape, vocab=92553, **extra) -> dict[str, Any]:
-    return _llm(*shape, vocab, base=1_000_000, eps=1e-5, conversation_template="internlm2-chat", **extra)
+def _internlm2(shape: Shape, vocab: int = 92553, **extra: Any) -> dict[str, Any]:
+    return _llm(shape, vocab, base=1_000_000, eps=1e-5, conversation_template="internlm2-chat", **extra)
 
 
-def _qwen2(*shape, vocab=151674, **extra) -> dict[str, Any]:
-    return _llm(*shape, vocab, base=1_000_000, eps=1e-6, add_qkv_bias=True, **extra)
+def _qwen2(shape: Shape, vocab: int = 151674, **extra: Any) -> dict[str, Any]:
+    return _llm(shape, vocab, base=1_000_000, eps=1e-6, add_qkv_bias=True, **extra)
 
 
-def _qwen3(*shape, vocab=151936, **extra) -> dict[str, Any]:
+def _qwen3(shape: Shape, vocab: int = 151936, **extra: Any) -> dict[str, Any]:
     return _llm(
-        *shape, vocab, base=1_000_000, eps=1e-6, positions=40960, qk_layernorm=True, kv_channels=128, **extra
+        shape, vocab, base=1_000_000, eps=1e-6, positions=40960, qk_layernorm=True, kv_channels=128, **extra
     )
 
 
@@ -61,24 +68,23 @@ def _lvtc(layers: int) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # InternVL-X as released: PVTC, no LVTC.
-    "internvlx_2b_released": _internlm2(24, 2048, 16, 8, 8192) | _300M,
-    "internvlx_8b_released": _internlm2(32, 4096, 32, 8, 14336) | _300M,
+    "internvlx_2b_released": _internlm2((24, 2048, 16, 8, 8192)) | _300M,
+    "internvlx_8b_released": _internlm2((32, 4096, 32, 8, 14336)) | _300M,
     # The InternVL sizes with all three compressors.
-    "internvlx_2b": _internlm2(24, 2048, 16, 8, 8192) | _300M | _lvtc(24),
-    "internvlx_8b": _internlm2(32, 4096, 32, 8, 14336) | _300M | _lvtc(32),
-    "internvlx_26b": _internlm2(48, 6144, 48, 8, 16384) | _6B | _lvtc(48),
-    "internvlx_40b": _llm(
-        60, 7168, 56, 8, 20480, 64007, base=5_000_000, eps=1e-5, positions=4096, conversation_template="Hermes-2"
-    )
+    "internvlx_2b": _internlm2((24, 2048, 16, 8, 8192)) | _300M | _lvtc(24),
+    "internvlx_8b": _internlm2((32, 4096, 32, 8, 14336)) | _300M | _lvtc(32),
+    "internvlx_26b": _internlm2((48, 6144, 48, 8, 16384)) | _6B | _lvtc(48),
+    "internvlx_40b": _llm((60, 7168, 56, 8, 20480), 64007, base=5_000_000, eps=1e-5, positions=4096)
+    | {"conversation_template": "Hermes-2"}
     | _6B
     | _lvtc(60),
-    "internvlx_78b": _qwen2(80, 8192, 64, 8, 29568) | _6B | _lvtc(80),
-    "internvlx_qwen2_7b": _qwen2(28, 3584, 28, 4, 18944) | _300M | _lvtc(28),
-    "internvlx_qwen3_8b": _qwen3(36, 4096, 32, 8, 12288) | _300M | _lvtc(36),
-    "internvlx_llama3_8b": _llm(32, 4096, 32, 8, 14336, 128265, base=500_000, eps=1e-5, positions=8192)
+    "internvlx_78b": _qwen2((80, 8192, 64, 8, 29568)) | _6B | _lvtc(80),
+    "internvlx_qwen2_7b": _qwen2((28, 3584, 28, 4, 18944)) | _300M | _lvtc(28),
+    "internvlx_qwen3_8b": _qwen3((36, 4096, 32, 8, 12288)) | _300M | _lvtc(36),
+    "internvlx_llama3_8b": _llm((32, 4096, 32, 8, 14336), 128265, base=500_000, eps=1e-5, positions=8192)
     | _300M
     | _lvtc(32),
-    "internvlx_30b_a3b": _qwen3(48, 2048, 32, 4, 6144)
+    "internvlx_30b_a3b": _qwen3((48, 2048, 32, 4, 6144))
     | {
         "num_experts": 128,
         "moe_router_topk": 8,
@@ -92,14 +98,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     | _300M
     | _lvtc(48),
     # Small enough for a laptop; the first is what `make demo` trains.
-    "internvlx_demo": _qwen2(4, 128, 4, 2, 384, vocab=512)
+    "internvlx_demo": _qwen2((4, 128, 4, 2, 384), vocab=512)
     | {"vision_preset": "internvit_demo", "image_size": 224, "expand_layer": 2, "init_method_std": 0.06},
-    "internvlx_tiny": _qwen2(6, 128, 4, 2, 352, vocab=512) | _TINY_VISION | {"expand_layer": 3},
-    "internvlx_tiny_internlm2": _internlm2(6, 128, 4, 2, 352, vocab=512) | _TINY_VISION | {"expand_layer": 3},
-    "internvlx_tiny_qwen3": _qwen3(6, 128, 4, 2, 352, vocab=512)
+    "internvlx_tiny": _qwen2((6, 128, 4, 2, 352), vocab=512) | _TINY_VISION | {"expand_layer": 3},
+    "internvlx_tiny_internlm2": _internlm2((6, 128, 4, 2, 352), vocab=512)
+    | _TINY_VISION
+    | {"expand_layer": 3},
+    "internvlx_tiny_qwen3": _qwen3((6, 128, 4, 2, 352), vocab=512)
     | {"kv_channels": 32, "expand_layer": 3}
     | _TINY_VISION,
-    "internvlx_tiny_llama": _llm(6, 128, 4, 2, 352, 512, base=500_000, eps=1e-5)
+    "internvlx_tiny_llama": _llm((6, 128, 4, 2, 352), 512, base=500_000, eps=1e-5)
     | _TINY_VISION
     | {"expand_layer": 3},
 }

@@ -184,9 +184,7 @@ class PVTC(MegatronModule):
         """ViT features [T, 1+P*P, c], CLS first -> visual rows [T, g*g, h], row-major per tile."""
         T, _, c = features_TLc.shape
         g, h = self.grid, self.config.hidden_size
-        windows_Nwc = tile_windows(
-            features_TLc[:, 1:].reshape(T, self.patches, self.patches, c), self.block
-        )
+        windows_Nwc = tile_windows(features_TLc[:, 1:].reshape(T, self.patches, self.patches, c), self.block)
         kv_Nwh = self.kv_proj(windows_Nwc)
         # A window's patches side by side are exactly the pixel-shuffled channels of its cell.
         shuffled = windows_Nwc.reshape(T, g, g, -1)

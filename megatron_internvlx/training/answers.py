@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,6 @@ class AnswerBook:
             "thumbnail": first.thumbnail if first else False,
         }
 
-
     def predictions(self) -> list[Any]:
         """The last evaluation's answers as the report wants them."""
         from megatron_internvlx.training.report import prediction_of
@@ -117,4 +115,4 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(partial, path)
+    partial.replace(path)

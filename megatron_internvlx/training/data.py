@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +23,13 @@ from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
 from megatron_internvlx.model.builder import compression_plan
-from megatron_internvlx.parallel.batch import BatchChannel, BatchIterator, DevicePlan, HostBatch, SharedBatches
+from megatron_internvlx.parallel.batch import (
+    BatchChannel,
+    BatchIterator,
+    DevicePlan,
+    HostBatch,
+    SharedBatches,
+)
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
@@ -54,9 +63,18 @@ def build_encoder(args: argparse.Namespace) -> SampleEncoder:
         tokens_per_tile=compression_plan(args).high_grid ** 2,
         max_length=args.seq_length,
         dynamic_image_size=not data.static_image_size,
-        compat=ReleasedQuirks.all() if data.released_quirks else ReleasedQuirks(),
+        compat=released_quirks() if data.released_quirks else ReleasedQuirks(),
     )
     return SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
+
+
+def released_quirks() -> ReleasedQuirks:
+    """The released code's behaviours for --released-quirks.
+
+    Masking tokens of id 0 is left out: it hides "!" from Qwen2 models only, of which none was released
+    with InternVL-X, and packed attention has no mask inside a sample.
+    """
+    return replace(ReleasedQuirks.all(), mask_id_zero=False)
 
 
 def host_batches(samples: Iterator, settings: PlanSettings) -> Iterator[HostBatch]:
@@ -82,9 +100,19 @@ class DataProvider:
         self.args = args
         self.data = settings_from(args, DataSettings)
         self.rejects: RejectLog | None = None
-        self.valid_manifest = Manifest(self.data.valid_data) if self.data.valid_data else None
-        self._groups = None
+        self.valid_manifest: Manifest | None = None
+        self._train_manifest: Manifest | None = None
+        self.open_files()
+        self._groups: tuple[list[list[int]], Any, Any] | None = None
         self._shared: dict[str, SharedBatches] = {}
+        self._iterators: dict[tuple[str, int], BatchIterator] = {}
+
+    def open_files(self) -> None:
+        """Find a mistake before anything is built: rank 0 loads in every layout. Raises ValueError."""
+        if os.environ.get("RANK", "0") == "0":
+            self._train_manifest = Manifest(self.data.data or "")
+        if self.data.valid_data:
+            self.valid_manifest = Manifest(self.data.valid_data)
 
     @property
     def is_loading_rank(self) -> bool:
@@ -95,7 +123,6 @@ class DataProvider:
         """(training, validation, test) iterators of one model chunk."""
         train = None if self.args.skip_train else self._iterator("train", vp_stage)
         valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
-        self._iterators: dict[tuple[str, int], BatchIterator] = {}
         return train, valid, None
 
     def upcoming(self, chunk: int, training: bool, least: int) -> tuple[int, DevicePlan]:
@@ -130,7 +157,7 @@ class DataProvider:
                 path = str(Path(args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
             self.rejects = RejectLog(path, self.data.max_rejects)
         train = split == "train"
-        manifest = Manifest(self.data.data) if train else self.valid_manifest
+        manifest = self._train_manifest or Manifest(self.data.data or "") if train else self.valid_manifest
         assert manifest is not None
         dataset = ConversationDataset(manifest, build_encoder(args), seed=args.seed, shuffle=train)
         size = args.micro_batch_size if train else args.eval_micro_batch_size

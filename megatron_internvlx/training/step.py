@@ -115,7 +115,8 @@ class ForwardStep:
         if not training:
             predicted = output[1].to(torch.int32)
             right = answers_right(plan, predicted)
-            report["accuracy"] = torch.stack([right.sum(), torch.tensor(float(len(right)), device=right.device)])
+            asked = torch.tensor(float(len(right)), device=right.device)
+            report["accuracy"] = torch.stack([right.sum(), asked])
             if self.on_answers is not None:
                 self.on_answers(plan, predicted)
         return weighted, count, report

@@ -1,0 +1,45 @@
+"""`pretrain_vlm.py` run in a rank of the pool, as torchrun would start it."""
+
+import contextlib
+import io
+import sys
+from typing import Any
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+import pretrain_vlm  # noqa: E402
+from megatron_internvlx.training import log  # noqa: E402
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Exit code, what was printed, and the exact losses that the log saw, by iteration."""
+    losses: dict[int, float] = {}
+    evaluations: list[tuple[str, dict[str, float]]] = []
+    train_line, eval_line = log.TrainingLog.train_line, log.TrainingLog.eval_line
+
+    def kept_train(self: log.TrainingLog, record: platform.LogRecord) -> str | None:
+        losses.update({record.iteration: record.losses["loss"]} if record.losses else {})
+        return train_line(self, record)
+
+    def kept_eval(self: log.TrainingLog, prefix: str, values: dict[str, float]) -> str:
+        evaluations.append((prefix, values))
+        return eval_line(self, prefix, values)
+
+    log.TrainingLog.train_line, log.TrainingLog.eval_line = kept_train, kept_eval  # type: ignore[method-assign]
+    saved, sys.argv = sys.argv, ["pretrain_vlm.py", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = pretrain_vlm.main()
+    finally:
+        sys.argv = saved
+        log.TrainingLog.train_line, log.TrainingLog.eval_line = train_line, eval_line  # type: ignore[method-assign]
+    return {
+        "code": code,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "losses": losses,
+        "evaluations": evaluations,
+    }

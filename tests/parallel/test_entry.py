@@ -1,0 +1,123 @@
+"""The entry script from arguments to checkpoint: determinism, resume, bad data, refused combinations."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import entry
+from tests.distributed import Pool
+from tools import make_demo_data
+
+PIPELINE = ["--pipeline-model-parallel-size", "2"]
+ALONE = ["--pipeline-model-parallel-size", "1"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    assert make_demo_data.main(["--out", str(folder), "--train", "48", "--val", "12"]) == 0
+    return folder
+
+
+def arguments(data: Path, *more: str) -> list[str]:
+    return [
+        *("--recipe", "examples/demo/demo.yaml", "--loader-workers", "0", "--log-interval", "1"),
+        *("--data", str(data / "meta.json"), "--valid-data", str(data / "meta_val.json")),
+        *("--tokenizer-model", str(data / "tokenizer"), "--lr-warmup-fraction", "0"),
+        *("--train-iters", "6", "--eval-iters", "1", "--eval-interval", "100", "--lr-decay-iters", "6"),
+        *("--eval-global-batch-size", "12", "--eval-micro-batch-size", "4", *more),
+    ]
+
+
+def losses(results: list[dict]) -> dict[int, float]:
+    return results[-1]["losses"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(pool: Pool, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    save = tmp_path_factory.mktemp("unbroken")
+    answers = save / "answers.jsonl"
+    more = ["--save", str(save), "--save-interval", "3", "--predictions-file", str(answers)]
+    results = pool.run(2, entry.run, arguments(demo, *more, *PIPELINE))
+    results[0]["save"], results[0]["answers"] = save, answers
+    return results
+
+
+def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> None:
+    assert [r["code"] for r in unbroken] == [0, 0]
+    assert sorted(losses(unbroken)) == [1, 2, 3, 4, 5, 6]
+    assert losses(unbroken)[6] < losses(unbroken)[1]
+    assert (unbroken[0]["save"] / "latest_checkpointed_iteration.txt").read_text() == "6"
+    ((prefix, values),) = unbroken[-1]["evaluations"]
+    assert "6" in prefix
+    rows = [json.loads(line) for line in unbroken[0]["answers"].read_text().splitlines()]
+    assert values["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-6)
+    assert len({row["key"] for row in rows}) == 12
+    assert all(row["question"] and row["expected"] for row in rows)
+
+
+def test_same_seed_gives_the_same_losses_bit_for_bit(pool: Pool, demo: Path, unbroken: list[dict]) -> None:
+    again = pool.run(2, entry.run, arguments(demo, *PIPELINE))
+    assert losses(again) == losses(unbroken)
+    assert again[-1]["evaluations"] == unbroken[-1]["evaluations"]
+    other = pool.run(2, entry.run, arguments(demo, *PIPELINE, "--seed", "5"))
+    assert losses(other)[1] != losses(unbroken)[1]
+
+
+def test_resumed_run_gives_the_same_losses_bit_for_bit(
+    pool: Pool, demo: Path, unbroken: list[dict], tmp_path: Path
+) -> None:
+    save = tmp_path / "resumed"
+    shutil.copytree(unbroken[0]["save"], save)
+    shutil.rmtree(save / "iter_0000006")
+    (save / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = pool.run(2, entry.run, arguments(demo, "--load", str(save), *PIPELINE))
+    assert losses(resumed) == {step: unbroken[-1]["losses"][step] for step in (4, 5, 6)}
+    assert resumed[-1]["evaluations"] == unbroken[-1]["evaluations"]
+
+
+def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo, data)
+    lines = (data / "train.jsonl").read_text().splitlines()
+    lines[5] = lines[5][:40]
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    rejects = tmp_path / "rejects.jsonl"
+    results = pool.run(1, entry.run, arguments(data, "--rejects-file", str(rejects), *ALONE))
+    assert results[0]["code"] == 0
+    assert "unusable samples 1" in results[0]["out"]
+    (row,) = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert (row["key"], row["cause"]) == ("train.jsonl:6", "malformed_json")
+    stopped = pool.run(1, entry.run, arguments(data, "--max-rejects", "0", *ALONE))
+    assert stopped[0]["code"] == 2
+    assert "malformed_json 1" in stopped[0]["err"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--expand-layer", "4"], "--expand-layer 4 is outside 1..3"),
+        (["--low-ratio", "0.3"], "--low-ratio 0.3 does not fit"),
+        (["--context-parallel-size", "2"], "--context-parallel-size"),
+        (["--model-preset", "internvlx_9b"], "--model-preset internvlx_9b: unknown"),
+        (["--freeze-vision", "--freeze-llm", "--freeze-projectors"], "nothing is left to train"),
+        (["--pipeline-model-parallel-size", "3"], "world size (1) is not divisible"),
+        (["--data", "nowhere/meta.json", "--valid-data", "nowhere/meta.json"], "nowhere/meta.json"),
+        (["--tokenizer-model", "nowhere"], "nowhere"),
+    ],
+)
+def test_refused_before_anything_is_built(pool: Pool, demo: Path, more: list[str], said: str) -> None:
+    (result,) = pool.run(1, entry.run, arguments(demo, *ALONE, *more))
+    assert result["code"] == 2
+    assert said in result["err"]
+
+
+def test_empty_data_set_is_refused(pool: Pool, demo: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo, data)
+    (data / "train.jsonl").write_text("")
+    (result,) = pool.run(1, entry.run, arguments(data, *ALONE))
+    assert result["code"] == 2
+    assert "empty" in result["err"]
