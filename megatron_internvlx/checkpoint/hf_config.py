@@ -1,0 +1,392 @@
+"""A Hugging Face `config.json` read into our arguments, and written from them.
+
+Arguments are a dictionary of argparse destinations, as in model/presets.py: what `--recipe` takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.mapping import Dims, output_names
+from megatron_internvlx.config import CompressionSettings, check_compression, grid_side
+from megatron_internvlx.data.conversation import TEMPLATES
+from megatron_internvlx.model.internvit_config import PRESETS as VISION_PRESETS
+from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_COMMON: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "group_query_attention": True,
+    "position_embedding_type": "rope",
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+# Architecture fields of a decoder: theirs -> ours. Every family has these.
+_DECODER = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "intermediate_size": "ffn_hidden_size",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+}
+FAMILIES = {
+    "internlm2": "InternLM2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+# Settings that change the numbers and that our decoder does not have: (key, the values that are fine).
+_REFUSED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
+    "internlm2": (("bias", (False,)),),
+    "qwen2": (("use_sliding_window", (False, None)),),
+    "qwen3": (("use_sliding_window", (False, None)), ("attention_bias", (False, None))),
+    "qwen3_moe": (
+        ("use_sliding_window", (False, None)),
+        ("attention_bias", (False, None)),
+        ("decoder_sparse_step", (1, None)),
+        ("mlp_only_layers", ([], None)),
+        ("norm_topk_prob", (True,)),
+    ),
+    "llama": (("attention_bias", (False, None)), ("mlp_bias", (False, None))),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a directory holds, in our terms."""
+
+    arguments: dict[str, Any]
+    layout: str
+    """chat, internvlx or native; see mapping.py."""
+    family: str
+    tied: bool
+    dtype: str
+    """Type of the weights as config.json names it."""
+
+
+class TensorNames(Protocol):
+    """What is asked about the tensors of a directory."""
+
+    @property
+    def names(self) -> set[str]:
+        """All names."""
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same bits."""
+
+
+def dims(arguments: Mapping[str, Any], family: str) -> Dims:
+    """Sizes of the model that the arguments (of an import, or of a training run) describe.
+
+    Raises ValueError where the settings do not fit each other.
+    """
+    get = arguments.get
+    vision = vision_from(arguments)
+    settings = compression_from(arguments)
+    patches = vision.patches_per_side
+    check_compression(settings, patches=patches, num_layers=arguments["num_layers"])
+    high = grid_side(patches, settings.high_ratio, "--high-ratio")
+    low = grid_side(patches, settings.low_ratio, "--low-ratio") if settings.lvtc else high
+    heads, experts = arguments["num_attention_heads"], get("num_experts") or 0
+    return Dims(
+        family=family,
+        layers=arguments["num_layers"],
+        hidden=arguments["hidden_size"],
+        heads=heads,
+        groups=get("num_query_groups") if get("group_query_attention") else heads,
+        head_dim=get("kv_channels") or arguments["hidden_size"] // heads,
+        ffn=arguments["ffn_hidden_size"],
+        vocab=arguments["vocab_size"],
+        vision=vision,
+        projector=settings.projector,
+        entry_grid=low,
+        high_grid=high,
+        injections=settings.injection_layers(),
+        qkv_bias=bool(get("add_qkv_bias")),
+        qk_norm=bool(get("qk_layernorm")),
+        tied=not get("untie_embeddings_and_output_weights"),
+        experts=experts,
+        expert_ffn=(get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]) if experts else 0,
+    )
+
+
+def compression_from(arguments: Mapping[str, Any]) -> CompressionSettings:
+    """The compression settings among the arguments; absent ones take their defaults."""
+    names = CompressionSettings.__dataclass_fields__
+    return CompressionSettings(**{name: arguments[name] for name in names if name in arguments})
+
+
+def vision_from(arguments: Mapping[str, Any]) -> InternViTConfig:
+    """The vision encoder that the arguments name; as `arguments.vision_config`, without Megatron."""
+    changes = {"image_size": arguments.get("image_size", 448)}
+    for name in ("patch_size", "select_layer"):
+        if arguments.get(name) is not None:
+            changes[name] = arguments[name]
+    changes |= json.loads(arguments.get("vision_overrides") or "{}")
+    return internvit_preset(arguments.get("vision_preset", "internvit_300m"), **changes)
+
+
+def vision_arguments(vision: InternViTConfig) -> dict[str, Any]:
+    """Arguments that give this encoder: a preset, and what differs from it."""
+    named = {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "select_layer": vision.select_layer,
+    }
+
+    def differences(preset: InternViTConfig) -> dict[str, Any]:
+        base = asdict(replace(preset, **named))
+        return {k: v for k, v in asdict(vision).items() if v != base[k]}
+
+    same = {name: differences(preset) for name, preset in VISION_PRESETS.items() if _fits(preset, named)}
+    name = min(same, key=lambda n: len(same[n]))
+    changes = {k: v for k, v in same[name].items() if k != "drop_path_rate"}
+    extra = {"vision_overrides": json.dumps(changes)} if changes else {}
+    return {"vision_preset": name, **named, **extra}
+
+
+def _fits(preset: InternViTConfig, named: dict[str, Any]) -> bool:
+    try:
+        replace(preset, **named)
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory. Raises ConversionError when it is missing or unreadable."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path}: not an object")
+    return config
+
+
+def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
+    """Our arguments for a `config.json`.
+
+    Args:
+        config: its content.
+        source: the tensors beside it: whether the projector is PVTC, and how an older transformers named
+            things, is visible only there.
+
+    Raises:
+        ConversionError: another architecture, or a setting that this project does not have.
+    """
+    kind = config.get("model_type")
+    try:
+        if kind == "internvl_chat":
+            return _chat(config, "llm_config", source, "chat")
+        if kind == "internvlx":
+            return _chat(config, "llm_config", source, "internvlx")
+        if kind == "internvl":
+            return _native(config, source)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConversionError(f"config.json: {reason}") from error
+    named = config.get("architectures") or ["none"]
+    raise ConversionError(
+        f"config.json: model_type {kind!r} (architectures {', '.join(named)}) is not a model that can be "
+        "imported: internvl_chat, internvlx or internvl is"
+    )
+
+
+def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    for source in (config, text):
+        name = source.get("dtype") or source.get("torch_dtype")
+        if name:
+            return str(name).removeprefix("torch.")
+    return "float32"
+
+
+def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """(family, arguments) of the language model."""
+    by_class = {architecture: family for family, architecture in FAMILIES.items()}
+    named = (text.get("architectures") or [""])[0]
+    family = by_class.get(named) or text.get("model_type", "")
+    if family not in FAMILIES:
+        raise ConversionError(
+            f"config.json: {where} is a {named or family or 'nameless'} decoder; one of "
+            f"{', '.join(FAMILIES.values())} can be imported"
+        )
+    for key, fine in _REFUSED[family]:
+        default = True if (family, key) in (("internlm2", "bias"), ("qwen3_moe", "norm_topk_prob")) else None
+        if text.get(key, default) not in fine:
+            raise ConversionError(
+                f"config.json: {where}.{key} = {text.get(key, default)!r} is not supported by this decoder"
+            )
+    if text.get("hidden_act", "silu") != "silu":
+        raise ConversionError(f"config.json: {where}.hidden_act {text['hidden_act']!r}: only silu is supported")
+    arguments = dict(_COMMON)
+    for theirs, ours in _DECODER.items():
+        default = text["num_attention_heads"] if theirs == "num_key_value_heads" else None
+        value = text.get(theirs, default) if default is not None else text[theirs]
+        arguments[ours] = default if value is None else value
+    head_dim = text.get("head_dim") or (128 if family.startswith("qwen3") else None)
+    arguments["kv_channels"] = head_dim or text["hidden_size"] // text["num_attention_heads"]
+    arguments |= _rope(text, where)
+    if family == "qwen2":
+        arguments["add_qkv_bias"] = True
+    if family.startswith("qwen3"):
+        arguments["qk_layernorm"] = True
+    if family == "qwen3_moe":
+        arguments |= _experts(text)
+    return family, arguments
+
+
+def _experts(text: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": text["num_experts"] if "num_experts" in text else text["num_local_experts"],
+        "moe_router_topk": text["num_experts_per_tok"],
+        "moe_ffn_hidden_size": text["moe_intermediate_size"],
+        "moe_router_pre_softmax": False,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": text.get("router_aux_loss_coef", 1e-3),
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """RoPE arguments. Dynamic NTK acts only beyond max_position_embeddings, where we do not go."""
+    rope = text.get("rope_parameters") or {}
+    scaling = text.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    base = text.get("rope_theta") or rope.get("rope_theta") or 10000
+    if scaling is None:
+        return {"rotary_base": base}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind in ("default", "dynamic"):
+        return {"rotary_base": base}
+    fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(scaling.get(k) == v for k, v in fixed.items()):
+        return {"rotary_base": base, "use_rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
+    raise ConversionError(f"config.json: {where}: RoPE scaling {dict(scaling)!r} is not supported")
+
+
+def _tied(flag: Any, family: str, layout: str, source: TensorNames) -> bool:
+    """Whether the output layer is the embedding.
+
+    Some directories say so and store both: then it is so only if both are equal.
+    """
+    head, embedding = output_names(family, layout)
+    return bool(flag) and (head not in source.names or source.equal(head, embedding))
+
+
+def _images(config: Mapping[str, Any], vision: InternViTConfig) -> dict[str, Any]:
+    forced = config.get("force_image_size") or vision.image_size
+    if forced != vision.image_size:
+        raise ConversionError(
+            f"config.json: force_image_size {forced} differs from vision_config.image_size "
+            f"{vision.image_size}: resize the position embedding first"
+        )
+    return {
+        "min_tiles": config.get("min_dynamic_patch", 1),
+        "max_tiles": config.get("max_dynamic_patch", 12),
+        "no_thumbnail": not config.get("use_thumbnail", True),
+        "static_image_size": not config.get("dynamic_image_size", True),
+    }
+
+
+def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str) -> ModelConfig:
+    names = source.names
+    text = config[key]
+    vision = InternViTConfig.from_hf(config["vision_config"], select_layer=config.get("select_layer", -1))
+    family, arguments = _decoder(text, key)
+    pvtc = "projector.cls_scale" in names
+    tied = _tied(text.get("tie_word_embeddings", False), family, layout, source)
+    template = config.get("template")
+    arguments |= {
+        **vision_arguments(vision),
+        **_images(config, vision),
+        "untie_embeddings_and_output_weights": not tied,
+        "projector": "pvtc" if pvtc else "mlp",
+        "pixel_shuffle_version": config.get("ps_version", "v1"),
+        "high_ratio": config.get("downsample_ratio", 0.5),
+        "conversation_template": template if template in TEMPLATES else "internvl2_5",
+        "rvtc": config.get("rvtc", "area" if pvtc else "off"),
+    }
+    if layout == "internvlx":
+        arguments |= dict(config["compression"])
+    return ModelConfig(arguments, layout, family, tied, _dtype(config, text))
+
+
+def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
+    names = source.names
+    text, vit = config["text_config"], config["vision_config"]
+
+    def side(value: Any) -> int:
+        sides = value if isinstance(value, list | tuple) else [value, value]
+        if sides[0] != sides[1]:
+            raise ConversionError(f"config.json: only square images are supported, not {value}")
+        return sides[0]
+
+    if config.get("vision_feature_select_strategy", "default") != "default":
+        raise ConversionError("config.json: vision_feature_select_strategy must be 'default'")
+    if "vision_tower.layernorm.weight" in names or "model.vision_tower.layernorm.weight" in names:
+        raise ConversionError("config.json: a final norm of the vision tower is not supported")
+    vision = InternViTConfig(
+        hidden_size=vit["hidden_size"],
+        num_layers=vit["num_hidden_layers"],
+        num_heads=vit["num_attention_heads"],
+        ffn_hidden_size=vit["intermediate_size"],
+        patch_size=side(vit["patch_size"]),
+        image_size=side(vit["image_size"]),
+        num_channels=vit.get("num_channels", 3),
+        norm_type=vit.get("norm_type", "layer_norm"),
+        layer_norm_eps=vit.get("layer_norm_eps", 1e-6),
+        qkv_bias=bool(vit.get("attention_bias", False)),
+        qk_normalization=bool(vit.get("use_qk_norm", False)),
+        layer_scale_init=vit.get("layer_scale_init_value", 0.1),
+        select_layer=config.get("vision_feature_layer", -1),
+        initializer_range=vit.get("initializer_range", 0.02),
+    )
+    family, arguments = _decoder(text, "text_config")
+    layout = "native" if any(n.startswith("model.") for n in names) else "native_old"
+    flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    tied = _tied(flag, family, layout, source)
+    arguments |= {
+        **vision_arguments(vision),
+        "max_tiles": 12,
+        "untie_embeddings_and_output_weights": not tied,
+        "projector": "mlp",
+        # transformers' pixel_shuffle ends in the transpose that the released code calls v2.
+        "pixel_shuffle_version": "v2",
+        "high_ratio": config.get("downsample_ratio", 0.5),
+        "conversation_template": "internvl2_5",
+        "rvtc": "off",
+    }
+    return ModelConfig(arguments, layout, family, tied, _dtype(config, text))
+
+
+def family_of(arguments: Mapping[str, Any]) -> str:
+    """The family whose tensor names and config a model trained from scratch is exported with."""
+    if arguments.get("num_experts"):
+        return "qwen3_moe"
+    if arguments.get("qk_layernorm"):
+        return "qwen3"
+    if arguments.get("add_qkv_bias"):
+        return "qwen2"
+    if arguments.get("use_rope_scaling") or arguments.get("conversation_template") != "internlm2-chat":
+        return "llama"
+    return "internlm2"

@@ -1,0 +1,126 @@
+"""`config.json` of an exported directory, from our arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_internvlx.checkpoint.hf_config import FAMILIES, compression_from, vision_from
+
+_DECODER = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "max_position_embeddings",
+    "rope_theta": "rotary_base",
+}
+
+
+def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
+    """The `llm_config` of a directory."""
+    config: dict[str, Any] = {"architectures": [FAMILIES[family]], "model_type": family}
+    config |= {theirs: arguments[ours] for theirs, ours in _DECODER.items()}
+    heads = arguments["num_attention_heads"]
+    grouped = arguments.get("group_query_attention")
+    config["num_key_value_heads"] = arguments["num_query_groups"] if grouped else heads
+    head_dim = arguments.get("kv_channels") or arguments["hidden_size"] // heads
+    if family.startswith("qwen3") or head_dim * heads != arguments["hidden_size"]:
+        config["head_dim"] = head_dim
+    config |= {"hidden_act": "silu", "tie_word_embeddings": tied, "use_cache": True}
+    if family == "internlm2":
+        config["bias"] = False
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        config["attention_bias"] = False
+    if arguments.get("use_rope_scaling"):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": arguments["rope_scaling_factor"],
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        }
+    if family == "qwen3_moe":
+        config |= {
+            "num_experts": arguments["num_experts"],
+            "num_experts_per_tok": arguments["moe_router_topk"],
+            "moe_intermediate_size": arguments.get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"],
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
+
+
+def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    get = arguments.get
+    return {
+        "downsample_ratio": get("high_ratio", 0.5),
+        "dynamic_image_size": not get("static_image_size", False),
+        "force_image_size": get("image_size", 448),
+        "min_dynamic_patch": get("min_tiles", 1),
+        "max_dynamic_patch": get("max_tiles", 12),
+        "ps_version": get("pixel_shuffle_version", "v2"),
+        "select_layer": vision_from(arguments).select_layer,
+        "template": get("conversation_template", "internvl2_5"),
+        "use_thumbnail": not get("no_thumbnail", False),
+    }
+
+
+def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: str) -> dict[str, Any]:
+    """config.json for the released InternVL and InternVL-X code."""
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        **_images(arguments),
+        "llm_config": decoder_config(arguments, family, tied) | {"torch_dtype": dtype},
+        "pad2square": False,
+        "torch_dtype": dtype,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "vision_config": vision_from(arguments).to_hf() | {"torch_dtype": dtype},
+    }
+
+
+def remote_code_config(
+    arguments: Mapping[str, Any], family: str, tied: bool, dtype: str, token_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """config.json for the remote code of hf/.
+
+    Args:
+        arguments: of the model.
+        family: of the decoder.
+        tied: whether the output layer is the embedding.
+        dtype: name of the weights' type.
+        token_ids: image_token_id, bos_token_id, eos_token_id and pad_token_id.
+    """
+    compression = compression_from(arguments)
+    vision = vision_from(arguments).to_hf()
+    model = "modeling_internvlx.InternVLXForConditionalGeneration"
+    return {
+        "architectures": ["InternVLXForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_internvlx.InternVLXConfig",
+            "AutoModel": model,
+            "AutoModelForCausalLM": model,
+            "AutoModelForImageTextToText": model,
+            "AutoProcessor": "processing_internvlx.InternVLXProcessor",
+        },
+        "model_type": "internvlx",
+        **_images(arguments),
+        "compression": {
+            name: getattr(compression, name)
+            for name in (
+                "projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample",
+                "pixel_shuffle_version",
+            )
+        },
+        "dtype": dtype,
+        "llm_config": decoder_config(arguments, family, tied),
+        "rvtc": arguments.get("rvtc", "area"),
+        "tie_word_embeddings": tied,
+        "vision_config": vision,
+        **token_ids,
+    }  # fmt: skip

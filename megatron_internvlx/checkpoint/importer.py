@@ -1,0 +1,329 @@
+"""A Hugging Face directory becomes one torch_dist checkpoint that loads into any layout.
+
+Beside the weights the checkpoint holds `recipe.yaml` (the arguments to train it with) and `hf/`
+(every file of the directory but the weights, and `conversion.json`), so that it can be exported as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.hf_config import ModelConfig, dims, model_config, read_config
+from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.ops import our_shape
+from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
+from megatron_internvlx.checkpoint.target import (
+    file_marks,
+    fingerprint,
+    group_by_size,
+    new_directory,
+    run_units,
+)
+from megatron_internvlx.checkpoint.torch_dist import (
+    RELEASE,
+    TRACKER,
+    Written,
+    keys_for,
+    save_tensor,
+    write_metadata,
+)
+
+SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
+UNIT_BYTES = 256 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+# Buffers that old transformers versions stored; they follow from the configuration.
+_DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor to be made: its entry, and the files of its parts; no files: it is initialised."""
+
+    entry: Entry
+    files: tuple[str, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors read or drawn."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return sum(torch.Size(shape).numel() for shape in self.entry.shapes) * itemsize
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """Everything that is known before the first byte is written."""
+
+    config: ModelConfig
+    dims: Dims
+    sources: tuple[Source, ...]
+    initialised: tuple[str, ...]
+    """Full names of tensors that the directory lacks."""
+    unused: tuple[str, ...]
+    """Tensors of the directory that the model has no place for."""
+    derived: tuple[str, ...]
+    """Stored buffers that follow from the configuration."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return sum(source.nbytes for source in self.sources)
+
+
+def plan_import(
+    directory: Path, weights: WeightFiles, changes: Mapping[str, Any], *, init_missing: bool = False
+) -> ImportPlan:
+    """Decide where every tensor comes from.
+
+    Args:
+        directory: with config.json.
+        weights: its tensors.
+        changes: compression settings that replace those of the directory (projector, expand_layer, ...).
+        init_missing: projectors that the directory lacks are initialised.
+
+    Raises:
+        ConversionError: what is missing, superfluous or of another shape, by name.
+    """
+    found = model_config(read_config(directory), weights)
+    config = replace(found, arguments={**found.arguments, **changes})
+    try:
+        sizes = dims(config.arguments, config.family)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    sources, missing, mismatched, used = [], [], [], set()
+    for entry in table(sizes, config.layout):
+        state = _compare(entry, weights)
+        if state == "there":
+            used |= set(entry.theirs)
+            files = tuple(weights.tensors[name].file for name in entry.theirs)
+            sources.append(Source(entry, files, _dtype_of(entry, weights)))
+        elif entry.is_projector and (init_missing or state == "missing"):
+            missing.append(entry)
+            sources.append(Source(entry, (), config.dtype))
+        else:
+            (missing if state == "missing" else mismatched).append(entry)  # type: ignore[arg-type]
+    output, _ = output_names(config.family, config.layout)
+    used |= {output} if sizes.tied else set()
+    left = sorted(weights.names - used)
+    derived = [name for name in left if name.endswith(_DERIVED)]
+    unused = [name for name in left if not name.endswith(_DERIVED)]
+    _refuse(directory, weights, missing, mismatched, unused, init_missing)
+    return ImportPlan(
+        config, sizes, tuple(sources), tuple(e.ours for e in missing), tuple(unused), tuple(derived)
+    )
+
+
+def _compare(entry: Entry, weights: WeightFiles) -> str:
+    infos = [weights.tensors.get(name) for name in entry.theirs]
+    if any(info is None for info in infos):
+        return "missing"
+    same = all(info.shape == shape for info, shape in zip(infos, entry.shapes, strict=True))  # type: ignore[union-attr]
+    return "there" if same else "mismatch"
+
+
+def _dtype_of(entry: Entry, weights: WeightFiles) -> str:
+    types = {weights.tensors[name].dtype for name in entry.theirs}
+    if len(types) > 1:
+        raise ConversionError(f"{', '.join(entry.theirs)} are one tensor here, but have types {types}")
+    return str(types.pop()).removeprefix("torch.")
+
+
+def _refuse(
+    directory: Path,
+    weights: WeightFiles,
+    missing: Sequence[Entry],
+    mismatched: Sequence[Entry],
+    unused: Sequence[str],
+    init_missing: bool,
+) -> None:
+    if mismatched:
+        lines = []
+        for entry in mismatched:
+            for name, shape in zip(entry.theirs, entry.shapes, strict=True):
+                if weights.tensors[name].shape != shape:
+                    lines.append(f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}")
+        raise ConversionError(f"{directory}: {len(lines)} tensors have other shapes:\n  " + _lines(lines))
+    absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
+    if absent:
+        raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _lines(absent))
+    if missing and not init_missing:
+        names = [name for entry in missing for name in entry.theirs if name not in weights.names]
+        raise ConversionError(
+            f"{directory}: it has no projector of the wanted kind; --init-missing would initialise\n  "
+            + _lines(names)
+        )
+    replaced = ("mlp1.", "projector.", "lvtc_projectors.", "multi_modal_projector.", "model.multi_modal_projector.")
+    unknown = [name for name in unused if not (init_missing and name.startswith(replaced))]
+    if unknown:
+        raise ConversionError(
+            f"{directory}: {len(unknown)} tensors have no place in this model:\n  " + _lines(unknown)
+        )
+
+
+def _lines(names: Sequence[str], most: int = 40) -> str:
+    more = [f"... and {len(names) - most} more"] if len(names) > most else []
+    return "\n  ".join([*names[:most], *more])
+
+
+# ----------------------------------------------------------------------------------------- tensors
+
+
+def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
+    """A tensor that no checkpoint gives: as a new model of ours draws it, from the seed and its name.
+
+    Norm weights are 1, biases 0, `cls_scale` standard normal, matrices uniform within 1/sqrt(columns).
+    """
+    shape = our_shape(entry.op, entry.shapes)
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(entry.ours.encode()))
+    leaf = entry.ours.split(".")
+    if entry.ours.endswith("cls_scale"):
+        value = torch.randn(shape, generator=generator)
+    elif leaf[-1] == "bias":
+        value = torch.zeros(shape)
+    elif len(shape) == 1:
+        value = torch.ones(shape)
+    else:
+        value = torch.empty(shape).uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
+    return value.to(getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that one process writes into one data file."""
+
+    number: int
+    directory: str
+    pickled: bool
+    folder: str
+    sources: tuple[Source, ...]
+    seed: int
+    has_experts: bool
+
+
+def write_unit(unit: Unit) -> list[dict[str, Any]]:
+    """Write one data file; returns what is where, as dictionaries of Written."""
+    # The checksums of torch's archives cost as much as all the rest; safetensors has none either.
+    torch.serialization.set_crc32_options(False)
+    torch.set_num_threads(1)
+    name = f"__{unit.number}_0.distcp"
+    written = []
+    with (Path(unit.folder) / name).open("wb", buffering=1 << 20) as file:
+        for source in unit.sources:
+            tensor = make_tensor(Path(unit.directory), source, unit.pickled, unit.seed)
+            start, length = save_tensor(file, tensor)
+            keys, expert = keys_for(source.entry.ours, unit.has_experts)
+            shape = tuple(tensor.shape)
+            written.append(asdict(Written(tuple(keys), expert, shape, source.dtype, name, start, length)))
+    return written
+
+
+def make_tensor(directory: Path, source: Source, pickled: bool, seed: int) -> Tensor:
+    """Our tensor: read and rearranged, or drawn."""
+    if not source.files:
+        return initial_value(source.entry, source.dtype, seed)
+    parts = [
+        read_tensor(directory, file, name, pickled)
+        for file, name in zip(source.files, source.entry.theirs, strict=True)
+    ]
+    return source.entry.op.to_ours(parts)
+
+
+# ---------------------------------------------------------------------------------- the conversion
+
+
+def import_checkpoint(
+    directory: Path,
+    save: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    init_missing: bool = False,
+    allow_pickle: bool = False,
+    seed: int = 1234,
+    processes: int = 2,
+    quiet: bool = False,
+) -> ImportPlan:
+    """Write the checkpoint `save`; see the module.
+
+    Raises ConversionError, after which `save` does not exist.
+    """
+    weights = WeightFiles(directory, allow_pickle=allow_pickle)
+    plan = plan_import(directory, weights, changes or {}, init_missing=init_missing)
+    files = sorted({info.file for info in weights.tensors.values()})
+    mark = fingerprint("import", file_marks(directory, ["config.json", *files]), plan.config.arguments, seed)
+    needed = plan.nbytes + (64 << 20)
+    with new_directory(save, mark, needed) as target:
+        folder = target.partial / RELEASE
+        folder.mkdir(exist_ok=True)
+        groups = group_by_size([source.nbytes for source in plan.sources], UNIT_BYTES)
+        units = [
+            Unit(
+                number, str(directory), weights.pickled, str(folder),
+                tuple(plan.sources[i] for i in group), seed, bool(plan.dims.experts),
+            )
+            for number, group in enumerate(groups)
+        ]  # fmt: skip
+        sizes = [sum(source.nbytes for source in unit.sources) for unit in units]
+        results = run_units(
+            target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
+        )
+        written = [Written(**item) for number in sorted(results) for item in results[number]]
+        write_metadata(folder, written, _common(plan), experts=plan.dims.experts)
+        (target.partial / TRACKER).write_text(RELEASE)
+        write_side_files(directory, target.partial / SIDE, weights, plan)
+        recipe = recipe_of(plan, save.resolve())
+        (target.partial / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=True))
+    return plan
+
+
+def _common(plan: ImportPlan) -> dict[str, Any]:
+    """What Megatron, and our export, read beside the tensors."""
+    return {
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+        "internvlx": {"arguments": plan.config.arguments, "family": plan.config.family},
+    }
+
+
+def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:
+    """Arguments to train the imported model with: `pretrain_vlm.py --recipe recipe.yaml --data ...`."""
+    arguments = dict(plan.config.arguments)
+    arguments["seq_length"] = min(arguments["max_position_embeddings"], 4096)
+    arguments["tokenizer_model"] = str(save / SIDE)
+    arguments["load"] = str(save)
+    if plan.config.dtype == "bfloat16":
+        arguments["bf16"] = True
+    return arguments
+
+
+def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: ImportPlan) -> None:
+    """Copy all files but the weights, and note how the weights were stored."""
+    side.mkdir(exist_ok=True)
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES:
+            shutil.copyfile(path, side / path.name)
+    tied, _ = output_names(plan.config.family, plan.config.layout)
+    notes = {
+        "layout": plan.config.layout,
+        "family": plan.config.family,
+        "arguments": plan.config.arguments,
+        "initialised": list(plan.initialised),
+        "has_index": (directory / INDEX).is_file(),
+        "tied_copy": tied if plan.dims.tied and tied in weights.names else None,
+        "tensors": {
+            name: {"file": info.file, "dtype": str(info.dtype).removeprefix("torch.")}
+            for name, info in weights.tensors.items()
+        },
+    }
+    (side / NOTES).write_text(json.dumps(notes, indent=1))

@@ -1,0 +1,316 @@
+"""The table between Hugging Face tensors and ours, read in both directions.
+
+`table(dims, layout)` lists one Entry per tensor of ours. Names of ours are *full names* (see
+shards.py). A layout names the tensors of one kind of directory:
+
+    chat      internvl_chat: released InternVL and InternVL-X (InternLM2 has names of its own)
+    internvlx ours, with LVTC: released names for vision and projectors, Llama-like names for any decoder
+    native    transformers' InternVLForConditionalGeneration, as transformers 4.52 and later name it
+    native_old  the same class before that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_internvlx.checkpoint.ops import GateUp, Op, Rows, Same, SplitQKV, VisionQKV
+from megatron_internvlx.model.internvit_config import InternViTConfig
+
+PVTC_MLP_RATIO = 4  # model/pvtc.py, which imports Megatron
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model, whatever the layout."""
+
+    family: str
+    """internlm2, qwen2, qwen3, qwen3_moe or llama: how the decoder's tensors are named."""
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    """Key and value heads."""
+    head_dim: int
+    ffn: int
+    """Inner width of a dense layer."""
+    vocab: int
+    """Rows of the embedding, without padding."""
+    vision: InternViTConfig
+    projector: str
+    """pvtc or mlp."""
+    entry_grid: int
+    """Token grid side per tile before layer 0."""
+    high_grid: int
+    injections: tuple[int, ...] = ()
+    """Decoder layers with a projector of their own; () with LVTC off."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    """The output layer is the embedding."""
+    experts: int = 0
+    expert_ffn: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of ours and the Hugging Face tensors that hold the same numbers."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    op: Op = field(default_factory=Same)
+
+    @property
+    def is_projector(self) -> bool:
+        """Whether it belongs to a projector, which may be initialised when a checkpoint lacks it."""
+        return self.ours.startswith("projector.") or ".injection." in self.ours
+
+
+def one(ours: str, theirs: str, *shape: int, op: Op | None = None) -> Entry:
+    """An entry with one Hugging Face tensor."""
+    return Entry(ours, (theirs,), (shape,), op or Same())
+
+
+def table(dims: Dims, layout: str) -> list[Entry]:
+    """Every tensor of the model in the order of the forward pass; see the module for `layout`."""
+    native = layout.startswith("native")
+    root = "model." if layout == "native" else ""
+    entries = [*(_native_vision(dims.vision, root + "vision_tower.") if native else _vision(dims.vision))]
+    if native and dims.projector == "mlp":
+        entries += _mlp_projector(
+            dims, "projector.", root + "multi_modal_projector.", _NATIVE_MLP, dims.entry_grid
+        )
+    elif dims.projector == "mlp":
+        entries += _mlp_projector(dims, "projector.", "mlp1.", _CHAT_MLP, dims.entry_grid)
+    else:
+        entries += _pvtc(dims, "projector.", "projector.", dims.entry_grid)
+    for layer in dims.injections:
+        ours, theirs = (
+            f"language_model.decoder.layers.{layer}.injection.projector.",
+            f"lvtc_projectors.{layer}.",
+        )
+        if dims.projector == "mlp":
+            entries += _mlp_projector(dims, ours, theirs, _CHAT_MLP, dims.high_grid)
+        else:
+            entries += _pvtc(dims, ours, theirs, dims.high_grid)
+    if dims.family == "internlm2" and layout == "chat":
+        entries += _internlm2(dims)
+    elif layout == "native":
+        entries += _llama_like(dims, "model.language_model.", "lm_head.weight")
+    else:
+        entries += _llama_like(dims, "language_model.model.", "language_model.lm_head.weight")
+    return entries
+
+
+def output_names(family: str, layout: str) -> tuple[str, str]:
+    """(output layer, embedding) as a directory of this family and layout names them."""
+    if family == "internlm2" and layout == "chat":
+        return "language_model.output.weight", "language_model.model.tok_embeddings.weight"
+    if layout == "native":
+        return "lm_head.weight", "model.language_model.embed_tokens.weight"
+    return "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+
+
+# ------------------------------------------------------------------------------------------ vision
+
+_VISION_LAYER = "vision_model.encoder.layers."
+
+
+def _embeddings(vit: InternViTConfig, names: tuple[str, str, str]) -> Iterator[Entry]:
+    c, p = vit.hidden_size, vit.patch_size
+    ours = "vision_model.embeddings."
+    yield one(ours + "class_embedding", names[0], 1, 1, c)
+    yield one(ours + "position_embedding", names[1], 1, vit.tokens_per_tile, c)
+    yield one(ours + "patch_embedding.weight", names[2] + ".weight", c, vit.num_channels, p, p)
+    yield one(ours + "patch_embedding.bias", names[2] + ".bias", c)
+
+
+def _vision_layer(vit: InternViTConfig, ours: str, theirs: str, names: dict[str, str]) -> Iterator[Entry]:
+    """What both formats have alike; `names` gives theirs for norms, projection and factors."""
+    c, f = vit.hidden_size, vit.ffn_hidden_size
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        yield one(f"{ours}{norm}.weight", f"{theirs}{names[norm]}.weight", c)
+        if vit.norm_type == "layer_norm":
+            yield one(f"{ours}{norm}.bias", f"{theirs}{names[norm]}.bias", c)
+    if vit.qk_normalization:
+        for name in ("q_norm", "k_norm"):
+            yield one(f"{ours}self_attention.{name}.weight", f"{theirs}{names['attention']}.{name}.weight", c)
+    for name, linear, rows, columns in (
+        ("self_attention.linear_proj", names["proj"], c, c),
+        ("mlp.linear_fc1", "mlp.fc1", f, c),
+        ("mlp.linear_fc2", "mlp.fc2", c, f),
+    ):
+        yield one(f"{ours}{name}.weight", f"{theirs}{linear}.weight", rows, columns)
+        yield one(f"{ours}{name}.bias", f"{theirs}{linear}.bias", rows)
+    yield one(ours + "self_attn_bda.layer_scale", theirs + names["ls1"], c)
+    yield one(ours + "mlp_bda.layer_scale", theirs + names["ls2"], c)
+
+
+_RELEASED_VISION = {
+    "input_layernorm": "norm1",
+    "pre_mlp_layernorm": "norm2",
+    "attention": "attn",
+    "proj": "attn.proj",
+    "ls1": "ls1",
+    "ls2": "ls2",
+}
+_NATIVE_VISION = {
+    "input_layernorm": "layernorm_before",
+    "pre_mlp_layernorm": "layernorm_after",
+    "attention": "attention",
+    "proj": "attention.projection_layer",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+}
+
+
+def _vision(vit: InternViTConfig) -> Iterator[Entry]:
+    prefix = "vision_model.embeddings."
+    yield from _embeddings(
+        vit, (prefix + "class_embedding", prefix + "position_embedding", prefix + "patch_embedding")
+    )
+    c, qkv = vit.hidden_size, VisionQKV(vit.num_heads)
+    for i in range(vit.num_layers):
+        ours = theirs = f"{_VISION_LAYER}{i}."
+        linear = ours + "self_attention.linear_qkv"
+        yield one(linear + ".weight", theirs + "attn.qkv.weight", 3 * c, c, op=qkv)
+        if vit.qkv_bias:
+            yield one(linear + ".bias", theirs + "attn.qkv.bias", 3 * c, op=qkv)
+        yield from _vision_layer(vit, ours, theirs, _RELEASED_VISION)
+
+
+def _native_vision(vit: InternViTConfig, prefix: str) -> Iterator[Entry]:
+    names = ("cls_token", "position_embeddings", "patch_embeddings.projection")
+    yield from _embeddings(vit, tuple(f"{prefix}embeddings.{n}" for n in names))  # type: ignore[arg-type]
+    c, qkv = vit.hidden_size, SplitQKV(vit.num_heads, vit.num_heads)
+    for i in range(vit.num_layers):
+        ours, theirs = f"{_VISION_LAYER}{i}.", f"{prefix}encoder.layer.{i}."
+        for kind, shape in (("weight", (c, c)), ("bias", (c,))):
+            if kind == "weight" or vit.qkv_bias:
+                parts = tuple(f"{theirs}attention.{x}_proj.{kind}" for x in "qkv")
+                yield Entry(f"{ours}self_attention.linear_qkv.{kind}", parts, (shape,) * 3, qkv)
+        yield from _vision_layer(vit, ours, theirs, _NATIVE_VISION)
+
+
+# -------------------------------------------------------------------------------------- projectors
+
+_CHAT_MLP = {"norm": "0", "linear_fc1": "1", "linear_fc2": "3"}
+_NATIVE_MLP = {"norm": "layer_norm", "linear_fc1": "linear_1", "linear_fc2": "linear_2"}
+
+
+def _block_width(dims: Dims, grid: int) -> int:
+    """Channels of one token after the pixel shuffle to `grid` x `grid` tokens."""
+    return (dims.vision.patches_per_side // grid) ** 2 * dims.vision.hidden_size
+
+
+def _mlp_projector(
+    dims: Dims, ours: str, theirs: str, names: dict[str, str], grid: int
+) -> Iterator[Entry]:
+    h, width = dims.hidden, _block_width(dims, grid)
+    for name, shape in (("norm", (width,)), ("linear_fc1", (h, width)), ("linear_fc2", (h, h))):
+        yield one(f"{ours}{name}.weight", f"{theirs}{names[name]}.weight", *shape)
+        yield one(f"{ours}{name}.bias", f"{theirs}{names[name]}.bias", shape[0])
+
+
+def _pvtc(dims: Dims, ours: str, theirs: str, grid: int) -> Iterator[Entry]:
+    h, c = dims.hidden, dims.vision.hidden_size
+    inner = PVTC_MLP_RATIO * h
+    yield one(ours + "cls_scale", theirs + "cls_scale", 1, grid, grid, h)
+    for name, mlp, width in (
+        ("query_proj", "mlp1", _block_width(dims, grid)),
+        ("cls_proj", "mlp2", c),
+        ("kv_proj", "mlp3", c),
+    ):
+        yield one(f"{ours}{name}.norm.weight", f"{theirs}{mlp}.0.weight", width)
+        yield one(f"{ours}{name}.linear.weight", f"{theirs}{mlp}.1.weight", h, width)
+    for branch in ("attn_local", "attn_global"):
+        a, b = f"{ours}{branch}.", f"{theirs}{branch}."
+        yield one(a + "norm_query.weight", b + "attn.norm1.weight", h)
+        yield one(a + "norm_kv.weight", b + "attn.norm2.weight", h)
+        for x in ("q", "k", "v", "proj"):
+            yield one(f"{a}linear_{x}.weight", f"{b}attn.{x}.weight", h, h)
+        yield one(a + "norm_mlp.weight", b + "mlp.norm.weight", h)
+        yield one(a + "linear_gate.weight", b + "mlp.w1.weight", inner, h)
+        yield one(a + "linear_up.weight", b + "mlp.w3.weight", inner, h)
+        yield one(a + "linear_down.weight", b + "mlp.w2.weight", h, inner)
+
+
+# ----------------------------------------------------------------------------------------- decoder
+
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_OUTPUT = "language_model.output_layer.weight"
+_FINAL_NORM = "language_model.decoder.final_layernorm.weight"
+
+
+def _our_layer(index: int) -> str:
+    return f"language_model.decoder.layers.{index}."
+
+
+def _internlm2(dims: Dims) -> Iterator[Entry]:
+    h, f = dims.hidden, dims.ffn
+    root, rows = "language_model.model.", Rows(dims.vocab)
+    yield one(_EMBEDDING, root + "tok_embeddings.weight", dims.vocab, h, op=rows)
+    qkv_rows = (dims.heads + 2 * dims.groups) * dims.head_dim
+    for i in range(dims.layers):
+        a, b = _our_layer(i), f"{root}layers.{i}."
+        yield one(a + "input_layernorm.weight", b + "attention_norm.weight", h)
+        yield one(a + "self_attention.linear_qkv.weight", b + "attention.wqkv.weight", qkv_rows, h)
+        yield one(
+            a + "self_attention.linear_proj.weight", b + "attention.wo.weight", h, dims.heads * dims.head_dim
+        )
+        yield one(a + "pre_mlp_layernorm.weight", b + "ffn_norm.weight", h)
+        yield Entry(
+            a + "mlp.linear_fc1.weight",
+            (b + "feed_forward.w1.weight", b + "feed_forward.w3.weight"),
+            ((f, h), (f, h)),
+            GateUp(),
+        )
+        yield one(a + "mlp.linear_fc2.weight", b + "feed_forward.w2.weight", h, f)
+    yield one(_FINAL_NORM, root + "norm.weight", h)
+    if not dims.tied:
+        yield one(_OUTPUT, "language_model.output.weight", dims.vocab, h, op=rows)
+
+
+def _llama_like(dims: Dims, root: str, head: str) -> Iterator[Entry]:
+    h, rows = dims.hidden, Rows(dims.vocab)
+    yield one(_EMBEDDING, root + "embed_tokens.weight", dims.vocab, h, op=rows)
+    for i in range(dims.layers):
+        a, b = _our_layer(i), f"{root}layers.{i}."
+        yield one(a + "input_layernorm.weight", b + "input_layernorm.weight", h)
+        yield from _attention(dims, a, b)
+        yield one(a + "pre_mlp_layernorm.weight", b + "post_attention_layernorm.weight", h)
+        if not dims.experts:
+            yield from _gated(a + "mlp.", b + "mlp.", h, dims.ffn)
+            continue
+        yield one(a + "mlp.router.weight", b + "mlp.gate.weight", dims.experts, h)
+        for e in range(dims.experts):
+            yield from _gated(
+                f"{a}mlp.experts.local_experts.{e}.", f"{b}mlp.experts.{e}.", h, dims.expert_ffn
+            )
+    yield one(_FINAL_NORM, root + "norm.weight", h)
+    if not dims.tied:
+        yield one(_OUTPUT, head, dims.vocab, h, op=rows)
+
+
+def _attention(dims: Dims, ours: str, theirs: str) -> Iterator[Entry]:
+    h, d = dims.hidden, dims.head_dim
+    a, b = ours + "self_attention.", theirs + "self_attn."
+    widths = (dims.heads * d, dims.groups * d, dims.groups * d)
+    split = SplitQKV(dims.heads, dims.groups)
+    for kind in ("weight", "bias") if dims.qkv_bias else ("weight",):
+        parts = tuple(f"{b}{x}_proj.{kind}" for x in "qkv")
+        shapes = tuple((rows, h) if kind == "weight" else (rows,) for rows in widths)
+        yield Entry(f"{a}linear_qkv.{kind}", parts, shapes, split)
+    if dims.qk_norm:
+        yield one(a + "q_layernorm.weight", b + "q_norm.weight", d)
+        yield one(a + "k_layernorm.weight", b + "k_norm.weight", d)
+    yield one(a + "linear_proj.weight", b + "o_proj.weight", h, dims.heads * d)
+
+
+def _gated(ours: str, theirs: str, h: int, f: int) -> Iterator[Entry]:
+    parts = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
+    yield Entry(ours + "linear_fc1.weight", parts, ((f, h), (f, h)), GateUp())
+    yield one(ours + "linear_fc2.weight", theirs + "down_proj.weight", h, f)

@@ -1,0 +1,3 @@
+"""stub"""
+def write_remote_code(plan, partial, make):
+    pass

@@ -1,0 +1,209 @@
+"""Hugging Face weight files: which tensor is in which file, read and written one tensor at a time.
+
+The safetensors library reads. It can only write a file whose tensors are all in memory, so shards
+are written here: the length of the header in 8 bytes, the header as JSON, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it is."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The weights of a Hugging Face directory.
+
+    Args:
+        directory: holds config.json and the weights.
+        allow_pickle: read `pytorch_model*.bin` too; unpickling can run code of its author, so torch's
+            restricted loader is used, and only when asked for.
+
+    Raises:
+        ConversionError: no weights, a listed file is missing or broken, or pickles without permission.
+    """
+
+    def __init__(self, directory: Path, *, allow_pickle: bool = False) -> None:
+        self.directory = directory
+        self.index: dict[str, Any] | None = None
+        self.pickled = False
+        files = self._files(allow_pickle)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, info in (self._pickle_infos(file) if self.pickled else self._infos(file)).items():
+                if name in self.tensors:
+                    raise ConversionError(
+                        f"{directory}: {name} is both in {self.tensors[name].file} and {file}"
+                    )
+                self.tensors[name] = info
+        self._check_index()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self.tensors)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same bits."""
+        a, b = self.tensors[first], self.tensors[second]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(self.read(first), self.read(second))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; the file is open only meanwhile."""
+        return read_tensor(self.directory, self.tensors[name].file, name, self.pickled)
+
+    def _files(self, allow_pickle: bool) -> list[str]:
+        if (self.directory / INDEX).is_file():
+            try:
+                self.index = json.loads((self.directory / INDEX).read_text())
+                listed = sorted(set(self.index["weight_map"].values()))  # type: ignore[index]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConversionError(f"{self.directory / INDEX}: not a weight index: {error}") from error
+            missing = [name for name in listed if not (self.directory / name).is_file()]
+            if missing:
+                raise ConversionError(
+                    f"{self.directory}: {len(missing)} of {len(listed)} weight files are missing: "
+                    f"{', '.join(missing)}"
+                )
+            return listed
+        if (self.directory / SINGLE).is_file():
+            return [SINGLE]
+        pickles = sorted(p.name for p in self.directory.glob("pytorch_model*.bin"))
+        if not pickles:
+            raise ConversionError(f"{self.directory}: no weights ({INDEX} or {SINGLE})")
+        if not allow_pickle:
+            raise ConversionError(
+                f"{self.directory}: only pickled weights ({', '.join(pickles[:3])}), which can run code when "
+                "read; convert them to safetensors, or give --allow-pickle if you trust their author"
+            )
+        self.pickled = True
+        return pickles
+
+    def _infos(self, file: str) -> dict[str, TensorInfo]:
+        with _opened(self.directory / file) as handle:
+            infos = {}
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                view = handle.get_slice(name)
+                infos[name] = TensorInfo(file, tuple(view.get_shape()), _TYPES[view.get_dtype()])
+            return infos
+
+    def _pickle_infos(self, file: str) -> dict[str, TensorInfo]:
+        tensors = torch.load(self.directory / file, map_location="meta", mmap=True, weights_only=True)
+        return {name: TensorInfo(file, tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def _check_index(self) -> None:
+        if self.index is None:
+            return
+        absent = sorted(set(self.index["weight_map"]) - self.names)
+        if absent:
+            raise ConversionError(
+                f"{self.directory / INDEX} lists {len(absent)} tensors that its files do not hold: "
+                f"{', '.join(absent[:10])}"
+            )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(
+            f"{path}: not a complete safetensors file ({path.stat().st_size} bytes): {error}"
+        ) from error
+
+
+def read_tensor(directory: Path, file: str, name: str, pickled: bool = False) -> Tensor:
+    """One tensor of one file. Raises ConversionError for a broken file."""
+    if pickled:
+        return torch.load(directory / file, map_location="cpu", mmap=True, weights_only=True)[name]
+    with _opened(directory / file) as handle:
+        return handle.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A file to be written: its header and where each tensor begins."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, int]
+    """Position of each tensor in the file, in bytes."""
+    size: int
+    """Of the whole file, in bytes."""
+
+
+def plan_shard(file: str, tensors: Mapping[str, TensorInfo]) -> ShardPlan:
+    """Lay a file out as the safetensors library does: wide types first, then by name."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin, begins = 0, {}
+    for name in order:
+        info = tensors[name]
+        begins[name] = begin
+        entries[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, begin + info.nbytes],
+        }
+        begin += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardPlan(
+        file, header, {name: at + len(header) for name, at in begins.items()}, begin + len(header)
+    )
+
+
+def write_header(directory: Path, shard: ShardPlan) -> None:
+    """Create the file at its full size, with only its header in it."""
+    with (directory / shard.file).open("wb") as file:
+        file.write(shard.header)
+        file.truncate(shard.size)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, without a copy."""
+    flat = tensor.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`; one call may take only part of it."""
+    while len(data):
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

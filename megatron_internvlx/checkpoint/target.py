@@ -1,0 +1,170 @@
+"""A directory that appears under its final name only when complete, made by several processes.
+
+Work is cut into units. Each finished unit leaves a note in the partial directory, so a conversion
+that was killed continues where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+NOTES = ".finished-units"
+# Under this size starting processes takes longer than the work.
+ALONE_BELOW = 512 << 20
+
+
+def fingerprint(*parts: Any) -> str:
+    """Eight letters that stand for the inputs of a conversion."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def file_marks(folder: Path, names: Sequence[str]) -> list[list[Any]]:
+    """Name, size and time of files, for a fingerprint."""
+    return [[name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in names]
+
+
+class Target:
+    """The directory being made: `<name>.partial-<fingerprint>` until `commit`.
+
+    Args:
+        final: the name it will have.
+        mark: fingerprint of the inputs; a partial directory with another one is not continued.
+        needed: bytes that will be written.
+
+    Raises:
+        ConversionError: `final` exists, or the disk has too little room.
+    """
+
+    def __init__(self, final: Path, mark: str, needed: int) -> None:
+        self.final = final
+        self.partial = final.parent / f"{final.name}.partial-{mark}"
+        if final.exists():
+            raise ConversionError(f"{final} exists already; remove it, or choose another name")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        done = sum(p.stat().st_blocks * 512 for p in self.partial.rglob("*") if p.is_file())
+        free = shutil.disk_usage(final.parent).free
+        if free < needed - done:
+            raise ConversionError(
+                f"{final.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            )
+        self.continued = (self.partial / NOTES).is_dir()
+        (self.partial / NOTES).mkdir(parents=True, exist_ok=True)
+
+    def finished(self) -> dict[int, Any]:
+        """Results of the units that an earlier run has finished."""
+        notes = {}
+        for path in (self.partial / NOTES).glob("*.json"):
+            notes[int(path.stem)] = json.loads(path.read_text())
+        return notes
+
+    def note(self, unit: int, result: Any) -> None:
+        """Remember that a unit is finished, with its result."""
+        path = self.partial / NOTES / f"{unit}.json"
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(result))
+        unfinished.replace(path)
+
+    def commit(self) -> None:
+        """Give the complete directory its final name."""
+        shutil.rmtree(self.partial / NOTES)
+        # Another conversion may have made it meanwhile; rename would replace an empty directory only.
+        if self.final.exists():
+            raise ConversionError(f"{self.final} appeared while this conversion ran; the result is discarded")
+        self.partial.rename(self.final)
+
+
+@contextmanager
+def new_directory(final: Path, mark: str, needed: int) -> Iterator[Target]:
+    """A Target that is committed at the end of the block, and removed after an error.
+
+    When the process is interrupted or killed the partial directory stays, to be continued.
+    """
+    target = Target(final, mark, needed)
+    try:
+        yield target
+        target.commit()
+    except OSError as error:
+        shutil.rmtree(target.partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConversionError(
+                f"{final.parent}: the disk is full ({os.strerror(error.errno)}); nothing was kept"
+            ) from error
+        raise
+    except Exception:
+        shutil.rmtree(target.partial, ignore_errors=True)
+        raise
+
+
+def run_units(
+    target: Target,
+    units: Sequence[Any],
+    work: Callable[[Any], Any],
+    *,
+    sizes: Sequence[int],
+    processes: int,
+    title: str,
+    quiet: bool = False,
+) -> Mapping[int, Any]:
+    """Results of `work(unit)` for all units, by number, with a progress bar in bytes.
+
+    Args:
+        target: where finished units are noted.
+        units: picklable; each is done by one process.
+        work: a function of a module; returns what JSON can hold.
+        sizes: bytes of each unit, for the bar.
+        processes: at most so many at a time; 1 works in this process.
+    """
+    results = {number: result for number, result in target.finished().items() if number < len(units)}
+    todo = [number for number in range(len(units)) if number not in results]
+    bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=quiet)
+    with bar:
+        bar.update(sum(sizes[number] for number in results))
+        for number, result in _results(units, todo, work, processes, sum(sizes[n] for n in todo)):
+            target.note(number, result)
+            results[number] = result
+            bar.update(sizes[number])
+    return results
+
+
+def _results(
+    units: Sequence[Any], todo: list[int], work: Callable[[Any], Any], processes: int, size: int
+) -> Iterator[tuple[int, Any]]:
+    if processes == 1 or len(todo) < 2 or size < ALONE_BELOW:
+        for number in todo:
+            yield number, work(units[number])
+        return
+    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(work, units[number]): number for number in todo}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def group_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive positions in groups of at most `limit` bytes (a larger single one is a group)."""
+    groups: list[list[int]] = []
+    filled = limit + 1
+    for position, size in enumerate(sizes):
+        if filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(position)
+        filled += size
+    return groups

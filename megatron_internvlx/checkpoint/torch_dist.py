@@ -1,0 +1,273 @@
+"""Megatron's distributed checkpoints (`torch_dist`), read and written one tensor at a time.
+
+The format is PyTorch's distributed checkpoint: data files, and `.metadata`, which says which bytes
+of which file hold which part of which tensor. Megatron adds `metadata.json` with the name of the
+format. Neither needs process groups or a model.
+
+Keys differ from full names in three ways, as Megatron's `sharded_state_dict` makes them: norms that
+Transformer Engine fuses into the following linear layer carry that layer's name, the experts of a
+layer are one tensor with a leading dimension, and a tied output layer is not stored.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+COMMON_KEY = "common_state/shard_0_1"
+
+_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.")
+
+
+def location(full_name: str) -> tuple[str, int | None]:
+    """(key in a checkpoint, expert number or None) of a tensor given by its full name."""
+    match = _EXPERT.search(full_name)
+    if match:
+        return _EXPERT.sub(".mlp.experts.experts.", full_name), int(match[1])
+    if full_name.startswith("language_model.decoder.layers."):
+        name = full_name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+        # A router follows the second norm of a layer with experts, but Megatron's local layers rename
+        # it all the same; see `keys_for`.
+        return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"), None
+    return full_name, None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a tensor and where its bytes are."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of one iteration: `path` itself, or the latest one in it. Raises ConversionError."""
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        raise ConversionError(f"{path}: no checkpoint ({TRACKER} and .metadata are both missing)")
+    latest = tracker.read_text().strip()
+    if latest != RELEASE and not latest.isdecimal():
+        raise ConversionError(f"{tracker}: {latest!r} is neither an iteration nor '{RELEASE}'")
+    folder = path / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
+    if not (folder / ".metadata").is_file():
+        raise ConversionError(f"{folder}: not a torch_dist checkpoint (no .metadata)")
+    return folder
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint folder. Raises ConversionError if it is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
+        except Exception as error:  # a broken pickle raises nearly anything
+            raise ConversionError(f"{folder / '.metadata'}: unreadable: {error}") from error
+        self.storage = metadata.storage_data
+        self.tensors: dict[str, Stored] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                pieces = tuple(self._piece(key, chunk) for chunk in entry.chunks)
+                self.tensors[key] = Stored(tuple(entry.size), entry.properties.dtype, pieces)
+        names = {piece.file for stored in self.tensors.values() for piece in stored.pieces}
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise ConversionError(f"{folder}: data files are missing: {', '.join(missing[:10])}")
+
+    def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Piece:
+        info = self.storage[MetadataIndex(key, chunk.offsets)]
+        return Piece(
+            tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
+        )
+
+    def common(self) -> dict[str, Any]:
+        """What is not a tensor: Megatron's arguments, the iteration. Megatron must be importable."""
+        import megatron.training  # noqa: F401  (makes its argument types known to torch's restricted loader)
+
+        legacy = self.folder / "common.pt"
+        if legacy.is_file():
+            return torch.load(legacy, map_location="cpu", weights_only=True)
+        info = self.storage[MetadataIndex(COMMON_KEY)]
+        with (self.folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        return torch.load(io.BytesIO(data), weights_only=True)[0]
+
+    def read(self, full_name: str) -> Tensor:
+        """One tensor by its full name, whole."""
+        key, expert = self.find(full_name)
+        return read_stored(self.folder, self.tensors[key], expert)
+
+    def find(self, full_name: str) -> tuple[str, int | None]:
+        """(key, expert) of a tensor. Raises ConversionError if the checkpoint does not hold it."""
+        key, expert = location(full_name)
+        for candidate in (key, full_name):
+            if candidate in self.tensors:
+                return candidate, expert
+        raise ConversionError(f"{self.folder}: the checkpoint has no {key}")
+
+
+def read_stored(folder: Path, stored: Stored, expert: int | None = None) -> Tensor:
+    """Put a tensor together; of experts' tensors [E, ...] the slice of one."""
+    shape = stored.shape if expert is None else stored.shape[1:]
+    whole: Tensor | None = None
+    for piece in stored.pieces:
+        if expert is not None and not piece.offsets[0] <= expert < piece.offsets[0] + piece.shape[0]:
+            continue
+        part = _load_piece(folder, piece)
+        offsets, sizes = piece.offsets, piece.shape
+        if expert is not None:
+            part = part.reshape(piece.shape)[expert - offsets[0]]
+            offsets, sizes = offsets[1:], sizes[1:]
+        if tuple(sizes) == tuple(shape):
+            return part
+        if whole is None:
+            whole = torch.empty(shape, dtype=stored.dtype)
+        whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = part
+    assert whole is not None
+    return whole
+
+
+def _load_piece(folder: Path, piece: Piece) -> Tensor:
+    with (folder / piece.file).open("rb") as file:
+        file.seek(piece.start)
+        data = bytearray(piece.length)
+        got = file.readinto(data)
+    if got != piece.length:
+        raise ConversionError(
+            f"{folder / piece.file}: ends after {piece.start + got} bytes, {piece.start + piece.length} expected"
+        )
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken archive raises many types
+        raise ConversionError(f"{folder / piece.file}: broken data at byte {piece.start}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
+    """All keys under which a written tensor is to be found, and its expert.
+
+    The second norm of a layer with experts has two: Megatron's local and Transformer Engine layers
+    disagree about it.
+    """
+    key, expert = location(full_name)
+    both = has_experts and ".pre_mlp_layernorm." in full_name
+    return ([key, full_name] if both else [key]), expert
+
+
+def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
+    """Append a tensor as the format wants it; returns (start, length) in bytes."""
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    start = file.tell()
+    torch.save(tensor, file)
+    return start, file.tell() - start
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer has put where: one entry per tensor (or expert)."""
+
+    keys: tuple[str, ...]
+    expert: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int
+    length: int
+
+
+def write_metadata(
+    folder: Path, written: Iterable[Written], common: Mapping[str, Any], *, experts: int = 0
+) -> None:
+    """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
+
+    Args:
+        folder: holds the data files.
+        written: every tensor in them.
+        common: what Megatron finds beside tensors ("args", "iteration", ...).
+        experts: E, the leading size of experts' tensors.
+    """
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    modules: set[tuple[str, int | None]] = set()
+    for item in written:
+        info = _StorageInfo(item.file, item.start, item.length)
+        for key in item.keys:
+            offsets, sizes, size = [0] * len(item.shape), list(item.shape), list(item.shape)
+            if item.expert is not None:
+                offsets, sizes, size = [item.expert, *offsets], [1, *sizes], [experts, *size]
+            entry = tensors.setdefault(
+                key,
+                TensorStorageMetadata(TensorProperties(getattr(torch, item.dtype)), torch.Size(size), []),
+            )
+            assert isinstance(entry, TensorStorageMetadata)
+            entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            storage[MetadataIndex(key, torch.Size(offsets))] = info
+            modules.add((key.rpartition(".")[0], item.expert))
+    blobs = {COMMON_KEY: [dict(common)], "extra": [None]}
+    places = {}
+    with (folder / "__common.distcp").open("wb") as file:
+        for name, value in blobs.items():
+            start = file.tell()
+            torch.save(value, file)
+            places[name] = _StorageInfo("__common.distcp", start, file.tell() - start)
+    objects = {COMMON_KEY: places[COMMON_KEY]}
+    for module, expert in modules:
+        for name in _modules_with_state(module):
+            shard = "shard_0_1" if expert is None else f"shard_{expert}_{experts}"
+            objects[f"{name}._extra_state/{shard}"] = places["extra"]
+    for key, info in objects.items():
+        tensors[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = info
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, planner_data={}, storage_data=storage)))
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(config))
+
+
+def _modules_with_state(module: str) -> Iterable[str]:
+    """Modules that ask for a (here empty) extra state: linear layers, and TE's attention and norms.
+
+    Megatron refuses a checkpoint that lacks one its model asks for, and ignores those it does not.
+    """
+    yield module
+    if module.endswith(".self_attention.linear_qkv"):
+        yield module.replace(".linear_qkv", ".core_attention")
