@@ -1,0 +1,40 @@
+# make setup      .venv with every dependency, from constraints.txt (a second call does nothing)
+# make demo       a tiny InternVL-X trained on two CPU ranks
+# make test       the whole suite             make test-fast   without the slow and the parallel tests
+# make test-gpu   the tests that need CUDA    make lint        ruff, mypy
+# make bench      every benchmark
+
+SHELL := bash
+PYTHON := .venv/bin/python
+
+# Importing torch and Megatron takes 4 s with compiled files beside the sources and 18 s without them, so an
+# environment that forbids them is overruled.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: setup demo test test-fast test-gpu lint bench
+.DEFAULT_GOAL := setup
+
+setup: .venv/.installed
+
+.venv/.installed: setup.py constraints.txt tools/setup_env.sh
+	@bash tools/setup_env.sh
+
+demo: setup
+	@bash examples/demo/run.sh
+
+test: setup
+	@$(PYTHON) -m pytest
+
+test-fast: setup
+	@$(PYTHON) -m pytest -m "not slow" --ignore tests/parallel
+
+test-gpu: setup
+	@$(PYTHON) -m pytest -m gpu
+
+lint: setup
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+bench: setup
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file" || exit 1; done

@@ -1,0 +1,48 @@
+"""Package metadata. `constraints.txt` holds the versions that `make setup` installs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.13",
+    "torchvision",  # constrained: a free version drags torch along
+    "megatron-core>=0.19.2,<0.20",  # brings megatron.training too
+    "megatron-energon>=7.4.1,<8",
+    "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
+    "mlflow>=3.17.2,<3.18",  # 3.18.0 cannot be installed
+    "transformers>=5.23,<6",
+    "tokenizers",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "numpy",
+    "pillow",
+    "matplotlib",
+    "einops",
+    "omegaconf",
+    "pyyaml",
+    "psutil",  # Megatron's checkpoint writer
+    "tqdm",
+]
+
+EXTRAS = {
+    # For machines with CUDA only: Megatron prefers Transformer Engine's optimizer, which has no CPU version.
+    "gpu": ["transformer-engine[pytorch]>=2.8"],
+    "dev": ["pytest", "hypothesis", "ruff", "mypy", "pre-commit", "scikit-learn", "uv"],
+}
+
+setup(
+    name="megatron-internvlx",
+    version="0.1.0",
+    description="Distributed training of InternVL-X vision-language models on Megatron-Core",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12,<3.13",
+    packages=find_packages(include=["megatron_internvlx", "megatron_internvlx.*"]),
+    include_package_data=True,
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)
