@@ -22,6 +22,7 @@ __all__ = [
     "device",
     "install_log_line",
     "peak_memory",
+    "pretend_hopper",
     "quiet_logs",
     "quiet_prints",
     "set_args_defaults",
@@ -72,6 +73,11 @@ def setup() -> str:
         shared.use_shipped_index_helper()
         _done = "cuda" if _CUDA else "cpu"
     return _done
+
+
+def pretend_hopper() -> None:
+    """Megatron's checks see the compute capability of an H100: for dry runs, which need no GPU."""
+    cpu.put(torch.cuda, get_device_capability=lambda *_args, **_kwargs: (9, 0))
 
 
 def cpu_args_defaults() -> dict[str, Any]:
