@@ -146,9 +146,9 @@ def _model_dtype(original: Mapping[str, Any], arguments: Mapping[str, Any]) -> s
 
 
 def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
-    key, expert = reader.find(entry.ours)
+    key, place = reader.find(entry.ours)
     stored = reader.tensors[key].shape
-    stored = stored if expert is None else stored[1:]
+    stored = stored if place is None else stored[1:]
     wanted = our_shape(entry.op, entry.shapes)
     vocabulary = entry.ours.endswith(("word_embeddings.weight", "output_layer.weight"))
     # A layout may have padded the vocabulary.
@@ -197,8 +197,8 @@ def write_unit(unit: Unit) -> int:
     descriptors: dict[str, int] = {}
     count = 0
     try:
-        for entry, stored, expert in unit.items:
-            ours = torch_dist.read_stored(Path(unit.folder), stored, expert)
+        for entry, stored, place in unit.items:
+            ours = torch_dist.read_stored(Path(unit.folder), stored, place)
             for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):
                 for target in filter(None, (name, unit.copies.get(name))):
                     _place(unit, target, tensor, descriptors)
@@ -229,8 +229,8 @@ def _units(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> 
     for group in group_by_size(sizes, UNIT_BYTES):
         items = []
         for i in group:
-            key, expert = reader.find(plan.entries[i].ours)
-            items.append((plan.entries[i], reader.tensors[key], expert))
+            key, place = reader.find(plan.entries[i].ours)
+            items.append((plan.entries[i], reader.tensors[key], place))
         names = [n for entry, _, _ in items for n in entry.theirs]
         mine = {n: places[n] for n in [*names, *(copies[n] for n in names if n in copies)]}
         units.append(Unit(str(plan.folder), str(partial), tuple(items), mine, copies))

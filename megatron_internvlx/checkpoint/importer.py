@@ -208,7 +208,8 @@ class Unit:
     folder: str
     sources: tuple[Source, ...]
     seed: int
-    has_experts: bool
+    experts: int
+    vision_layers: int
 
 
 def write_unit(unit: Unit) -> list[dict[str, Any]]:
@@ -221,10 +222,11 @@ def write_unit(unit: Unit) -> list[dict[str, Any]]:
     with (Path(unit.folder) / name).open("wb", buffering=1 << 20) as file:
         for source in unit.sources:
             tensor = make_tensor(Path(unit.directory), source, unit.pickled, unit.seed)
-            start, length = save_tensor(file, tensor)
-            keys, expert = keys_for(source.entry.ours, unit.has_experts)
-            shape = tuple(tensor.shape)
-            written.append(asdict(Written(tuple(keys), expert, shape, source.dtype, name, start, length)))
+            keys, place = keys_for(source.entry.ours, unit.experts > 0)
+            start, length = save_tensor(file, tensor if place is None else tensor[None])
+            count = 0 if place is None else unit.experts if ".experts." in keys[0] else unit.vision_layers
+            item = Written(tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length)
+            written.append(asdict(item))
     return written
 
 
@@ -269,7 +271,8 @@ def import_checkpoint(
         units = [
             Unit(
                 number, str(directory), weights.pickled, str(folder),
-                tuple(plan.sources[i] for i in group), seed, bool(plan.dims.experts),
+                tuple(plan.sources[i] for i in group), seed, plan.dims.experts,
+                plan.dims.vision.num_layers,
             )
             for number, group in enumerate(groups)
         ]  # fmt: skip
@@ -278,7 +281,7 @@ def import_checkpoint(
             target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
         )
         written = [Written(**item) for number in sorted(results) for item in results[number]]
-        write_metadata(folder, written, _common(plan), experts=plan.dims.experts)
+        write_metadata(folder, written, _common(plan))
         (target.partial / TRACKER).write_text(RELEASE)
         write_side_files(directory, target.partial / SIDE, weights, plan)
         recipe = recipe_of(plan, save.resolve())

@@ -5,8 +5,9 @@ of which file hold which part of which tensor. Megatron adds `metadata.json` wit
 format. Neither needs process groups or a model.
 
 Keys differ from full names in three ways, as Megatron's `sharded_state_dict` makes them: norms that
-Transformer Engine fuses into the following linear layer carry that layer's name, the experts of a
-layer are one tensor with a leading dimension, and a tied output layer is not stored.
+Transformer Engine fuses into the following linear layer carry that layer's name; the experts of a
+layer, and the vision encoder's layers, are one tensor with a leading dimension; a tied output layer
+is not stored.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_internvlx import platform
 from megatron_internvlx.checkpoint.errors import ConversionError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -39,13 +41,15 @@ RELEASE = "release"
 COMMON_KEY = "common_state/shard_0_1"
 
 _EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.")
+_VISION_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 
 
 def location(full_name: str) -> tuple[str, int | None]:
-    """(key in a checkpoint, expert number or None) of a tensor given by its full name."""
-    match = _EXPERT.search(full_name)
-    if match:
+    """(key in a checkpoint, its place along the leading dimension or None) of a tensor by full name."""
+    if match := _EXPERT.search(full_name):
         return _EXPERT.sub(".mlp.experts.experts.", full_name), int(match[1])
+    if match := _VISION_LAYER.search(full_name):
+        return _VISION_LAYER.sub("vision_model.encoder.layers.", full_name), int(match[1])
     if full_name.startswith("language_model.decoder.layers."):
         name = full_name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
         # A router follows the second norm of a layer with experts, but Megatron's local layers rename
@@ -117,43 +121,53 @@ class CheckpointReader:
         )
 
     def common(self) -> dict[str, Any]:
-        """What is not a tensor: Megatron's arguments, the iteration. Megatron must be importable."""
-        import megatron.training  # noqa: F401  (makes its argument types known to torch's restricted loader)
-
+        """What is not a tensor: Megatron's arguments, the iteration. Raises ConversionError."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
-            return torch.load(legacy, map_location="cpu", weights_only=True)
-        info = self.storage[MetadataIndex(COMMON_KEY)]
+            return _load_common(legacy.read_bytes())
+        info = self.storage.get(MetadataIndex(COMMON_KEY))
+        if info is None:
+            raise ConversionError(f"{self.folder}: neither common.pt nor a common state in .metadata")
         with (self.folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            data = file.read(info.length)
-        return torch.load(io.BytesIO(data), weights_only=True)[0]
+            return _load_common(file.read(info.length))[0]
 
     def read(self, full_name: str) -> Tensor:
         """One tensor by its full name, whole."""
-        key, expert = self.find(full_name)
-        return read_stored(self.folder, self.tensors[key], expert)
+        key, place = self.find(full_name)
+        return read_stored(self.folder, self.tensors[key], place)
 
     def find(self, full_name: str) -> tuple[str, int | None]:
-        """(key, expert) of a tensor. Raises ConversionError if the checkpoint does not hold it."""
-        key, expert = location(full_name)
+        """(key, place) of a tensor. Raises ConversionError if the checkpoint does not hold it."""
+        key, place = location(full_name)
         for candidate in (key, full_name):
             if candidate in self.tensors:
-                return candidate, expert
+                return candidate, place
         raise ConversionError(f"{self.folder}: the checkpoint has no {key}")
 
 
-def read_stored(folder: Path, stored: Stored, expert: int | None = None) -> Tensor:
-    """Put a tensor together; of experts' tensors [E, ...] the slice of one."""
-    shape = stored.shape if expert is None else stored.shape[1:]
+def _load_common(data: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # A training run's arguments: Megatron, once imported, vouches for the types they hold.
+        platform.setup()
+        import megatron.training.checkpointing  # noqa: F401
+
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tensor:
+    """Put a tensor together; of stacked tensors [n, ...] the slice at `place`."""
+    shape = stored.shape if place is None else stored.shape[1:]
     whole: Tensor | None = None
     for piece in stored.pieces:
-        if expert is not None and not piece.offsets[0] <= expert < piece.offsets[0] + piece.shape[0]:
+        if place is not None and not piece.offsets[0] <= place < piece.offsets[0] + piece.shape[0]:
             continue
         part = _load_piece(folder, piece)
         offsets, sizes = piece.offsets, piece.shape
-        if expert is not None:
-            part = part.reshape(piece.shape)[expert - offsets[0]]
+        if place is not None:
+            part = part.reshape(piece.shape)[place - offsets[0]]
             offsets, sizes = offsets[1:], sizes[1:]
         if tuple(sizes) == tuple(shape):
             return part
@@ -183,14 +197,14 @@ def _load_piece(folder: Path, piece: Piece) -> Tensor:
 
 
 def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
-    """All keys under which a written tensor is to be found, and its expert.
+    """All keys under which a written tensor is to be found, and its place along the leading dimension.
 
     The second norm of a layer with experts has two: Megatron's local and Transformer Engine layers
     disagree about it.
     """
-    key, expert = location(full_name)
+    key, place = location(full_name)
     both = has_experts and ".pre_mlp_layernorm." in full_name
-    return ([key, full_name] if both else [key]), expert
+    return ([key, full_name] if both else [key]), place
 
 
 def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
@@ -204,10 +218,13 @@ def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer has put where: one entry per tensor (or expert)."""
+    """What a writer has put where: one entry per tensor, or slice of a stacked tensor."""
 
     keys: tuple[str, ...]
-    expert: int | None
+    place: int | None
+    """Along the leading dimension of a stacked tensor."""
+    count: int
+    """Size of that dimension; 0: not stacked."""
     shape: tuple[int, ...]
     dtype: str
     file: str
@@ -216,7 +233,7 @@ class Written:
 
 
 def write_metadata(
-    folder: Path, written: Iterable[Written], common: Mapping[str, Any], *, experts: int = 0
+    folder: Path, written: Iterable[Written], common: Mapping[str, Any]
 ) -> None:
     """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
 
@@ -224,17 +241,16 @@ def write_metadata(
         folder: holds the data files.
         written: every tensor in them.
         common: what Megatron finds beside tensors ("args", "iteration", ...).
-        experts: E, the leading size of experts' tensors.
     """
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
-    modules: set[tuple[str, int | None]] = set()
+    modules: set[tuple[str, int | None, int]] = set()
     for item in written:
         info = _StorageInfo(item.file, item.start, item.length)
         for key in item.keys:
             offsets, sizes, size = [0] * len(item.shape), list(item.shape), list(item.shape)
-            if item.expert is not None:
-                offsets, sizes, size = [item.expert, *offsets], [1, *sizes], [experts, *size]
+            if item.place is not None:
+                offsets, sizes, size = [item.place, *offsets], [1, *sizes], [item.count, *size]
             entry = tensors.setdefault(
                 key,
                 TensorStorageMetadata(TensorProperties(getattr(torch, item.dtype)), torch.Size(size), []),
@@ -242,7 +258,7 @@ def write_metadata(
             assert isinstance(entry, TensorStorageMetadata)
             entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             storage[MetadataIndex(key, torch.Size(offsets))] = info
-            modules.add((key.rpartition(".")[0], item.expert))
+            modules.add((key.rpartition(".")[0], item.place, item.count))
     blobs = {COMMON_KEY: [dict(common)], "extra": [None]}
     places = {}
     with (folder / "__common.distcp").open("wb") as file:
@@ -251,9 +267,9 @@ def write_metadata(
             torch.save(value, file)
             places[name] = _StorageInfo("__common.distcp", start, file.tell() - start)
     objects = {COMMON_KEY: places[COMMON_KEY]}
-    for module, expert in modules:
+    for module, place, count in modules:
         for name in _modules_with_state(module):
-            shard = "shard_0_1" if expert is None else f"shard_{expert}_{experts}"
+            shard = "shard_0_1" if place is None else f"shard_{place}_{count}"
             objects[f"{name}._extra_state/{shard}"] = places["extra"]
     for key, info in objects.items():
         tensors[key] = BytesStorageMetadata()
