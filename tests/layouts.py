@@ -138,7 +138,7 @@ def train(
 
     def line(record: platform.LogRecord) -> None:
         result["norms"][record.iteration] = record.grad_norm
-        if record.losses:
+        if "loss" in record.losses:
             result["losses"][record.iteration] = record.losses["loss"]
 
     platform.install_log_line(line)

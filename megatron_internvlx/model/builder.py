@@ -14,6 +14,7 @@ from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.boundary import Budget
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator
 from megatron_internvlx.training.gradients import finalize_hook
+from megatron_internvlx.training.step import loss_weights
 
 
 def compression_plan(args: argparse.Namespace) -> CompressionPlan:
@@ -92,6 +93,7 @@ class ModelProvider:
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             freeze_vision=train.freeze_vision,
             vision_recompute=args.vision_recompute,
+            loss_weight=lambda plan: loss_weights(plan, train.loss_weighting)[1],
             budget=static_budget(args),
             pre_process=pre_process,
             post_process=post_process,

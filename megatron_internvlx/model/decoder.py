@@ -79,6 +79,8 @@ class DecoderInputs:
     shallow: PhaseInputs
     deep: PhaseInputs
     frozen_features: Tensor | None = None
+    loss_weight: int = 0
+    """Total loss weight of the micro-batch; see `router.py`."""
 
 
 class InternVLXLayer(TransformerLayer):
@@ -119,6 +121,8 @@ class InternVLXLayer(TransformerLayer):
             features = packed_seq_params.frozen_features if context is None else context
             hidden_states = self.injection(hidden_states, features, packed_seq_params.plan)
         phase = packed_seq_params.deep if self.is_deep else packed_seq_params.shallow
+        if self.is_moe_layer:
+            self.mlp.router.loss_weight = packed_seq_params.loss_weight
         kwargs |= {"rotary_pos_emb": phase.rotary, "padding_mask": phase.padding_mask}
         hidden_states, _ = super().forward(
             hidden_states=hidden_states, packed_seq_params=phase.attention, **kwargs

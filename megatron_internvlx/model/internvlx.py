@@ -9,6 +9,8 @@ decoder layers (each injection layer owns its projector), the output layer (last
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_internvlx.data.normalize import normalize_tiles
+from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.model.decoder import CompressionPlan, DecoderInputs, PhaseAttention, PhaseInputs
 from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
 from megatron_internvlx.model.internvit_config import InternViTConfig
@@ -33,6 +36,11 @@ from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
 from megatron_internvlx.parallel.layout import boundary_content, stage_layers
 
 ROTARY_TABLE_STEP = 256
+
+
+def supervised_tokens(plan: SequencePlan) -> int:
+    """Tokens with a loss."""
+    return len(plan.loss_rows)
 
 
 class InternVLX(MegatronModule):
@@ -47,6 +55,7 @@ class InternVLX(MegatronModule):
         rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
         share_embeddings_and_output_weights: tied embeddings.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
+        loss_weight: total loss weight of a micro-batch; for the experts' load-balancing loss.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """
 
@@ -64,6 +73,7 @@ class InternVLX(MegatronModule):
         share_embeddings_and_output_weights: bool = False,
         freeze_vision: bool = False,
         vision_recompute: bool = False,
+        loss_weight: Callable[[SequencePlan], int] = supervised_tokens,
         budget: Budget | None = None,
         pre_process: bool = True,
         post_process: bool = True,
@@ -75,6 +85,7 @@ class InternVLX(MegatronModule):
         self.tp_group = self.pg_collection.tp
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.compression, self.freeze_vision = compression, freeze_vision
+        self.loss_weight = loss_weight
         self.real_vocab_size = real_vocab_size
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         pp_rank = self.pg_collection.pp.rank()
@@ -153,6 +164,7 @@ class InternVLX(MegatronModule):
             self._phase_inputs(plan.shallow, samples),
             self._phase_inputs(plan.deep, samples),
             features if self.freeze_vision else None,
+            self.loss_weight(plan.host) if self.config.num_moe_experts else 0,
         )
         out = self.language_model(
             input_ids=None,

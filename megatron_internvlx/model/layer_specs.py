@@ -7,9 +7,12 @@ Both give the same parameter names in a distributed checkpoint (Megatron's
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_internvlx.model.attention import PackedDotProductAttention
 from megatron_internvlx.model.decoder import CompressionPlan, InternVLXLayer
 from megatron_internvlx.model.norm import norm_builder
+from megatron_internvlx.model.router import LossWeightedRouter
 from megatron_internvlx.parallel.layout import stage_layers
 
 
@@ -33,6 +37,14 @@ def _localize(submodules, normalization: str):
     return submodules
 
 
+def _weigh_load_balancing(submodules):
+    """Give an experts layer our router."""
+    experts = getattr(submodules.mlp, "keywords", {}).get("submodules")
+    if isinstance(experts, MoESubmodules):
+        submodules.mlp = partial(submodules.mlp, submodules=replace(experts, router=LossWeightedRouter))
+    return submodules
+
+
 def decoder_spec(
     config: TransformerConfig, compression: CompressionPlan, *, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
@@ -44,7 +56,7 @@ def decoder_spec(
     layers = stage_layers(config, pp_rank, vp_stage)
     built = []
     for spec in specs[layers.first : layers.end]:
-        submodules = copy.deepcopy(spec.submodules)
+        submodules = _weigh_load_balancing(copy.deepcopy(spec.submodules))
         if local:
             submodules = _localize(submodules, config.normalization)
         built.append(
