@@ -114,10 +114,11 @@ class ActivationModel:
         vit, b = self.shape.vision, self.width
         c, tokens = vit.hidden_size, vit.tokens_per_tile
         if self.backward.vision_recompute:
-            return tiles * tokens * c * b * vit.layers_run + self._vision_layer(tiles)
-        return self._vision_layer(tiles) * vit.layers_run
+            return tiles * tokens * c * b * vit.layers_run
+        return self.vision_layer(tiles) * vit.layers_run
 
-    def _vision_layer(self, tiles: int) -> int:
+    def vision_layer(self, tiles: int) -> int:
+        """One layer of the vision encoder that is not recomputed."""
         vit, b = self.shape.vision, self.width
         c, rows = vit.hidden_size, tiles * vit.tokens_per_tile
         if vit.norm_type == "layer_norm":
@@ -174,6 +175,8 @@ def chunk_activations(
     if first:
         tiles = -(-stats.vision_tiles // model.layout.tensor)
         parts["vision"] = model.vision(tiles)
+        if parts["vision"] and model.backward.vision_recompute:
+            working = model.vision_layer(tiles)
         parts["projectors"] = model.projector(shape.compression.entry_grid, stats.projected_tiles)
     for layer in range(chunk.first, chunk.end):
         phase = "shallow" if layer < shape.shallow_layers else "deep"
@@ -210,5 +213,3 @@ def rank_activations(
             parts[name] = parts.get(name, 0) + size * (min(count, 1) if name == "output" else count)
         working = max(working, one.working)
     return parts, working, flying
-
-

@@ -85,12 +85,14 @@ def full_micro_batch(args: argparse.Namespace, shape: ModelShape) -> PlanStats:
 
     Raises ValueError when not even one tile fits.
     """
-    train, data, plan = settings_from(args, TrainSettings), settings_from(args, DataSettings), shape.compression
+    train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
+    plan = shape.compression
     per_tile = plan.high_grid**2
     fitting = args.seq_length // per_tile
     if not fitting:
         raise ValueError(
-            f"--seq-length {args.seq_length} holds no tile of {per_tile} tokens: make it longer, or --high-ratio smaller"
+            f"--seq-length {args.seq_length} holds no tile of {per_tile} tokens: make it longer, "
+            "or --high-ratio smaller"
         )
     largest = data.max_tiles + (not data.no_thumbnail and data.max_tiles > 1)
     tiles = min(fitting, train.max_tiles_per_pack or (largest * args.micro_batch_size))
@@ -99,8 +101,8 @@ def full_micro_batch(args: argparse.Namespace, shape: ModelShape) -> PlanStats:
     if plan.lvtc and train.boundary == "static" and train.shallow_seq_length:
         if train.shallow_seq_length < shallow and train.max_tiles_per_pack is None:
             raise ValueError(
-                f"--shallow-seq-length {train.shallow_seq_length} is less than the {shallow} shallow rows of a full "
-                "micro-batch"
+                f"--shallow-seq-length {train.shallow_seq_length} is less than the {shallow} shallow rows "
+                "of a full micro-batch"
             )
         shallow = train.shallow_seq_length
     text = rows - tiles * per_tile
@@ -189,8 +191,7 @@ def _stage_flops(model: ActivationModel, layers: set[int], rank: int, stats: Pla
     mine = tuple(
         work
         for work in forward.works
-        if work.layer in layers
-        or (work.layer is None and (last if work.part == "output" else rank == 0))
+        if work.layer in layers or (work.layer is None and (last if work.part == "output" else rank == 0))
     )
     return training_flops(type(forward)(mine), model.backward).hardware
 
@@ -211,9 +212,10 @@ def _check_memory(plan: Plan) -> None:
     needed = plan.fullest.total / GIB + RESERVE_GIB
     if limit is not None and needed > limit:
         raise ValueError(
-            f"stage {plan.fullest.rank} needs {needed:.1f} GiB per GPU ({RESERVE_GIB:.0f} of it reserve) and the GPU "
-            f"has {limit:g}: recompute more (--recompute-granularity full, --vision-recompute), shard more (tensor, "
-            f"pipeline, --use-distributed-optimizer), or shorten --seq-length {plan.args.seq_length}"
+            f"stage {plan.fullest.rank} needs {needed:.1f} GiB per GPU ({RESERVE_GIB:.0f} of it reserve) and "
+            f"the GPU has {limit:g}: recompute more (--recompute-granularity full, --vision-recompute), "
+            f"shard more (tensor, pipeline, --use-distributed-optimizer), or shorten --seq-length "
+            f"{plan.args.seq_length}"
             f"\n{describe(plan)}"
         )
 
@@ -243,12 +245,13 @@ def _head(plan: Plan) -> list[str]:
         f"trained      {'all' if not frozen else 'all but ' + ', '.join(frozen)}; {precision}, "
         f"{args.transformer_impl}",
         f"layout       {args.world_size} GPUs = {parallel}, DP {layout.data}",
-        f"global batch {args.global_batch_size} = {args.micro_batch_size} per micro-batch x DP {layout.data} x "
-        f"{m} micro-batches; pipeline bubble {bubble:.1%}, slowest stage {uneven:.2f}x the mean",
+        f"global batch {args.global_batch_size} = {args.micro_batch_size} per micro-batch x "
+        f"DP {layout.data} x {m} micro-batches; pipeline bubble {bubble:.1%}, "
+        f"slowest stage {uneven:.2f}x the mean",
         f"micro-batch  {stats.projected_tiles} tiles, {stats.deep_rows:,} deep rows ({visual:,} visual)"
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
-        f"step         {packs * stats.deep_rows:,} tokens at most ({packs * stats.shallow_rows:,} in the shallow "
-        f"phase), {packs * flops / 1e15:,.2f} PFLOP",
+        f"step         {packs * stats.deep_rows:,} tokens at most ({packs * stats.shallow_rows:,} in the "
+        f"shallow phase), {packs * flops / 1e15:,.2f} PFLOP",
     ]
 
 
@@ -258,7 +261,8 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def _stage_table(plan: Plan) -> list[str]:
-    rows = [["stage", "layers", "projectors", "parameters/rank", "trained", "work", "sends MiB", "rows", "carried"]]
+    heads = "stage layers projectors parameters/rank trained work MiB-sent rows carried"
+    rows = [heads.split()]
     mean = sum(stage.flops for stage in plan.stages) / len(plan.stages)
     for stage in plan.stages:
         spans = ",".join(f"{a}-{b - 1}" if b > a else "-" for a, b in stage.chunks)
