@@ -16,7 +16,13 @@ from megatron_internvlx.parallel.batch import MicroBatch, device_plan
 
 
 def whole_model(
-    vit: InternViTConfig, *, vocab_size: int, rotary_base: float, compression: dict, **decoder: object
+    vit: InternViTConfig,
+    *,
+    vocab_size: int,
+    rotary_base: float,
+    compression: dict,
+    share_embeddings_and_output_weights: bool = False,
+    **decoder: object,
 ) -> InternVLX:
     """A Llama-like InternVL-X; `compression` and `decoder` change fields of the two configs."""
     single()
@@ -47,6 +53,7 @@ def whole_model(
         real_vocab_size=vocab_size,
         max_sequence_length=4096,
         rotary_base=rotary_base,
+        share_embeddings_and_output_weights=share_embeddings_and_output_weights,
     )
 
 
