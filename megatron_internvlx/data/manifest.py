@@ -44,7 +44,9 @@ class JsonlFile:
         starts, lengths = self._scan()
         # Only short lines can be blank.
         blank = [i for i in np.flatnonzero(lengths <= 4) if not self._read(starts[i], lengths[i]).strip()]
-        self._numbers = np.delete(np.arange(1, len(starts) + 1), blank) if blank else None
+        self._numbers: np.ndarray | None = None
+        if any(number != len(starts) - 1 for number in blank):  # nothing follows the last line end
+            self._numbers = np.delete(np.arange(1, len(starts) + 1), blank)
         self._starts, self._lengths = np.delete(starts, blank), np.delete(lengths, blank)
         if len(self) and self._read(self._starts[0], min(64, self._lengths[0])).lstrip()[:1] == b"[":
             raise ValueError(f"{path} starts with '[': it must be JSONL, one record a line, not a JSON array")
@@ -72,6 +74,12 @@ class JsonlFile:
     def key(self, index: int) -> str:
         """Name and line number of record ``index``."""
         return f"{self.label}:{index + 1 if self._numbers is None else self._numbers[index]}"
+
+    def offsets(self) -> np.ndarray | None:
+        """Starts of the records in bytes and the file's size, int64 [records + 1]; None with blank lines."""
+        if self._numbers is not None:
+            return None
+        return np.append(self._starts, self.path.stat().st_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         line = self._read(self._starts[index], self._lengths[index])
@@ -130,6 +138,11 @@ def _resolve(path: str, folder: Path) -> Path:
     return given if given.is_absolute() or given.exists() else folder / given
 
 
+def is_url(path: str) -> bool:
+    """Whether ``path`` names an object in a store (``msc://profile/folder``) and not a file."""
+    return "://" in path
+
+
 def _number(name: str, entry: dict[str, Any], key: str, default: Any, least: float) -> Any:
     value = entry.get(key, default)
     if value is None and default is None:
@@ -160,7 +173,7 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     return DatasetEntry(
         name=name,
         file=JsonlFile(annotation, entry["annotation"]),
-        root=str(_resolve(entry["root"], folder)),
+        root=entry["root"] if is_url(entry["root"]) else str(_resolve(entry["root"], folder)),
         data_augment=bool(entry.get("data_augment", False)),
         repeat_time=_number(name, entry, "repeat_time", 1, 0),
         max_tiles=None if max_tiles is None else int(max_tiles),

@@ -4,6 +4,28 @@ import json
 from collections import Counter
 from pathlib import Path
 
+CAUSES = (
+    "missing_image",
+    "unreadable_image",
+    "truncated_image",
+    "bomb",
+    "malformed_json",
+    "missing_key",
+    "bad_message",
+    "video",
+    "placeholder_mismatch",
+    "reserved_token",
+    "empty_answer",
+    "no_supervision",
+    "answer_truncated",
+    "image_truncated",
+    "too_many_images",
+)
+"""Every cause a `BadSample` may have; a fixed order lets ranks add up their counts."""
+
+# A rate says nothing before this many samples.
+RATE_AFTER = 200
+
 
 class BadSample(Exception):
     """One record that cannot be trained on.
@@ -36,13 +58,18 @@ class RejectLog:
     are not written twice. ``max_rejects`` is the number of distinct bad records that is still accepted;
     None accepts any number. Several processes may share a path (lines are appended whole), but each then
     knows only its own records: give each data-parallel rank its own path to keep lines distinct.
+    ``max_rate`` is the share of bad records among the samples reported by ``saw`` that is still accepted,
+    judged from 200 samples on; None accepts any.
     """
 
-    def __init__(self, path: str | Path | None, max_rejects: int | None):
+    def __init__(self, path: str | Path | None, max_rejects: int | None, max_rate: float | None = None):
         if max_rejects is not None and max_rejects < 0:
             raise ValueError(f"max_rejects is {max_rejects}; use 0 to accept none, None to accept any number")
+        if max_rate is not None and not 0 <= max_rate <= 1:
+            raise ValueError(f"max_rate is {max_rate}; it is a share between 0 and 1, or None for no limit")
         self.path = Path(path) if path is not None else None
-        self.max_rejects = max_rejects
+        self.max_rejects, self.max_rate = max_rejects, max_rate
+        self.samples = 0
         self.counts: Counter[str] = Counter()
         self._seen: set[tuple[str, str]] = set()
         self._written = self._read_back()
@@ -80,10 +107,24 @@ class RejectLog:
         if self.max_rejects is not None and self.total > self.max_rejects:
             raise TooManyRejects(self._verdict()) from bad
 
+    def saw(self, samples: int) -> None:
+        """Count samples that came up, bad ones included; TooManyRejects if too many of them were bad."""
+        self.samples += samples
+        if self.max_rate is None or self.samples < RATE_AFTER:
+            return
+        if self.total > self.max_rate * self.samples:
+            raise TooManyRejects(
+                f"{self.total} of {self.samples} samples are bad, {self.total / self.samples:.1%}; the limit "
+                f"is {self.max_rate:.1%} ({self.summary()}); {self._where()}. Repair or remove them, or "
+                "raise the accepted rate"
+            )
+
+    def _where(self) -> str:
+        return f"they are listed in {self.path}" if self.path else "give a rejects file to have them listed"
+
     def _verdict(self) -> str:
-        where = f"they are listed in {self.path}" if self.path else "give a rejects file to have them listed"
         return (
-            f"{self.total} bad records, {self.max_rejects} are allowed ({self.summary()}); {where}. "
+            f"{self.total} bad records, {self.max_rejects} are allowed ({self.summary()}); {self._where()}. "
             "Repair or remove them, or raise the number of allowed rejects"
         )
 

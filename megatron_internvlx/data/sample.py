@@ -121,6 +121,27 @@ class EncoderSettings:
             )
 
 
+def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
+    """Image paths and turns of the record, its shape checked; BadSample if it has none."""
+    data, key = record.data, record.key
+    turns = data.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadSample(key, "missing_key", "the record needs 'conversations', a list of {from, value}")
+    if data.get("video"):
+        raise BadSample(key, "video", "videos are not supported; cut them into images first")
+    named = data.get("image") or []
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
+    # The released loader does this for an image given as a string, and not for a list.
+    if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
+        first = next((i for i, turn in enumerate(turns) if turn.get("from") == "human"), None)
+        if first is not None and isinstance(turns[first].get("value"), str):
+            turns = list(turns)
+            turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
+    return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
+
+
 class SampleEncoder:
     """Turns records into samples: image sizes from the headers, RVTC grids, tokens and labels.
 
@@ -150,7 +171,7 @@ class SampleEncoder:
         over it first gives up tiles: its images share one tile less, until it fits or each has one; then its
         text is cut after the last whole answer that fits.
         """
-        paths, turns = self._parse(record)
+        paths, turns = parse_record(record)
         try:
             sizes = [
                 size_of(path) if size_of else image_size(path, apply_exif=self.apply_exif) for path in paths
@@ -235,26 +256,6 @@ class SampleEncoder:
                 f"({sample.num_tiles} tiles of {per_tile} tokens)",
             )
         return sample
-
-    def _parse(self, record: Record) -> tuple[list[str], list[dict[str, Any]]]:
-        """Image paths and turns of the record, its shape checked."""
-        data, key = record.data, record.key
-        turns = data.get("conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise BadSample(key, "missing_key", "the record needs 'conversations', a list of {from, value}")
-        if data.get("video"):
-            raise BadSample(key, "video", "videos are not supported; cut them into images first")
-        named = data.get("image") or []
-        names = [named] if isinstance(named, str) else named
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
-        # The released loader does this for an image given as a string, and not for a list.
-        if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
-            first = next((i for i, turn in enumerate(turns) if turn.get("from") == "human"), None)
-            if first is not None and isinstance(turns[first].get("value"), str):
-                turns = list(turns)
-                turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
-        return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
 
     def _cut(
         self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], max_tiles: int

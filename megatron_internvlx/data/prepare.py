@@ -1,0 +1,348 @@
+"""From InternVL's ``meta.json`` to a directory that the Energon loader reads.
+
+    OUT/metadataset.yaml             Energon's MetadatasetV2: what is blended, and how often
+    OUT/broken.jsonl                 every unreadable image, line or record: key, cause, detail
+    OUT/<set>/records.jsonl(.idx)    a link to the annotations and their index; or the good lines of them
+    OUT/<set>/rest.jsonl(.idx)       the records of the fractional part of ``repeat_time``
+    OUT/<set>/media/.nv-meta/        sizes of all images, upright (Energon's media metadata table)
+    OUT/<set>/shards/                with ``to_webdataset``: tar files instead of the two above
+    OUT/validation/meta.json         the records kept out of training, for ``--valid-data``
+
+Images are not copied, except into shards. Work that is done is kept: a run that was stopped goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_internvlx.data.decode_pil import load_tiles
+from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_image
+from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url
+from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.sample import parse_record
+
+VERSION = 1
+MARK = "prepared.json"
+METADATASET = "metadataset.yaml"
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """``validation`` share of each set kept out of training, its last records; ``verify`` decodes every
+    image instead of reading its header; ``to_webdataset`` writes tar shards of ``shard_size`` records."""
+
+    validation: float = 0.0
+    verify: bool = False
+    to_webdataset: bool = False
+    shard_size: int = 1000
+    threads: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"the validation share is {self.validation}; it must be at least 0 and below 1")
+        if self.shard_size < 1 or self.threads < 1:
+            raise ValueError(f"shard size {self.shard_size} and threads {self.threads} must be at least 1")
+
+
+@dataclass
+class SetReport:
+    """One data set as prepared: records that train, validate, are broken; images and broken images."""
+
+    name: str
+    train: int = 0
+    validation: int = 0
+    images: int = 0
+    broken_images: int = 0
+    broken_records: int = 0
+    repeat_time: float = 1.0
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """What the metadataset blends: path, repetitions, subset, subflavors."""
+
+
+@dataclass
+class _Scan:
+    """What one pass over a set's lines found: good records by number, and what is wrong with the others."""
+
+    good: list[int] = field(default_factory=list)
+    images: dict[str, int] = field(default_factory=dict)
+    """Each image name and the record that named it first."""
+    bad: list[BadSample] = field(default_factory=list)
+
+
+def _bar(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    return iter(tqdm(items, total=total, desc=what, unit="", disable=not sys.stderr.isatty()))
+
+
+def _fetched(meta_path: str | Path, out: Path) -> Path:
+    """``meta.json``, its annotations copied to ``out`` where they are URLs; images stay where they are."""
+    path = Path(meta_path)
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from error
+    entries = meta.values() if isinstance(meta, dict) else ()
+    remote = [e for e in entries if isinstance(e, dict) and is_url(str(e.get("annotation")))]
+    if not remote:
+        return path
+    from megatron.energon.epathlib import EPath
+
+    for number, entry in enumerate(remote):
+        local = out / "annotations" / f"{number}-{entry['annotation'].rsplit('/', 1)[-1]}"
+        local.parent.mkdir(parents=True, exist_ok=True)
+        if not local.exists():
+            partial = local.with_name(local.name + ".partial")
+            partial.write_bytes(EPath(entry["annotation"]).read_bytes())
+            partial.replace(local)
+        entry["annotation"] = str(local.absolute())
+        if not is_url(entry["root"]) and not Path(entry["root"]).is_absolute():
+            entry["root"] = str((path.parent / entry["root"]).absolute())
+    copy = out / "annotations" / "meta.json"
+    copy.write_text(json.dumps(meta))
+    return copy
+
+
+def _scan(entry: DatasetEntry) -> _Scan:
+    """Read every line: which records have the right shape, and which images they name."""
+    found = _Scan()
+    for index in _bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
+        try:
+            record = Record(entry.file.key(index), entry.file[index], "", False, None)
+            paths, _ = parse_record(record)
+        except BadSample as bad:
+            found.bad.append(bad)
+            continue
+        found.good.append(index)
+        for path in paths:
+            found.images.setdefault(path, index)
+    return found
+
+
+def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
+    try:
+        path = os.path.join(root, name)  # noqa: PTH118 (keeps URLs as written)
+        # Headers are read in place; only remote images and verification need the whole file.
+        source: str | bytes = read_image(root, name) if is_url(root) else path
+        entry = measure(source, name)
+        if verify and entry["format"] != BROKEN:
+            load_tiles(source, 1, 1, thumbnail=False)
+    except BadSample as bad:
+        entry = {"width": 0, "height": 0, "format": BROKEN, "mode": f"{bad.cause}: {bad.detail}"[:500]}
+    return name, entry
+
+
+def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings: PrepareSettings) -> int:
+    """Measure the images that the table does not hold yet; add the broken ones to ``found.bad``."""
+    connection = table.create()
+    known = {row[0] for row in connection.execute("SELECT entry_key FROM media_metadata")}
+    todo = [name for name in found.images if name not in known]
+    with ThreadPoolExecutor(settings.threads) as threads:
+        # In chunks: a million futures at once would be gigabytes.
+        results = (
+            result
+            for chunk in batched(todo, 512)
+            for result in threads.map(lambda name: _measured(entry.root, name, settings.verify), chunk)
+        )
+        for rows in batched(_bar(results, len(todo), f"{entry.name}: images"), 512):
+            connection.executemany(
+                "INSERT OR REPLACE INTO media_metadata VALUES (?, 'image', ?)",
+                [(name, json.dumps(size)) for name, size in rows],
+            )
+            connection.commit()
+    broken = 0
+    for name, text in connection.execute(
+        "SELECT entry_key, metadata_json FROM media_metadata WHERE metadata_json LIKE ?", (f'%"{BROKEN}"%',)
+    ):
+        size = json.loads(text)
+        if size["format"] == BROKEN and name in found.images:
+            cause, _, detail = size["mode"].partition(": ")
+            found.bad.append(BadSample(entry.file.key(found.images[name]), cause, detail))
+            broken += 1
+    connection.close()
+    return broken
+
+
+def _write_index(path: Path, offsets: np.ndarray) -> None:
+    """Energon's index of a JSONL file: uint64 starts of the records, and the size of the file."""
+    offsets.astype("<u8").tofile(path.with_suffix(".jsonl.idx"))
+
+
+def _copy_lines(entry: DatasetEntry, indices: Iterable[int], path: Path) -> None:
+    """Write these records to a JSONL file of its own, with its index and their original line numbers."""
+    offsets, lines = [0], []
+    with path.open("wb") as out:
+        for index in indices:
+            data = json.dumps(entry.file[index], ensure_ascii=False).encode() + b"\n"
+            out.write(data)
+            offsets.append(offsets[-1] + len(data))
+            lines.append(int(entry.file.key(index).rsplit(":", 1)[1]))
+    _write_index(path, np.asarray(offsets))
+    np.save(path.with_suffix(".lines.npy"), np.asarray(lines, np.int64))
+
+
+def _relative(path: str, out: Path) -> str:
+    """A path that stays right when the prepared directory and the data move together; URLs as they are."""
+    return path if is_url(path) else os.path.relpath(Path(path).absolute(), out.absolute())
+
+
+def _part(
+    folder: Path, out: Path, entry: DatasetEntry, file: str, repetitions: int, count: int
+) -> dict[str, Any]:
+    copied = (folder / file).with_suffix(".lines.npy").exists()
+    flavors = {
+        "set": entry.name,
+        "label": entry.file.label,
+        "root": _relative(entry.root, out),
+        "lines": str((folder / file).with_suffix(".lines.npy").relative_to(out)) if copied else None,
+        "data_augment": entry.data_augment,
+        "max_tiles": entry.max_tiles,
+    }
+    return {
+        "path": str((folder / file).relative_to(out)),
+        "repetitions": repetitions,
+        "subset": {"range": [0, count]},
+        "subflavors": flavors,
+    }
+
+
+def _index_set(
+    entry: DatasetEntry, good: list[int], folder: Path, out: Path, train: int
+) -> list[dict[str, Any]]:
+    """The JSONL parts of a set: all its records, and those of the fractional repeat."""
+    records = folder / "records.jsonl"
+    parts = []
+    whole = int(entry.repeat_time + 1e-9)
+    if whole:
+        _link_or_copy(entry, good, records)
+        parts.append(_part(folder, out, entry, records.name, whole, train))
+    rest = int((entry.repeat_time - whole) * train + 1e-6)
+    if rest:
+        chosen = [good[i * train // rest] for i in range(rest)]
+        _copy_lines(entry, chosen, folder / "rest.jsonl")
+        parts.append(_part(folder, out, entry, "rest.jsonl", 1, rest))
+    return parts
+
+
+def _link_or_copy(entry: DatasetEntry, good: list[int], records: Path) -> None:
+    """Link to the annotations where every line is a record; otherwise copy the lines that are."""
+    for old in (records, records.with_suffix(".lines.npy")):
+        old.unlink(missing_ok=True)
+    offsets = entry.file.offsets()
+    if len(good) == len(entry.file) and offsets is not None:
+        records.symlink_to(os.path.relpath(entry.file.path.absolute(), records.parent.absolute()))
+        _write_index(records, offsets)
+    else:
+        _copy_lines(entry, good, records)
+
+
+def _fingerprint(entry: DatasetEntry, settings: PrepareSettings) -> dict[str, Any]:
+    status = entry.file.path.stat()
+    return {
+        "version": VERSION,
+        "annotation": [str(entry.file.path.absolute()), status.st_size, status.st_mtime_ns],
+        "entry": [entry.root, entry.repeat_time, entry.data_augment, entry.max_tiles],
+        "settings": [settings.validation, settings.verify, settings.to_webdataset, settings.shard_size],
+    }
+
+
+def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> SetReport:
+    """Prepare one set, or return what an earlier run with the same input did."""
+    folder = out / entry.name
+    done, mark = folder / "done.json", _fingerprint(entry, settings)
+    if done.exists():
+        earlier = json.loads(done.read_text())
+        if earlier["fingerprint"] == mark:
+            return SetReport(**earlier["report"])
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _scan(entry)
+    table = SizeTable(folder / "media")
+    broken = _record_sizes(entry, found, table, settings)
+    kept_out = round(len(found.good) * settings.validation)
+    train = len(found.good) - kept_out
+    report = SetReport(entry.name, train, kept_out, len(found.images), broken)
+    report.broken_records = len(entry.file) - len(found.good)
+    report.repeat_time = entry.repeat_time
+    if settings.to_webdataset and train and entry.repeat_time > 0:
+        from megatron_internvlx.data.shards import write_shards
+
+        report.parts = write_shards(entry, found.good[:train], folder, out, table, settings.shard_size)
+    elif train:
+        report.parts = _index_set(entry, found.good, folder, out, train)
+    with (folder / "broken.jsonl").open("w", encoding="utf-8") as log:
+        for bad in sorted(found.bad, key=lambda bad: (bad.key, bad.cause)):
+            log.write(json.dumps({"key": bad.key, "cause": bad.cause, "detail": bad.detail}) + "\n")
+    if kept_out:
+        (out / "validation").mkdir(exist_ok=True)
+        _copy_lines(entry, found.good[train:], out / "validation" / f"{entry.name}.jsonl")
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps({"fingerprint": mark, "report": asdict(report)}))
+    partial.replace(done)
+    return report
+
+
+def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -> list[SetReport]:
+    """Prepare every set of ``meta.json``; returns a report for each. Safe to stop and repeat.
+
+    Raises ValueError for a meta file that cannot be used, names that are no folder names, or no record.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(_fetched(meta_path, out))
+    for entry in manifest.entries:
+        name = entry.name
+        if not name or "/" in name or name.startswith(".") or name in ("validation", "annotations"):
+            raise ValueError(f"data set {name!r} cannot have a folder of its name: rename it in {meta_path}")
+    reports = [_prepare_set(entry, out, settings) for entry in manifest.entries]
+    _write_metadataset(out, reports, settings)
+    if settings.validation:
+        _write_validation(out, manifest, reports)
+    with (out / "broken.jsonl.partial").open("wb") as log:
+        for report in reports:
+            log.write((out / report.name / "broken.jsonl").read_bytes())
+    (out / "broken.jsonl.partial").replace(out / "broken.jsonl")
+    mark = {"version": VERSION, "sets": [asdict(report) for report in reports]}
+    (out / MARK).write_text(json.dumps(mark, indent=1))
+    return reports
+
+
+def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSettings) -> None:
+    import yaml
+
+    blend = []
+    for report in reports:
+        for part in report.parts:
+            entry = dict(part)
+            if not settings.to_webdataset:
+                entry["aux"] = {"sizes": f"filesystem://{report.name}/media"}
+            blend.append(entry)
+    if not blend:
+        raise ValueError("no record is left to train on: see broken.jsonl")
+    document = {
+        "__module__": "megatron.energon",
+        "__class__": "MetadatasetV2",
+        "splits": {"train": {"blend_epochized": blend}},
+    }
+    partial = out / f"{METADATASET}.partial"
+    partial.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.replace(out / METADATASET)
+
+
+def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -> None:
+    meta = {}
+    for entry, report in zip(manifest.entries, reports, strict=True):
+        if report.validation:
+            root = entry.root if is_url(entry.root) else str(Path(entry.root).absolute())
+            count = report.validation
+            meta[entry.name] = {"root": root, "annotation": f"{entry.name}.jsonl", "length": count}
+    (out / "validation" / "meta.json").write_text(json.dumps(meta, indent=1))
