@@ -1,5 +1,6 @@
-"""Set-up of every test session: one thread per process, the golden weight files restored, a pool of ranks."""
+"""Set-up of every test session: CPU only unless GPU tests are asked for, golden weights, a pool of ranks."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,19 @@ from tests import golden_weights
 from tests.distributed import Pool
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.getoption("-m"):
+        # The suite means the same on every machine; torch looks at this when first asked for devices.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     golden_weights.materialize()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(scope="session")

@@ -101,8 +101,16 @@ class Pool:
             for rank in {signs[sign] for sign in ready}:
                 answers[rank] = workers[rank].receive()
                 if not answers[rank][0]:
-                    return [answers[rank]]
+                    return [self._cause(workers, answers[rank])]
         return [answers[rank] for rank in range(len(workers))]
+
+    def _cause(self, workers: list["_Worker"], failure: tuple[bool, Any]) -> tuple[bool, Any]:
+        """The failure, or the death of a rank which broke the connections of the one that failed."""
+        dead = wait([worker.process.sentinel for worker in workers], timeout=0.2)
+        for worker in workers:
+            if worker.process.sentinel in dead:
+                return worker.receive()
+        return failure
 
     def _discard(self, count: int) -> None:
         for rank in range(count):

@@ -273,7 +273,8 @@ def _memory_of_the_process() -> None:
         return process.memory_info().rss
 
     def peak(*_: Any) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # The kernel updates the peak late.
+        return max(resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def stats(*_: Any) -> dict[str, int]:
         values: dict[str, int] = defaultdict(int)
