@@ -1,0 +1,203 @@
+"""What every decoder layer, the vision encoder, the loss and every boundary cost, in seconds and bytes.
+
+Two sources of seconds: FLOPs over a sustained rate, or a profile measured on the target machine by
+`tools/plan_pipeline.py --measure`. Costs are those of one mean micro-batch on one tensor-parallel
+group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.parallel.layout import boundary_content
+from megatron_internvlx.training.flops import (
+    BackwardSettings,
+    FlopsByPart,
+    PlanStats,
+    Work,
+    forward_flops,
+    training_flops,
+)
+from megatron_internvlx.training.shape import ModelShape
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What turns FLOPs and bytes into seconds."""
+
+    flops: float = 400e12
+    """Sustained FLOP/s of one device, not its peak."""
+    bandwidth: float = 50e9
+    """Bytes per second between two pipeline stages, per tensor-parallel rank."""
+    latency: float = 20e-6
+    """Seconds per message."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Mean micro-batch, computed rows (padding included)."""
+
+    stats: PlanStats
+    tiles: int
+    """Tiles whose features are carried."""
+    entry_rows: int
+    deep_rows: int
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Workload:
+        """Of one micro-batch that stands for all."""
+        return cls(PlanStats.of(plan, padded=True), plan.encoded_tiles, plan.entry.length, plan.deep.length)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one micro-batch."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Everything the pipeline's time depends on; see `planner.find_plan`."""
+
+    layers: tuple[Cost, ...]
+    """Per decoder layer, its injection included."""
+    first: Cost
+    """Vision encoder, entry projector and embedding: with the first stage."""
+    last: Cost
+    """Output layer and loss: with the last stage."""
+    boundaries: tuple[Cost, ...]
+    """[layers + 1] Time to move what crosses a boundary in front of layer i, and its gradient."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of compute of a micro-batch, over all stages."""
+        return sum(cost.forward + cost.backward for cost in (*self.layers, self.first, self.last))
+
+
+def _seconds(works: Iterable[Work], settings: BackwardSettings, rate: float) -> Cost:
+    part = FlopsByPart(tuple(works))
+    return Cost(part.total / rate, (training_flops(part, settings).hardware - part.total) / rate)
+
+
+def costs_from_flops(
+    shape: ModelShape,
+    work: Workload,
+    settings: BackwardSettings,
+    machine: Machine,
+    *,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = True,
+) -> LayerCosts:
+    """Costs by counting; every part is taken to run at the same rate."""
+    flops = forward_flops(shape, work.stats)
+    rate = machine.flops * tensor_parallel
+    layers = [
+        _seconds((w for w in flops.works if w.layer == layer), settings, rate)
+        for layer in range(shape.layers)
+    ]
+    outside = [w for w in flops.works if w.layer is None]
+    return LayerCosts(
+        tuple(layers),
+        first=_seconds((w for w in outside if w.part != "output"), settings, rate),
+        last=_seconds((w for w in outside if w.part == "output"), settings, rate),
+        boundaries=boundary_costs(
+            shape, work, settings, machine, shards=tensor_parallel if sequence_parallel else 1
+        ),
+    )
+
+
+def boundary_bytes(
+    shape: ModelShape, work: Workload, next_layer: int, *, element: int = 2
+) -> tuple[int, int]:
+    """Bytes of decoder rows and of carried ViT features in front of a layer, over all TP ranks."""
+    content = boundary_content(next_layer, shape.compression.injection_layers)
+    rows = (work.deep_rows if content.deep else work.entry_rows) * shape.hidden
+    vision = shape.vision
+    carried = work.tiles * vision.tokens_per_tile * vision.hidden_size if content.carry else 0
+    return rows * element, carried * element
+
+
+def boundary_costs(
+    shape: ModelShape,
+    work: Workload,
+    settings: BackwardSettings,
+    machine: Machine,
+    *,
+    shards: int = 1,
+    element: int = 2,
+) -> tuple[Cost, ...]:
+    """Time of every possible boundary; the features of a frozen encoder get no gradient."""
+    costs = []
+    for layer in range(shape.layers + 1):
+        rows, carried = boundary_bytes(shape, work, layer, element=element)
+        back = rows + (0 if settings.freeze_vision else carried)
+        forward, backward = (
+            machine.latency + size / shards / machine.bandwidth for size in (rows + carried, back)
+        )
+        costs.append(Cost(forward, backward))
+    return tuple(costs)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured seconds of the kinds of layers; written and read as JSON."""
+
+    first: Cost
+    last: Cost
+    kinds: dict[str, Cost]
+    """shallow, expand, deep, inject; those that the model has."""
+    about: dict[str, Any]
+    """Model, workload, hardware and versions, for people."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        content = {
+            "about": self.about,
+            "first": vars(self.first),
+            "last": vars(self.last),
+            "kinds": {name: vars(cost) for name, cost in self.kinds.items()},
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read it. Raises ValueError naming the file."""
+        try:
+            content = json.loads(Path(path).read_text())
+            kinds = {name: Cost(**cost) for name, cost in content["kinds"].items()}
+            return cls(Cost(**content["first"]), Cost(**content["last"]), kinds, content.get("about", {}))
+        except OSError as error:
+            raise ValueError(f"profile {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"profile {path} is not one that --measure wrote: {error!r}") from error
+
+
+def layer_kind(shape: ModelShape, layer: int) -> str:
+    """shallow, expand, deep or inject; mixture-of-experts layers with `_experts` behind."""
+    injections = shape.compression.injection_layers
+    if layer in injections:
+        kind = "expand" if layer == injections[0] else "inject"
+    else:
+        kind = "shallow" if layer < shape.shallow_layers else "deep"
+    return kind + ("_experts" if layer in shape.expert_layers else "")
+
+
+def costs_from_profile(profile: Profile, shape: ModelShape, boundaries: tuple[Cost, ...]) -> LayerCosts:
+    """Costs of the model's layers by their kinds. Raises ValueError if a kind was not measured."""
+    kinds = [layer_kind(shape, layer) for layer in range(shape.layers)]
+    missing = sorted(set(kinds) - set(profile.kinds))
+    if missing:
+        raise ValueError(
+            f"the profile has no {', '.join(missing)} layers (it has {', '.join(sorted(profile.kinds))}): "
+            "measure it again with this model's settings"
+        )
+    return LayerCosts(tuple(profile.kinds[kind] for kind in kinds), profile.first, profile.last, boundaries)

@@ -1,0 +1,143 @@
+"""The planner's splits against every possible split, and its strings against Megatron's parser."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
+
+from megatron_internvlx.parallel.costs import Cost, LayerCosts  # noqa: E402
+from megatron_internvlx.parallel.planner import (  # noqa: E402
+    Problem,
+    StageMemory,
+    evaluate,
+    find_plan,
+    layout_counts,
+    layout_string,
+    uniform_counts,
+)
+from megatron_internvlx.parallel.simulate import Schedule, least_seconds  # noqa: E402
+
+BRUTE_FORCE = 5_000  # splits at most; above that the bounds are tested instead
+
+
+def depth_aware(layers: int, seed: int) -> LayerCosts:
+    """Shallow layers cheap, a heavier expansion, an encoder and a loss; frozen encoder in odd cases."""
+    rng = np.random.default_rng([layers, seed])
+    expand = int(rng.integers(0, layers + 1))
+    costs = [Cost(0.3, 0.6) if i < expand else Cost(1.0, 2.0) for i in range(layers)]
+    if expand < layers:
+        costs[expand] = Cost(1.5, 3.0)
+    vision = float(rng.uniform(0.2, 4))
+    move = [Cost(0.02, 0.02) if i > expand else Cost(0.05, 0.01) for i in range(layers + 1)]
+    first = Cost(vision, 0 if seed % 2 else 2 * vision)
+    return LayerCosts(tuple(costs), first, Cost(0.5, float(rng.uniform(0.5, 2))), tuple(move))
+
+
+def every_split(layers: int, stages: int) -> np.ndarray:
+    """Ends of the stages of all splits, empty stages included: [N, S]."""
+    inner = itertools.combinations_with_replacement(range(layers + 1), stages - 1)
+    flat = np.fromiter(itertools.chain.from_iterable(inner), np.int64)
+    inner_ends = flat.reshape(-1, stages - 1) if stages > 1 else np.zeros((1, 0), np.int64)
+    return np.concatenate([inner_ends, np.full((len(inner_ends), 1), layers)], axis=1)
+
+
+def schedules(pipeline: int, chunks: int) -> Schedule:
+    # As many micro-batches as ranks, or more, alternating over the cases.
+    return Schedule(pipeline, chunks, pipeline * (1 + (pipeline + chunks) % 2), variable=bool(pipeline % 3))
+
+
+CASES = [(p, v) for p in range(1, 9) for v in (1, 2) if p > 1 or v == 1]
+
+
+@pytest.mark.parametrize("pipeline,chunks", CASES)
+def test_no_split_is_faster(pipeline: int, chunks: int) -> None:
+    schedule = schedules(pipeline, chunks)
+    for layers in range(1, 17):
+        if math.comb(layers + schedule.stages - 1, schedule.stages - 1) > BRUTE_FORCE:
+            break
+        costs = depth_aware(layers, seed=pipeline)
+        everything = Problem(costs, schedule).seconds(every_split(layers, schedule.stages))
+        plan = find_plan(costs, schedule)
+        assert plan.proven and plan.seconds == pytest.approx(everything.min(), rel=1e-12)
+
+
+@pytest.mark.parametrize("pipeline,chunks", [case for case in CASES if case[0] > 1])
+def test_bounds_never_exceed_the_simulation(pipeline: int, chunks: int) -> None:
+    """With this, a search that drops only splits above the best one known drops no better one."""
+    schedule, rng = schedules(pipeline, chunks), np.random.default_rng(pipeline)
+    for layers in (5, 16):
+        costs = depth_aware(layers, seed=chunks)
+        problem = Problem(costs, schedule)
+        inner = np.sort(rng.integers(0, layers + 1, (300, schedule.stages - 1)))
+        ends = np.concatenate([inner, np.full((300, 1), layers)], axis=1)
+        seconds = problem.seconds(ends)
+        for ranks in range(1, pipeline + 1):
+            # What is not decided must not matter: later ends are wiped.
+            known = ends.copy()
+            undecided = [s for s in range(schedule.stages) if ranks <= s % pipeline < pipeline - 1]
+            known[:, undecided] = 0
+            partial = problem.partial_costs(known, ranks)
+            assert (least_seconds(schedule, ranks, partial) <= seconds * (1 + 1e-12)).all()
+            for limit in (np.median(seconds), seconds.max() * 1.01):
+                bound = problem.quick_bound(partial, ranks, float(limit))
+                assert (bound <= seconds * (1 + 1e-12))[seconds < limit].all()
+
+
+@pytest.mark.parametrize("pipeline", [4, 7, 8])
+def test_the_largest_cases_are_proven(pipeline: int) -> None:
+    for chunks in (1, 2):
+        assert find_plan(depth_aware(16, seed=pipeline), schedules(pipeline, chunks)).proven
+
+
+def test_plan_beats_even_layers() -> None:
+    layers = [Cost(0.3, 0.6)] * 6 + [Cost(1.0, 2.0)] * 10
+    costs, schedule = (
+        LayerCosts(tuple(layers), Cost(2, 4), Cost(1, 2), (Cost(0.05, 0.05),) * 17),
+        Schedule(4, 1, 8),
+    )
+    plan, even = find_plan(costs, schedule), evaluate(costs, schedule, uniform_counts(16, 4))
+    assert plan.seconds < even.seconds and plan.bubble < even.bubble and plan.imbalance < even.imbalance
+
+
+def test_memory_limits_the_split() -> None:
+    costs, schedule = depth_aware(12, seed=2), Schedule(3, 1, 6)
+    memory = StageMemory((1.0,) * 12, (0.5,) * 12, 2.0, 1.0, 2.0, 0.0)
+    free = find_plan(costs, schedule, memory)
+    assert free.memory is not None
+    first = free.counts[0]
+    assert free.memory[0] == first * 1.0 + 2.0 + 3 * (first * 0.5 + 1.0)  # three micro-batches in flight
+    tight = StageMemory(
+        *(vars(memory)[name] for name in list(vars(memory))[:6]), limit=max(free.memory) - 0.1
+    )
+    limited = find_plan(costs, schedule, tight)
+    assert (
+        limited.memory is not None and max(limited.memory) <= tight.limit and limited.seconds >= free.seconds
+    )
+    with pytest.raises(ValueError, match="no split found that fits"):
+        find_plan(costs, schedule, StageMemory((1.0,) * 12, (0.5,) * 12, limit=1.0))
+
+
+@pytest.mark.parametrize("counts", [(3, 2, 2, 1), (0, 4, 0, 4), (8, 0, 0, 0)])
+def test_layouts_are_read_by_megatron(counts: tuple[int, ...]) -> None:
+    layout = layout_string(counts)
+    assert layout_counts(layout) == counts
+    for pipeline in (2, 4):
+        parsed = PipelineParallelLayerLayout(layout, pipeline)
+        parsed.validate_layer_layout(sum(counts), None)
+        for stage, count in enumerate(counts):
+            row = parsed.layout[stage % pipeline][stage // pipeline]
+            assert sum(kind.name == "decoder" for kind in row) == count
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(ValueError, match=r"want stages of t's"):
+        layout_counts("tt|tt")
+    with pytest.raises(ValueError, match="the model has 4 layers"):
+        evaluate(depth_aware(4, 0), Schedule(2, 1, 2), (1, 2))
