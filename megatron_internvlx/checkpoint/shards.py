@@ -56,7 +56,8 @@ def shards(stage: InternVLX) -> Iterator[Shard]:
         expert = ".experts." in name
         group = mpu.get_expert_tensor_parallel_group() if expert else stage.tp_group
         sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
-        fused = "linear_fc1" in name and name.startswith("language_model.")
+        # Not a projector's linear_fc1, which an injection layer holds too.
+        fused = ".mlp." in name and "linear_fc1" in name and name.startswith("language_model.")
         gated = fused and config.gated_linear_unit
         dim = parameter.partition_dim if sharded else None
         yield Shard(full_name(name, stage, offset), parameter, dim, gated, group if sharded else None)

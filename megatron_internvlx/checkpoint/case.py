@@ -1,0 +1,146 @@
+"""A verification case: inputs of the released model, and what it computed from them.
+
+Shapes: B rows, n tokens of a row (right- or left-padded), T tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+INPUTS = ("pixel_values", "input_ids", "labels", "attention_mask", "image_flags")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The inputs, absent ones filled in."""
+
+    pixel_values: Tensor
+    """[T, 3, S, S], normalised; T may be 0."""
+    input_ids: Tensor
+    """[B, n]."""
+    labels: Tensor
+    """[B, n], -100 where nothing is supervised; not shifted."""
+    attention_mask: Tensor
+    """[B, n], 1 at tokens."""
+    image_flags: Tensor
+    """[T], 1 for tiles that the text refers to."""
+    expected: Mapping[str, Tensor]
+    """Outputs and gradients that came with it."""
+
+    @property
+    def tiles(self) -> Tensor:
+        """[t, 3, S, S] tiles that the text refers to."""
+        return self.pixel_values[self.image_flags.bool()]
+
+    def rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, labels) of every row without padding."""
+        keep = self.attention_mask.bool()
+        return [
+            (ids[mask].numpy(), labels[mask].numpy())
+            for ids, labels, mask in zip(self.input_ids, self.labels, keep, strict=True)
+        ]
+
+    def image_token(self, tokens_per_tile: int, known: int | None) -> int:
+        """Id of the image placeholder: as given, or the only id that is there often enough.
+
+        Raises ConversionError when the count of placeholders does not fit the tiles, naming both.
+        """
+        wanted = len(self.tiles) * tokens_per_tile
+        ids, counts = self.input_ids[self.attention_mask.bool()].unique(return_counts=True)
+        if known is not None:
+            count = int((self.input_ids[self.attention_mask.bool()] == known).sum())
+            if count != wanted:
+                raise ConversionError(
+                    f"{count} image placeholders (id {known}) for {len(self.tiles)} tiles of {tokens_per_tile} "
+                    f"tokens = {wanted}"
+                )
+            return known
+        if not wanted:
+            return -1
+        fitting = ids[counts == wanted].tolist()
+        if len(fitting) != 1:
+            raise ConversionError(
+                f"{len(fitting)} token ids occur {wanted} times ({len(self.tiles)} tiles of {tokens_per_tile} "
+                "tokens), so the image placeholder is not known: give --image-token-id"
+            )
+        return fitting[0]
+
+
+def load_case(path: Path) -> Case:
+    """Read a case file, and what was expected: in the same file, or in `<case>.outputs/grads` beside it.
+
+    Raises ConversionError for files or tensors that are missing or do not fit each other.
+    """
+    held = _load(path)
+    expected = {name: tensor for name, tensor in held.items() if name not in INPUTS}
+    if path.name.endswith(".inputs.safetensors"):
+        for kind in ("outputs", "grads"):
+            beside = path.with_name(path.name.replace(".inputs.", f".{kind}."))
+            expected |= _load(beside) if beside.is_file() else {}
+    if "input_ids" not in held or held["input_ids"].dim() != 2:
+        raise ConversionError(f"{path}: it needs input_ids [rows, tokens]")
+    ids = held["input_ids"]
+    mask = held.get("attention_mask", torch.ones_like(ids))
+    labels = held.get("labels", torch.full_like(ids, -100))
+    pixels = held.get("pixel_values", torch.zeros(0, 3, 1, 1))
+    flags = held.get("image_flags", torch.ones(len(pixels), dtype=torch.int64)).reshape(-1)
+    if mask.shape != ids.shape or labels.shape != ids.shape or len(flags) != len(pixels):
+        raise ConversionError(
+            f"{path}: input_ids {list(ids.shape)}, attention_mask {list(mask.shape)}, labels "
+            f"{list(labels.shape)}, pixel_values {list(pixels.shape)}, image_flags {list(flags.shape)} do not fit"
+        )
+    edges = mask.bool().int().diff(dim=1).abs().sum(dim=1)
+    one_sided = (edges == 0) | ((edges == 1) & (mask.bool()[:, 0] ^ mask.bool()[:, -1]))
+    if not bool((one_sided & mask.bool().any(dim=1)).all()):
+        raise ConversionError(
+            f"{path}: attention_mask has gaps inside a row, or an empty row; only padding on one side is masked here"
+        )
+    return Case(pixels, ids, labels, mask, flags, expected)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from what was expected."""
+
+    name: str
+    worst: float
+    """Largest absolute difference; infinite for a wrong shape or a NaN."""
+    largest: float
+    """Largest expected value."""
+
+
+def compare(case: Case, found: Mapping[str, Tensor]) -> list[Difference]:
+    """Every expected tensor that was computed; logits only where the attention mask is 1."""
+    differences = []
+    for name, wanted in case.expected.items():
+        if name not in found:
+            continue
+        got, wanted = found[name].float(), wanted.float()
+        if name == "logits":
+            keep = case.attention_mask.bool()
+            got, wanted = got[keep], wanted[keep]
+        if got.numel() != wanted.numel():
+            differences.append(Difference(name, float("inf"), 0.0))
+            continue
+        delta = (got.reshape(-1) - wanted.reshape(-1)).abs()
+        worst = float(delta.max()) if delta.numel() else 0.0
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        differences.append(Difference(name, worst if worst == worst else float("inf"), largest))
+    return differences

@@ -1,0 +1,223 @@
+"""Run a converted model on given inputs, in any layout, and compare with what the original computed.
+
+`verify` is the caller's side: it reads the inputs, starts the ranks and gathers what they leave in a
+folder. `run_rank` is one rank: it imports Megatron, builds its stage, fills it with converted
+weights and runs Megatron's own pipeline schedule.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_internvlx.checkpoint.case import Case, load_case
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.exporter import plan_export
+from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
+from megatron_internvlx.checkpoint.mapping import Entry
+from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
+
+RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is cut over ranks; names are those of Megatron's arguments."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    stages: str | None = None
+    """--pipeline-model-parallel-layout."""
+    virtual: int | None = None
+    """--num-virtual-stages-per-pipeline-rank."""
+    extra: tuple[str, ...] = ()
+    """Further arguments of Megatron or ours."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that this layout needs at least."""
+        return self.pipeline * max(self.tensor, self.expert)
+
+    def arguments(self) -> list[str]:
+        """As command-line arguments."""
+        found = ["--tensor-model-parallel-size", str(self.tensor)]
+        found += ["--pipeline-model-parallel-size", str(self.pipeline)]
+        if self.expert > 1:
+            found += ["--expert-model-parallel-size", str(self.expert)]
+        if self.stages:
+            found += ["--pipeline-model-parallel-layout", self.stages]
+        if self.virtual:
+            found += ["--num-virtual-stages-per-pipeline-rank", str(self.virtual)]
+        return [*found, *self.extra]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every rank is told."""
+
+    folder: str
+    """Holds the recipe; ranks leave their results there."""
+    inputs: str
+    layout: Layout
+    gradients: bool
+    image_token: int | None
+    hf: str | None = None
+    load: str | None = None
+    allow_pickle: bool = False
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
+    """(arguments, table, layout of names) of the model to run. Raises ConversionError."""
+    if request.hf:
+        weights = WeightFiles(Path(request.hf), allow_pickle=request.allow_pickle)
+        plan = plan_import(Path(request.hf), weights, {})
+        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources], plan.config.layout
+    assert request.load is not None
+    exported = plan_export(Path(request.load))
+    return exported.arguments, list(exported.entries), exported.layout
+
+
+_ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+    "num_query_groups", "kv_channels", "normalization", "swiglu", "add_bias_linear", "add_qkv_bias",
+    "qk_layernorm", "position_embedding_type", "rotary_base", "use_rope_scaling", "rope_scaling_factor",
+    "layernorm_epsilon", "max_position_embeddings", "vocab_size", "untie_embeddings_and_output_weights",
+    "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax",
+    "moe_token_dispatcher_type", "vision_preset", "image_size", "patch_size", "select_layer",
+    "vision_overrides", "projector", "pixel_shuffle_version", "expand_layer", "inject_layers", "low_ratio",
+    "high_ratio", "upsample",
+)  # fmt: skip
+
+
+def write_recipe(arguments: Mapping[str, Any], folder: Path) -> None:
+    """The recipe the ranks start from: the architecture, nothing random, no auxiliary losses."""
+    recipe = {name: arguments[name] for name in _ARCHITECTURE if arguments.get(name) is not None}
+    if recipe.get("num_experts"):
+        recipe["moe_aux_loss_coeff"] = 0.0
+    recipe |= {
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "projector_drop_path": 0.0,
+        "seq_length": recipe["max_position_embeddings"],
+        "tokenizer_model": "none",
+        "data": "none",
+        "train_iters": 1,
+        "lr": 0.0,
+        "calculate_per_token_loss": True,
+    }
+    (folder / RECIPE).write_text(yaml.safe_dump(recipe))
+
+
+def start_ranks(request: Request, ranks: int) -> None:
+    """Run `run_rank` in `ranks` new processes. Raises ConversionError with the first failure."""
+    context = get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank_process, args=(request, rank, ranks, port, queue)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    failure = None
+    for _ in processes:
+        failure = queue.get()
+        if failure:
+            break
+    for process in processes:
+        if failure:
+            process.terminate()
+        process.join()
+    if failure:
+        raise ConversionError(failure)
+
+
+def _rank_process(request: Request, rank: int, ranks: int, port: int, queue: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    try:
+        from megatron_internvlx.checkpoint.verify_rank import run_rank
+
+        run_rank(request)
+    except ValueError as error:
+        queue.put(str(error))
+    except BaseException:
+        queue.put(f"rank {rank} failed:\n{traceback.format_exc()}")
+    else:
+        queue.put(None)
+
+
+def check_ranks(layout: Layout, ranks: int) -> None:
+    """Raises ConversionError when a layout does not fit so many processes."""
+    if ranks < layout.ranks or ranks % (layout.tensor * layout.pipeline):
+        raise ConversionError(
+            f"--nproc {ranks} does not fit TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: "
+            f"use {layout.ranks} or a multiple of {layout.tensor * layout.pipeline}"
+        )
+
+
+def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool) -> dict[str, Tensor]:
+    """What the ranks left, under the names of the golden cases."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("part*.safetensors")):
+        found |= load_file(path)
+    if "logits" in found:
+        rows = found["logits"]
+        logits = torch.zeros((*case.input_ids.shape, rows.shape[-1]))
+        logits[case.attention_mask.bool()] = rows
+        found["logits"] = logits
+    if gradients:
+        ours = load_file(folder / GRADIENTS)
+        for entry in entries:
+            parts = entry.op.to_theirs(ours[entry.ours])
+            found |= {name: part.contiguous() for name, part in zip(entry.theirs, parts, strict=True)}
+    return found
+
+
+def verify(request: Request, out: Path, *, ranks: int | None = None, start=start_ranks) -> dict[str, Tensor]:
+    """Run the model on a case and write its outputs; returns them.
+
+    Args:
+        request: model, inputs and layout; its folder is replaced by a temporary one.
+        out: safetensors file: logits, loss, vit_last_hidden_state, projector_output, and gradients under
+            their Hugging Face names.
+        ranks: processes; None: as many as the layout needs.
+        start: how ranks are started (a test uses its own).
+
+    Raises:
+        ConversionError: for inputs, models or layouts that do not fit, and for whatever a rank reports.
+    """
+    check_ranks(request.layout, ranks or request.layout.ranks)
+    if out.exists():
+        raise ConversionError(f"{out} exists already; remove it, or choose another name")
+    case = load_case(Path(request.inputs))
+    arguments, entries, _ = model_of(request)
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        write_recipe(arguments, Path(folder))
+        changed = Request(**{**request.__dict__, "folder": folder})
+        start(changed, ranks or request.layout.ranks)
+        found = gather(Path(folder), case, entries, request.gradients)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    save_file(found, partial, metadata={"format": "pt"})
+    partial.replace(out)
+    return found
