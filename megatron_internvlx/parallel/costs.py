@@ -1,20 +1,20 @@
 """What every decoder layer, the vision encoder, the loss and every boundary cost, in seconds and bytes.
 
 Two sources of seconds: FLOPs over a sustained rate, or a profile measured on the target machine by
-`tools/plan_pipeline.py --measure`. Costs are those of one mean micro-batch on one tensor-parallel
-group.
+`tools/plan_pipeline.py --measure`. Costs are those of one micro-batch that stands for all, on one
+tensor-parallel group; its `PlanStats` count computed rows, padding included.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.data.plan import SequencePlan
-from megatron_internvlx.parallel.layout import boundary_content
+from megatron_internvlx.parallel.layout import StageLayers, boundary_content
+from megatron_internvlx.training.activations import ActivationModel, chunk_activations
 from megatron_internvlx.training.flops import (
     BackwardSettings,
     FlopsByPart,
@@ -23,6 +23,7 @@ from megatron_internvlx.training.flops import (
     forward_flops,
     training_flops,
 )
+from megatron_internvlx.training.memory import StateSizes, rank_state
 from megatron_internvlx.training.shape import ModelShape
 
 GIB = 1 << 30
@@ -41,27 +42,27 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Mean micro-batch, computed rows (padding included)."""
-
-    stats: PlanStats
-    tiles: int
-    """Tiles whose features are carried."""
-    entry_rows: int
-    deep_rows: int
-
-    @classmethod
-    def of(cls, plan: SequencePlan) -> Workload:
-        """Of one micro-batch that stands for all."""
-        return cls(PlanStats.of(plan, padded=True), plan.encoded_tiles, plan.entry.length, plan.deep.length)
-
-
-@dataclass(frozen=True)
 class Cost:
     """Seconds of one micro-batch."""
 
     forward: float
     backward: float
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes per device that limit a split."""
+
+    state: tuple[float, ...]
+    """Per layer: weights, gradients and optimizer state."""
+    activations: tuple[float, ...]
+    """Per layer: kept for the backward pass of one micro-batch."""
+    first_state: float = 0.0
+    first_activations: float = 0.0
+    last_state: float = 0.0
+    last_activations: float = 0.0
+    limit: float = float("inf")
+    """A split whose fullest rank needs more is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _seconds(works: Iterable[Work], settings: BackwardSettings, rate: float) -> 
 
 def costs_from_flops(
     shape: ModelShape,
-    work: Workload,
+    stats: PlanStats,
     settings: BackwardSettings,
     machine: Machine,
     *,
@@ -98,7 +99,7 @@ def costs_from_flops(
     sequence_parallel: bool = True,
 ) -> LayerCosts:
     """Costs by counting; every part is taken to run at the same rate."""
-    flops = forward_flops(shape, work.stats)
+    flops = forward_flops(shape, stats)
     rate = machine.flops * tensor_parallel
     layers = [
         _seconds((w for w in flops.works if w.layer == layer), settings, rate)
@@ -110,25 +111,25 @@ def costs_from_flops(
         first=_seconds((w for w in outside if w.part != "output"), settings, rate),
         last=_seconds((w for w in outside if w.part == "output"), settings, rate),
         boundaries=boundary_costs(
-            shape, work, settings, machine, shards=tensor_parallel if sequence_parallel else 1
+            shape, stats, settings, machine, shards=tensor_parallel if sequence_parallel else 1
         ),
     )
 
 
 def boundary_bytes(
-    shape: ModelShape, work: Workload, next_layer: int, *, element: int = 2
+    shape: ModelShape, stats: PlanStats, next_layer: int, *, element: int = 2
 ) -> tuple[int, int]:
     """Bytes of decoder rows and of carried ViT features in front of a layer, over all TP ranks."""
     content = boundary_content(next_layer, shape.compression.injection_layers)
-    rows = (work.deep_rows if content.deep else work.entry_rows) * shape.hidden
+    rows = (stats.deep_rows if content.deep else stats.shallow_rows) * shape.hidden
     vision = shape.vision
-    carried = work.tiles * vision.tokens_per_tile * vision.hidden_size if content.carry else 0
+    carried = stats.projected_tiles * vision.tokens_per_tile * vision.hidden_size if content.carry else 0
     return rows * element, carried * element
 
 
 def boundary_costs(
     shape: ModelShape,
-    work: Workload,
+    stats: PlanStats,
     settings: BackwardSettings,
     machine: Machine,
     *,
@@ -138,13 +139,41 @@ def boundary_costs(
     """Time of every possible boundary; the features of a frozen encoder get no gradient."""
     costs = []
     for layer in range(shape.layers + 1):
-        rows, carried = boundary_bytes(shape, work, layer, element=element)
+        rows, carried = boundary_bytes(shape, stats, layer, element=element)
         back = rows + (0 if settings.freeze_vision else carried)
         forward, backward = (
             machine.latency + size / shards / machine.bandwidth for size in (rows + carried, back)
         )
         costs.append(Cost(forward, backward))
     return tuple(costs)
+
+
+def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, limit: float) -> StageMemory:
+    """Bytes per layer on one rank, by the formulas of the dry run.
+
+    What recomputation brings back, and the loss of the one micro-batch that is being computed, count
+    once and not per micro-batch in flight.
+    """
+    empty = StageLayers(0, 0)
+
+    def state(rank: int, layers: StageLayers) -> float:
+        stages = tuple((layers if r == rank else empty,) for r in range(3))
+        alone = replace(model.layout, pipeline=3, stages=stages)
+        return rank_state(model.shape, alone, rank, sizes, model.backward).total
+
+    def kept(layers: StageLayers, *, first: bool = False) -> dict[str, int]:
+        return chunk_activations(model, layers, stats, first=first, last=False).parts
+
+    layers = [StageLayers(i, i + 1) for i in range(model.shape.layers)]
+    working = max(chunk_activations(model, x, stats, first=False, last=False).working for x in layers)
+    return StageMemory(
+        tuple(state(1, x) for x in layers),
+        tuple(float(sum(kept(x).values())) for x in layers),
+        first_state=state(0, empty) + working,
+        first_activations=float(sum(kept(empty, first=True).values())),
+        last_state=state(2, empty) + working + model.output(stats),
+        limit=limit,
+    )
 
 
 @dataclass(frozen=True)

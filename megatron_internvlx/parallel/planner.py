@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from numpy.typing import NDArray
 
-from megatron_internvlx.parallel.costs import LayerCosts
+from megatron_internvlx.parallel.costs import LayerCosts, StageMemory
 from megatron_internvlx.parallel.simulate import (
     Event,
     Floats,
@@ -27,22 +29,6 @@ from megatron_internvlx.parallel.simulate import (
 Ints = NDArray[np.int64]
 FRONTIER = 300_000
 _BATCH = 20_000
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes per device that limit a split."""
-
-    state: tuple[float, ...]
-    """Per layer: weights, gradients and optimizer state."""
-    activations: tuple[float, ...]
-    """Per layer: kept for the backward pass of one micro-batch."""
-    first_state: float = 0.0
-    first_activations: float = 0.0
-    last_state: float = 0.0
-    last_activations: float = 0.0
-    limit: float = float("inf")
-    """A split whose fullest rank needs more is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +71,14 @@ def layout_string(counts: tuple[int, ...]) -> str:
 
 
 def layout_counts(layout: str) -> tuple[int, ...]:
-    """`E|tt|ttt|L` -> layers per stage; Megatron's repetitions (`(tt|)*3`) are not read."""
-    stages = layout.split("|")
-    if not stages[0].startswith("E") or not stages[-1].endswith("L") or set(layout) - set("E|tL"):
-        raise ValueError(f"layout {layout!r}: want stages of t's between E and L, such as E|tt|tt|L")
-    return tuple(stage.count("t") for stage in stages)
+    """`E|tt|(t|)*2L` -> layers per stage, read by Megatron's parser. Raises ValueError."""
+    try:
+        stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        raise ValueError(f"layout {layout!r}: {error}") from error
+    if not stages[0] or stages[0][0] is not LayerType.embedding or stages[-1][-1:] != [LayerType.loss]:
+        raise ValueError(f"layout {layout!r}: want E in front and L at the end, such as E|tt|tt|L")
+    return tuple(stage.count(LayerType.decoder) for stage in stages)
 
 
 def uniform_counts(layers: int, stages: int) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 Source: megatron/core/pipeline_parallel/schedules.py of 0.19.2
 (`forward_backward_pipelining_with_interleaving`, `..._without_interleaving`,
-`get_pp_rank_microbatches`, `get_schedule_table`). Each rank follows a fixed program of forward and backward passes, sends and receives; a message moves once both sides have
-reached it. Since the programs do not depend on costs, they are ordered once and then run for any
-number of layer splits at a time, as numpy vectors.
+`get_pp_rank_microbatches`, `get_schedule_table`). Each rank follows a fixed program of forward and
+backward passes, sends and receives; a message moves once both sides have reached it. Since the
+programs do not depend on costs, they are ordered once and then run for any number of layer splits
+at a time, as numpy vectors.
 
 Stages are numbered in the order data flows: stage = chunk * P + rank.
 """
@@ -34,8 +35,6 @@ class Schedule:
     """Micro-batches per step and data-parallel replica."""
     overlap: bool = True
     """Interleaved only: receives are posted ahead (Megatron's default there)."""
-    variable: bool = False
-    """Interleaved only: shapes are exchanged per message, which waits for the message's sender."""
 
     def __post_init__(self) -> None:
         if min(self.pipeline, self.chunks, self.micro_batches) < 1:
@@ -150,37 +149,39 @@ class _Program:
 
     def interleaved(self) -> None:
         """Interleaved 1F1B; with `overlap`, receives for the next pass are posted ahead."""
-        ahead = self.schedule.overlap and not self.schedule.variable
+        overlap = self.schedule.overlap
         steady = self.total - self.warmup
         self.exchange(self.input("F", 0))
         for k in range(self.warmup):
             self.run("F", k)
-            joint = k == self.warmup - 1 and not self.schedule.overlap and steady > 0
+            joint = k == self.warmup - 1 and not overlap and steady > 0
             self.exchange(self.output("F", k), self.input("F", k + 1), self.input("B", 0) if joint else None)
-        if self.schedule.overlap and steady:
-            self.receive(self.input("B", 0), ahead)
+        if overlap and steady:
+            self.post(self.input("B", 0))
         for k in range(steady):
             forward = k + self.warmup
             after = self.input("F", forward + 1) if k < steady - 1 else None
-            if ahead:
-                self.wait(self.input("F", forward) if k else None)
-            self.run("F", forward)
-            if self.schedule.overlap:
-                self.send_receive(self.output("F", forward), after, ahead)
-                if ahead:
-                    self.wait(self.input("B", k))
-            self.run("B", k)
-            if self.schedule.overlap:
-                self.send_receive(self.output("B", k), self.input("B", k + 1), ahead)
-            else:
+            if not overlap:
+                self.run("F", forward)
+                self.run("B", k)
                 self.exchange(self.output("F", forward), self.output("B", k), after, self.input("B", k + 1))
-        self.cooldown(steady, ahead)
+                continue
+            if k:
+                self.wait(self.input("F", forward))
+            self.run("F", forward)
+            self.post(self.output("F", forward), after)
+            self.wait(self.output("F", forward))  # Megatron frees the output, so it waits
+            self.wait(self.input("B", k))
+            self.run("B", k)
+            self.post(self.output("B", k), self.input("B", k + 1))
+            self.wait(self.output("B", k))
+        self.cooldown(steady)
 
-    def cooldown(self, steady: int, ahead: bool) -> None:
+    def cooldown(self, steady: int) -> None:
         """The backward passes that are left; their sends and receives are not overlapped."""
         if not steady:
             self.exchange(self.input("B", 0))
-        elif ahead:
+        elif self.schedule.overlap:
             self.wait(self.input("B", steady))
         for k in range(steady, self.total):
             self.run("B", k)
@@ -213,21 +214,11 @@ class _Program:
         if real:
             self.instructions += [Post(real), Wait(real)]
 
-    def send_receive(self, send: Message | None, receive: Message | None, ahead: bool) -> None:
-        """Send at once (Megatron frees the output, so it waits); receive ahead of need or at once."""
-        if not ahead:
-            self.exchange(send, receive)
-            return
-        real = tuple(m for m in (send, receive) if m is not None)
+    def post(self, *messages: Message | None) -> None:
+        """Be ready to send and receive."""
+        real = tuple(m for m in messages if m is not None)
         if real:
             self.instructions.append(Post(real))
-        self.wait(send)
-
-    def receive(self, message: Message | None, ahead: bool) -> None:
-        if message is not None:
-            self.instructions.append(Post((message,)))
-            if not ahead:
-                self.wait(message)
 
     def wait(self, message: Message | None) -> None:
         if message is not None:

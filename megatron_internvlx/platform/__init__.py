@@ -27,6 +27,7 @@ __all__ = [
     "quiet_prints",
     "set_args_defaults",
     "setup",
+    "synchronize",
 ]
 
 _done: str | None = None
@@ -53,6 +54,12 @@ def backend() -> str:
 def peak_memory() -> int:
     """Most bytes this process has held on its device; without a GPU, its peak resident size."""
     return torch.cuda.max_memory_allocated()
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given; for measuring time."""
+    if _CUDA:
+        torch.cuda.synchronize()
 
 
 def setup() -> str:
