@@ -151,10 +151,6 @@ def row_alignment(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Stop before anything is built if the combination cannot run. Raises ValueError."""
     vision = vision_config(args)
-    if vision.image_size % vision.patch_size:
-        raise ValueError(
-            f"--image-size {vision.image_size} is not a multiple of the patch size {vision.patch_size}"
-        )
     compression = settings_from(args, CompressionSettings)
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:

@@ -1,6 +1,7 @@
 """The whole model against an independent plain PyTorch implementation (fp32, CPU, one thread).
 
-Measured worst absolute differences over all cases: losses 2.2e-6 (of up to 7), logits 5.5e-6, gradients 1.6e-6.
+Measured worst absolute differences over all cases: losses 2.2e-6 (of up to 7), logits 5.5e-6, gradients
+1.6e-6.
 """
 
 from dataclasses import replace
