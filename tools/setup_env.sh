@@ -13,7 +13,7 @@ find_python() {
   for candidate in python3 python3.12 python; do
     if command -v "$candidate" >/dev/null && is_312 "$candidate"; then echo "$candidate"; return; fi
   done
-  fail "Python 3.12 is missing (Megatron-Core 0.19 needs it); found: $(python3 --version 2>&1 || echo none)." \
+  fail "Python 3.12 is missing (Megatron-Core 0.19 needs it); found: $(python3 --version 2>/dev/null || echo none)." \
     "Get it with one of:  pyenv install 3.12   |   apt install python3.12-venv   |   uv python install 3.12"
 }
 
