@@ -69,9 +69,7 @@ def device_plan(plan: SequencePlan) -> DevicePlan:
     merge, tokens, loss_rows, targets = parts[:4]
 
     def phase_at(phase: PhasePlan, first: int) -> DevicePhase:
-        return DevicePhase(
-            phase.length, phase.segment_lengths, phase.max_seqlen, *parts[first : first + 3]
-        )
+        return DevicePhase(phase.length, phase.segment_lengths, phase.max_seqlen, *parts[first : first + 3])
 
     lvtc = plan.expand_index is not None
     shallow = phase_at(plan.shallow, 4)
@@ -94,11 +92,21 @@ def device_plan(plan: SequencePlan) -> DevicePlan:
 
 @dataclass
 class HostBatch:
-    """A micro-batch as the loader delivers it, on the loading rank only."""
+    """A micro-batch as the loader delivers it, on the loading rank only.
+
+    Raises ValueError when the tiles are not those of the plan.
+    """
 
     plan: SequencePlan
     tiles: Tensor
     """uint8 [num_tiles, 3, S, S], in the order of the plan's visual rows."""
+
+    def __post_init__(self) -> None:
+        if len(self.tiles) != self.plan.num_tiles:
+            raise ValueError(
+                f"a micro-batch has {len(self.tiles)} tiles, its plan has {self.plan.num_tiles}: "
+                "placeholders and image features do not match"
+            )
 
 
 @dataclass

@@ -215,8 +215,13 @@ def test_no_tiles_give_zero_gradients(recompute: bool) -> None:
 def test_tiles_do_not_see_each_other() -> None:
     module = build()
     together = module(tiles(5))
+    changed = tiles(5)
+    changed[1:] += 1
+    assert torch.equal(module(changed)[0], together[0])
+    assert not torch.equal(module(changed)[1], together[1])
+    # Another batch size takes other matrix kernels: 2.7e-6 of up to 7.9 on one machine, 0 on another.
     alone = torch.cat([module(tile[None]) for tile in tiles(5)])
-    torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_checkpoint_has_one_writer_over_all_replicas(tmp_path) -> None:
