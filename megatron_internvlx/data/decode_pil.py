@@ -23,7 +23,7 @@ Source = str | Path | bytes
 MAX_PIXELS = 89_478_485
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,7 +42,7 @@ def _cause(error: Exception) -> str:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
     """The image with only its header read. Whatever a broken file raises becomes a BadSample."""
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
@@ -68,7 +68,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise BadSample(name, _cause(error), f"{type(error).__name__}: {error}") from error
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, without decoding the pixels."""
     # PNG may keep EXIF behind the pixels, and asking for it would decode them: only what lies before counts.
     if image.format == "PNG" and "exif" not in image.info:
@@ -84,12 +84,13 @@ def image_size(source: Source, *, apply_exif: bool = True) -> tuple[int, int]:
 
     Raises BadSample (missing_image, unreadable_image, bomb) named by the path.
     """
-    with _opened(source) as image:
-        turned = apply_exif and _orientation(image) >= 5
+    with opened(source) as image:
+        turned = apply_exif and orientation(image) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def _reencode(tile: np.ndarray, rng: random.Random) -> np.ndarray:
+def reencode(tile: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A tile uint8 [S, S, 3] after JPEG with a quality drawn from 75..100."""
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, format="JPEG", quality=rng.randint(75, 100))
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -115,8 +116,8 @@ def load_tiles(
     """
     if min(cols, rows, tile_size) < 1:
         raise ValueError(f"cols {cols}, rows {rows} and tile_size {tile_size} must be at least 1")
-    with _opened(source) as image:
-        turn = _UPRIGHT.get(_orientation(image)) if apply_exif else None
+    with opened(source) as image:
+        turn = UPRIGHT.get(orientation(image)) if apply_exif else None
         pixels = image.convert("RGB")
         if turn is not None:
             pixels = pixels.transpose(turn)
@@ -126,5 +127,5 @@ def load_tiles(
         if thumbnail and cols * rows > 1:
             tiles = np.concatenate([tiles, np.asarray(pixels.resize((tile_size, tile_size)))[None]])
         if jpeg_augment is not None:
-            tiles = np.stack([_reencode(np.ascontiguousarray(tile), jpeg_augment) for tile in tiles])
+            tiles = np.stack([reencode(np.ascontiguousarray(tile), jpeg_augment) for tile in tiles])
     return np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))

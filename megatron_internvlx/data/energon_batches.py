@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 from megatron.energon.errors import reraise_exception
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.energon_loader import Batch, Decode, Delivery, PackEncoder, RawPack, finish
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepare import MARK, METADATASET
@@ -90,7 +91,9 @@ class EnergonBatches:
         settings: the share of this rank.
         reject_log: counts and lists bad samples; TooManyRejects ends the iteration.
         decode: bytes of an image -> tiles.
-        in_worker: decode in the worker processes; otherwise where the batches are taken.
+        in_worker: decode in the worker processes; otherwise here, in a thread that is ``ahead`` packs
+            ahead (0: no thread; it needs workers).
+        stream: entered by that thread: the device queue it uses.
     """
 
     def __init__(
@@ -103,11 +106,17 @@ class EnergonBatches:
         reject_log: RejectLog,
         decode: Decode,
         in_worker: bool = True,
+        ahead: int = 0,
+        stream: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        if ahead and (in_worker or not settings.workers):
+            raise ValueError("a decoding thread needs worker processes that leave the decoding to it")
         self.directory, self.encoder, self.plan = Path(directory), encoder, plan
         self.settings, self.reject_log, self.decode = settings, reject_log, decode
         self.dropped_tiles = self.dropped_tokens = 0
-        self._in_worker = in_worker
+        self._in_worker, self._depth, self._stream = in_worker, ahead, stream
+        self._pending: list[Any] = []
+        self._ahead: Ahead | None = None
         self._made_with = self._identity()
         self._loader = self._build()
         self._packs: Iterator[Delivery] | None = None
@@ -193,8 +202,29 @@ class EnergonBatches:
 
     def _take(self) -> Batch:
         if self._packs is None:
-            self._packs = iter(self._loader)
+            self._packs = self._deliveries()
+            if self._depth:
+                self._ahead = Ahead(
+                    self._packs,
+                    lambda delivery: delivery.__restore_key__,
+                    lambda delivery: self.finished(delivery.content),
+                    self._depth,
+                    self._stream,
+                )
+        if self._ahead is not None:
+            return next(self._ahead)
         return self.finished(next(self._packs).content)
+
+    def _deliveries(self) -> Iterator[Delivery]:
+        """Packs that were on their way when the state was saved, made again, and then new ones."""
+        new = iter(self._loader)
+        if self._pending:
+            # Workers start with the first new pack, and must do so before this process opens a data file: a
+            # fork would share the file's position. That pack waits for its turn as a key.
+            self._pending.append(next(new).__restore_key__)
+        while self._pending:
+            yield self._loader.restore_sample(self._pending.pop(0))
+        yield from new
 
     def finished(self, content: Batch | RawPack) -> Batch:
         """A pack decoded, unless its worker did that."""
@@ -205,8 +235,16 @@ class EnergonBatches:
     def save_state(self) -> LoaderState:
         """State after the micro-batches taken so far; no worker's lead is lost."""
         settings = self.settings
-        state = self._loader.save_state_rank()
-        return LoaderState(self._made_with, settings.rank, settings.world, settings.workers, state)
+
+        def position() -> tuple[SavableDataLoaderState | None, list[Any]]:
+            return self._loader.save_state_rank(), list(self._pending)
+
+        if self._ahead is None:
+            state, pending = position()
+        else:
+            (state, waiting), taken = self._ahead.at_rest(position)
+            pending = taken + waiting
+        return LoaderState(self._made_with, settings.rank, settings.world, settings.workers, state, pending)
 
     def restore(self, state: LoaderState) -> None:
         """Go on after `state`; before the first micro-batch is taken. ValueError if it does not fit."""
@@ -220,9 +258,13 @@ class EnergonBatches:
                 f"rank {here[0]} of {here[1]} with {here[2]}: use `redistribute`"
             )
         self._loader.restore_state_rank(state.energon)
+        self._pending = list(state.pending)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the thread and the worker processes."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self._packs = None
         self._loader._epoch_iterator = None
         iterator = getattr(self._loader, "_iterator", None)
@@ -269,8 +311,9 @@ def redistribute(states: list[LoaderState], world: int) -> list[LoaderState]:
         )
     if len(states) == world:
         return states
-    if any(state.energon is None or state.pending for state in states):
-        raise ValueError("a loader state without position, or with packs on their way, cannot be dealt anew")
+    if any(state.energon is None for state in states):
+        raise ValueError("a loader state without position cannot be dealt anew: no micro-batch was taken")
+    pending = [key for state in states for key in state.pending]
     every = [slice_ for state in states for slice_ in state.energon.worker_states]  # type: ignore[union-attr]
     dealt = []
     for rank in range(world):
@@ -278,5 +321,6 @@ def redistribute(states: list[LoaderState], world: int) -> list[LoaderState]:
         energon = SavableDataLoaderState(worker_states=mine, next_worker_id=0, micro_batch_size=None)
         state = copy(first)
         state.rank, state.world, state.workers, state.energon = rank, world, workers, energon
+        state.pending = pending[rank::world]
         dealt.append(state)
     return dealt

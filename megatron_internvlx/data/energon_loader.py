@@ -21,6 +21,7 @@ from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, 
 from megatron.energon import Sample as EnergonSample
 from megatron.energon.wrappers import PackingDataset
 
+from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
 from megatron_internvlx.data.manifest import Record, is_url
 from megatron_internvlx.data.packing import pack
@@ -77,6 +78,8 @@ class Batch:
     seen: int
     dropped_tiles: int = 0
     dropped_tokens: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Images that went to Pillow instead of DALI, per reason."""
 
 
 @edataclass
@@ -104,10 +107,11 @@ def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.nda
 def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> Batch:
     """Decode the images of a pack and plan it."""
     samples, parts, rejects = decode_pack(raw, decode)
+    fallbacks = decode.take_fallbacks() if isinstance(decode, TileDecoder) else {}
     keys = [sample.key for sample in samples]
     seen = len(raw.samples) + len(raw.rejects)
     if not samples:
-        return Batch(None, None, keys, rejects, seen)
+        return Batch(None, None, keys, rejects, seen, fallbacks=fallbacks)
     planned = build_plan(
         [sample.input_ids for sample in samples],
         [sample.labels for sample in samples],
@@ -124,6 +128,7 @@ def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> 
         seen,
         sum(sample.dropped_tiles for sample in samples),
         sum(sample.dropped_tokens for sample in samples),
+        fallbacks,
     )
 
 
@@ -214,7 +219,9 @@ class PackEncoder(TaskEncoder):
             reject = bad.with_key(sample.record.key)
         config = WorkerConfig.active_worker_config
         assert config is not None
-        seed = f"{self.seed}/{config.rank}/{self.current_sample_index}/{sample.record.key}"
+        # The number of this sample in its worker, whatever rank the worker belongs to.
+        number = self.current_sample_index // max(config.num_workers, 1)
+        seed = f"{self.seed}/{config.global_worker_id()}/{number}/{sample.record.key}"
         return Encoded(**names, sample=result, reject=reject, images=images, seed=seed)
 
     def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:

@@ -53,7 +53,7 @@ def prepared(tmp_path_factory):
 def loader(encoder):
     opened = []
 
-    def make(directory, *, log=None, packing=True, **settings):
+    def make(directory, *, log=None, packing=True, ahead=0, **settings):
         budget = BUDGET if packing else None
         tool = encoder(tokens_per_tile=16, shallow_tokens_per_tile=4, max_length=600, budget=budget)
         given = {"pack_buffer": 16, "shuffle_buffer": 4, "sequence": 4, "seed": 3, **settings}
@@ -64,6 +64,8 @@ def loader(encoder):
             LoaderSettings(**given),
             reject_log=log or RejectLog(None, None),
             decode=decode,
+            in_worker=not ahead,
+            ahead=ahead,
         )
         opened.append(batches)
         return batches
@@ -110,6 +112,19 @@ def test_resume_at_ten_random_steps_gives_the_same_batches(prepared, loader, wor
                 second.restore(pickle.loads(again))
                 assert digest(next(second)) == whole[step]
                 second.close()
+
+
+def test_packs_that_a_thread_has_on_their_way_come_again(prepared, loader):
+    """Decoding in a thread gives the batches of decoding in workers, and its lead is part of the state."""
+    plain = loader(prepared, workers=2)
+    expected = [digest(next(plain)) for _ in range(14)]
+    batches = loader(prepared, workers=2, ahead=3)
+    assert [digest(next(batches)) for _ in range(6)] == expected[:6]
+    state = pickle.loads(pickle.dumps(batches.save_state()))
+    assert [digest(next(batches)) for _ in range(3)] == expected[6:9]
+    resumed = loader(prepared, workers=2, ahead=3)
+    resumed.restore(state)
+    assert [digest(next(resumed)) for _ in range(8)] == expected[6:]
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 1)])
