@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
-from megatron_internvlx.checkpoint.hf_write import chat_config, remote_code_config
+from megatron_internvlx.checkpoint.hf_write import chat_config
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
@@ -299,7 +299,7 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
             if path.is_file() and not ours and path.suffix != ".safetensors":
                 shutil.copyfile(path, partial / path.name)
     if plan.layout == "internvlx":
-        write_remote_code(plan, partial, remote_code_config)
+        write_remote_code(plan, partial)
         return
     if same:
         _keep_config(plan, partial, same_projector)

@@ -84,6 +84,14 @@ def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: st
     }
 
 
+def _remote_decoder(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
+    """The decoder as configuration_internvlx.py wants it: RoPE in one field, and the family by name."""
+    config = decoder_config(arguments, family, tied)
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
+    return config | {"family": family}
+
+
 def remote_code_config(
     arguments: Mapping[str, Any], family: str, tied: bool, dtype: str, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def remote_code_config(
             )
         },
         "dtype": dtype,
-        "llm_config": decoder_config(arguments, family, tied),
+        "llm_config": _remote_decoder(arguments, family, tied),
         "rvtc": arguments.get("rvtc", "area"),
         "tie_word_embeddings": tied,
         "vision_config": vision,

@@ -1,3 +1,172 @@
-"""stub"""
-def write_remote_code(plan, partial, make):
-    pass
+"""What makes an exported directory with LVTC run by itself: code, processor, chat template, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_internvlx import hf
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.hf_write import remote_code_config
+from megatron_internvlx.data.conversation import IMG_CONTEXT, Template, get_template
+
+if TYPE_CHECKING:
+    from megatron_internvlx.checkpoint.exporter import ExportPlan
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def write_remote_code(plan: ExportPlan, partial: Path) -> None:
+    """Add everything but weights and tokenizer files, which must be in `partial` already.
+
+    Raises ConversionError when there is no tokenizer with the image tokens.
+    """
+    source = Path(hf.__file__).parent
+    for path in sorted(source.glob("*_internvlx.py")):
+        shutil.copyfile(path, partial / path.name)
+    template = get_template(plan.arguments.get("conversation_template", "internvl2_5"))
+    (partial / TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
+    ids = token_ids(partial, template)
+    config = remote_code_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype, ids)
+    _write_json(partial / "config.json", config)
+    _write_json(partial / "processor_config.json", processor_config(plan))
+    _write_json(partial / "generation_config.json", generation_config(ids))
+    (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def token_ids(directory: Path, template: Template) -> dict[str, Any]:
+    """Ids that the configuration names. Raises ConversionError without a fitting tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # what a directory without tokenizer raises depends on its files
+        raise ConversionError(
+            f"no tokenizer was found beside the checkpoint (--like names a directory with one): {error}"
+        ) from error
+    image = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+    end = tokenizer.convert_tokens_to_ids(template.end)
+    if image is None or image == tokenizer.unk_token_id:
+        raise ConversionError(f"the tokenizer beside the checkpoint has no token {IMG_CONTEXT}")
+    eos = [i for i in (end, tokenizer.eos_token_id) if i is not None and i != tokenizer.unk_token_id]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {
+        "image_token_id": image,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": sorted(set(eos)),
+        "pad_token_id": pad,
+    }
+
+
+def processor_config(plan: ExportPlan) -> dict[str, Any]:
+    """processor_config.json: how images are cut, as in training."""
+    get = plan.arguments.get
+    return {
+        "auto_map": {"AutoProcessor": "processing_internvlx.InternVLXProcessor"},
+        "processor_class": "InternVLXProcessor",
+        "tile_size": plan.dims.vision.image_size,
+        "tokens_per_tile": plan.dims.high_grid**2,
+        "min_tiles": get("min_tiles", 1),
+        "max_tiles": get("max_tiles", 12),
+        "use_thumbnail": not get("no_thumbnail", False),
+        "dynamic_image_size": not get("static_image_size", False),
+        "rvtc": get("rvtc", "area"),
+    }
+
+
+def generation_config(ids: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json: greedy, ends with the template's end token."""
+    kept = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in kept.items() if value is not None} | {"do_sample": False}
+
+
+def chat_template(template: Template) -> str:
+    """The training template as Jinja: messages with role and content (a text, or a list of parts)."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    text = "message.content if message.content is string else parts.text"
+    strip = " | trim" if template.strip else ""
+    end = quoted(template.end + template.gap)
+    return (
+        "{%- if messages[0].role != 'system' -%}"
+        f"{{{{- {quoted(template.system_header + template.system)} + {end} }}}}"
+        "{%- endif -%}"
+        "{%- for message in messages -%}"
+        "{%- set parts = namespace(text='') -%}"
+        "{%- if message.content is not string -%}{%- for part in message.content -%}"
+        "{%- set parts.text = parts.text + ('<image>\\n' if part.type == 'image' else part.text) -%}"
+        "{%- endfor -%}{%- endif -%}"
+        f"{{%- set headers = {{'system': {quoted(template.system_header)}, "
+        f"'user': {quoted(template.user_header)}, 'assistant': {quoted(template.answer_header)}}} -%}}"
+        f"{{{{- headers[message.role] + (({text}){strip}) + {end} }}}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.answer_header)} }}}}{{%- endif -%}}"
+    )
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [internvl-x, visual-token-compression]
+---
+
+# InternVL-X
+
+A vision-language model whose visual tokens are compressed three times: in the projector (PVTC), inside the
+language model (LVTC) and when the image is cut into tiles (RVTC). Trained with Megatron-InternVL-X.
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(DIRECTORY, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(DIRECTORY, trust_remote_code=True)
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=[Image.open("picture.jpg")], text=prompt)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+"""
+
+
+def model_card(plan: ExportPlan) -> str:
+    """README.md: configuration, data and training facts."""
+    get, dims = plan.arguments.get, plan.dims
+    compressed = f"{dims.entry_grid**2} tokens per tile before layer {dims.injections[0]}, {dims.high_grid**2} from it on"
+    data = get("data")
+    facts = [
+        ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
+        ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
+        ("Tile", f"{dims.vision.image_size} x {dims.vision.image_size} pixels, {dims.vision.patches_per_side**2} patches"),
+        ("Projector", f"{dims.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
+        ("Visual tokens", compressed),
+        ("Injections at layers", ", ".join(map(str, dims.injections))),
+        ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
+        ("Chat template", get("conversation_template", "internvl2_5")),
+        ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
+        ("Data", Path(data).name if data else "not recorded"),
+        ("Training", _training(plan)),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    return f"{_CARD}| | |\n|---|---|\n{rows}\n"
+
+
+def _training(plan: ExportPlan) -> str:
+    get = plan.arguments.get
+    if not plan.iteration:
+        return "none after import"
+    samples = get("consumed_train_samples") or plan.iteration * (get("global_batch_size") or 1)
+    facts = f"{plan.iteration} steps, {samples} samples, global batch {get('global_batch_size')}, learning rate {get('lr')}"
+    frozen = [part for part in ("vision", "llm", "projectors") if get(f"freeze_{part}")]
+    return facts + (f", frozen: {', '.join(frozen)}" if frozen else "")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

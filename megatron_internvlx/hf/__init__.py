@@ -1,0 +1,1 @@
+"""The remote code that an exported directory carries: plain PyTorch and transformers, nothing of this package."""

@@ -1,0 +1,150 @@
+"""Images to tiles by RVTC, and text with image placeholders (remote code of this directory).
+
+An image is stretched (bicubic, antialiased) to a grid of square tiles that fits its size and aspect
+ratio; the whole image as one more tile follows every grid but 1x1.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, ProcessorMixin
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE, START, CONTEXT, END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
+
+
+def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="area"):
+    """(columns, rows) of tiles for an image; see data/rvtc.py of Megatron-InternVL-X."""
+    columns_cap = rows_cap = max_tiles
+    if policy != "off":
+        columns_needed, rows_needed = -(-width // tile_size), -(-height // tile_size)
+        max_tiles = min(max_tiles, columns_needed * rows_needed)
+        if policy == "edge":
+            columns_cap, rows_cap = columns_needed, rows_needed
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles and columns <= columns_cap and rows <= rows_cap
+    ]
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        distance = abs(width / height - columns / rows)
+        # At equal distance the larger grid wins only if the image fills more than half of it.
+        larger = distance == best_distance and 2 * width * height > tile_size**2 * columns * rows
+        if distance < best_distance or larger:
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+class InternVLXProcessor(ProcessorMixin):
+    """Text with `<image>` placeholders, and images, to model inputs.
+
+    Settings (processor_config.json): tile_size in pixels, tokens_per_tile, min_tiles, max_tiles (shared by
+    the images of one prompt), use_thumbnail, dynamic_image_size (False: one tile per image), rvtc.
+    """
+
+    attributes = ["tokenizer"]  # noqa: RUF012
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        tokenizer=None,
+        chat_template=None,
+        tile_size=448,
+        tokens_per_tile=256,
+        min_tiles=1,
+        max_tiles=12,
+        use_thumbnail=True,
+        dynamic_image_size=True,
+        rvtc="area",
+        **_kwargs,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.tile_size, self.tokens_per_tile = tile_size, tokens_per_tile
+        self.min_tiles, self.max_tiles = min_tiles, max_tiles
+        self.use_thumbnail, self.dynamic_image_size, self.rvtc = use_thumbnail, dynamic_image_size, rvtc
+
+    @property
+    def model_input_names(self):
+        """What `__call__` returns."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def tiles(self, image, max_tiles=None):
+        """One image (PIL, or an array that PIL takes, or a path) to normalised tiles [t, 3, S, S]."""
+        if isinstance(image, str):
+            image = Image.open(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        size, columns, rows = self.tile_size, 1, 1
+        if self.dynamic_image_size:
+            columns, rows = tile_grid(
+                *image.size, size, self.min_tiles, max_tiles or self.max_tiles, self.rvtc
+            )
+        whole = np.asarray(image.resize((columns * size, rows * size)))
+        cut = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+        if self.use_thumbnail and columns * rows > 1:
+            cut = np.concatenate([cut, np.asarray(image.resize((size, size)))[None]])
+        pixels = torch.from_numpy(cut.copy()).permute(0, 3, 1, 2).float().div_(255)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        return pixels.sub_(mean).div_(std)
+
+    def __call__(self, images=None, text=None, padding=True, return_tensors="pt", **kwargs):
+        """Tokens and tiles of one prompt or a list of prompts.
+
+        Args:
+            images: for one prompt an image or a list; for several prompts a list of lists, or a flat list that
+                is dealt out in the order of the placeholders.
+            text: prompts, each with one `<image>` per image of it.
+            padding: prompts are padded on the left to the longest.
+            return_tensors: only "pt".
+            kwargs: for the tokenizer.
+
+        Raises:
+            ValueError: images and placeholders do not fit.
+        """
+        if text is None or return_tensors != "pt":
+            raise ValueError("the processor needs text, and returns PyTorch tensors")
+        prompts = [text] if isinstance(text, str) else list(text)
+        dealt = self._deal(images, [prompt.count(IMAGE) for prompt in prompts])
+        pixels, filled = [], []
+        for prompt, own in zip(prompts, dealt, strict=True):
+            limit = max(1, self.max_tiles // max(1, len(own)))
+            for image in own:
+                tiles = self.tiles(image, limit)
+                block = START + CONTEXT * (self.tokens_per_tile * len(tiles)) + END
+                prompt = prompt.replace(IMAGE, block, 1)
+                pixels.append(tiles)
+            filled.append(prompt)
+        kwargs.pop("padding_side", None)
+        data = dict(self.tokenizer(filled, padding=padding, padding_side="left", return_tensors="pt", **kwargs))
+        data.pop("token_type_ids", None)
+        if pixels:
+            data["pixel_values"] = torch.cat(pixels)
+        return BatchFeature(data=data)
+
+    def _deal(self, images, counts):
+        if images is None:
+            images = []
+        elif not isinstance(images, list | tuple):
+            images = [images]
+        if images and isinstance(images[0], list | tuple):
+            dealt = [list(own) for own in images]
+        elif len(images) == sum(counts):
+            flat = iter(images)
+            dealt = [[next(flat) for _ in range(count)] for count in counts]
+        else:
+            dealt = [list(images)] if len(counts) == 1 else []
+        if [len(own) for own in dealt] != counts:
+            given = [len(own) for own in dealt] or len(images)
+            raise ValueError(f"{counts} {IMAGE} placeholders per prompt, but images are {given}")
+        return dealt
+
+    def batch_decode(self, *args, **kwargs):
+        """As the tokenizer's."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        """As the tokenizer's."""
+        return self.tokenizer.decode(*args, **kwargs)
