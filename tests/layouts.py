@@ -64,10 +64,10 @@ def sample(number: int, tiles: int, tokens_per_tile: int) -> tuple[np.ndarray, .
     return ids, labels, is_visual, rng.integers(0, 256, (tiles, 3, IMAGE, IMAGE)).astype(np.uint8)
 
 
-def micro_batch(number: int, packed: bool, settings: PlanSettings) -> HostBatch:
-    """Micro-batch `number`: one sample, or three packed; mixes 0, 1 and more tiles."""
-    count = 3 if packed else 1
-    tiles = [(number * 5 + i * 2) % 4 for i in range(count)]
+def micro_batch(number: int, kind: str, settings: PlanSettings) -> HostBatch:
+    """Micro-batch `number`: three samples packed, or one; of 0 and more tiles, "text": even ones of none."""
+    count = 1 if kind == "single" else 3
+    tiles = [(number * 5 + i * 2) % 4 if kind != "text" or number % 2 else 0 for i in range(count)]
     samples = [sample(number * 8 + i, n, settings.high_grid**2) for i, n in enumerate(tiles)]
     plan = build_plan([s[0] for s in samples], [s[1] for s in samples], [s[2] for s in samples], settings)
     return HostBatch(plan, torch.from_numpy(np.concatenate([s[3] for s in samples])))
@@ -76,7 +76,15 @@ def micro_batch(number: int, packed: bool, settings: PlanSettings) -> HostBatch:
 class SyntheticData(DataProvider):
     """The real provider (channels, groups, virtual stages) with synthetic micro-batches."""
 
-    packed = True
+    kind = "packed"
+
+    @property
+    def has_validation(self) -> bool:
+        return self.args.eval_iters > 0
+
+    def __call__(self, _num_samples, vp_stage: int | None = None):
+        valid = self._iterator("valid", vp_stage) if self.has_validation else None
+        return self._iterator("train", vp_stage), valid, None
 
     def open_files(self) -> None:
         """There are none."""
@@ -85,15 +93,22 @@ class SyntheticData(DataProvider):
         from megatron.core import parallel_state as mpu
 
         settings = plan_settings(self.args)
-        number = mpu.get_data_parallel_rank() + self.args.consumed_train_samples
+        number = mpu.get_data_parallel_rank() + (self.args.consumed_train_samples if split == "train" else 50)
         while True:
-            yield micro_batch(number, self.packed, settings)
+            yield micro_batch(number, self.kind, settings)
             number += mpu.get_data_parallel_world_size()
 
 
 def parse(changes: list[str]) -> Any:
-    """Our arguments, parsed as the entry script does."""
-    saved, sys.argv = sys.argv, ["layouts", *ARGUMENTS, *changes]
+    """Our arguments, parsed as the entry script does; "no=FLAG" takes FLAG and its value from ARGUMENTS."""
+    words = list(ARGUMENTS)
+    for change in changes:
+        if change.startswith("no="):
+            at = words.index(change.removeprefix("no="))
+            has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
+            del words[at : at + 1 + has_value]
+    words += [change for change in changes if not change.startswith("no=")]
+    saved, sys.argv = sys.argv, ["layouts", *words]
     try:
         return arguments.parse()
     finally:
@@ -101,17 +116,19 @@ def parse(changes: list[str]) -> Any:
 
 
 def train(
-    changes: list[str], *, weights: str | None = None, packed: bool = True, keep: tuple[str, ...] = ()
+    changes: list[str], *, weights: str | None = None, kind: str = "packed", keep: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Train in the layout that `changes` describes.
 
     Args:
         changes: arguments on top of ARGUMENTS (layout, --train-iters, LVTC settings).
         weights: file of full weights to start from; None: Megatron's initialisation.
+        kind: "packed", "single" or "text"; see `micro_batch`.
         keep: of "grads" (first step, full shape), "weights" (at the end), "start" (before training).
 
     Returns:
-        losses by iteration (last stage only) and what `keep` names (on rank 0 only).
+        losses by iteration and of evaluations (last stage only), gradient norms, what each boundary
+        carried, and what `keep` names (on rank 0 only).
     """
     args = parse(changes)
     initialize_megatron()
@@ -128,52 +145,70 @@ def train(
     if weights is not None:
         load_full(stages, torch.load(weights))
         optimizer.reload_model_params()
-    result: dict[str, Any] = {"losses": {}, "norms": {}}
+    result: dict[str, Any] = {"losses": {}, "norms": {}, "valid": []}
     first = torch.distributed.get_rank() == 0
     if "start" in keep:
         start = full_tensors(stages, lambda p: p.data)
         result["start"] = start if first else None
     if "grads" in keep:
-        _capture_gradients(args, optimizer, stages, result, first)
+        _capture_gradients(model, optimizer, stages, result, first)
 
     def line(record: platform.LogRecord) -> None:
         result["norms"][record.iteration] = record.grad_norm
         if "loss" in record.losses:
             result["losses"][record.iteration] = record.losses["loss"]
 
-    platform.install_log_line(line)
-    data.packed = packed
-    stages_of_rank = args.virtual_pipeline_model_parallel_size
-    chunks = [RerunDataIterator(data(None, vp_stage=i)[0]) for i in range(stages_of_rank or 1)]
-    args.do_valid = args.do_test = False
+    platform.install_log_line(line, lambda _, means: result["valid"].append(means.get("loss")))
+    data.kind = kind
+    train_data, valid_data = _iterators(data, args.virtual_pipeline_model_parallel_size)
+    args.do_valid, args.do_test = data.has_validation, False
     training.train(
-        ForwardStep(args.loss_weighting), model, optimizer, scheduler,
-        chunks if stages_of_rank else chunks[0],
-        None, None, get_model_config(model[0]), {}, None, p2p_communicator=communicator, pg_collection=groups,
+        ForwardStep(args.loss_weighting), model, optimizer, scheduler, train_data, valid_data,
+        None, get_model_config(model[0]), {}, None, p2p_communicator=communicator, pg_collection=groups,
     )  # fmt: skip
+    result["traffic"] = {key: (t.messages, t.bytes) for key, t in communicator.traffic.items()}
+    result["broadcasts"] = sum(shared.channel.broadcasts for shared in data._shared.values())
     if "weights" in keep:
         final = full_tensors(stages, lambda p: p.data)
         result["weights"] = final if first else None
     return result
 
 
-def _capture_gradients(args: Any, optimizer: Any, stages: list, result: dict[str, Any], first: bool) -> None:
-    """Take all gradients at the first optimizer step.
+def _iterators(data: SyntheticData, virtual_stages: int | None) -> tuple[Any, Any]:
+    """(training, validation) iterators as Megatron makes them: a list of them with virtual stages."""
+    chunks = [data(None, vp_stage=i)[:2] for i in range(virtual_stages or 1)]
+    train, valid = (
+        [RerunDataIterator(x) if x else None for x in split] for split in zip(*chunks, strict=True)
+    )
+    return (train, valid) if virtual_stages else (train[0], valid[0])
 
-    Megatron's own switch for saving gradients makes the distributed optimizer all-reduce instead of
-    reduce-scatter, so that every rank has whole gradients; its file is not wanted.
-    """
-    args.save_wgrads_interval = 1
-    training.save_grads = lambda *_: None
+
+def _capture_gradients(
+    model: list, optimizer: Any, stages: list, result: dict[str, Any], first: bool
+) -> None:
+    """Take all gradients at the first optimizer step."""
     step = optimizer.step
 
     def captured() -> Any:
         if "grads" not in result:
+            for chunk in model:
+                _gather_gradients(chunk)
             grads = full_tensors(stages, lambda p: p.main_grad if p.requires_grad else None)
             result["grads"] = grads if first else None
         return step()
 
     optimizer.step = captured
+
+
+def _gather_gradients(chunk: Any) -> None:
+    """With the distributed optimizer a rank's gradients are complete in its own shard only: gather them."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for bucket_group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
 def save_start(changes: list[str], path: str) -> None:

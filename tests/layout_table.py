@@ -1,0 +1,77 @@
+"""Measures every layout against one process and writes docs/layouts.md.
+
+python -m tests.layout_table
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.distributed import Pool
+from tests.layout_cases import CASES, CURVES, SETTINGS, STEPS, Case, Runner
+
+HEAD = """# Every layout gives the numbers of one process
+
+Measured by `python -m tests.layout_table` on CPU with gloo, fp32 (bf16 where named); `make test` checks
+every row. Each row trains one step on the same four micro-batches from the same weights and is compared
+with one process: the loss (relative, limit 1e-5), every gradient gathered to full shape (norm of the
+difference by the norm, and largest element of the difference by the largest element: limit 1e-4), every
+weight after the step (absolute, limit 1e-5). bf16 is compared with bf16 on one process and has wider
+limits (1e-2, 5e-2, 1e-1, 4e-3). The worst of all tensors is shown; 0e+00 is bit-equal.
+
+The model has 8 decoder layers. Settings: lvtc expands at layer 3 and injects at 5, packed samples;
+frozen: no gradient of the vision encoder; three: expansion at 2, injections at 4 and 6; crowded: 4, 5
+and 6 on one stage; expand at n: no injection except at 6 for n = 4; off: no LVTC; single: one sample per
+micro-batch, one of them without image; text: every second micro-batch has text only (with DP 2, one
+replica never sees a tile); tied: output layer tied to the embedding; square: other loss weights, MLP
+projector, nearest upsampling; experts, balanced: 4 experts without and with the load-balancing loss.
+
+Layout words: tp, pp, ep, etp: sizes, the last two of the experts (data parallelism fills the ranks); sp:
+sequence parallel; per_stage: layers per virtual stage, which makes the schedule interleaved; layers:
+explicit layout of virtual stages (E embedding and vision encoder, t decoder layer, L loss); static:
+fixed budgets; full, selective: recompute; zero: distributed optimizer; overlap: overlapped reduction and
+gather; batched, flush: Megatron's other ways to send.
+
+| setting | layout | ranks | loss | gradient | element | weight |
+|---|---|---|---|---|---|---|"""
+
+CURVE_HEAD = f"""
+Loss curves over {STEPS} steps, largest relative difference of a step's loss (limit 1e-4):
+
+| setting | layout | ranks | loss |
+|---|---|---|---|"""
+
+
+def _row(case: Case, *numbers: float) -> str:
+    cells = [case.setting, case.layout.replace("|", "\\|"), str(case.ranks), *(f"{x:.0e}" for x in numbers)]
+    return f"| {' | '.join(cells)} |"
+
+
+def lines(runner: Runner) -> Iterator[str]:
+    """The file, line by line; stops at a layout that is not equal."""
+    yield from HEAD.splitlines()
+    for case in CASES:
+        d = runner.difference(case)
+        broken = d.exceeded(SETTINGS[case.setting].loose)
+        assert not broken, f"{case.name}: {broken}"
+        yield _row(case, d.loss, d.gradient, d.element, d.weight)
+    yield from CURVE_HEAD.splitlines()
+    for case in CURVES:
+        yield _row(case, runner.curve(case))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool()
+        try:
+            written = []
+            for line in lines(Runner(pool, Path(folder))):
+                print(line, flush=True)
+                written.append(line)
+        finally:
+            pool.close()
+    Path("docs/layouts.md").write_text("\n".join(written) + "\n")
+
+
+if __name__ == "__main__":
+    main()

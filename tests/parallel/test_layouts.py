@@ -1,0 +1,116 @@
+"""Every pipeline, tensor, data and expert layout gives the numbers of one process.
+
+`layout_cases.py` has the table and the limits; docs/layouts.md the measured differences.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import layouts
+from tests.distributed import Pool
+from tests.layout_cases import (
+    ALWAYS,
+    CASES,
+    CURVES,
+    SETTINGS,
+    Case,
+    Runner,
+    compare,
+    expand,
+    merged,
+    relative,
+)
+
+# Cases of `make test-fast`: one of each kind of crossing.
+FAST = {"lvtc: tp=2 (2)", "lvtc: pp=2 per_stage=2 (2)", "frozen: pp=2 layers=E|ttt|tttt|tL static (2)"}
+
+
+def marked(case: Case) -> object:
+    return pytest.param(case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def runner(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(pool, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_one_step(runner: Runner, case: Case) -> None:
+    """Loss, every gradient, every weight after the optimizer's step."""
+    assert not runner.difference(case).exceeded(SETTINGS[case.setting].loose)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CURVES, ids=lambda case: case.name)
+def test_loss_curve(runner: Runner, case: Case) -> None:
+    assert runner.curve(case) <= 1e-4
+
+
+EVALUATION = "--train-iters 2 --eval-interval 1 --eval-iters 2 --eval-global-batch-size 8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "pp=2 per_stage=2"), (4, "pp=2 static zero overlap")], ids=str
+)
+def test_evaluation_between_steps(runner: Runner, ranks: int, layout: str) -> None:
+    """Twice as many micro-batches as in training, then training goes on."""
+    expected = runner.reference("lvtc", EVALUATION)
+    found = runner.run(ranks, "lvtc", [*expand(layout), *EVALUATION.split()])
+    assert len(found["valid"]) == len(expected["valid"]) >= 2
+    for curve in ("losses", "valid"):
+        values = found[curve].values() if curve == "losses" else found[curve]
+        wanted = expected[curve].values() if curve == "losses" else expected[curve]
+        assert list(values) == pytest.approx(list(wanted), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "saved", "then", "loaded"),
+    [
+        (2, "pp=2 per_stage=2", 4, "tp=2 sp pp=2"),
+        (4, "tp=2 sp pp=2", 2, "pp=2 layers=E|tttt|ttt|tL"),
+        (4, "pp=2 zero overlap", 4, "tp=2 sp pp=2 per_stage=2 zero overlap"),
+    ],
+    ids=str,
+)
+def test_checkpoint_moves_to_another_layout(
+    runner: Runner, tmp_path: Path, ranks: int, saved: str, then: int, loaded: str
+) -> None:
+    """torch_dist, optimizer state included: two steps in one layout, two more in another."""
+    expected = runner.reference("lvtc", "--train-iters 4")["losses"]
+    save = f"--train-iters 2 --save {tmp_path} --save-interval 2 --dist-ckpt-optim-fully-reshardable"
+    runner.run(ranks, "lvtc", [*expand(saved), *save.split()])
+    load = f"--train-iters 4 --load {tmp_path} --override-opt-param-scheduler"
+    job = partial(layouts.train, kind="packed")
+    found = merged(runner.pool.run(then, job, [*ALWAYS.split(), *expand(loaded), *load.split()]))["losses"]
+    assert sorted(found) == [3, 4]
+    assert max(relative(found[step], expected[step]) for step in found) <= 1e-5
+
+
+def test_one_broadcast_per_micro_batch(runner: Runner) -> None:
+    """TP ranks get a plan in one broadcast, on every stage; the first plan of a run may need a second."""
+    job = partial(layouts.train, weights=runner.weights("lvtc"), kind="single")
+    for result in runner.pool.run(4, job, expand("tp=2 pp=2")):
+        assert result["broadcasts"] == layouts.MICRO_BATCHES
+
+
+def test_the_table_covers_what_it_should() -> None:
+    """At least 30 layouts, over 1, 2, 4 and 8 ranks, without doubles; the named fast ones exist."""
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names)) >= 30
+    assert {case.ranks for case in CASES} == {2, 4, 8}
+    assert set(names) >= FAST
+
+
+def test_comparison_sees_a_single_wrong_element() -> None:
+    right = {"losses": {1: 2.0}, "grads": {"a": torch.ones(10)}, "weights": {"a": torch.ones(10)}}
+    wrong = torch.ones(10)
+    wrong[3] += 2e-4
+    assert not compare(right, right).exceeded()
+    assert compare({**right, "grads": {"a": wrong}}, right).exceeded()
+    assert compare({**right, "weights": {"a": wrong}}, right).exceeded()
+    assert compare({**right, "losses": {1: float("nan")}}, right).exceeded()
