@@ -10,12 +10,14 @@ crosses a pipeline boundary in parallel/boundary.py, the plan of a micro-batch i
 import sys
 
 from megatron_internvlx import platform
+from megatron_internvlx.training import signals
 
 
 def main() -> int:
     """Train; returns 2 for a mistake of the caller, after one message."""
     # Before Megatron is imported: without CUDA it prepares torch for it. The imports stay in here
     # because the loader's worker processes import this file again.
+    signals.hold()
     platform.setup()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -29,6 +31,7 @@ def main() -> int:
     from megatron_internvlx.training.data import DataProvider
     from megatron_internvlx.training.log import TrainingLog
     from megatron_internvlx.training.pipeline import boundary_communicator
+    from megatron_internvlx.training.run import Run
     from megatron_internvlx.training.step import ForwardStep
 
     try:
@@ -42,19 +45,26 @@ def main() -> int:
     step = ForwardStep(args.loss_weighting, on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
+    run = Run(args)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
             data,
             ModelType.encoder_or_decoder,
             step,
-            ModelProvider(args, communicator),
+            run.before(ModelProvider(args, communicator)),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )
     except TooManyRejects as error:
+        run.failed(str(error))
         return arguments.complain(error, from_any_rank=True)
+    except SystemExit as stop:  # how Megatron ends before the last step
+        if not stop.code:
+            run.ended(early=True)
+        return int(stop.code or 0)
     log.close()
+    run.ended(early=False)
     return 0
 
 

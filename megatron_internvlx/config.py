@@ -148,6 +148,8 @@ def grid_side(patches: int, ratio: float, name: str) -> int:
             f"{name} {ratio} does not fit {patches}x{patches} patches per tile: "
             f"it must be 1/n with n a divisor of {patches}"
         )
+    stall_minutes: float = 30.0
+    """With --exit-signal-handler, a rank whose step takes longer prints its stacks and exits. 0: off."""
     return patches // block
 
 

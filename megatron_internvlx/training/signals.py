@@ -1,0 +1,81 @@
+"""SIGUSR1 and SIGTERM end a run after the current step, with a checkpoint.
+
+The signals are blocked rather than handled. SLURM sends them to every process of a job step, and a mask
+is inherited by everything that a rank starts (loader workers, Megatron's savers), while a handler is lost
+in a new program: a worker that died of the signal would fail the step that has yet to be saved.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import signal
+
+import torch
+import torch.distributed as dist
+
+STOP = (signal.SIGUSR1, signal.SIGTERM)
+
+_caught: set[int] = set()
+
+
+def hold() -> None:
+    """Keep the stop signals until they are asked for. Call it before any process is started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
+def let_go() -> None:
+    """The signals do what they always do; for runs that do not want a checkpoint then."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+
+
+def also_other_threads() -> None:
+    """Keep signals that reach a thread which does not block them: libraries start some when imported."""
+    for number in STOP:
+        signal.signal(number, lambda caught, _frame: _caught.add(caught))
+
+
+def pending() -> bool:
+    """Whether this process was told to stop."""
+    return bool(_caught or signal.sigpending().intersection(STOP))
+
+
+def end_children() -> None:
+    """Kill loader workers that are still there: with SIGTERM blocked, nothing else would end them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+class StopSignals:
+    """Takes the place of Megatron's signal handler, which asks it after every step on every rank.
+
+    The ranks agree over a host group, so the device is not waited for. Each time, the clock of a hung
+    step starts anew: a process that does not come back within `stall_seconds` prints where its threads
+    are, and exits. torchrun then names the rank and its host, and starts all of them again.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self.stall_seconds = stall_seconds
+        self.received = False
+        self._group: dist.ProcessGroup | None = None
+
+    def watch(self) -> None:
+        """(Re)start the clock; 0 seconds: none."""
+        if self.stall_seconds > 0:
+            faulthandler.dump_traceback_later(self.stall_seconds, exit=True, file=2)
+
+    def signals_received(self) -> list[bool]:
+        """Whether any rank was told to stop, in a list as Megatron expects it."""
+        self.watch()
+        told = torch.tensor([int(pending())])
+        if dist.get_world_size() > 1:
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo")
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+        self.received = bool(told.item())
+        return [self.received]
+
+    def release(self) -> None:
+        """Stop the clock; the signals stay blocked, so that nothing disturbs the end."""
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,207 @@
+"""Kills at random moments, a broken checkpoint, a full disk, a crash loop, a signal, a hung rank.
+
+Each ends with the weights and optimizer state of the unbroken run, bit for bit. 20 kills under torchrun:
+benchmarks/kills.py.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_internvlx.training import resume
+from tests import entry
+from tests.checkpoints import differing
+from tests.distributed import RankError
+from tools import make_demo_data
+
+STEPS, EVERY = 8, 2
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    assert make_demo_data.main(["--out", str(folder), "--train", "48", "--val", "4"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch(pool, demo):
+    """Runs training on two ranks in a directory; returns each rank's result."""
+
+    def go(save: Path, *more: str, timeout: float = 100.0) -> list[dict]:
+        arguments = [
+            *("--recipe", "examples/demo/demo.yaml", "--loader-workers", "0", "--log-interval", "1"),
+            *("--data", str(demo / "meta.json"), "--tokenizer-model", str(demo / "tokenizer")),
+            *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "0"),
+            *("--micro-batch-size", "1", "--global-batch-size", "4", "--max-tiles", "2"),
+            *("--save", str(save), "--save-interval", str(EVERY), "--auto-resume", *more),
+        ]
+        return pool.run(2, entry.run, arguments, timeout=timeout)
+
+    yield go
+    pool._discard(2)  # these ranks have the stop signals blocked
+
+
+@pytest.fixture(scope="module")
+def unbroken(launch, tmp_path_factory) -> tuple[Path, dict[int, float]]:
+    save = tmp_path_factory.mktemp("unbroken")
+    results = launch(save)
+    assert resume.RunState.read(save).status == "finished"
+    return save, results[-1]["losses"]
+
+
+def check(save: Path, unbroken) -> None:
+    final = resume.directory(save, STEPS)
+    assert resume.fault(final) is None
+    assert differing(final, resume.directory(unbroken[0], STEPS)) == []
+
+
+def kill(pool, ranks: list[int]) -> None:
+    for rank in ranks:
+        worker = pool._workers[rank]
+        if worker is not None and worker.process.is_alive():
+            os.kill(worker.process.pid, signal.SIGKILL)
+
+
+def strike(pool, save: Path, rng: random.Random, number: int) -> threading.Thread:
+    """Kill one rank or all at a random moment, every second time while a checkpoint is written."""
+    before = set(resume.iterations(save))
+    victims = [[0], [1], [0, 1]][rng.randrange(3)]
+
+    def act() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if number % 2:
+                if set(resume.iterations(save)) - before:
+                    time.sleep(rng.uniform(0, 0.08))
+                    break
+            elif resume.RunState.read(save).status == "running":
+                time.sleep(rng.uniform(0.5, 4))
+                break
+            time.sleep(0.002)
+        kill(pool, victims)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(pool, launch, unbroken, tmp_path):
+    rng = random.Random(7)
+    kills, results, losses = 0, None, {}
+    while results is None:
+        thread = strike(pool, tmp_path, rng, kills) if kills < 5 else None
+        try:
+            results = launch(tmp_path, "--max-tries", "20")
+        except RankError:
+            kills += 1
+        if thread is not None:
+            thread.join(60)
+        assert kills <= 6
+    losses.update(results[-1]["losses"])
+    assert kills >= 3
+    assert losses == {step: unbroken[1][step] for step in losses}
+    check(tmp_path, unbroken)
+
+
+def test_truncated_newest_checkpoint_is_skipped(launch, unbroken, tmp_path):
+    launch(tmp_path, "--exit-interval", str(EVERY * 3))
+    assert resume.iterations(tmp_path)[0] == EVERY * 3
+    largest = max(resume.directory(tmp_path, EVERY * 3).glob("*.distcp"), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    (tmp_path / resume.TRACKER).write_text("")  # as if killed while writing it
+    results = launch(tmp_path)
+    assert "skipped" in results[0]["out"] and largest.name in results[0]["out"]
+    assert sorted(results[-1]["losses"])[0] == EVERY * 2 + 1
+    check(tmp_path, unbroken)
+
+
+def test_a_run_without_progress_gives_up(launch, unbroken, tmp_path):
+    state = resume.RunState(status="running", tries=3)
+    state.write(tmp_path)
+    results = launch(tmp_path)
+    assert [r["code"] for r in results] == [resume.STOP] * 2
+    assert "giving up" in results[0]["err"]
+    assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
+
+
+def test_signal_saves_and_the_next_start_goes_on(pool, launch, unbroken, tmp_path):
+    def act() -> None:
+        while not resume.iterations(tmp_path):
+            time.sleep(0.01)
+        os.kill(pool._workers[1].process.pid, signal.SIGUSR1)
+
+    threading.Thread(target=act, daemon=True).start()
+    results = launch(tmp_path, "--exit-signal-handler", "--save-interval", "5")
+    assert [r["code"] for r in results] == [0, 0]
+    pool._discard(2)
+    assert resume.verdict(tmp_path, 0, 3)[0] == resume.AGAIN
+    reached = resume.iterations(tmp_path)[0]
+    assert reached < STEPS
+    more = launch(tmp_path, "--save-interval", "4")
+    assert sorted(results[-1]["losses"]) + sorted(more[-1]["losses"]) == list(range(1, STEPS + 1))
+    check(tmp_path, unbroken)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, which a test can fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("a file system of limited size needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def nearly_full(launch, small_disk):
+    """A run stopped after one checkpoint, and room for half of another."""
+    launch(small_disk, "--exit-interval", str(EVERY))
+    first = resume.directory(small_disk, EVERY)
+    size = sum(path.stat().st_size for path in first.iterdir())
+    free = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - size // 2))
+    return small_disk
+
+
+def test_without_room_training_goes_on(launch, nearly_full, unbroken):
+    results = launch(nearly_full)
+    assert [r["code"] for r in results] == [0, 0]
+    assert results[0]["err"].count("no checkpoint") == (STEPS - EVERY) // EVERY
+    assert sorted(results[-1]["losses"]) == list(range(EVERY + 1, STEPS + 1))
+    assert resume.newest_complete(nearly_full) == (EVERY, [])
+    (nearly_full / "ballast").unlink()
+    launch(nearly_full, "--save-interval", str(STEPS))
+    check(nearly_full, unbroken)
+
+
+def test_disk_full_during_a_save_ends_with_a_message(pool, launch, nearly_full, unbroken):
+    def act() -> None:
+        """An empty directory as the newest checkpoint, so that little room seems enough."""
+        while resume.RunState.read(nearly_full).status != "running":
+            time.sleep(0.01)
+        time.sleep(0.2)
+        resume.directory(nearly_full, EVERY + 1).mkdir()
+
+    threading.Thread(target=act, daemon=True).start()
+    with pytest.raises(RankError, match="code 74"):
+        launch(nearly_full)
+    said = "".join(pool.outputs)
+    state = resume.RunState.read(nearly_full)
+    assert "0.00 GB left" in said and "earlier checkpoints are intact" in said
+    assert state.status in ("failed", "running")  # the state may find no room either
+    assert resume.newest_complete(nearly_full)[0] == EVERY
+    (nearly_full / "ballast").unlink()
+    launch(nearly_full, "--save-interval", str(STEPS))
+    check(nearly_full, unbroken)
