@@ -164,8 +164,9 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the process and what it started."""
+        assert self.process.pid, "group 0 would be our own"
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()  # in case it has not founded its group yet
         self.process.join()
         self.connection.close()
