@@ -20,7 +20,7 @@ from megatron_internvlx.checkpoint.hf_write import chat_config
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
-from megatron_internvlx.checkpoint.remote_code import write_remote_code
+from megatron_internvlx.checkpoint.remote_code import check_tokenizer, write_remote_code
 from megatron_internvlx.checkpoint.safetensors_io import (
     INDEX,
     SINGLE,
@@ -253,6 +253,8 @@ def export_checkpoint(
     Raises ConversionError, after which `directory` does not exist.
     """
     plan = plan_export(load, like=like, dtype=dtype, max_shard_size=max_shard_size)
+    if plan.layout == "internvlx":
+        check_tokenizer(plan)
     by_file: dict[str, dict[str, TensorInfo]] = {}
     for name, info in plan.tensors.items():
         by_file.setdefault(info.file, {})[name] = info

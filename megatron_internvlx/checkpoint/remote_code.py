@@ -45,12 +45,13 @@ def token_ids(directory: Path, template: Template) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # what a directory without tokenizer raises depends on its files
         raise ConversionError(
-            f"no tokenizer was found beside the checkpoint (--like names a directory with one): {error}"
+            f"{directory}: no tokenizer can be loaded from it (--like names a directory with one): "
+            f"{str(error).splitlines()[0]}"
         ) from error
     image = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
     end = tokenizer.convert_tokens_to_ids(template.end)
     if image is None or image == tokenizer.unk_token_id:
-        raise ConversionError(f"the tokenizer beside the checkpoint has no token {IMG_CONTEXT}")
+        raise ConversionError(f"{directory}: its tokenizer has no token {IMG_CONTEXT}")
     eos = [i for i in (end, tokenizer.eos_token_id) if i is not None and i != tokenizer.unk_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
@@ -59,6 +60,13 @@ def token_ids(directory: Path, template: Template) -> dict[str, Any]:
         "eos_token_id": sorted(set(eos)),
         "pad_token_id": pad,
     }
+
+
+def check_tokenizer(plan: ExportPlan) -> None:
+    """Before anything is written: raises ConversionError without a tokenizer."""
+    if plan.side is None:
+        raise ConversionError("no tokenizer is beside the checkpoint: give --like, a directory with one")
+    token_ids(plan.side, get_template(plan.arguments.get("conversation_template", "internvl2_5")))
 
 
 def processor_config(plan: ExportPlan) -> dict[str, Any]:

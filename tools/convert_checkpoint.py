@@ -1,0 +1,219 @@
+"""Convert checkpoints between Hugging Face directories and Megatron, and prove that it was done right.
+
+    python tools/convert_checkpoint.py import --hf DIR --save CKPT
+    python tools/convert_checkpoint.py export --load CKPT --hf DIR
+    python tools/convert_checkpoint.py verify --hf DIR --inputs CASE.safetensors --out OUT.safetensors
+
+Imported checkpoints load into any layout and hold `recipe.yaml`, the arguments to train them with. A
+result appears under its name only when it is complete; the same command continues what was killed.
+
+Exit codes: 0 done; 1 verify found a difference above the tolerance; 2 a mistake of the caller or of the
+files, after one message and with nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    # Megatron says at import which optional packages it does without; nothing here needs them.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size(text: str) -> int:
+    """Bytes of '5GB' or '800MB'."""
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 800MB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    _import_parser(commands)
+    _export_parser(commands)
+    _verify_parser(commands)
+    return top
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes", type=positive, default=min(4, os.cpu_count() or 1),
+        help="processes that convert (default: one per core, four at most)",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _import_parser(commands: Any) -> None:
+    it = commands.add_parser("import", help="Hugging Face directory -> torch_dist checkpoint", allow_abbrev=False)
+    it.add_argument("--hf", type=Path, required=True, help="directory with config.json and weights")
+    it.add_argument("--save", type=Path, required=True, help="checkpoint directory to be made")
+    it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    it.add_argument(
+        "--init-missing", action="store_true",
+        help="initialise projectors that the directory lacks or has of another kind, and list them",
+    )  # fmt: skip
+    it.add_argument("--seed", type=int, default=1234, help="of what is initialised (default: 1234)")
+    model = it.add_argument_group("compression of the new model (default: that of the directory)")
+    model.add_argument("--projector", choices=("pvtc", "mlp"))
+    model.add_argument("--expand-layer", type=int, help="LVTC: 0-based decoder layer of the expansion")
+    model.add_argument("--inject-layers", type=int, nargs="*", help="LVTC: further layers with a projection")
+    model.add_argument("--low-ratio", type=float, help="side ratio of tokens to patches before the expansion")
+    model.add_argument("--high-ratio", type=float, help="the same from the expansion on")
+    model.add_argument("--upsample", choices=("bilinear", "nearest"))
+    _common(it)
+
+
+def _export_parser(commands: Any) -> None:
+    it = commands.add_parser("export", help="torch_dist checkpoint -> Hugging Face directory", allow_abbrev=False)
+    it.add_argument("--load", type=Path, required=True, help="checkpoint directory, or one iteration's folder")
+    it.add_argument("--hf", type=Path, required=True, help="directory to be made")
+    it.add_argument(
+        "--like", type=Path,
+        help="directory with tokenizer and, after an import, what was kept of the original "
+        "(default: CKPT/hf, or the tokenizer that the model was trained with)",
+    )  # fmt: skip
+    it.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: the original's, or that of training)",
+    )  # fmt: skip
+    it.add_argument("--max-shard-size", type=size, default=size("5GB"), help="of a weight file (default: 5GB)")
+    _common(it)
+
+
+def _verify_parser(commands: Any) -> None:
+    it = commands.add_parser("verify", help="run the Megatron model on given inputs", allow_abbrev=False)
+    source = it.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", type=Path, help="Hugging Face directory, converted while it is loaded")
+    source.add_argument("--load", type=Path, help="checkpoint")
+    it.add_argument(
+        "--inputs", type=Path, required=True,
+        help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and what is expected "
+        "(or CASE.outputs.safetensors and CASE.grads.safetensors beside CASE.inputs.safetensors)",
+    )  # fmt: skip
+    it.add_argument("--out", type=Path, required=True, help="safetensors file to be made")
+    it.add_argument("--tensor-model-parallel-size", type=positive, default=1)
+    it.add_argument("--pipeline-model-parallel-size", type=positive, default=1)
+    it.add_argument("--expert-model-parallel-size", type=positive, default=1)
+    it.add_argument("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
+    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=positive)
+    it.add_argument("--sequence-parallel", action="store_true")
+    it.add_argument("--nproc", type=positive, help="processes (default: as many as the layout needs)")
+    it.add_argument("--grads", action="store_true", help="gradients of the loss too, under Hugging Face names")
+    it.add_argument("--image-token-id", type=int, help="id of the image placeholder (default: found in the ids)")
+    it.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
+    it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """The subcommand `import`."""
+    from megatron_internvlx.checkpoint.importer import import_checkpoint
+
+    names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    plan = import_checkpoint(
+        args.hf, args.save, changes=changes, init_missing=args.init_missing, allow_pickle=args.allow_pickle,
+        seed=args.seed, processes=args.processes, quiet=args.quiet,
+    )  # fmt: skip
+    for title, listed in (
+        ("initialised (norms 1, biases 0, cls_scale normal, matrices uniform in 1/sqrt(columns))", plan.initialised),
+        ("not used", plan.unused),
+        ("not stored, because they follow from the configuration", plan.derived),
+    ):
+        if listed:
+            print(f"{len(listed)} tensors {title}:\n  " + "\n  ".join(listed))
+    print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB; train with --recipe {args.save}/recipe.yaml")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """The subcommand `export`."""
+    from megatron_internvlx.checkpoint.exporter import export_checkpoint
+
+    plan = export_checkpoint(
+        args.load, args.hf, like=args.like, dtype=args.dtype, max_shard_size=args.max_shard_size,
+        processes=args.processes, quiet=args.quiet,
+    )  # fmt: skip
+    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
+    total = sum(info.nbytes for info in plan.tensors.values())
+    kind = kinds.get(plan.layout, "transformers' InternVL layout")
+    print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """The subcommand `verify`."""
+    from megatron_internvlx.checkpoint.case import compare, load_case
+    from megatron_internvlx.checkpoint.verify import Layout, Request, verify
+
+    layout = Layout(
+        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,
+        args.pipeline_model_parallel_layout, args.num_virtual_stages_per_pipeline_rank,
+        ("--sequence-parallel",) if args.sequence_parallel else (),
+    )  # fmt: skip
+    request = Request(
+        "", str(args.inputs), layout, args.grads, args.image_token_id,
+        hf=str(args.hf) if args.hf else None, load=str(args.load) if args.load else None,
+        allow_pickle=args.allow_pickle,
+    )  # fmt: skip
+    found = verify(request, args.out, ranks=args.nproc)
+    print(f"{args.out}: {len(found)} tensors")
+    if "loss" in found:
+        print(f"loss {float(found['loss'][0]):.6f}")
+    differences = compare(load_case(args.inputs), found)
+    return _report(differences, args.tolerance) if differences else 0
+
+
+def _report(differences: list, tolerance: float) -> int:
+    outputs = ("logits", "loss", "vit_last_hidden_state", "projector_output")
+    worst_first = sorted(differences, key=lambda d: -d.worst)
+    shown = [d for d in worst_first if d.name in outputs]
+    shown += [d for d in worst_first if d.name not in outputs][:5]
+    width = max(len(d.name) for d in shown)
+    print(f"{'':{width}}  {'worst difference':>16}  {'largest value':>13}")
+    for d in shown:
+        print(f"{d.name:{width}}  {d.worst:16.2e}  {d.largest:13.3g}")
+    over = [d for d in differences if d.worst > tolerance]
+    verdict = f"{len(over)} of {len(differences)} tensors differ by more than {tolerance:g}"
+    print(verdict if over else f"all {len(differences)} expected tensors agree within {tolerance:g}")
+    return 1 if over else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    args = parser().parse_args(argv)
+    run = {"import": run_import, "export": run_export, "verify": run_verify}[args.command]
+    try:
+        return run(args)
+    except ConversionError as error:
+        print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it was", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
