@@ -158,14 +158,7 @@ class InternVLX(MegatronModule):
         else:
             rows, features = self.boundary.split(self.input_tensor, self.content_in, plan)
             self.language_model.set_input_tensor(rows)
-        samples = len(plan.host.sample_ids)
-        inputs = DecoderInputs(
-            plan,
-            self._phase_inputs(plan.shallow, samples),
-            self._phase_inputs(plan.deep, samples),
-            features if self.freeze_vision else None,
-            self.loss_weight(plan.host) if self.config.num_moe_experts else 0,
-        )
+        inputs = self.decoder_inputs(plan, features)
         out = self.language_model(
             input_ids=None,
             position_ids=None,
@@ -203,6 +196,17 @@ class InternVLX(MegatronModule):
         if self.config.sequence_parallel:
             rows = scatter_to_sequence_parallel_region(rows, group=self.tp_group)
         return rows
+
+    def decoder_inputs(self, plan: DevicePlan, features: Tensor | None) -> DecoderInputs:
+        """What every decoder layer gets besides its rows; features [T, L, c] of a frozen encoder too."""
+        samples = len(plan.host.sample_ids)
+        return DecoderInputs(
+            plan,
+            self._phase_inputs(plan.shallow, samples),
+            self._phase_inputs(plan.deep, samples),
+            features if self.freeze_vision else None,
+            self.loss_weight(plan.host) if self.config.num_moe_experts else 0,
+        )
 
     def _phase_inputs(self, phase: DevicePhase, samples: int) -> PhaseInputs:
         table_len = -(-phase.max_seqlen // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP

@@ -51,7 +51,7 @@ class PipelinePlan:
     @property
     def bubble(self) -> float:
         """Share of the ranks' time in which they wait."""
-        return 1 - sum(self.rank_seconds) / (self.seconds * self.schedule.pipeline)
+        return max(1 - sum(self.rank_seconds) / (self.seconds * self.schedule.pipeline), 0.0)
 
     @property
     def imbalance(self) -> float:
@@ -66,8 +66,8 @@ class PipelinePlan:
 
 
 def layout_string(counts: tuple[int, ...]) -> str:
-    """Layers per stage -> `E|tt|ttt|L`."""
-    return "E" + "|".join("t" * count for count in counts) + "L"
+    """Layers per stage -> `E|tt|t*5|L`, as Megatron reads it."""
+    return "E" + "|".join("t" * count if count < 4 else f"t*{count}" for count in counts) + "L"
 
 
 def layout_counts(layout: str) -> tuple[int, ...]:
@@ -183,6 +183,8 @@ class Problem:
         passing = np.zeros_like(loads)
         np.cumsum(work[:, 0, :-1] + hops, axis=1, out=passing[:, 1:])
         bound = (batches * loads + passing).max(axis=1)
+        if not np.isfinite(limit):
+            return bound
         room = (limit - passing[:, -1] - work[:, 0, -1]) / batches * left_ranks
         left = self.costs.total - loads.sum(axis=1)
         return np.where(left > room * (1 + 1e-9) + 1e-12 * self.costs.total, np.inf, bound)

@@ -7,7 +7,10 @@ from pathlib import Path
 from megatron_internvlx.parallel.planner import PipelinePlan
 
 # Forward and backward, light for the first chunk and darker for the later ones.
-_COLOURS = {"F": ("#9ecae1", "#4292c6", "#2171b5", "#08519c"), "B": ("#fdd0a2", "#fd8d3c", "#d94801", "#8c2d04")}
+_COLOURS = {
+    "F": ("#9ecae1", "#4292c6", "#2171b5", "#08519c"),
+    "B": ("#fdd0a2", "#fd8d3c", "#d94801", "#8c2d04"),
+}
 _NUMBERED = 16  # micro-batches up to which bars carry their number
 
 
@@ -40,7 +43,9 @@ def _panel(axis, name: str, plan: PipelinePlan) -> None:
         start, width = event.start * 1e3, (event.end - event.start) * 1e3
         axis.barh(event.rank, width, left=start, height=0.85, color=colour, edgecolor="white", linewidth=0.4)
         if plan.schedule.micro_batches <= _NUMBERED:
-            axis.text(start + width / 2, event.rank, str(event.micro_batch), ha="center", va="center", fontsize=6)
+            axis.text(
+                start + width / 2, event.rank, str(event.micro_batch), ha="center", va="center", fontsize=6
+            )
     axis.set_yticks(range(pipeline), [f"rank {rank}" for rank in range(pipeline)])
     axis.invert_yaxis()
     layers = " ".join("+".join(map(str, plan.counts[rank::pipeline])) for rank in range(pipeline))

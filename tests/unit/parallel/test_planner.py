@@ -12,7 +12,17 @@ platform.setup()
 
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout  # noqa: E402
 
-from megatron_internvlx.parallel.costs import Cost, LayerCosts, StageMemory  # noqa: E402
+from megatron_internvlx.model.decoder import CompressionPlan  # noqa: E402
+from megatron_internvlx.model.internvit_config import PRESETS  # noqa: E402
+from megatron_internvlx.parallel.costs import (  # noqa: E402
+    Cost,
+    LayerCosts,
+    Machine,
+    Profile,
+    StageMemory,
+    costs_from_flops,
+    costs_from_profile,
+)
 from megatron_internvlx.parallel.planner import (  # noqa: E402
     Problem,
     evaluate,
@@ -22,7 +32,15 @@ from megatron_internvlx.parallel.planner import (  # noqa: E402
     uniform_counts,
 )
 from megatron_internvlx.parallel.simulate import Schedule, least_seconds  # noqa: E402
+from megatron_internvlx.training.flops import (  # noqa: E402
+    BackwardSettings,
+    PlanStats,
+    forward_flops,
+    training_flops,
+)
+from megatron_internvlx.training.shape import ModelShape  # noqa: E402
 
+LVTC = CompressionPlan("pvtc", "v2", 0.1, (2, 4), 2, 4, 8, 64, "bilinear")
 BRUTE_FORCE = 5_000  # splits at most; above that the bounds are tested instead
 
 
@@ -140,3 +158,32 @@ def test_wrong_input() -> None:
         layout_counts("tt|tt")
     with pytest.raises(ValueError, match="the model has 4 layers"):
         evaluate(depth_aware(4, 0), Schedule(2, 1, 2), (1, 2))
+
+
+def test_profile_gives_every_layer_its_kind(tmp_path) -> None:
+    shape = ModelShape(6, 32, 4, 4, 8, 48, 64, PRESETS["internvit_tiny"], LVTC)
+    kinds = {"shallow": Cost(1, 2), "expand": Cost(4, 5), "deep": Cost(2, 3), "inject": Cost(3, 4)}
+    Profile(Cost(9, 9), Cost(8, 8), kinds, {"model": "x"}).save(tmp_path / "p.json")
+    profile = Profile.load(tmp_path / "p.json")
+    boundaries = (Cost(0.1, 0.1),) * 7
+    costs = costs_from_profile(profile, shape, boundaries)
+    assert [c.forward for c in costs.layers] == [1, 1, 4, 2, 3, 2]
+    assert costs.first == Cost(9, 9) and costs.boundaries == boundaries
+    with pytest.raises(ValueError, match="no inject layers"):
+        costs_from_profile(
+            Profile(Cost(1, 1), Cost(1, 1), {k: v for k, v in kinds.items() if k != "inject"}, {}), shape, ()
+        )
+
+
+def test_costs_from_flops_add_up() -> None:
+    shape = ModelShape(6, 32, 4, 4, 8, 48, 64, PRESETS["internvit_tiny"], LVTC)
+    stats = PlanStats(3, 3, 3, 40, 1600, 76, 76**2, 20)
+    machine, settings = Machine(1e9, 1e9, 1e-3), BackwardSettings(freeze_vision=True)
+    costs = costs_from_flops(shape, stats, settings, machine, tensor_parallel=2)
+    training = training_flops(forward_flops(shape, stats), settings)
+    assert costs.total == pytest.approx(training.hardware / 2e9)
+    # In front of layer 2 the rows are shallow and features travel, whose gradient nobody wants.
+    features = 3 * shape.vision.tokens_per_tile * shape.vision.hidden_size
+    assert costs.boundaries[2].forward == pytest.approx(1e-3 + (40 * 32 + features) * 2 / 2 / 1e9)
+    assert costs.boundaries[2].backward == pytest.approx(1e-3 + 40 * 32 * 2 / 2 / 1e9)
+    assert costs.boundaries[5].forward == pytest.approx(1e-3 + 76 * 32 * 2 / 2 / 1e9)

@@ -1,0 +1,65 @@
+"""The planner's command, in this process: Megatron's globals are put back after each run."""
+
+import os
+import sys
+
+import pytest
+
+from tests.distributed import forget_megatron
+from tools import plan_pipeline
+
+MODEL = """
+--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --normalization RMSNorm --swiglu
+--disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+--vision-preset internvit_tiny --image-size 56 --patch-size 14 --vocab-size 64 --make-vocab-size-divisible-by 1
+--seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --train-iters 1
+--expand-layer 3 --inject-layers 5 --max-tiles 6
+""".split()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def run(*options: str) -> tuple[int, str, str]:
+        environment = dict(os.environ)
+        monkeypatch.setattr(sys, "argv", ["plan_pipeline.py", *MODEL, *options])
+        try:
+            code = plan_pipeline.main()
+        finally:
+            forget_megatron()
+            os.environ.clear()
+            os.environ.update(environment)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_plan(command, tmp_path) -> None:
+    picture = tmp_path / "plan.png"
+    code, out, _ = command(
+        "--pipeline", "4", "--micro-batches", "8", "--timeline", str(picture), "--expansions"
+    )
+    assert code == 0
+    layout = out.split("--pipeline-model-parallel-layout '")[1].split("'")[0]
+    assert layout.startswith("E") and layout.endswith("L") and layout.count("|") == 3
+    assert "uniform" in out and "bubble" in out and "where the expansion balances best" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gpus(command) -> None:
+    code, out, _ = command("--gpus", "8")
+    assert code == 0 and "for 8 GPUs, fastest first" in out
+
+
+def test_mistakes_are_one_line(command, tmp_path) -> None:
+    for options, message in (
+        (
+            ("--pipeline", "3", "--virtual", "2", "--micro-batches", "4"),
+            "not a multiple of the 3 pipeline ranks",
+        ),
+        (("--profile", str(tmp_path / "none.json")), "No such file"),
+    ):
+        code, _, err = command(*options)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"kinds": {}}')
+    assert "is not one that --measure wrote" in command("--profile", str(wrong))[2]

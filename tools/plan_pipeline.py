@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Plan the pipeline of a run: which decoder layers each stage gets, and what the step then takes.
+
+    tools/plan_pipeline.py --recipe examples/recipes/internvlx_8b_sft_64gpu_h100_fp8.yaml --timeline plan.png
+    tools/plan_pipeline.py --model-preset internvlx_8b --seq-length 4096 --pipeline 4 --virtual 2 \\
+        --micro-batches 16
+    torchrun --nproc-per-node 4 tools/plan_pipeline.py --recipe R.yaml --measure profile.json
+
+Arguments that are not the planner's own are those of pretrain_vlm.py. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_internvlx import platform
+
+
+def own_arguments() -> argparse.ArgumentParser:
+    """The planner's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pipeline", type=int, help="pipeline ranks; default: --pipeline-model-parallel-size")
+    add("--virtual", type=int, default=None, help="model chunks per rank; default: the arguments' own, or 1")
+    add("--micro-batches", type=int, help="per step and replica; default: from the batch sizes")
+    add("--tflops", type=float, help="sustained TFLOP/s of one GPU; default 400, with FP8 600 (assumed)")
+    add("--bandwidth", type=float, default=50.0, help="GB/s between stages, per GPU; default 50 (400 Gbit/s)")
+    add("--latency", type=float, default=20.0, help="microseconds per message; default 20")
+    add("--profile", metavar="JSON", help="measured seconds instead of FLOPs")
+    add("--measure", metavar="JSON", help="time the layers on this machine and write them; plans nothing")
+    add("--repeats", type=int, default=5, help="with --measure; default 5")
+    add("--timeline", metavar="PNG", help="draw the simulated step, planned and uniform")
+    add("--expansions", action="store_true", help="also compare places for the expansion (LVTC)")
+    add("--gpus", type=int, help="also propose TP, PP and DP for so many GPUs")
+    add("--gpus-per-node", type=int, default=8, help="tensor parallelism stays inside a node; default 8")
+    return parser
+
+
+def main() -> int:
+    """Plan or measure; returns 2 after saying what is wrong with the arguments."""
+    own, rest = own_arguments().parse_known_args()
+    sys.argv = [sys.argv[0], *rest] + ([] if own.measure else ["--dry-run"])
+    platform.setup()
+    from tools import planning
+
+    try:
+        if own.measure:
+            planning.measure(own)
+        else:
+            planning.plan(own)
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"plan_pipeline.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""What tools/plan_pipeline.py prints; apart from it because Megatron must be set up before this is imported."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+from dataclasses import replace
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import parse_args
+from megatron.training.global_vars import set_global_variables
+
+from megatron_internvlx import arguments, platform
+from megatron_internvlx.arguments import add_our_arguments, vision_config
+from megatron_internvlx.model.builder import compression_plan
+from megatron_internvlx.parallel import costs as cost
+from megatron_internvlx.parallel.measure import kinds_of, reduce_to_kinds, synthetic_batch, with_recomputation
+from megatron_internvlx.parallel.planner import PipelinePlan, evaluate, find_plan, uniform_counts
+from megatron_internvlx.parallel.propose import layouts, propose_expansions, propose_parallelism
+from megatron_internvlx.parallel.simulate import Schedule
+from megatron_internvlx.parallel.timeline import draw_timeline
+from megatron_internvlx.training.activations import ActivationModel
+from megatron_internvlx.training.dryrun import RESERVE_GIB, full_micro_batch
+from megatron_internvlx.training.flops import BackwardSettings, PlanStats
+from megatron_internvlx.training.memory import Layout, StateSizes
+from megatron_internvlx.training.shape import ModelShape
+
+GIB = 1 << 30
+NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
+
+
+class Task:
+    """A run's arguments, seen by the planner."""
+
+    def __init__(self, own: argparse.Namespace) -> None:
+        self.own, self.args = own, arguments.parse()
+        args = self.args
+        try:
+            self.layout = Layout.from_args(args, core_transformer_config_from_args(args))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(str(error) or "Megatron refuses this layout (an assertion)") from error
+        self.shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
+        self.stats: PlanStats = full_micro_batch(args, self.shape)
+        self.settings, self.sizes = BackwardSettings.from_args(args), StateSizes.from_args(args)
+        if args.recompute_granularity == "full" and args.recompute_method != "block":
+            # Every layer, wherever it will be.
+            self.settings = replace(self.settings, full_layers=frozenset(range(self.shape.layers)))
+        tflops = own.tflops or (600 if args.fp8 else 400)
+        self.machine = cost.Machine(tflops * 1e12, own.bandwidth * 1e9, own.latency * 1e-6)
+        self.global_batch = args.global_batch_size // args.micro_batch_size
+        self.schedule = self._schedule()
+
+    def _schedule(self) -> Schedule:
+        own, args = self.own, self.args
+        pipeline = own.pipeline or args.pipeline_model_parallel_size
+        chunks = own.virtual
+        if chunks is None:
+            given = pipeline == args.pipeline_model_parallel_size
+            chunks = (args.virtual_pipeline_model_parallel_size or 1) if given else 1
+        replicas = args.world_size // (args.tensor_model_parallel_size * pipeline)
+        batches = own.micro_batches or max(self.global_batch // max(replicas, 1), 1)
+        overlap = args.overlap_p2p_comm or chunks != (args.virtual_pipeline_model_parallel_size or 1)
+        return Schedule(pipeline, chunks, batches, overlap)
+
+    def costs(self, shape: ModelShape | None = None, tensor: int | None = None) -> cost.LayerCosts:
+        """By profile, if one was given, else by FLOPs."""
+        shape, args = shape or self.shape, self.args
+        tensor = tensor or args.tensor_model_parallel_size
+        settings = replace(
+            self.settings,
+            full_layers=frozenset(range(shape.layers)) if self.settings.full_layers else frozenset(),
+        )
+        # Rows do not depend on where the expansion is, so the micro-batch stands for any shape.
+        common = (shape, self.stats, settings, self.machine)
+        counted = cost.costs_from_flops(
+            *common, tensor_parallel=tensor, sequence_parallel=args.sequence_parallel
+        )
+        if not self.own.profile:
+            return counted
+        profile = with_recomputation(cost.Profile.load(self.own.profile), bool(self.settings.full_layers))
+        return cost.costs_from_profile(profile, shape, counted.boundaries)
+
+    def memory(self, tensor: int, pipeline: int, data: int) -> cost.StageMemory:
+        """Bytes per layer, and what a GPU has for them."""
+        limit = self.args.gpu_memory_gib
+        layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
+        width = self.sizes.weight
+        model = ActivationModel(
+            self.shape, layout, self.settings, width, self.args.transformer_impl == "local"
+        )
+        bytes_limit = (limit - RESERVE_GIB) * GIB if limit else float("inf")
+        return cost.stage_memory(model, self.stats, self.sizes, bytes_limit)
+
+    def communication(self, tensor: int) -> float:
+        """Tensor-parallel communication of a micro-batch, not overlapped: 8 moves of a layer's rows."""
+        if tensor == 1:
+            return 0.0
+        shallow = self.shape.shallow_layers
+        deep = self.shape.layers - shallow
+        rows = shallow * self.stats.shallow_rows + deep * self.stats.deep_rows
+        moves = 8 + 4 * bool(self.settings.full_layers)
+        return moves * rows * self.shape.hidden * 2 * (tensor - 1) / tensor / NVLINK
+
+
+def plan(own: argparse.Namespace) -> None:
+    """Find the split and print everything about it. Raises ValueError."""
+    task = Task(own)
+    args, schedule = task.args, task.schedule
+    tensor = args.tensor_model_parallel_size
+    data = max(args.world_size // (tensor * schedule.pipeline), 1)
+    memory = task.memory(tensor, schedule.pipeline, data)
+    costs = task.costs()
+    best = find_plan(costs, schedule, memory)
+    plans = {"planned": best}
+    given = _given(task)
+    if given and given != best.counts:
+        plans["as given"] = evaluate(costs, schedule, given, memory)
+    uniform = uniform_counts(task.shape.layers, schedule.stages)
+    plans["uniform"] = evaluate(costs, schedule, uniform, memory)
+    print("\n".join(_head(task, costs)), end="\n\n")
+    print("\n".join(_stages(best, costs)), end="\n\n")
+    print("\n".join(_comparison(plans)), end="\n\n")
+    print(f"--pipeline-model-parallel-layout '{best.layout}'")
+    if not best.proven:
+        print("(the best found; the search was cut, so a slightly better split may exist)")
+    if own.timeline:
+        draw_timeline(plans, own.timeline)
+        print(f"timeline: {own.timeline}")
+    if own.expansions:
+        print("\n" + "\n".join(_expansions(task)))
+    if own.gpus:
+        print("\n" + "\n".join(_parallelism(task)))
+
+
+def _given(task: Task) -> tuple[int, ...] | None:
+    """The split that the arguments ask for, if it has the stages that are planned."""
+    layout, schedule = task.layout, task.schedule
+    if layout.pipeline != schedule.pipeline or len(layout.stages[0]) != schedule.chunks:
+        return None
+    return tuple(
+        layout.stages[rank][chunk].end - layout.stages[rank][chunk].first
+        for chunk in range(schedule.chunks)
+        for rank in range(schedule.pipeline)
+    )
+
+
+def _head(task: Task, costs: cost.LayerCosts) -> list[str]:
+    args, stats, machine = task.args, task.stats, task.machine
+    source = (
+        f"measured, {task.own.profile}"
+        if task.own.profile
+        else f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
+    )
+    return [
+        f"model        {args.model_preset or ''} {task.shape.layers} layers, expansion at layer "
+        f"{task.shape.shallow_layers or '-'}, injections {list(task.shape.compression.injection_layers)}",
+        f"micro-batch  {stats.projected_tiles} tiles, {stats.shallow_rows:,} shallow and {stats.deep_rows:,} deep rows",
+        f"schedule     TP {args.tensor_model_parallel_size}, PP {task.schedule.pipeline}, VPP {task.schedule.chunks}, "
+        f"{task.schedule.micro_batches} micro-batches",
+        f"costs        {source}; {machine.bandwidth / 1e9:g} GB/s and {machine.latency * 1e6:g} us per message",
+        f"             vision and entry {_ms(costs.first)} ms, layer 0 {_ms(costs.layers[0])} ms, "
+        f"last layer {_ms(costs.layers[-1])} ms, loss {_ms(costs.last)} ms (forward + backward)",
+    ]
+
+
+def _ms(one: cost.Cost) -> str:
+    return f"{one.forward * 1e3:.2f} + {one.backward * 1e3:.2f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _stages(best: PipelinePlan, costs: cost.LayerCosts) -> list[str]:
+    pipeline = best.schedule.pipeline
+    rows = [["rank", "layers", "work ms", "of mean", "memory GiB"]]
+    ends = [sum(best.counts[: i + 1]) for i in range(len(best.counts))]
+    mean = sum(best.rank_seconds) / pipeline
+    for rank in range(pipeline):
+        spans = [
+            f"{ends[s] - best.counts[s]}-{ends[s] - 1}" if best.counts[s] else "-"
+            for s in range(rank, len(ends), pipeline)
+        ]
+        work = best.rank_seconds[rank]
+        memory = f"{best.memory[rank] / GIB:.1f}" if best.memory else "-"
+        rows.append([str(rank), " + ".join(spans), f"{work * 1e3:.1f}", f"{work / mean:.2f}", memory])
+    return _table(rows)
+
+
+def _comparison(plans: dict[str, PipelinePlan]) -> list[str]:
+    rows = [["split", "step ms", "bubble", "imbalance", "fullest GiB", "layers per stage"]]
+    for name, one in plans.items():
+        memory = f"{max(one.memory) / GIB:.1f}" if one.memory else "-"
+        cells = [f"{one.seconds * 1e3:.1f}", f"{one.bubble:.1%}", f"{one.imbalance:.1%}", memory]
+        rows.append([name, *cells, " ".join(map(str, one.counts))])
+    return _table(rows)
+
+
+def _expansions(task: Task) -> list[str]:
+    found = propose_expansions(task.shape, task.schedule, lambda shape: task.costs(shape))
+    rows = [["expansion at", "work", "step ms", "bubble", "imbalance", "layout"]]
+    for one in found[:8]:
+        cells = [f"{one.work:.2f}x", f"{one.plan.seconds * 1e3:.1f}", f"{one.plan.bubble:.1%}"]
+        rows.append([str(one.layer), *cells, f"{one.plan.imbalance:.1%}", one.plan.layout])
+    return ["where the expansion balances best:", *_table(rows)]
+
+
+def _parallelism(task: Task) -> list[str]:
+    own, per_replica = task.own, task.global_batch
+    if own.profile:
+        raise ValueError(
+            "--gpus compares tensor-parallel sizes, and a profile is of one: leave --profile out"
+        )
+    if task.shape.experts:
+        raise ValueError("--gpus does not place experts; use --pipeline for a given layout")
+    found = propose_parallelism(
+        task.shape,
+        layouts(task.shape, own.gpus, own.gpus_per_node, per_replica),
+        per_replica,
+        lambda tensor: task.costs(tensor=tensor),
+        task.memory,
+        task.communication,
+    )
+    if not found:
+        return [f"no layout of {own.gpus} GPUs fits the model into {task.args.gpu_memory_gib} GiB"]
+    rows = [["TP", "PP", "VPP", "DP", "micro-batches", "step ms", "bubble", "fullest GiB"]]
+    for one in found[:8]:
+        memory = max(one.plan.memory or (0,)) / GIB
+        sizes = [str(x) for x in (one.tensor, one.pipeline, one.chunks, one.data, one.micro_batches)]
+        rows.append([*sizes, f"{one.seconds * 1e3:.0f}", f"{one.plan.bubble:.1%}", f"{memory:.1f}"])
+    return [f"for {own.gpus} GPUs, fastest first:", *_table(rows)]
+
+
+def measure(own: argparse.Namespace) -> None:
+    """Time one layer of each kind here, and write the profile. Raises ValueError."""
+    from megatron.training.initialize import initialize_megatron
+
+    from megatron_internvlx.parallel.measure import measure as timed
+    from megatron_internvlx.training.data import plan_settings
+
+    platform.quiet_prints()
+    args = parse_args(add_our_arguments)
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    args.padded_vocab_size = None
+    whole = ModelShape.from_args(args, vision_config(args), compression_plan(args))
+    stats = full_micro_batch(args, whole)
+    kinds = kinds_of(whole)
+    reduce_to_kinds(args, kinds)
+    args.data = args.data or "none"
+    args.tokenizer_model = args.tokenizer_model or "none"
+    arguments.check_arguments(args)
+    arguments.validate(args)
+    set_global_variables(args)
+    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+        torch.distributed.init_process_group(
+            platform.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    initialize_megatron()
+    tensor = ProcessGroupCollection.use_mpu_process_groups().tp.size()
+    batch = synthetic_batch(stats, plan_settings(args), image_size=args.image_size, tile_ranks=tensor)
+    profile = timed(args, batch, kinds, own.repeats)
+    about = {
+        "model": args.model_preset,
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "tensor_parallel": tensor,
+        "micro_batch": vars(stats),
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
+        replace(profile, about=about).save(own.measure)
+        print(f"profile: {own.measure}")
+    torch.distributed.destroy_process_group()
