@@ -1,6 +1,7 @@
 # make setup      .venv with every dependency, from constraints.txt (a second call does nothing)
 # make demo       a tiny InternVL-X trained on two CPU ranks
 # make test       the whole suite             make test-fast   without the slow and the parallel tests
+# make test-slurm  jobs on a real SLURM of two nodes (root; tests/slurm/cluster.sh install)
 # make test-gpu   the tests that need CUDA    make lint        ruff, mypy
 # make bench      every benchmark
 
@@ -11,7 +12,7 @@ PYTHON := .venv/bin/python
 # environment that forbids them is overruled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-fast test-gpu lint bench
+.PHONY: setup demo test test-fast test-slurm test-gpu lint bench
 .DEFAULT_GOAL := setup
 
 setup: .venv/.installed
@@ -27,6 +28,9 @@ test: setup
 
 test-fast: setup
 	@$(PYTHON) -m pytest -m "not slow" --ignore tests/parallel
+
+test-slurm: setup
+	@$(PYTHON) -m pytest -rs tests/slurm/scenarios.py
 
 test-gpu: setup
 	@$(PYTHON) -m pytest -m gpu

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# A SLURM of two nodes on this machine, for tests, as root:  cluster.sh up DIR | down DIR | install
+# `up` prints the line that points SLURM's commands at it.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+install_packages() {
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge
+}
+
+up() {
+  local dir
+  dir=$(mkdir -p "$1" && cd "$1" && pwd)
+  mkdir -p "$dir"/{run,log,state,spool/n1,spool/n2} /run/munge
+  sed "s#@DIR@#$dir#g" "$here/slurm.conf.in" >"$dir/slurm.conf"
+  [ -s /etc/munge/munge.key ] || (umask 077; head -c 128 /dev/urandom >/etc/munge/munge.key)
+  chown munge:munge /run/munge /etc/munge/munge.key
+  grep -q '^127.0.0.1 n1 n2' /etc/hosts || echo '127.0.0.1 n1 n2' >>/etc/hosts
+  [ -S /run/munge/munge.socket.2 ] || su -s /bin/sh munge -c /usr/sbin/munged
+  export SLURM_CONF=$dir/slurm.conf
+  slurmctld
+  slurmd -N n1
+  slurmd -N n2
+  for _ in $(seq 300); do
+    if [ "$(sinfo -h -o %D -t idle 2>/dev/null)" = 2 ]; then
+      echo "export SLURM_CONF=$SLURM_CONF"
+      return 0
+    fi
+    sleep 0.1
+  done
+  sinfo >&2 || true
+  return 1
+}
+
+down() {
+  local pid
+  for pid in "$1"/run/slurmd-n1.pid "$1"/run/slurmd-n2.pid "$1"/run/slurmctld.pid; do
+    if [ -s "$pid" ]; then kill "$(cat "$pid")" 2>/dev/null || true; fi
+  done
+}
+
+case ${1:-} in
+  install) install_packages ;;
+  up) up "$2" ;;
+  down) down "$2" ;;
+  *) echo "usage: cluster.sh install | up DIR | down DIR" >&2; exit 2 ;;
+esac

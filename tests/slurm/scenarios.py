@@ -1,0 +1,194 @@
+"""train.sbatch on a real SLURM of two nodes, two ranks each: `make test-slurm`.
+
+Every scenario ends with the weights and optimizer state of the unbroken run, bit for bit.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from megatron_internvlx.training import resume  # noqa: E402
+from tests.checkpoints import differing  # noqa: E402
+from tools import make_demo_data  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0
+    or any(shutil.which(name) is None for name in ("slurmctld", "slurmd", "sbatch", "munged")),
+    reason="needs root and Debian's slurmctld slurmd slurm-client munge (tests/slurm/cluster.sh install)",
+)
+STEPS, EVERY = 8, 4
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """SLURM's commands in this environment."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = REPOSITORY / "tests" / "slurm" / "cluster.sh"
+    up = subprocess.run(["bash", script, "up", folder], capture_output=True, text=True, timeout=60)
+    assert up.returncode == 0, up.stderr
+    yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run(["bash", script, "down", folder], timeout=30)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    assert make_demo_data.main(["--out", str(folder), "--train", "48", "--val", "4"]) == 0
+    return folder
+
+
+class Job:
+    """One job of train.sbatch, and what it did."""
+
+    def __init__(self, cluster: dict, demo: Path, save: Path, **environment: str) -> None:
+        self.cluster, self.save = cluster, save
+        self.log = save.parent / f"{save.name}.out"
+        values = {
+            "RECIPE": "examples/demo/demo.yaml",
+            "DATA": demo / "meta.json",
+            "TOKENIZER": demo / "tokenizer",
+            "SAVE": save,
+            "VENV": Path(sys.executable).parents[1],
+            "GPUS_PER_NODE": "2",
+            "CLUSTER_ENV": "none",
+            "PREFLIGHT": "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "SHUTDOWN_SECONDS": "10",
+            **environment,
+        }
+        arguments = (
+            "--loader-workers 0 --log-interval 1 --eval-iters 0 --micro-batch-size 1 --global-batch-size 4 "
+            f"--max-tiles 2 --train-iters {STEPS} --lr-decay-iters {STEPS} --save-interval {EVERY}"
+        ).split()
+        command = [
+            "sbatch",
+            "--parsable",
+            "--nodes",
+            "2",
+            "--output",
+            self.log,
+            "examples/slurm/train.sbatch",
+        ]
+        done = subprocess.run(
+            [*command, *arguments],
+            env=cluster | {key: str(value) for key, value in values.items()},
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.cluster, capture_output=True, text=True, timeout=30)
+        return done.stdout.strip()
+
+    def shown(self, key: str) -> str:
+        found = re.search(rf"\b{key}=(\S+)", self.run("scontrol", "show", "job", self.id))
+        return found[1] if found else ""
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def until(self, condition, what: str, seconds: float = 150) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                pytest.fail(f"no {what} in {seconds} s; job {self.shown('JobState')}:\n{self.text()[-4000:]}")
+            time.sleep(0.1)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: re.search(rf"step +{step}/{STEPS} ", self.text()), f"step {step}")
+
+    def until_state(self, *states: str) -> None:
+        self.until(lambda: self.shown("JobState") in states, f"state {states}")
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks of this job, whose parents are torchrun."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"pretrain_vlm.py" in command[:3] and os.fsencode(self.save) in command:
+                    found.append(int(entry.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster, demo, tmp_path_factory) -> Path:
+    save = tmp_path_factory.mktemp("unbroken") / "run"
+    job = Job(cluster, demo, save)
+    job.until_state("COMPLETED", "FAILED")
+    assert job.shown("JobState") == "COMPLETED", job.text()
+    assert "finished" in job.text()
+    return save
+
+
+def check(job: Job, unbroken: Path) -> None:
+    job.until_state("COMPLETED", "FAILED")
+    assert job.shown("JobState") == "COMPLETED", job.text()
+    final = resume.directory(job.save, STEPS)
+    assert resume.fault(final) is None
+    assert differing(final, resume.directory(unbroken, STEPS)) == []
+
+
+def test_signal_before_the_limit_leads_to_checkpoint_requeue_and_resume(cluster, demo, unbroken, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run")
+    job.until_step(2)
+    job.run("scancel", "--batch", "--signal", "USR1", job.id)
+    job.until(lambda: "requeueing" in job.text(), "requeue")
+    assert "stopped by a signal, after a checkpoint" in job.text()
+    reached = resume.iterations(job.save)[0]
+    assert 2 <= reached < EVERY  # between the regular checkpoints
+    check(job, unbroken)
+    assert f"resuming from {resume.directory(job.save, reached)}" in job.text()
+    assert job.shown("Restarts") == "1"
+
+
+def test_cancelled_job_goes_on_when_submitted_again(cluster, demo, unbroken, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run")
+    job.until_step(EVERY + 1)
+    job.run("scancel", job.id)
+    job.until_state("CANCELLED")
+    job.until(lambda: not job.ranks(), "end of the ranks")
+    again = Job(cluster, demo, tmp_path / "run")
+    check(again, unbroken)
+    assert "resuming from" in again.text()
+
+
+def test_killed_rank_is_restarted(cluster, demo, unbroken, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run")
+    job.until_step(EVERY + 1)
+    os.kill(job.ranks()[-1], signal.SIGKILL)
+    check(job, unbroken)
+    assert f"resuming from {resume.directory(job.save, EVERY)}" in job.text()
+    assert job.shown("Restarts") == "0"  # torchrun's restart, not SLURM's
+    assert "Signal 9" in job.text() or "SIGKILL" in job.text()
+
+
+def test_drained_node_is_waited_for(cluster, demo, unbroken, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run")
+    job.until_step(1)
+    job.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    job.run("scancel", "--batch", "--signal", "USR1", job.id)
+    job.until(lambda: "requeueing" in job.text(), "requeue")
+    job.until_state("PENDING")
+    time.sleep(3)
+    assert job.shown("JobState") == "PENDING"  # one of two nodes is left
+    job.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    check(job, unbroken)
+
+
+def test_missing_settings_are_named(cluster, demo, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run", DATA="")
+    job.until_state("FAILED")
+    assert "DATA is not set" in job.text()
