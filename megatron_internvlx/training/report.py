@@ -73,6 +73,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 
 
 def prediction_of(row: dict[str, Any]) -> Prediction:
+    """A row of a predictions file. Raises KeyError or ValueError for a malformed one."""
     return Prediction(
         key=str(row["key"]),
         kind=row.get("kind"),
