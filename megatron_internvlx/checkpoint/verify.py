@@ -12,7 +12,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_internvlx.checkpoint.case import Case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.exporter import plan_export
+from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
 from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
@@ -56,7 +57,7 @@ class Layout:
         found = ["--tensor-model-parallel-size", str(self.tensor)]
         found += ["--pipeline-model-parallel-size", str(self.pipeline)]
         if self.expert > 1:
-            found += ["--expert-model-parallel-size", str(self.expert)]
+            found += ["--expert-model-parallel-size", str(self.expert), "--expert-tensor-parallel-size", "1"]
         if self.stages:
             found += ["--pipeline-model-parallel-layout", self.stages]
         if self.virtual:
@@ -77,18 +78,17 @@ class Request:
     hf: str | None = None
     load: str | None = None
     allow_pickle: bool = False
-    result: dict[str, Any] = field(default_factory=dict)
 
 
 def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
-    """(arguments, table, layout of names) of the model to run. Raises ConversionError."""
+    """(arguments, table, family) of the model to run. Raises ConversionError."""
     if request.hf:
         weights = WeightFiles(Path(request.hf), allow_pickle=request.allow_pickle)
         plan = plan_import(Path(request.hf), weights, {})
-        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources], plan.config.layout
+        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources], plan.config.family
     assert request.load is not None
     exported = plan_export(Path(request.load))
-    return exported.arguments, list(exported.entries), exported.layout
+    return exported.arguments, list(exported.entries), exported.family
 
 
 _ARCHITECTURE = (
@@ -210,10 +210,12 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
     if out.exists():
         raise ConversionError(f"{out} exists already; remove it, or choose another name")
     case = load_case(Path(request.inputs))
-    arguments, entries, _ = model_of(request)
+    arguments, entries, family = model_of(request)
+    grid = dims(arguments, family).high_grid
+    token = case.image_token(grid * grid, request.image_token)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         write_recipe(arguments, Path(folder))
-        changed = Request(**{**request.__dict__, "folder": folder})
+        changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
         found = gather(Path(folder), case, entries, request.gradients)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
 from megatron_internvlx.checkpoint.verify import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider, compression_plan  # noqa: E402
+from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan  # noqa: E402
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator  # noqa: E402
@@ -82,13 +82,11 @@ class CaseBatches:
     """The case as one packed micro-batch, given as often as the schedule wants it."""
 
     def __init__(self, case: Case, args: Any, image_token: int | None) -> None:
-        grid = compression_plan(args).high_grid
-        token = case.image_token(grid * grid, image_token)
         rows = case.rows()
         plan = build_plan(
             [ids for ids, _ in rows],
             [labels for _, labels in rows],
-            [ids == token for ids, _ in rows],
+            [ids == image_token for ids, _ in rows],
             plan_settings(args),
         )
         self.plan = device_plan(plan)
