@@ -1,7 +1,7 @@
 """Our settings as Megatron arguments, and the checks that need both.
 
 Defaults are set in this order, later ones winning: Megatron's, the platform's (CPU), ours, the
-model preset, a recipe file, the command line.
+model preset, the precision, a recipe file, the command line.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from megatron_internvlx.config import (
     TrainSettings,
     VisionSettings,
     check_compression,
+    check_packing,
     check_projector,
     check_static_budgets,
     grid_side,
 )
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
+from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 
 # What every run of ours needs from Megatron, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
@@ -60,7 +62,9 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     recipe = read_recipe(chosen.recipe, known) if chosen.recipe else {}
     name = chosen.model_preset or recipe.get("model_preset")
     _pretend_world_size(chosen, recipe)
-    defaults = platform.cpu_args_defaults() | OUR_DEFAULTS | (preset(name) if name else {}) | recipe
+    numbers = precision_defaults(chosen.precision or recipe.get("precision"))
+    named = (preset(name) if name else {}) | numbers
+    defaults = platform.cpu_args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
@@ -81,6 +85,7 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model-preset")
     peek.add_argument("--recipe")
+    peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
     peek.add_argument("--dry-run", action="store_true")
@@ -144,8 +149,7 @@ def row_alignment(args: argparse.Namespace) -> int:
 
     FP8 matrix products need multiples of 16, MXFP8 blocks 32, on every rank of the split.
     """
-    rows = 1 if not args.fp8 else 32 if args.fp8_recipe == "mxfp8" else 16
-    return rows * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    return row_multiple(args) * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -160,8 +164,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
     )
     _check_unsupported(args)
+    _check_precision(args, compression)
     _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
     _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
+
+
+def _check_precision(args: argparse.Namespace, compression: CompressionSettings) -> None:
+    vision = vision_config(args)
+    patches = vision.patches_per_side
+    ratios = (compression.low_ratio, compression.high_ratio) if compression.lvtc else (compression.high_ratio,)
+    check_precision(
+        args,
+        settings_from(args, TrainSettings).fp8_parts or ["decoder"],
+        tokens_per_tile=vision.tokens_per_tile,
+        cells=tuple(round(patches * ratio) ** 2 for ratio in ratios),
+    )
 
 
 def _check_unsupported(args: argparse.Namespace) -> None:
@@ -224,6 +241,7 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
         return
     if not data.data:
         raise ValueError("--data is not set: the meta.json of the training data")
+    check_packing(data, train, micro_batch_size=args.micro_batch_size)
     if not args.tokenizer_model:
         raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
 

@@ -68,6 +68,10 @@ class TrainSettings:
 
     model_preset: str | None = None
     """Named model: sets Megatron's architecture flags and ours; later flags override it."""
+    precision: str | None = None
+    """Named precision, such as bf16 or fp8_tensorwise (precision.py): sets Megatron's flags; later flags win."""
+    fp8_parts: list[str] | None = None
+    """What runs in FP8 under an FP8 precision: decoder (always), vision, projectors. Unset: the decoder."""
     freeze_vision: bool = False
     """Do not train the vision encoder."""
     freeze_llm: bool = False
@@ -79,7 +83,7 @@ class TrainSettings:
     boundary: Literal["variable", "static"] = "variable"
     """Row counts between pipeline stages: exchanged per message, or padded to fixed budgets."""
     shallow_seq_length: int | None = None
-    """Static boundaries: rows of the shallow phase per micro-batch, in tokens."""
+    """Static boundaries and packing: rows of the shallow phase per micro-batch, in tokens."""
     max_tiles_per_pack: int | None = None
     """Static boundaries and packing: tiles per micro-batch at most."""
 
@@ -89,7 +93,21 @@ class DataSettings:
     """Where samples come from and how images are cut into tiles."""
 
     data: str | None = None
-    """InternVL meta.json of the training data."""
+    """Training data: InternVL's meta.json, or with --loader energon what tools/prepare_data.py made of it."""
+    loader: Literal["simple", "energon"] = "simple"
+    """simple: reads meta.json, by global position. energon: reads a prepared directory, blends, packs."""
+    packing: bool = False
+    """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
+    pack_buffer: int = 1000
+    """Samples of each loader process among which packs are chosen."""
+    shuffle_buffer: int = 256
+    """Samples of each loader process from which the next is drawn at random (energon loader)."""
+    image_decoder: Literal["dali", "pillow"] = "pillow"
+    """Image decoder of the energon loader: DALI (on the GPU if there is one) or the Pillow reference."""
+    dataloader_save: str | None = None
+    """Directory for the energon loader's position, saved with each checkpoint. Unset: loader/ in --save."""
+    restart_data: bool = False
+    """On resume, start the data anew, in another order, instead of where the checkpoint left it."""
     valid_data: str | None = None
     """InternVL meta.json of held-out data. Unset: no validation."""
     conversation_template: str = "internvl2_5"
@@ -106,8 +124,10 @@ class DataSettings:
     """One tile per image: the whole image stretched to image_size (released non-HD models)."""
     loader_workers: int = 2
     """Processes per loading rank that tokenize, decode and resize. 0: in the training process."""
-    max_rejects: int = 100
-    """Training stops once this many samples were unusable."""
+    max_rejects: int | None = None
+    """Training stops once more samples than this were unusable. Unset: no limit but the rate."""
+    max_reject_rate: float = 0.05
+    """Training stops once a larger share of the samples was unusable; judged from 200 samples on. 1: off."""
     rejects_file: str | None = None
     """JSON lines file that lists every unusable sample. Unset: in the checkpoint directory, if any."""
     released_quirks: bool = False
@@ -132,6 +152,10 @@ class RunSettings:
     """Go on from the newest complete checkpoint in --save; the first start takes --load, if given."""
     max_tries: int = 3
     """With --auto-resume, starts without a newer checkpoint in between after which training gives up."""
+    mlflow_experiment: str | None = None
+    """Log to this MLflow experiment: at MLFLOW_TRACKING_URI, else in SQLite in --save. Unset: off."""
+    stall_minutes: float = 30.0
+    """With --exit-signal-handler, a rank whose step takes longer prints its stacks and exits. 0: off."""
 
 
 SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
@@ -148,8 +172,6 @@ def grid_side(patches: int, ratio: float, name: str) -> int:
             f"{name} {ratio} does not fit {patches}x{patches} patches per tile: "
             f"it must be 1/n with n a divisor of {patches}"
         )
-    stall_minutes: float = 30.0
-    """With --exit-signal-handler, a rank whose step takes longer prints its stacks and exits. 0: off."""
     return patches // block
 
 
@@ -253,4 +275,22 @@ def check_static_budgets(
         raise ValueError(
             f"--shallow-seq-length {shallow} is more than --seq-length {deep}: the shallow phase has fewer "
             "rows than the deep one"
+        )
+
+
+def check_packing(data: DataSettings, train: TrainSettings, *, micro_batch_size: int) -> None:
+    """Check that packs can be made, and that a pack is a micro-batch."""
+    for flag, value in (("--pack-buffer", data.pack_buffer), ("--shuffle-buffer", data.shuffle_buffer + 1)):
+        if value < 1:
+            raise ValueError(f"{flag} is too small")
+    if not 0 <= data.max_reject_rate <= 1:
+        raise ValueError(f"--max-reject-rate {data.max_reject_rate} is no share between 0 and 1")
+    if not data.packing:
+        return
+    if data.loader != "energon":
+        raise ValueError("--packing needs --loader energon, and --data a directory of tools/prepare_data.py")
+    if micro_batch_size != 1:
+        raise ValueError(
+            f"--packing makes each pack a micro-batch: --micro-batch-size {micro_batch_size} must be 1; "
+            "raise --seq-length, --shallow-seq-length and --max-tiles-per-pack instead"
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from copy import copy
@@ -20,7 +21,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.energon_loader import Batch, Decode, Delivery, PackEncoder, RawPack, finish
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import MARK, METADATASET
+from megatron_internvlx.data.prepare import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
 from megatron_internvlx.data.sample import SampleEncoder
 
@@ -68,17 +69,6 @@ class LoaderState:
     energon: SavableDataLoaderState | None
     pending: list[Any] = field(default_factory=list)
     version: int = STATE_VERSION
-
-
-def prepared_sets(directory: str | Path) -> list[dict[str, Any]]:
-    """Reports of the sets in a prepared directory; ValueError if it is none."""
-    path = Path(directory) / MARK
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} is no prepared data set (it has no {MARK}): make one with "
-            "tools/prepare_data.py META.json OUT, or use the simple loader with a meta.json"
-        )
-    return json.loads(path.read_text())["sets"]
 
 
 class EnergonBatches:
@@ -274,8 +264,12 @@ class EnergonBatches:
 
 
 def _start_worker(first: Any, worker_id: int) -> None:
+    faulthandler.enable(2)  # a crash in a codec is silent otherwise
     torch.set_num_threads(1)  # each worker has one core; more threads would fight over it
     first(worker_id)
+    # Energon collects garbage next. What the training process left behind (process groups, their pending
+    # work) must not be destroyed in a fork of it: that crashes.
+    gc.freeze()
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -176,6 +176,7 @@ def batches(
     for slots in loader:
         batch = []
         for slot in slots:
+            reject_log.saw(len(slot.rejects) + 1)
             for bad in slot.rejects:
                 reject_log.add(bad)
             if slot.item is None:

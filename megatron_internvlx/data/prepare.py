@@ -316,6 +316,17 @@ def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -
     return reports
 
 
+def prepared_sets(directory: str | Path) -> list[dict[str, Any]]:
+    """Reports of the sets in a prepared directory; ValueError if it is none."""
+    path = Path(directory) / MARK
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} is no prepared data set (it has no {MARK}): make one with "
+            "tools/prepare_data.py META.json OUT, or use the simple loader with a meta.json"
+        )
+    return json.loads(path.read_text())["sets"]
+
+
 def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSettings) -> None:
     import yaml
 

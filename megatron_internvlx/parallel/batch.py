@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,6 +231,13 @@ class SharedBatches:
             self._kept[self._received] = (self.channel.receive(self.loader), self.readers)
             self._received += 1
 
+    def loader_state(self) -> Any:
+        """What the loader says of its position, which must be that of the micro-batches consumed."""
+        if self._kept:
+            raise RuntimeError(f"{len(self._kept)} micro-batches are received and not yet consumed")
+        save = getattr(self.loader, "save_state", None)
+        return save() if save is not None else None
+
     def peek(self, number: int) -> MicroBatch:
         """The micro-batch with this number, which stays for its readers."""
         self._receive_up_to(number)
@@ -257,6 +265,10 @@ class BatchIterator:
         batch = self.shared.get(self._next)
         self._next += 1
         return batch
+
+    def save_state(self) -> Any:
+        """Position of the loader for Megatron's checkpoint; None if it needs none. On the loading rank."""
+        return self.shared.loader_state()
 
     def upcoming(self, least: int) -> tuple[int, DevicePlan]:
         """Number and plan of the first micro-batch not consumed, or of number `least` if that is later."""

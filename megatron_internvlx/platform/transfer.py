@@ -1,5 +1,7 @@
 """Host to device copies that do not wait."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from megatron_internvlx.platform import backend, device
@@ -10,3 +12,8 @@ def to_device(host: torch.Tensor) -> torch.Tensor:
     if backend() == "gloo":
         return host
     return host.pin_memory().to(device(), non_blocking=True)
+
+
+def side_stream() -> AbstractContextManager:
+    """A queue of the device beside that of training, for the thread that enters it."""
+    return nullcontext() if backend() == "gloo" else torch.cuda.stream(torch.cuda.Stream())

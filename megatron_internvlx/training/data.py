@@ -18,7 +18,9 @@ from megatron_internvlx.config import DataSettings, TrainSettings
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.loader import ConversationDataset, batches
 from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings, build_plan
+from megatron_internvlx.data.prepare import prepared_sets
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
@@ -50,9 +52,18 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
     )
 
 
-def build_encoder(args: argparse.Namespace) -> SampleEncoder:
+def pack_budget(args: argparse.Namespace) -> Budget | None:
+    """What a pack may hold; None without --packing."""
+    if not settings_from(args, DataSettings).packing:
+        return None
+    train = settings_from(args, TrainSettings)
+    return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
+
+
+def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> SampleEncoder:
     """Record -> tokens, labels and tile grids, as the model's token counts want them."""
     data = settings_from(args, DataSettings)
+    compression = compression_plan(args)
     settings = EncoderSettings(
         template=data.conversation_template,
         tile_size=args.image_size,
@@ -60,7 +71,9 @@ def build_encoder(args: argparse.Namespace) -> SampleEncoder:
         max_tiles=data.max_tiles,
         use_thumbnail=not data.no_thumbnail,
         rvtc=data.rvtc,
-        tokens_per_tile=compression_plan(args).high_grid ** 2,
+        tokens_per_tile=compression.high_grid**2,
+        shallow_tokens_per_tile=compression.low_grid**2 if compression.lvtc else None,
+        budget=budget,
         max_length=args.seq_length,
         dynamic_image_size=not data.static_image_size,
         compat=released_quirks() if data.released_quirks else ReleasedQuirks(),
@@ -109,7 +122,15 @@ class DataProvider:
 
     def open_files(self) -> None:
         """Find a mistake before anything is built: rank 0 loads in every layout. Raises ValueError."""
-        if os.environ.get("RANK", "0") == "0":
+        energon = self.data.loader == "energon"
+        if energon:
+            # Energon takes seconds to import; the simple loader does without.
+            from megatron_internvlx.training.loaders import save_with_checkpoints
+
+            save_with_checkpoints(self.args)
+        if os.environ.get("RANK", "0") == "0" and energon:
+            prepared_sets(self.data.data or "")
+        elif os.environ.get("RANK", "0") == "0":
             self._train_manifest = Manifest(self.data.data or "")
         if self.data.valid_data:
             self.valid_manifest = Manifest(self.data.valid_data)
@@ -155,8 +176,13 @@ class DataProvider:
             path = self.data.rejects_file
             if path is None and args.save:
                 path = str(Path(args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
-            self.rejects = RejectLog(path, self.data.max_rejects)
+            self.rejects = RejectLog(path, self.data.max_rejects, self.data.max_reject_rate)
         train = split == "train"
+        if train and self.data.loader == "energon":
+            from megatron_internvlx.training.loaders import energon_loader
+
+            encoder = build_encoder(args, pack_budget(args))
+            return energon_loader(args, encoder, plan_settings(args), self.rejects)
         manifest = self._train_manifest or Manifest(self.data.data or "") if train else self.valid_manifest
         assert manifest is not None
         dataset = ConversationDataset(manifest, build_encoder(args), seed=args.seed, shuffle=train)

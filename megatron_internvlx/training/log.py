@@ -12,12 +12,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx import platform
-from megatron_internvlx.arguments import settings_from
+from megatron_internvlx.arguments import settings_from, vision_config
 from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.data.rejects import CAUSES
+from megatron_internvlx.model.builder import compression_plan
 from megatron_internvlx.training.answers import AnswerBook
 from megatron_internvlx.training.data import DataProvider
+from megatron_internvlx.training.flops import BackwardSettings
+from megatron_internvlx.training.metrics import TERA, StepMeter, mfu, peak_flops
+from megatron_internvlx.training.shape import ModelShape
 from megatron_internvlx.training.step import ForwardStep
+from megatron_internvlx.training.tracking import sinks
 
 GIB = 1 << 30
 
@@ -36,6 +42,8 @@ class TrainingLog:
 
     def __init__(self, args: argparse.Namespace, data: DataProvider) -> None:
         self.args, self.data = args, data
+        # Losses are known on the last rank.
+        self.sinks = sinks(args) if args.rank == args.world_size - 1 else []
         self.settings = settings_from(args, DataSettings)
         self.losses: list[tuple[int, float]] = []
         self.accuracies: list[tuple[int, float]] = []
@@ -43,10 +51,14 @@ class TrainingLog:
         self.book = AnswerBook(args, data) if self.settings.valid_data else None
         self.step: ForwardStep | None = None
         self._logged = 0
+        self.rejects: dict[str, int] = {}
+        """Unusable samples so far over all ranks, per cause."""
 
     def install(self, step: ForwardStep) -> None:
         """Take over Megatron's output; before `pretrain`."""
         self.step = step
+        shape = ModelShape.from_args(self.args, vision_config(self.args), compression_plan(self.args))
+        step.meter = StepMeter(shape, BackwardSettings.from_args(self.args))
         platform.install_log_line(self.train_line, self.eval_line)
 
     def answers(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
@@ -67,24 +79,30 @@ class TrainingLog:
             f"lr {_number(record.learning_rate, '.2e')}",
             f"{totals['tokens_per_s']:,.0f} tokens/s",
             f"{totals['seconds'] * 1000:.0f} ms/step",
+            f"{totals['tflops']:.{3 if totals['tflops'] < 10 else 0}f} TFLOP/s",
+            f"MFU {_number(totals['mfu'], '.1%')}",
             f"padding {totals['padding']:.1%}",
             f"data wait {totals['wait']:.1%}",
             f"memory {totals['memory']:.2f} GiB",
         ]
         if totals["rejects"]:
-            parts.append(f"unusable samples {totals['rejects']:.0f}")
+            parts.append(f"unusable samples {totals['rejects']:.0f} ({self._causes()})")
         if record.skipped or record.nan:
             parts.append(f"skipped {record.skipped} nan {record.nan}")
+        for sink in self.sinks:
+            sink.metrics(record.iteration, self._metrics(record, totals))
         return self._shown(" | ".join(parts), record, loss, totals["tokens_per_s"])
 
-    def _totals(self, record: platform.LogRecord) -> dict[str, float]:
+    def _totals(self, record: platform.LogRecord) -> dict[str, Any]:
         """Figures of the interval over all ranks, one all-reduce."""
         assert self.step is not None
         counters = self.step.take()
+        flops = self.step.meter.take().model_flops if self.step.meter else 0
         replicas = dist.get_world_size() // mpu.get_data_parallel_world_size()
-        rejects = self.data.rejects.total if self.data.rejects else 0
+        counts = self.data.rejects.counts if self.data.rejects else {}
         sums = torch.tensor(
-            [counters.rows / replicas, counters.padding / replicas, rejects], device=platform.device()
+            [flops / TERA / replicas, counters.rows / replicas, counters.padding / replicas, *(counts.get(c, 0) for c in CAUSES)],
+            device=platform.device(),
         )
         dist.all_reduce(sums)
         wait = counters.data_wait if self.data.is_loading_rank else 0.0
@@ -92,8 +110,10 @@ class TrainingLog:
             [wait, platform.peak_memory() / GIB], dtype=torch.float32, device=platform.device()
         )
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        rows, padding, rejected = sums.tolist()
+        teraflop, rows, padding, *rejected = sums.tolist()
+        self.rejects = {cause: int(count) for cause, count in zip(CAUSES, rejected, strict=True) if count}
         wait, memory = peaks.tolist()
+        self._logged = self._logged or self.args.iteration  # what a checkpoint had reached
         steps = max(record.iteration - self._logged, 1)
         self._logged = record.iteration
         interval = max(record.seconds * steps, 1e-9)
@@ -103,8 +123,33 @@ class TrainingLog:
             "padding": padding / max(rows, 1),
             "wait": wait / interval,
             "memory": memory,
-            "rejects": rejected,
+            "rejects": sum(rejected),
+            "tflops": teraflop / interval / dist.get_world_size(),
+            "mfu": mfu(teraflop * TERA, interval, dist.get_world_size(), self._peak()),
         }
+
+    def _peak(self) -> float | None:
+        """Peak of one device in FLOP/s, for the type of most matrix products."""
+        return peak_flops(platform.device_name(), "fp8" if self.args.fp8 else "bf16")
+
+    def _metrics(self, record: platform.LogRecord, totals: dict[str, Any]) -> dict[str, float | None]:
+        """What sinks get of a log interval."""
+        names = ("tokens_per_s", "tflops", "mfu", "padding", "memory", "rejects")
+        return {
+            "loss": record.losses.get("loss"),
+            "learning_rate": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            "step_seconds": totals["seconds"],
+            "data_wait": totals["wait"],
+            "skipped_steps": float(record.skipped),
+            "consumed_samples": float(record.consumed_samples),
+            **{name: totals[name] for name in names},
+        }
+
+    def _causes(self) -> str:
+        """Unusable samples of all ranks per cause, the most frequent first."""
+        counts = sorted(self.rejects.items(), key=lambda item: -item[1])
+        return ", ".join(f"{cause} {count}" for cause, count in counts)
 
     def _shown(self, line: str, record: platform.LogRecord, loss, tokens_per_s: float) -> str | None:
         """The line for the log; at a terminal, print it above the progress bar instead."""
@@ -129,6 +174,10 @@ class TrainingLog:
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if "accuracy" in values:
             self.accuracies.append((iteration, values["accuracy"]))
+        for sink in self.sinks:
+            sink.metrics(iteration, {f"validation_{name}": value for name, value in values.items()})
+            if self.settings.predictions_file:
+                sink.artifact(self.settings.predictions_file)
         shown = f"validation at step {iteration} | loss {_number(values.get('loss'), '.4f')}"
         return shown + f" | answers right {_number(values.get('accuracy'), '.1%')}"
 
@@ -136,8 +185,19 @@ class TrainingLog:
         """Write the report and end the progress bar; after `pretrain`."""
         if self.bar is not None:
             self.bar.close()
-        if not is_last_rank() or not self.losses:
-            return
+        if is_last_rank() and self.losses:
+            self._summarize()
+        self.close_sinks("FINISHED")
+
+    def close_sinks(self, status: str) -> None:
+        """Tell the sinks how the run ends: FINISHED, FAILED, or SCHEDULED to go on later."""
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            if self.settings.report_file and status == "FINISHED":
+                sink.artifact(self.settings.report_file)
+            sink.close(status)
+
+    def _summarize(self) -> None:
         if self.book is not None and self.book.last:
             print(self.book.summary())
         if self.settings.report_file:

@@ -1,0 +1,90 @@
+"""Training with the Energon loader: packs, resume bit for bit, and on another number of ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_internvlx.data.prepare import PrepareSettings, prepare
+from tests import entry
+from tests.distributed import Pool
+from tools import make_demo_data
+
+PACKING = [
+    *("--packing", "--micro-batch-size", "1", "--seq-length", "400", "--shallow-seq-length", "300"),
+    *(
+        "--max-tiles-per-pack",
+        "20",
+        "--pack-buffer",
+        "12",
+        "--shuffle-buffer",
+        "4",
+        "--image-decoder",
+        "dali",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    assert make_demo_data.main(["--out", str(folder), "--train", "60", "--val", "4"]) == 0
+    broken = next((folder / "images" / "train").glob("000007.*"))
+    broken.write_bytes(b"")
+    prepare(folder / "meta.json", folder / "prepared", PrepareSettings())
+    return folder
+
+
+def arguments(demo: Path, *more: str) -> list[str]:
+    return [
+        *("--recipe", "examples/demo/demo.yaml", "--log-interval", "1", "--global-batch-size", "4"),
+        *("--loader", "energon", "--data", str(demo / "prepared"), "--eval-iters", "0", *PACKING),
+        *("--tokenizer-model", str(demo / "tokenizer"), "--lr-warmup-fraction", "0"),
+        *("--train-iters", "6", "--lr-decay-iters", "6", *more),
+    ]
+
+
+def back_to(saved: Path, step: int, copy: Path) -> Path:
+    """A copy of a run's directory as it was after `step`."""
+    shutil.copytree(saved, copy)
+    for later in copy.rglob("iter_*"):
+        if later.is_dir() and int(later.name[5:]) > step:
+            shutil.rmtree(later)
+    (copy / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return copy
+
+
+PLAIN = ["--pipeline-model-parallel-size", "1"]
+VIRTUAL = [
+    *("--pipeline-model-parallel-size", "2"),
+    *("--num-virtual-stages-per-pipeline-rank", "2"),
+]
+
+
+@pytest.mark.parametrize(("layout", "workers"), [(PLAIN, 1), (VIRTUAL, 0)], ids=["dp2", "pp2-virtual"])
+def test_resume_gives_the_same_losses_bit_for_bit(
+    pool: Pool, demo: Path, tmp_path: Path, layout: list[str], workers: int
+) -> None:
+    more = [*layout, "--loader-workers", str(workers)]
+    saved = tmp_path / "saved"
+    unbroken = pool.run(2, entry.run, arguments(demo, *more, "--save", str(saved), "--save-interval", "2"))
+    assert [r["code"] for r in unbroken] == [0, 0]
+    losses = unbroken[-1]["losses"]
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    resumed = pool.run(
+        2, entry.run, arguments(demo, *more, "--load", str(back_to(saved, 2, tmp_path / "two")))
+    )
+    assert resumed[-1]["losses"] == {step: losses[step] for step in (3, 4, 5, 6)}
+    rejects = [json.loads(line) for file in saved.glob("rejects*") for line in file.read_text().splitlines()]
+    assert {row["key"] for row in rejects} <= {"train.jsonl:8"}
+    if workers:
+        alone = pool.run(1, entry.run, arguments(demo, *more, "--load", str(tmp_path / "two")))
+        assert alone[0]["code"] == 0
+        assert "going on from 2 ranks x 1 workers as 1 ranks x 2 workers" in alone[0]["out"]
+        assert alone[0]["losses"][3] == pytest.approx(losses[3], rel=1e-5)
+    else:
+        fresh = [*PLAIN, "--loader-workers", "0", "--load", str(tmp_path / "two"), "--restart-data"]
+        other = pool.run(2, entry.run, arguments(demo, *fresh))
+        assert "the data starts anew" in other[0]["out"]
+        assert other[-1]["losses"][3] != losses[3]
