@@ -1,4 +1,4 @@
-"""What tools/plan_pipeline.py prints; apart from it because Megatron must be set up before this is imported."""
+"""What tools/plan_pipeline.py does, in a file of its own: Megatron must be set up before the imports here."""
 
 from __future__ import annotations
 
@@ -149,18 +149,18 @@ def _given(task: Task) -> tuple[int, ...] | None:
 
 def _head(task: Task, costs: cost.LayerCosts) -> list[str]:
     args, stats, machine = task.args, task.stats, task.machine
-    source = (
-        f"measured, {task.own.profile}"
-        if task.own.profile
-        else f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
-    )
+    counted = f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
+    source = f"measured, {task.own.profile}" if task.own.profile else counted
+    grids, schedule = task.shape.compression, task.schedule
+    link = f"{machine.bandwidth / 1e9:g} GB/s and {machine.latency * 1e6:g} us per message"
     return [
         f"model        {args.model_preset or ''} {task.shape.layers} layers, expansion at layer "
-        f"{task.shape.shallow_layers or '-'}, injections {list(task.shape.compression.injection_layers)}",
-        f"micro-batch  {stats.projected_tiles} tiles, {stats.shallow_rows:,} shallow and {stats.deep_rows:,} deep rows",
-        f"schedule     TP {args.tensor_model_parallel_size}, PP {task.schedule.pipeline}, VPP {task.schedule.chunks}, "
-        f"{task.schedule.micro_batches} micro-batches",
-        f"costs        {source}; {machine.bandwidth / 1e9:g} GB/s and {machine.latency * 1e6:g} us per message",
+        f"{task.shape.shallow_layers or '-'}, injections {list(grids.injection_layers)}",
+        f"micro-batch  {stats.projected_tiles} tiles, {stats.shallow_rows:,} shallow and "
+        f"{stats.deep_rows:,} deep rows",
+        f"schedule     TP {args.tensor_model_parallel_size}, PP {schedule.pipeline}, VPP {schedule.chunks}, "
+        f"{schedule.micro_batches} micro-batches",
+        f"costs        {source}; {link}",
         f"             vision and entry {_ms(costs.first)} ms, layer 0 {_ms(costs.layers[0])} ms, "
         f"last layer {_ms(costs.layers[-1])} ms, loss {_ms(costs.last)} ms (forward + backward)",
     ]

@@ -33,6 +33,7 @@ def compression_plan(args: argparse.Namespace) -> CompressionPlan:
         patches=patches,
         vision_hidden_size=vision.hidden_size,
         upsample=compression.upsample,
+        fp8=bool(args.fp8) and "projectors" in (args.fp8_parts or ()),
     )
 
 
@@ -93,6 +94,7 @@ class ModelProvider:
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
             freeze_vision=train.freeze_vision,
             vision_recompute=args.vision_recompute,
+            vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
             loss_weight=lambda plan: loss_weights(plan, train.loss_weighting)[1],
             budget=static_budget(args),
             pre_process=pre_process,

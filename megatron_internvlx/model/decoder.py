@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ class CompressionPlan:
     patches: int
     vision_hidden_size: int
     upsample: str
+    fp8: bool = False
+    """Projectors run in the decoder's FP8; False: in bf16, inside its layers too."""
 
     @property
     def lvtc(self) -> bool:
@@ -40,6 +43,9 @@ class CompressionPlan:
 
     def build_projector(self, config, grid: int, pg_collection):
         """A projector from ViT features to grid x grid tokens per tile."""
+        if not self.fp8:
+            config = copy.copy(config)
+            config.fp8 = None
         return PROJECTORS[self.projector](
             config,
             self.vision_hidden_size,

@@ -55,6 +55,7 @@ class InternVLX(MegatronModule):
         rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
         share_embeddings_and_output_weights: tied embeddings.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
+        vision_recompute, vision_fp8: recomputation and precision of the vision encoder.
         loss_weight: total loss weight of a micro-batch; for the experts' load-balancing loss.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """
@@ -73,6 +74,7 @@ class InternVLX(MegatronModule):
         share_embeddings_and_output_weights: bool = False,
         freeze_vision: bool = False,
         vision_recompute: bool = False,
+        vision_fp8: bool = False,
         loss_weight: Callable[[SequencePlan], int] = supervised_tokens,
         budget: Budget | None = None,
         pre_process: bool = True,
@@ -103,7 +105,9 @@ class InternVLX(MegatronModule):
             budget=budget,
         )
         if pre_process:
-            vision_settings = internvit_transformer_config(vision, config, recompute=vision_recompute)
+            vision_settings = internvit_transformer_config(
+                vision, config, recompute=vision_recompute, fp8=vision_fp8
+            )
             self.vision_model = InternViT(vision, vision_settings, self.tp_group)
             self.projector = compression.build_projector(config, compression.entry_grid, self.pg_collection)
         self.language_model = GPTModel(

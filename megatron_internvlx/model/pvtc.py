@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from megatron_internvlx.model.drop_path import drop_path
 from megatron_internvlx.model.norm import norm_builder
+from megatron_internvlx.precision import high_precision, projector_precision
 
 PVTC_HEADS = 16
 PVTC_EPS = 1e-6
@@ -182,6 +183,10 @@ class PVTC(MegatronModule):
 
     def forward(self, features_TLc: Tensor) -> Tensor:
         """ViT features [T, 1+P*P, c], CLS first -> visual rows [T, g*g, h], row-major per tile."""
+        with projector_precision(self.config):
+            return self._project(features_TLc)
+
+    def _project(self, features_TLc: Tensor) -> Tensor:
         T, _, c = features_TLc.shape
         g, h = self.grid, self.config.hidden_size
         windows_Nwc = tile_windows(features_TLc[:, 1:].reshape(T, self.patches, self.patches, c), self.block)
@@ -191,7 +196,9 @@ class PVTC(MegatronModule):
         if self.transpose_query:
             shuffled = shuffled.transpose(1, 2)
         query_local = self.query_proj(shuffled.reshape(T * g * g, -1))
-        query_global = self.cls_proj(features_TLc[:, 0]).view(T, 1, 1, h) * self.cls_scale
+        with high_precision(self.config):  # one row per tile: too few for FP8
+            cls_Th = self.cls_proj(features_TLc[:, 0])
+        query_global = cls_Th.view(T, 1, 1, h) * self.cls_scale
         out_Nh = self.attn_local(query_local, kv_Nwh) + self.attn_global(query_global.view(-1, h), kv_Nwh)
         return out_Nh.view(T, g * g, h)
 
@@ -228,8 +235,9 @@ class MLPProjector(MegatronModule):
         shuffled = windows.reshape(T, g, g, -1)
         if self.transpose_output:
             shuffled = shuffled.transpose(1, 2)
-        x, _ = self.linear_fc1(self.norm(shuffled.reshape(T, g * g, -1)))
-        return self.linear_fc2(F.gelu(x))[0]
+        with projector_precision(self.config):
+            x, _ = self.linear_fc1(self.norm(shuffled.reshape(T, g * g, -1)))
+            return self.linear_fc2(F.gelu(x))[0]
 
 
 PROJECTORS = {"pvtc": PVTC, "mlp": MLPProjector}

@@ -9,19 +9,19 @@ from tests.distributed import forget_megatron
 from tools import plan_pipeline
 
 MODEL = """
---num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --normalization RMSNorm --swiglu
---disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
---vision-preset internvit_tiny --image-size 56 --patch-size 14 --vocab-size 64 --make-vocab-size-divisible-by 1
---seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --train-iters 1
---expand-layer 3 --inject-layers 5 --max-tiles 6
-""".split()
+--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --normalization RMSNorm
+--swiglu --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+--vision-preset internvit_tiny --image-size 56 --patch-size 14 --vocab-size 64
+--make-vocab-size-divisible-by 1 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1
+--global-batch-size 8 --lr 1e-3 --train-iters 1 --expand-layer 3 --inject-layers 5 --max-tiles 6
+"""
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     def run(*options: str) -> tuple[int, str, str]:
         environment = dict(os.environ)
-        monkeypatch.setattr(sys, "argv", ["plan_pipeline.py", *MODEL, *options])
+        monkeypatch.setattr(sys, "argv", ["plan_pipeline.py", *MODEL.split(), *options])
         try:
             code = plan_pipeline.main()
         finally:

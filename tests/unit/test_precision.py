@@ -1,0 +1,150 @@
+"""Named precisions become Megatron's arguments, and impossible sizes end with numbers and a remedy."""
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+from megatron.core.enums import Fp8Recipe  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.arguments import parse_args  # noqa: E402
+
+from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.model.builder import compression_plan  # noqa: E402
+from megatron_internvlx.precision import PRECISIONS, check_precision, precision_defaults  # noqa: E402
+
+BASE = ["--model-preset", "internvlx_2b", "--seq-length", "4096", "--lr", "1e-3", "--train-iters", "1"]
+BASE += ["--global-batch-size", "1", "--dry-run", "--transformer-impl", "transformer_engine"]
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch):
+    def parse(*flags: str) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *BASE, *flags])
+        monkeypatch.setattr(platform, "pretend_hopper", lambda: None)
+        args = parse_args(arguments.add_our_arguments)
+        arguments.check_arguments(args)
+        return args
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "name,format_,recipe",
+    [
+        ("bf16", None, None),
+        ("fp8_tensorwise", "hybrid", "tensorwise"),
+        ("fp8_delayed", "hybrid", "delayed"),
+        ("fp8_blockwise", "e4m3", "blockwise"),
+        ("mxfp8", "e4m3", "mxfp8"),
+    ],
+)
+def test_names_become_megatrons_arguments(parsed, name: str, format_: str | None, recipe: str | None) -> None:
+    args = parsed("--precision", name)
+    assert args.bf16 and args.fp8 == format_
+    if recipe is None:
+        assert arguments.row_alignment(args) == 1
+        return
+    assert args.fp8_recipe == recipe == Fp8Recipe[recipe].value
+    assert arguments.row_alignment(args) == (32 if recipe == "mxfp8" else 16)
+    if recipe == "delayed":
+        assert (args.fp8_amax_history_len, args.fp8_amax_compute_algo) == (1024, "max")
+
+
+def test_every_name_is_tested() -> None:
+    marks = test_names_become_megatrons_arguments.pytestmark
+    assert {case[0] for mark in marks for case in mark.args[1]} == set(PRECISIONS)
+
+
+def test_megatron_takes_them(parsed) -> None:
+    """Through Megatron's own checks to the config that its layers read."""
+    args = parsed(
+        "--precision", "fp8_tensorwise", "--first-last-layers-bf16", "--num-layers-at-start-in-bf16", "2"
+    )
+    arguments.validate(args)
+    config = core_transformer_config_from_args(args)
+    assert (config.fp8, config.fp8_recipe, config.bf16) == ("hybrid", "tensorwise", True)
+    assert config.first_last_layers_bf16 and config.num_layers_at_start_in_bf16 == 2
+
+
+def test_later_flags_and_recipes_win(parsed, tmp_path) -> None:
+    assert parsed("--precision", "fp8_tensorwise", "--fp8-recipe", "blockwise").fp8_recipe == "blockwise"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("precision: fp8_delayed\nfp8_amax_history_len: 16\n")
+    args = parsed("--recipe", str(recipe))
+    assert (args.fp8_recipe, args.fp8_amax_history_len) == ("delayed", 16)
+    assert parsed("--recipe", str(recipe), "--precision", "mxfp8").fp8_recipe == "mxfp8"
+
+
+def test_sequence_parallel_rows_align_on_every_rank(parsed) -> None:
+    args = parsed("--precision", "mxfp8", "--tensor-model-parallel-size", "4", "--sequence-parallel")
+    assert arguments.row_alignment(args) == 32 * 4
+
+
+def test_parts(parsed) -> None:
+    assert not compression_plan(parsed("--precision", "fp8_tensorwise")).fp8
+    assert not compression_plan(parsed("--precision", "bf16", "--fp8-parts", "decoder", "projectors")).fp8
+    assert compression_plan(
+        parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "projectors")
+    ).fp8
+    static = ["--boundary", "static", "--shallow-seq-length", "2048", "--max-tiles-per-pack", "16"]
+    parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "vision", *static)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--precision fp9", "--precision fp9: unknown; one of bf16, fp8_tensorwise"),
+        ("--precision mxfp8 --fp8-parts eyes", "--fp8-parts eyes: unknown"),
+        ("--precision mxfp8 --fp8-parts vision", "--fp8-parts without decoder"),
+        (
+            "--precision fp8_tensorwise --transformer-impl local",
+            "it is local: without a GPU use --precision bf16",
+        ),
+        (
+            "--precision fp8_delayed --first-last-layers-bf16",
+            "delayed scaling cannot leave single layers out",
+        ),
+        ("--precision fp8_tensorwise --fp8-param-gather", "name projectors in --fp8-parts"),
+        (
+            "--precision fp8_tensorwise --ffn-hidden-size 8200",
+            "--ffn-hidden-size 8200 is not a multiple of 16",
+        ),
+        (
+            "--precision mxfp8 --ffn-hidden-size 8256 --tensor-model-parallel-size 8",
+            "8256 is not a multiple of 256: mxfp8 FP8 needs 32 on each of 8 tensor-parallel ranks",
+        ),
+        (
+            "--precision fp8_tensorwise --fp8-parts decoder vision",
+            "a tile has 1025 tokens.*--max-tiles-per-pack a multiple of 16",
+        ),
+        (
+            "--precision fp8_tensorwise --fp8-parts decoder vision --boundary static "
+            "--shallow-seq-length 2048 --max-tiles-per-pack 13",
+            "--max-tiles-per-pack 13 makes 13325 rows on each of 1",
+        ),
+    ],
+)
+def test_impossible_precisions(parsed, flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*flags.split())
+
+
+def test_projector_rows_must_align() -> None:
+    args = SimpleNamespace(
+        fp8="hybrid", fp8_recipe="tensorwise", transformer_impl="transformer_engine", hidden_size=64,
+        first_last_layers_bf16=False, fp8_param_gather=False, tensor_model_parallel_size=1, kv_channels=16,
+        num_attention_heads=4, num_query_groups=4, group_query_attention=True, ffn_hidden_size=64, num_experts=None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="4 rows per tile are not a multiple of 16"):
+        check_precision(args, ["decoder", "projectors"], tokens_per_tile=65, cells=(4, 16))
+    check_precision(args, ["decoder"], tokens_per_tile=65, cells=(4, 16))
+
+
+def test_no_name_changes_nothing() -> None:
+    assert precision_defaults(None) == {}
