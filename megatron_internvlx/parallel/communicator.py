@@ -73,8 +73,6 @@ class BoundaryCommunicator(P2PCommunicator):
         self.stages: dict[int, InternVLX] = {}
         self.traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
         """Received, by (boundary, direction); boundary b follows virtual stage b of the model."""
-        self.shape_messages = 0
-        """Shape messages exchanged: none, unless someone adds them."""
         # Rows of the outputs sent, by chunk, for the gradients that will come back for them.
         self._awaited: dict[int, deque[int]] = defaultdict(deque)
         # Number of the latest micro-batch whose input was asked for, by chunk and mode.

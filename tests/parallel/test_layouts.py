@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.boundary import CASES as BENCHMARKED
+from benchmarks.boundary import rows
 from tests import layouts
 from tests.distributed import Pool
 from tests.layout_cases import (
@@ -96,6 +98,13 @@ def test_one_broadcast_per_micro_batch(runner: Runner) -> None:
     job = partial(layouts.train, weights=runner.weights("lvtc"), kind="single")
     for result in runner.pool.run(4, job, expand("tp=2 pp=2")):
         assert result["broadcasts"] == layouts.MICRO_BATCHES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [BENCHMARKED[2], BENCHMARKED[3]], ids=lambda case: case.name)
+def test_bytes_follow_the_formula(runner: Runner, case: Case) -> None:
+    """A frozen encoder gets no rows back, and nobody sends a shape; the benchmark asserts it."""
+    assert len(list(rows(runner, case))) == 7
 
 
 def test_the_table_covers_what_it_should() -> None:
