@@ -23,6 +23,7 @@ from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.remote_code import check_tokenizer, write_remote_code
 from megatron_internvlx.checkpoint.safetensors_io import (
     INDEX,
+    PICKLES,
     SINGLE,
     ShardPlan,
     TensorInfo,
@@ -163,7 +164,8 @@ def _files(
     infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int
 ) -> dict[str, TensorInfo]:
     """File of every tensor: the original's if all its names are there, else by size in order."""
-    if original and set(original) == set(infos):
+    kept = all(entry["file"].endswith(".safetensors") for entry in original.values())
+    if original and kept and set(original) == set(infos):
         return {name: TensorInfo(original[name]["file"], i.shape, i.dtype) for name, i in infos.items()}
     names = list(infos)
     groups = group_by_size([infos[name].nbytes for name in names], limit)
@@ -288,7 +290,7 @@ def _write_index(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-_OURS = {NOTES, INDEX, "config.json", "README.md", "processor_config.json", "preprocessor_config.json"}
+_OURS = {NOTES, INDEX, *PICKLES, "config.json", "README.md", "processor_config.json", "preprocessor_config.json"}
 
 
 def write_files(plan: ExportPlan, partial: Path) -> None:

@@ -1,0 +1,125 @@
+"""config.json to arguments: what is read, what is refused, and that writing it again changes nothing."""
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.hf_config import (
+    dims,
+    family_of,
+    model_config,
+    vision_arguments,
+    vision_from,
+)
+from megatron_internvlx.checkpoint.hf_write import chat_config
+from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from tests.converting import FAMILIES, Named, lvtc_config
+from tests.golden_weights import GOLDEN
+
+
+def read(config: dict[str, Any], *names: str):
+    return model_config(config, Named(*names))
+
+
+def changed(family: str, part: str | None = None, **fields: Any) -> dict[str, Any]:
+    config = json.loads(json.dumps({k: v for k, v in FAMILIES[family].items() if k != "pvtc"}))
+    (config[part] if part else config).update(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed("llama", model_type="llava"), "'llava'.*internvl_chat, internvlx or internvl"),
+        (changed("llama", "llm_config", architectures=["GemmaForCausalLM"], model_type="gemma"), "GemmaFor"),
+        (changed("internlm2", "llm_config", bias=True), "llm_config.bias = True"),
+        (changed("qwen2_tied", "llm_config", use_sliding_window=True), "use_sliding_window"),
+        (changed("llama", "llm_config", hidden_act="gelu"), "only silu"),
+        (changed("llama", "llm_config", rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling"),
+        (changed("qwen3_moe", "llm_config", norm_topk_prob=False), "norm_topk_prob"),
+        (changed("llama", force_image_size=32), "force_image_size 32"),
+        (changed("llama", "vision_config", hidden_act="relu"), "hidden_act"),
+        (changed("native", vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
+        ({"model_type": "internvl_chat", "llm_config": {}}, "'vision_config' is missing"),
+    ],
+)
+def test_what_is_not_supported_says_so(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        read(config)
+
+
+def test_dynamic_rope_scaling_is_plain_within_the_trained_length() -> None:
+    found = read(changed("internlm2", "llm_config", rope_scaling={"type": "dynamic", "factor": 2.0}))
+    assert "use_rope_scaling" not in found.arguments
+
+
+def test_llama3_rope_scaling() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = scaling | {"original_max_position_embeddings": 8192}
+    found = read(changed("llama", "llm_config", rope_scaling=rope)).arguments
+    assert found["use_rope_scaling"]
+    assert found["rope_scaling_factor"] == 8.0
+    again = chat_config(found, "llama", False, "float32")
+    assert read(again).arguments == found
+
+
+def test_stored_output_layer_decides_about_a_tie_that_is_claimed() -> None:
+    config = changed("native", tie_word_embeddings=True)
+    head = "lm_head.weight"
+
+    class Different(Named):
+        def equal(self, first: str, second: str) -> bool:
+            return False
+
+    assert read(config, "model.").tied
+    assert read(config, "model.", head).tied
+    assert not model_config(config, Different("model.", head)).tied
+
+
+def test_older_native_names() -> None:
+    assert read(changed("native"), "vision_tower.embeddings.cls_token").layout == "native_old"
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("native", "lvtc")])
+def test_written_config_reads_the_same(family: str) -> None:
+    marks = ["projector.cls_scale"] if family == "internvlx" else []
+    found = read(changed(family), *marks)
+    again = read(chat_config(found.arguments, found.family, found.tied, found.dtype), *marks)
+    assert again == found
+
+
+def test_family_of_a_model_trained_from_scratch() -> None:
+    for family in ("qwen2_tied", "qwen3", "qwen3_moe", "llama"):
+        found = read(changed(family))
+        assert family_of(found.arguments) == found.family
+
+
+def test_lvtc_sizes() -> None:
+    found = read(lvtc_config(), "projector.cls_scale")
+    sizes = dims(found.arguments, found.family)
+    assert (sizes.entry_grid, sizes.high_grid, sizes.injections) == (1, 2, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        internvit_preset("internvit_300m"),
+        internvit_preset("internvit_6b", image_size=224),
+        internvit_preset("internvit_6b_48l", select_layer=-4),
+        InternViTConfig(hidden_size=48, num_layers=5, num_heads=3, ffn_hidden_size=100, image_size=70),
+    ],
+)
+def test_any_vision_encoder_has_arguments(vision: InternViTConfig) -> None:
+    arguments = vision_arguments(vision)
+    assert vision_from(arguments) == vision
+    assert ("vision_overrides" in arguments) is (vision.hidden_size == 48)
+
+
+def test_golden_config() -> None:
+    config = json.loads((GOLDEN / "models" / "internlm2_tiny" / "config.json").read_text())
+    found = read(config, "projector.cls_scale").arguments
+    assert (found["rotary_base"], found["layernorm_epsilon"]) == (1000000, 1e-5)
+    assert (found["projector"], found["rvtc"], found["vision_preset"]) == ("pvtc", "area", "internvit_tiny")
+    assert (found["conversation_template"], found["max_tiles"]) == ("internlm2-chat", 6)
