@@ -45,7 +45,7 @@ def main() -> int:
     step = ForwardStep(args.loss_weighting, on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
-    run = Run(args)
+    run = Run(args, log.close_sinks)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
@@ -63,6 +63,9 @@ def main() -> int:
         if not stop.code:
             run.ended(early=True)
         return int(stop.code or 0)
+    except Exception as error:
+        run.failed(f"{type(error).__name__}: {error}")
+        raise
     log.close()
     run.ended(early=False)
     return 0

@@ -20,6 +20,7 @@ __all__ = [
     "backend",
     "cpu_args_defaults",
     "device",
+    "device_name",
     "install_log_line",
     "peak_memory",
     "pretend_hopper",
@@ -60,6 +61,11 @@ def synchronize() -> None:
     """Wait until the device has done what it was given; for measuring time."""
     if _CUDA:
         torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """Name of this rank's GPU; "CPU" without one."""
+    return torch.cuda.get_device_name() if _CUDA else "CPU"
 
 
 def setup() -> str:

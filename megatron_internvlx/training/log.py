@@ -101,7 +101,12 @@ class TrainingLog:
         replicas = dist.get_world_size() // mpu.get_data_parallel_world_size()
         counts = self.data.rejects.counts if self.data.rejects else {}
         sums = torch.tensor(
-            [flops / TERA / replicas, counters.rows / replicas, counters.padding / replicas, *(counts.get(c, 0) for c in CAUSES)],
+            [
+                flops / TERA / replicas,
+                counters.rows / replicas,
+                counters.padding / replicas,
+                *(counts.get(c, 0) for c in CAUSES),
+            ],
             device=platform.device(),
         )
         dist.all_reduce(sums)
@@ -195,7 +200,8 @@ class TrainingLog:
         for sink in sinks:
             if self.settings.report_file and status == "FINISHED":
                 sink.artifact(self.settings.report_file)
-            sink.close(status)
+            # A rank that failed has little time until its launcher ends it.
+            sink.close(status, seconds=15.0 if status == "FAILED" else 60.0)
 
     def _summarize(self) -> None:
         if self.book is not None and self.book.last:

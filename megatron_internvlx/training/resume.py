@@ -116,8 +116,6 @@ class RunState:
     """Starts since then."""
     reason: str = ""
     updated: float = 0.0
-    run_id: str | None = None
-    """Of the tracking server, so that all starts are one run."""
     history: list[dict] = field(default_factory=list)
 
     @classmethod
@@ -194,6 +192,11 @@ def main() -> int:
     asked = parser.parse_args()
     code, reason = verdict(asked.save, asked.since, asked.max_tries)
     print(reason)
+    if code != FINISHED and RunState.read(asked.save).status != "preempted":
+        # Processes that were killed could not say so themselves; a start that goes on takes it back.
+        from megatron_internvlx.training.mlflow_sink import mark_failed
+
+        mark_failed(asked.save)
     return code
 
 

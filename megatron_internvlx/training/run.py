@@ -25,9 +25,10 @@ class Run:
 
     Args:
         args: Megatron's parsed arguments; `load` and what belongs to it are set when a checkpoint is found.
+        tell: called on every rank with FAILED or SCHEDULED (will go on) when the run ends early.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, tell: Callable[[str], None] = lambda status: None) -> None:
         import megatron.training.global_vars as global_vars
         import megatron.training.training as training
 
@@ -36,7 +37,7 @@ class Run:
         self.save = Path(args.save) if args.save else None
         self.state = resume.RunState()
         self.stop = signals.StopSignals(self.settings.stall_minutes * 60)
-        self.on_failure: Callable[[str], None] = lambda reason: None
+        self.tell = tell
         if args.exit_signal_handler:
             # Instead of Megatron's, which handles one signal and waits for the device at every step.
             global_vars._GLOBAL_SIGNAL_HANDLER = self.stop
@@ -68,18 +69,18 @@ class Run:
         self.stop.watch()
         if self.save is None or not self.settings.auto_resume:
             return
-        answer: list[Any] = [None, None]
+        answer: list[Any] = [None]
         if dist.get_rank() == 0:
-            answer = list(self._choose(self.save))
+            answer = [self._choose(self.save)]
         dist.broadcast_object_list(answer, src=0)
-        found, self.state.run_id = answer
+        found = answer[0]
         if found == resume.STOP:
             sys.exit(resume.STOP)
         if isinstance(found, tuple):
             self._load(*found)
 
-    def _choose(self, save: Path) -> tuple[Any, str | None]:
-        """On rank 0: (iteration,) to go on from, None to start, or STOP; and the tracking run."""
+    def _choose(self, save: Path) -> tuple[int] | int | None:
+        """On rank 0: (iteration,) to go on from, None to start, or STOP."""
         self.state = resume.RunState.read(save)
         found, broken = resume.newest_complete(save)
         for line in resume.messages(save, found, broken):
@@ -88,13 +89,13 @@ class Run:
         self.state.write(save)
         if not going_on:
             print(f"pretrain_vlm.py: {self.state.reason}: giving up", file=sys.stderr, flush=True)
-            return resume.STOP, self.state.run_id
+            return resume.STOP
         resume.set_aside(save, broken)
         if found is None:
-            return None, self.state.run_id
+            return None
         # A run killed while it wrote this file leaves it empty, and Megatron would stop.
         resume.write_atomically(save / resume.TRACKER, str(found))
-        return (found,), self.state.run_id
+        return (found,)
 
     def _load(self, iteration: int) -> None:
         args = self.args
@@ -141,18 +142,16 @@ class Run:
         """Say so and end this process at once: the other ranks wait in the save, and torchrun ends them."""
         # The writer of torch's files hides the reason, which is most often this one.
         left = f"{shutil.disk_usage(self.save).free / 1e9:.2f} GB left on the disk" if self.save else ""
-        reason = f"saving at step {iteration} failed on {socket.gethostname()}, {left}: {root_cause(error)!r}"
-        print(
-            f"pretrain_vlm.py: rank {dist.get_rank()}: {reason}; earlier checkpoints are intact",
-            file=sys.__stderr__,  # written before the process is gone
-            flush=True,
+        self.failed(
+            f"saving at step {iteration} failed, {left}: {root_cause(error)!r}; earlier checkpoints are intact"
         )
-        self.failed(reason)
         os._exit(SAVE_FAILED)
 
     def failed(self, reason: str) -> None:
-        """Record why this rank ends, on whatever rank it is."""
-        self.on_failure(reason)
+        """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing."""
+        reason = f"rank {self.args.rank} on {socket.gethostname()}: {reason}"
+        print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
+        self.tell("FAILED")
         if self.save is not None and self.settings.auto_resume:
             state = resume.RunState.read(self.save)
             state.status, state.reason = "failed", reason
@@ -170,6 +169,7 @@ class Run:
         if early:
             out_of_time = self.args.exit_duration_in_mins is not None
             status = "preempted" if self.stop.received or out_of_time else "stopped"
+            self.tell("SCHEDULED" if status == "preempted" else "FINISHED")
         if dist.get_rank() == 0:
             if self.stop.received:
                 print("stopped by a signal, after a checkpoint", flush=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.platform.transfer import to_device
+from megatron_internvlx.training.metrics import StepMeter
 
 SQUARE_SCALE = 1024
 
@@ -80,6 +81,8 @@ class ForwardStep:
     def __init__(self, weighting: str, on_answers=None) -> None:
         self.weighting, self.on_answers = weighting, on_answers
         self.counters = Counters()
+        self.meter: StepMeter | None = None
+        """Counts the floating-point work of training micro-batches, if set."""
         self._first_chunk: object = None
 
     def take(self) -> Counters:
@@ -104,6 +107,8 @@ class ForwardStep:
         counters.padding += plan.deep.length - sum(plan.deep.segment_lengths[: len(plan.sample_ids)])
         counters.tiles += plan.num_tiles
         counters.data_wait += wait
+        if self.meter is not None:
+            self.meter.add(plan)
 
     def loss(self, plan: SequencePlan, training: bool, output: Tensor):
         """Weighted loss sum, its integer weight, and what to report (each [sum, weight])."""
