@@ -5,13 +5,17 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.boundary import CASES as BENCHMARKED
 from benchmarks.boundary import rows
-from tests import layouts
+
+from tests import layouts  # isort: skip  (sets Megatron up)
+from megatron_internvlx.model.pvtc import PVTC
 from tests.distributed import Pool
 from tests.layout_cases import (
     ALWAYS,
@@ -123,3 +127,25 @@ def test_comparison_sees_a_single_wrong_element() -> None:
     assert compare({**right, "grads": {"a": wrong}}, right).exceeded()
     assert compare({**right, "weights": {"a": wrong}}, right).exceeded()
     assert compare({**right, "losses": {1: float("nan")}}, right).exceeded()
+
+
+def features_seen(changes: list[str], **options: Any) -> dict[str, Any]:
+    """`layouts.train`, noting whether the projectors' input wants a gradient."""
+    wanted: list[bool] = []
+    original = PVTC.forward
+
+    def forward(self: PVTC, features: torch.Tensor) -> torch.Tensor:
+        wanted.append(features.requires_grad)
+        return original(self, features)
+
+    with mock.patch.object(PVTC, "forward", forward):
+        return {**layouts.train(changes, **options), "wanted": wanted}
+
+
+@pytest.mark.parametrize("setting", ["lvtc", "frozen"])
+def test_no_gradient_of_frozen_features(runner: Runner, setting: str) -> None:
+    """Under recomputation too, whose outputs want gradients whatever went in."""
+    job = partial(features_seen, weights=runner.weights(setting))
+    arguments = [*SETTINGS[setting].arguments.split(), *expand("pp=2 full")]
+    for result in runner.pool.run(2, job, arguments):
+        assert result["wanted"] and any(result["wanted"]) == (setting == "lvtc")
