@@ -197,10 +197,11 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the process and what it started."""
-        assert self.process.pid, "group 0 would be our own"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()  # in case it has not founded its group yet
+        # Of a dead rank the number may be another process's by now.
+        if self.process.is_alive() and self.process.pid:
+            with contextlib.suppress(ProcessLookupError):  # it has not founded its group yet
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
         self.process.join()
         self.connection.close()
 
