@@ -11,6 +11,7 @@ from tests import entry
 from tests.distributed import Pool
 from tools import make_demo_data
 
+# A tiny buffer and tiny packs: several packs per step, and samples left in every buffer at a checkpoint.
 PACKING = [
     *("--packing", "--micro-batch-size", "1", "--seq-length", "400", "--shallow-seq-length", "300"),
     *(

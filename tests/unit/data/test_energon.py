@@ -246,7 +246,7 @@ def corrupt(folder, count):
     Image.fromarray(good).save(folder / "good.jpg", quality=90)
     data = (folder / "good.jpg").read_bytes()
     bomb = folder / "bomb.png"
-    Image.new("1", (30_000, 30_000)).save(bomb)
+    Image.new("1", (30_000, 30_000)).save(bomb, compress_level=1)
     names = []
     for i in range(count):
         path = folder / f"bad{i}.jpg"

@@ -1,0 +1,141 @@
+"""Prepared directories: what they hold, restarts, broken input, object stores, statistics."""
+
+import json
+import os
+
+import pytest
+
+from megatron_internvlx.data import prepare as module
+from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.data.images import SizeTable
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.prepare import PrepareSettings, prepare, prepared_sets
+from tests.unit.data.conftest import record
+from tools import prepare_data
+
+
+@pytest.fixture
+def meta(disk):
+    """Two sets: one clean; one with a blank line, a malformed line, a broken image and an EXIF-turned one."""
+    from PIL import Image
+
+    clean = [record(disk.image(f"a{i}.png", 20 + i, 30), f"What {i}?", "It.") for i in range(20)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    disk.image("turned.jpg", 80, 40, exif=exif)
+    (disk.folder / "cut.png").write_bytes(b"\x89PNG")
+    rest = [
+        record("turned.jpg", "What?", "A."),
+        "{malformed",
+        "",
+        record("cut.png", "Q?", "A."),
+        record(None, "Q?", "A."),
+    ]
+    disk.add("clean", clean, repeat_time=2.25).add("dirty", rest)
+    disk.manifest()
+    return disk.folder / "meta.json"
+
+
+def test_annotations_are_linked_images_measured_and_broken_things_listed(meta, tmp_path):
+    out = tmp_path / "out"
+    clean, dirty = prepare(meta, out, PrepareSettings())
+    assert (clean.train, clean.images, clean.broken_images) == (20, 20, 0)
+    assert (dirty.train, dirty.images, dirty.broken_images, dirty.broken_records) == (3, 2, 1, 1)
+    link = out / "clean" / "records.jsonl"
+    assert link.is_symlink()
+    assert not os.path.isabs(os.readlink(link))  # the two may move together
+    assert [part["repetitions"] for part in clean.parts] == [2, 1]
+    assert clean.parts[1]["subset"]["range"] == [0, 5]
+    broken = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
+    found = {(row["key"], row["cause"]) for row in broken}
+    assert found == {("dirty.jsonl:2", "malformed_json"), ("dirty.jsonl:4", "unreadable_image")}
+    table = SizeTable(out / "dirty" / "media")
+    assert table.get("turned.jpg", apply_exif=True) == (40, 80) == image_size(meta.parent / "turned.jpg")
+    assert table.get("turned.jpg", apply_exif=False) == (80, 40)
+    assert table.get("nowhere.jpg", apply_exif=True) is None
+
+
+def test_a_second_run_does_nothing_and_a_stopped_one_goes_on(meta, tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda *a: (calls.append(a[1]), measure(*a))[1])
+    prepare(meta, out, PrepareSettings())
+    assert len(calls) == 22
+    first = (out / "metadataset.yaml").read_bytes()
+    prepare(meta, out, PrepareSettings())
+    assert len(calls) == 22
+    assert (out / "metadataset.yaml").read_bytes() == first
+    (out / "clean" / "done.json").unlink()  # as if it had been stopped there: sizes are kept
+    prepare(meta, out, PrepareSettings())
+    assert len(calls) == 22
+    (meta.parent / "clean.jsonl").write_text(json.dumps(record("a3.png", "What?", "It.")) + "\n")
+    (report, _) = prepare(meta, out, PrepareSettings())
+    assert report.train == 1
+
+
+def test_validation_records_are_kept_out_of_training(meta, tmp_path, encoder):
+    out = tmp_path / "out"
+    clean, _ = prepare(meta, out, PrepareSettings(validation=0.2))
+    assert (clean.train, clean.validation) == (16, 4)
+    manifest = Manifest(out / "validation" / "meta.json")
+    samples = [encoder().encode(manifest.record(i)) for i in range(4)]
+    assert [os.path.basename(sample.images[0].path) for sample in samples] == [
+        f"a{i}.png" for i in range(16, 20)
+    ]
+
+
+def test_verify_decodes_every_image(disk, tmp_path):
+    disk.image("big.jpg", 300, 200)
+    data = (disk.folder / "big.jpg").read_bytes()
+    (disk.folder / "big.jpg").write_bytes(data[: len(data) // 2])
+    disk.add("a", [record("big.jpg", "What?", "It."), record(None, "What?", "It.")]).manifest()
+    meta = disk.folder / "meta.json"
+    assert prepare(meta, tmp_path / "headers", PrepareSettings())[0].broken_images == 0
+    assert prepare(meta, tmp_path / "pixels", PrepareSettings(verify=True))[0].broken_images == 1
+
+
+def test_object_store_urls_are_read_through_the_storage_client(disk, tmp_path, monkeypatch, encoder):
+    """A profile of the storage client that is a local folder stands for a bucket."""
+    names = [disk.image(f"{i}.png", 30 + i, 40) for i in range(4)]
+    disk.add("a", [record(name, "What?", "It.") for name in names])
+    config = tmp_path / "msc.json"
+    provider = {"type": "file", "options": {"base_path": str(disk.folder)}}
+    config.write_text(json.dumps({"profiles": {"bucket": {"storage_provider": provider}}}))
+    monkeypatch.setenv("MSC_CONFIG", str(config))
+    disk.meta["a"] |= {"root": "msc://bucket/", "annotation": "msc://bucket/a.jsonl"}
+    (disk.folder / "meta.json").write_text(json.dumps(disk.meta))
+    (report,) = prepare(disk.folder / "meta.json", tmp_path / "out", PrepareSettings())
+    assert (report.train, report.images, report.broken_images) == (4, 4, 0)
+    assert report.parts[0]["subflavors"]["root"] == "msc://bucket/"
+    from megatron_internvlx.data.images import FolderImages
+
+    assert FolderImages("msc://bucket/").read("2.png") == (disk.folder / "2.png").read_bytes()
+
+
+def test_mistakes_are_named(meta, tmp_path, capsys):
+    assert prepare_data.main([str(tmp_path / "none.json"), str(tmp_path / "out")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no prepared data set"):
+        prepared_sets(tmp_path)
+    with pytest.raises(ValueError, match="validation share is 1"):
+        PrepareSettings(validation=1)
+
+
+def test_tool_reports_and_draws_statistics(meta, tmp_path, capsys, tokenizer):
+    out, png = tmp_path / "out", tmp_path / "stats.png"
+    assert prepare_data.main([str(meta), str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "clean: 20 records x 2.25" in printed.out
+    assert "2 broken images and lines" in printed.err
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    options = ["--tokenizer-model", str(folder), "--image-size", "28", "--seq-length", "400"]
+    options += ["--max-tiles-per-pack", "8", "--model-preset", "internvlx_8b", "--png", str(png)]
+    options += ["--low-ratio", "0.5", "--high-ratio", "1"]
+    assert prepare_data.main(["stats", str(out), *options]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[-4:-1]}
+    assert rows.keys() == {"off", "area", "edge"}
+    assert float(rows["area"][1]) < float(rows["off"][1])
+    assert rows["off"][-2] == "0.0%,"
+    assert 0 < float(rows["area"][-1].rstrip("%")) < 100
+    assert png.stat().st_size > 10_000

@@ -1,0 +1,134 @@
+"""Prepare InternVL's meta.json for the Energon loader, and show what the data costs.
+
+    python tools/prepare_data.py META.json OUT [--validation 0.01] [--verify] [--to-webdataset]
+    python tools/prepare_data.py stats OUT --tokenizer-model DIR [--png stats.png] [--seq-length 8192 ...]
+
+The first indexes annotations in place, records the size of every image once, and lists every broken
+image and line in OUT/broken.jsonl; a run that was stopped goes on where it was. The second prints
+and draws sizes, tiles and tokens per RVTC policy, the fill of packs, and the share of compute saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_internvlx.data.conversation import TEMPLATES
+from megatron_internvlx.data.packing import Budget
+from megatron_internvlx.data.prepare import PrepareSettings, prepare
+
+
+def _prepare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="'prepare_data.py stats OUT --help' explains the second use.",
+    )
+    parser.add_argument("meta", type=Path, help="InternVL meta.json; its paths may be object-store URLs")
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--validation", type=float, default=0.0, help="share of each set, its last records")
+    parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
+    parser.add_argument(
+        "--to-webdataset", action="store_true", help="write tar shards, image bytes untouched"
+    )
+    parser.add_argument("--shard-size", type=int, default=1000, help="records of a shard")
+    parser.add_argument("--threads", type=int, default=8, help="images measured at once")
+    return parser
+
+
+def run_prepare(argv: Sequence[str]) -> None:
+    """Prepare, and print a line per set."""
+    args = vars(_prepare_parser().parse_args(argv))
+    meta, out = args.pop("meta"), args.pop("out")
+    for report in prepare(meta, out, PrepareSettings(**args)):
+        print(
+            f"{report.name}: {report.train} records x {report.repeat_time:g}, {report.validation} kept for "
+            f"validation, {report.images} images, {report.broken_images} of them broken, "
+            f"{report.broken_records} broken records"
+        )
+    broken = (out / "broken.jsonl").read_text(encoding="utf-8").splitlines()
+    if broken:
+        causes = Counter(json.loads(line)["cause"] for line in broken)
+        counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
+        print(f"{len(broken)} broken images and lines ({counts}): {out / 'broken.jsonl'}", file=sys.stderr)
+    print(f"train with: --loader energon --data {out}")
+
+
+def _stats_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare_data.py stats", description="Show what the data costs.")
+    parser.add_argument("out", type=Path, help="prepared directory")
+    parser.add_argument("--tokenizer-model", required=True, help="Hugging Face tokenizer directory")
+    parser.add_argument("--conversation-template", default="internvl2_5", choices=sorted(TEMPLATES))
+    parser.add_argument("--png", type=Path, help="picture to write")
+    parser.add_argument("--samples", type=int, default=20_000, help="records looked at")
+    parser.add_argument("--model-preset", help="model whose compute is predicted, e.g. internvlx_8b")
+    parser.add_argument("--image-size", type=int, default=448)
+    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--low-ratio", type=float, default=0.25)
+    parser.add_argument("--high-ratio", type=float, default=0.5)
+    parser.add_argument("--max-tiles", type=int, default=12)
+    parser.add_argument("--no-thumbnail", action="store_true")
+    parser.add_argument("--seq-length", type=int, help="packing budget of deep tokens")
+    parser.add_argument("--shallow-seq-length", type=int, help="packing budget of shallow tokens")
+    parser.add_argument("--max-tiles-per-pack", type=int, help="packing budget of tiles")
+    return parser
+
+
+def run_stats(argv: Sequence[str]) -> None:
+    """Print the table, draw the picture."""
+    args = _stats_parser().parse_args(argv)
+    from megatron_internvlx.config import grid_side
+    from megatron_internvlx.data import stats
+    from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
+    from megatron_internvlx.data.tokenizer import load_tokenizer
+
+    patches = args.image_size // args.patch_size
+    low = grid_side(patches, args.low_ratio, "--low-ratio")
+    high = grid_side(patches, args.high_ratio, "--high-ratio")
+    settings = EncoderSettings(
+        template=args.conversation_template,
+        tile_size=args.image_size,
+        max_tiles=args.max_tiles,
+        use_thumbnail=not args.no_thumbnail,
+        tokens_per_tile=high**2,
+        shallow_tokens_per_tile=low**2,
+    )
+    encoder = SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
+    found = stats.collect(args.out, encoder, limit=args.samples)
+    budget = None
+    if args.seq_length:
+        shallow = args.shallow_seq_length or args.seq_length
+        budget = Budget(shallow, args.seq_length, args.max_tiles_per_pack)
+        over = stats.add_fill(found, budget)
+        if over:
+            print(f"{over} samples are over a budget by themselves and were cut down to it")
+    if args.model_preset:
+        stats.add_flops(found, args.model_preset, low_grid=low, high_grid=high, patches=patches)
+    print(stats.table(found, budget))
+    if args.png:
+        stats.draw(found, args.png, budget)
+        print(f"picture: {args.png}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["stats"]:
+            run_stats(argv[1:])
+        else:
+            run_prepare(argv)
+    except ValueError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
