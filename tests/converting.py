@@ -39,12 +39,19 @@ MOE = {
 SIX_B = {"norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True, "initializer_factor": 0.1}
 
 
-def _chat(architecture: str, kind: str, *, vision: dict[str, Any] = {}, dtype: str = "float32", **decoder: Any):  # noqa: B006
+def _chat(
+    architecture: str,
+    kind: str,
+    *,
+    vision: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    **decoder: Any,
+):
     return {
         "model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5,
         "ps_version": "v2", "select_layer": -1, "template": "Hermes-2", "force_image_size": 16,
         "dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 6,
-        "torch_dtype": dtype, "vision_config": {**VISION, **vision},
+        "torch_dtype": dtype, "vision_config": {**VISION, **(vision or {})},
         "llm_config": {"architectures": [architecture], "model_type": kind, **DECODER, **decoder},
     }  # fmt: skip
 
@@ -189,7 +196,8 @@ def load_and_save(layout: list[str], checkpoints: dict[str, str], folder: str) -
         saved, sys.argv = sys.argv, [
             "load_and_save", "--recipe", f"{checkpoint}/recipe.yaml", "--tokenizer-model", str(TOKENIZER),
             "--data", "none", "--train-iters", "1", "--lr", "1e-3", "--global-batch-size", "8",
-            "--seq-length", "256", "--save-interval", "1", "--save", f"{folder}/{name}", "--no-save-optim", "--no-save-rng", *layout,
+            "--seq-length", "256", "--save-interval", "1", "--save", f"{folder}/{name}",
+            "--no-save-optim", "--no-save-rng", *layout,
         ]  # fmt: skip
         try:
             args = arguments.parse()

@@ -67,7 +67,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_parser(commands: Any) -> None:
-    it = commands.add_parser("import", help="Hugging Face directory -> torch_dist checkpoint", allow_abbrev=False)
+    it = commands.add_parser(
+        "import", help="Hugging Face directory -> torch_dist checkpoint", allow_abbrev=False
+    )
     it.add_argument("--hf", type=Path, required=True, help="directory with config.json and weights")
     it.add_argument("--save", type=Path, required=True, help="checkpoint directory to be made")
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
@@ -87,8 +89,12 @@ def _import_parser(commands: Any) -> None:
 
 
 def _export_parser(commands: Any) -> None:
-    it = commands.add_parser("export", help="torch_dist checkpoint -> Hugging Face directory", allow_abbrev=False)
-    it.add_argument("--load", type=Path, required=True, help="checkpoint directory, or one iteration's folder")
+    it = commands.add_parser(
+        "export", help="torch_dist checkpoint -> Hugging Face directory", allow_abbrev=False
+    )
+    it.add_argument(
+        "--load", type=Path, required=True, help="checkpoint directory, or one iteration's folder"
+    )
     it.add_argument("--hf", type=Path, required=True, help="directory to be made")
     it.add_argument(
         "--like", type=Path,
@@ -99,7 +105,9 @@ def _export_parser(commands: Any) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: the original's, or that of training)",
     )  # fmt: skip
-    it.add_argument("--max-shard-size", type=size, default=size("5GB"), help="of a weight file (default: 5GB)")
+    it.add_argument(
+        "--max-shard-size", type=size, default=size("5GB"), help="of a weight file (default: 5GB)"
+    )
     _common(it)
 
 
@@ -121,9 +129,15 @@ def _verify_parser(commands: Any) -> None:
     it.add_argument("--num-virtual-stages-per-pipeline-rank", type=positive)
     it.add_argument("--sequence-parallel", action="store_true")
     it.add_argument("--nproc", type=positive, help="processes (default: as many as the layout needs)")
-    it.add_argument("--grads", action="store_true", help="gradients of the loss too, under Hugging Face names")
-    it.add_argument("--image-token-id", type=int, help="id of the image placeholder (default: found in the ids)")
-    it.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)")
+    it.add_argument(
+        "--grads", action="store_true", help="gradients of the loss too, under Hugging Face names"
+    )
+    it.add_argument(
+        "--image-token-id", type=int, help="id of the image placeholder (default: found in the ids)"
+    )
+    it.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)"
+    )
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 
 
@@ -138,13 +152,17 @@ def run_import(args: argparse.Namespace) -> int:
         seed=args.seed, processes=args.processes, quiet=args.quiet,
     )  # fmt: skip
     for title, listed in (
-        ("initialised (norms 1, biases 0, cls_scale normal, matrices uniform in 1/sqrt(columns))", plan.initialised),
+        (
+            "initialised (norms 1, biases 0, cls_scale normal, matrices uniform in 1/sqrt(columns))",
+            plan.initialised,
+        ),
         ("not used", plan.unused),
         ("not stored, because they follow from the configuration", plan.derived),
     ):
         if listed:
             print(f"{len(listed)} tensors {title}:\n  " + "\n  ".join(listed))
-    print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB; train with --recipe {args.save}/recipe.yaml")
+    print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
+    print(f"train with: pretrain_vlm.py --recipe {args.save}/recipe.yaml")
     return 0
 
 

@@ -125,7 +125,18 @@ def plan_export(
         infos[copy] = infos[output_names(family, layout)[1]]
     infos = _files(infos, original, max_shard_size)
     return ExportPlan(
-        folder, arguments, family, layout, sizes, fallback, tuple(entries), infos, side, notes, copy, iteration
+        folder,
+        arguments,
+        family,
+        layout,
+        sizes,
+        fallback,
+        tuple(entries),
+        infos,
+        side,
+        notes,
+        copy,
+        iteration,
     )
 
 
@@ -155,21 +166,17 @@ def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
     # A layout may have padded the vocabulary.
     fits = stored[0] >= wanted[0] and stored[1:] == wanted[1:] if vocabulary else stored == wanted
     if not fits:
-        raise ConversionError(
-            f"{reader.folder}: {key} is {list(stored)}, its arguments want {list(wanted)}"
-        )
+        raise ConversionError(f"{reader.folder}: {key} is {list(stored)}, its arguments want {list(wanted)}")
 
 
-def _files(
-    infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int
-) -> dict[str, TensorInfo]:
+def _files(infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int) -> dict[str, TensorInfo]:
     """File of every tensor: the original's if all its names are there, else by size in order."""
     kept = all(entry["file"].endswith(".safetensors") for entry in original.values())
     if original and kept and set(original) == set(infos):
         return {name: TensorInfo(original[name]["file"], i.shape, i.dtype) for name, i in infos.items()}
     names = list(infos)
     groups = group_by_size([infos[name].nbytes for name in names], limit)
-    files = {}
+    files: dict[str, str] = {}
     for number, group in enumerate(groups):
         single = len(groups) == 1
         file = SINGLE if single else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
@@ -262,7 +269,9 @@ def export_checkpoint(
         by_file.setdefault(info.file, {})[name] = info
     shards = {file: plan_shard(file, tensors) for file, tensors in by_file.items()}
     metadata = (plan.folder / ".metadata").stat()
-    mark = fingerprint("export", str(plan.folder), metadata.st_mtime_ns, {n: str(i) for n, i in plan.tensors.items()})
+    mark = fingerprint(
+        "export", str(plan.folder), metadata.st_mtime_ns, {n: str(i) for n, i in plan.tensors.items()}
+    )
     needed = sum(shard.size for shard in shards.values()) + (64 << 20)
     with new_directory(directory, mark, needed) as target:
         if not target.continued:
@@ -290,7 +299,15 @@ def _write_index(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-_OURS = {NOTES, INDEX, *PICKLES, "config.json", "README.md", "processor_config.json", "preprocessor_config.json"}
+_OURS = {
+    NOTES,
+    INDEX,
+    *PICKLES,
+    "config.json",
+    "README.md",
+    "processor_config.json",
+    "preprocessor_config.json",
+}
 
 
 def write_files(plan: ExportPlan, partial: Path) -> None:

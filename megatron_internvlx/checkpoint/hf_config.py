@@ -105,7 +105,7 @@ def dims(arguments: Mapping[str, Any], family: str) -> Dims:
         layers=arguments["num_layers"],
         hidden=arguments["hidden_size"],
         heads=heads,
-        groups=get("num_query_groups") if get("group_query_attention") else heads,
+        groups=arguments["num_query_groups"] if get("group_query_attention") else heads,
         head_dim=get("kv_channels") or arguments["hidden_size"] // heads,
         ffn=arguments["ffn_hidden_size"],
         vocab=arguments["vocab_size"],
@@ -140,7 +140,7 @@ def vision_from(arguments: Mapping[str, Any]) -> InternViTConfig:
 
 def vision_arguments(vision: InternViTConfig) -> dict[str, Any]:
     """Arguments that give this encoder: a preset, and what differs from it."""
-    named = {
+    named: dict[str, Any] = {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "select_layer": vision.select_layer,
@@ -238,7 +238,9 @@ def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
                 f"config.json: {where}.{key} = {text.get(key, default)!r} is not supported by this decoder"
             )
     if text.get("hidden_act", "silu") != "silu":
-        raise ConversionError(f"config.json: {where}.hidden_act {text['hidden_act']!r}: only silu is supported")
+        raise ConversionError(
+            f"config.json: {where}.hidden_act {text['hidden_act']!r}: only silu is supported"
+        )
     arguments = dict(_COMMON)
     for theirs, ours in _DECODER.items():
         default = text["num_attention_heads"] if theirs == "num_key_value_heads" else None

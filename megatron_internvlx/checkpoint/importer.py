@@ -101,7 +101,10 @@ def plan_import(
         sizes = dims(config.arguments, config.family)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    sources, missing, mismatched, used = [], [], [], set()
+    sources: list[Source] = []
+    missing: list[Entry] = []
+    mismatched: list[Entry] = []
+    used: set[str] = set()
     for entry in table(sizes, config.layout):
         state = _compare(entry, weights)
         if state == "there":
@@ -112,7 +115,7 @@ def plan_import(
             missing.append(entry)
             sources.append(Source(entry, (), config.dtype))
         else:
-            (missing if state == "missing" else mismatched).append(entry)  # type: ignore[arg-type]
+            (missing if state == "missing" else mismatched).append(entry)
     output, _ = output_names(config.family, config.layout)
     used |= {output} if sizes.tied else set()
     left = sorted(weights.names - used)
@@ -152,7 +155,9 @@ def _refuse(
         for entry in mismatched:
             for name, shape in zip(entry.theirs, entry.shapes, strict=True):
                 if weights.tensors[name].shape != shape:
-                    lines.append(f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}")
+                    lines.append(
+                        f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}"
+                    )
         raise ConversionError(f"{directory}: {len(lines)} tensors have other shapes:\n  " + _lines(lines))
     absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
     if absent:
@@ -163,7 +168,13 @@ def _refuse(
             f"{directory}: it has no projector of the wanted kind; --init-missing would initialise\n  "
             + _lines(names)
         )
-    replaced = ("mlp1.", "projector.", "lvtc_projectors.", "multi_modal_projector.", "model.multi_modal_projector.")
+    replaced = (
+        "mlp1.",
+        "projector.",
+        "lvtc_projectors.",
+        "multi_modal_projector.",
+        "model.multi_modal_projector.",
+    )
     unknown = [name for name in unused if not (init_missing and name.startswith(replaced))]
     if unknown:
         raise ConversionError(

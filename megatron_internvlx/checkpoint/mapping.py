@@ -206,9 +206,7 @@ def _block_width(dims: Dims, grid: int) -> int:
     return (dims.vision.patches_per_side // grid) ** 2 * dims.vision.hidden_size
 
 
-def _mlp_projector(
-    dims: Dims, ours: str, theirs: str, names: dict[str, str], grid: int
-) -> Iterator[Entry]:
+def _mlp_projector(dims: Dims, ours: str, theirs: str, names: dict[str, str], grid: int) -> Iterator[Entry]:
     h, width = dims.hidden, _block_width(dims, grid)
     for name, shape in (("norm", (width,)), ("linear_fc1", (h, width)), ("linear_fc2", (h, h))):
         yield one(f"{ours}{name}.weight", f"{theirs}{names[name]}.weight", *shape)

@@ -147,12 +147,13 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 def model_card(plan: ExportPlan) -> str:
     """README.md: configuration, data and training facts."""
     get, dims = plan.arguments.get, plan.dims
-    compressed = f"{dims.entry_grid**2} tokens per tile before layer {dims.injections[0]}, {dims.high_grid**2} from it on"
+    low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
+    compressed = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
     data = get("data")
     facts = [
         ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
         ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
-        ("Tile", f"{dims.vision.image_size} x {dims.vision.image_size} pixels, {dims.vision.patches_per_side**2} patches"),
+        ("Tile", f"{side} x {side} pixels, {dims.vision.patches_per_side**2} patches"),
         ("Projector", f"{dims.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
         ("Visual tokens", compressed),
         ("Injections at layers", ", ".join(map(str, dims.injections))),
@@ -171,7 +172,8 @@ def _training(plan: ExportPlan) -> str:
     if not plan.iteration:
         return "none after import"
     samples = get("consumed_train_samples") or plan.iteration * (get("global_batch_size") or 1)
-    facts = f"{plan.iteration} steps, {samples} samples, global batch {get('global_batch_size')}, learning rate {get('lr')}"
+    facts = f"{plan.iteration} steps, {samples} samples, global batch {get('global_batch_size')}"
+    facts += f", learning rate {get('lr')}"
     frozen = [part for part in ("vision", "llm", "projectors") if get(f"freeze_{part}")]
     return facts + (f", frozen: {', '.join(frozen)}" if frozen else "")
 

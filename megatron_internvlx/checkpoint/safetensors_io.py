@@ -90,7 +90,7 @@ class WeightFiles:
         if (self.directory / INDEX).is_file():
             try:
                 self.index = json.loads((self.directory / INDEX).read_text())
-                listed = sorted(set(self.index["weight_map"].values()))  # type: ignore[index]
+                listed = sorted(set(self.index["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConversionError(f"{self.directory / INDEX}: not a weight index: {error}") from error
             missing = [name for name in listed if not (self.directory / name).is_file()]

@@ -116,9 +116,7 @@ class CheckpointReader:
 
     def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Piece:
         info = self.storage[MetadataIndex(key, chunk.offsets)]
-        return Piece(
-            tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
-        )
+        return Piece(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
 
     def common(self) -> dict[str, Any]:
         """What is not a tensor: Megatron's arguments, the iteration. Raises ConversionError."""
@@ -232,9 +230,7 @@ class Written:
     length: int
 
 
-def write_metadata(
-    folder: Path, written: Iterable[Written], common: Mapping[str, Any]
-) -> None:
+def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str, Any]) -> None:
     """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
 
     Args:

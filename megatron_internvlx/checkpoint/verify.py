@@ -130,7 +130,8 @@ def start_ranks(request: Request, ranks: int) -> None:
         port = probe.getsockname()[1]
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank_process, args=(request, rank, ranks, port, queue)) for rank in range(ranks)
+        context.Process(target=_rank_process, args=(request, rank, ranks, port, queue))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()

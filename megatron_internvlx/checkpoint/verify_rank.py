@@ -99,7 +99,8 @@ class CaseBatches:
     def communicator(self) -> BoundaryCommunicator:
         """Knows every micro-batch's plan: it is always the same."""
         return BoundaryCommunicator(
-            micro_batches=lambda training: self.count, upcoming=lambda chunk, training, least: (least, self.plan)
+            micro_batches=lambda training: self.count,
+            upcoming=lambda chunk, training, least: (least, self.plan),
         )
 
     def batch(self) -> MicroBatch:
@@ -149,7 +150,7 @@ def run_rank(request: Request) -> None:
         parts = {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
         save_file(parts, Path(request.folder) / f"part{torch.distributed.get_rank()}.safetensors")
     if request.gradients:
-        gradients = full_tensors(stages, lambda p: p.main_grad)
+        gradients = full_tensors(stages, lambda p: p.main_grad)  # type: ignore[attr-defined]
         if torch.distributed.get_rank() == 0:
             ours = {_GROUPED.sub(r".experts.local_experts.\2.\1", n): g for n, g in gradients.items()}
             save_file({n: g.contiguous() for n, g in ours.items()}, Path(request.folder) / GRADIENTS)
@@ -175,7 +176,8 @@ def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
     stage.eval()
     size = stage.tp_group.size()
     capacity = -(-len(tiles) // size) * size
-    features = stage.encode(share_of_tiles(tiles, capacity), SimpleNamespace(encoded_tiles=len(tiles)))
+    count: Any = SimpleNamespace(encoded_tiles=len(tiles))  # all that `encode` reads of a plan
+    features = stage.encode(share_of_tiles(tiles, capacity), count)
     tokens = stage.projector(features)
     grid = stage.compression.entry_grid
     return {
@@ -184,7 +186,9 @@ def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
     }
 
 
-def _schedule(model: list, batches: CaseBatches, args: Any, communicator: Any, groups: Any, **how: Any) -> list:
+def _schedule(
+    model: list, batches: CaseBatches, args: Any, communicator: Any, groups: Any, **how: Any
+) -> list:
     run = get_forward_backward_func()
     return run(
         model=model,

@@ -76,7 +76,7 @@ class InternVLXTextConfig(PreTrainedConfig):
     ):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         kwargs.pop("model_type", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # type: ignore[call-arg]
         self.family = family
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -127,7 +127,7 @@ class InternVLXConfig(PreTrainedConfig):
         self.vision_config = _sub(InternVLXVisionConfig, vision_config)
         self.llm_config = _sub(InternVLXTextConfig, llm_config)
         self.compression = dict(compression or {"projector": "pvtc", "expand_layer": None})
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs, tie_word_embeddings=tie_word_embeddings)  # type: ignore[call-arg]
         self.vision_config = _sub(InternVLXVisionConfig, vision_config)
         self.llm_config = _sub(InternVLXTextConfig, llm_config)
         self.compression = dict(compression or {"projector": "pvtc", "expand_layer": None})

@@ -32,7 +32,7 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = InternVLXConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = ("DecoderLayer", "VisionLayer")
+    _no_split_modules = ["DecoderLayer", "VisionLayer"]  # noqa: RUF012
     _supports_sdpa = True
     # Their lengths differ between layers, which caches of one fixed length cannot hold.
     _can_compile_fullgraph = False
@@ -55,8 +55,9 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
         std = self.config.llm_config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, torch.Tensor):
+                nn.init.zeros_(bias)
         elif isinstance(module, nn.LayerNorm | RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, PVTC):
@@ -188,16 +189,26 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Padding rows land on rows that are padding or visual; those are masked, or replaced here.
         x = torch.zeros_like(x).scatter(1, index, rows)
         if features is not None:
-            up = upsample_matrix(self.config.low_grid, self.config.high_grid, self.config.compression["upsample"])
+            up = upsample_matrix(
+                self.config.low_grid, self.config.high_grid, self.config.compression["upsample"]
+            )
             tiles = rows[is_visual].view(len(features), low, -1)
-            grown = torch.matmul(up.to(rows), tiles) + self.lvtc_projectors[str(first)](features).to(rows.dtype)
+            grown = torch.matmul(up.to(rows), tiles) + self.lvtc_projectors[str(first)](features).to(
+                rows.dtype
+            )
             x = x.masked_scatter(visual[..., None], grown)
         return x
 
     # ------------------------------------------------------------------------------ generation
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, pixel_values=None, use_cache=True, **kwargs
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        pixel_values=None,
+        use_cache=True,
+        **kwargs,
     ):
         """What is not in the cache yet, with the tiles of its placeholders."""
         seen = deep_length(past_key_values)
@@ -229,15 +240,20 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
         keep = [torch.arange(int(t)) >= int(t - n) for t, n in zip(total, new, strict=True)]
         return pixel_values[torch.cat(keep).to(pixel_values.device)]
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+    ):
         """Repeat every row; its tiles are repeated with it, not one by one."""
         pixels = model_kwargs.pop("pixel_values", None)
         if pixels is not None and expand_size > 1 and input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(dim=1) // self.tokens_per_tile
             rows = pixels.split(counts.tolist())
             pixels = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels

@@ -80,7 +80,7 @@ class InternVLXProcessor(ProcessorMixin):
         size, columns, rows = self.tile_size, 1, 1
         if self.dynamic_image_size:
             columns, rows = tile_grid(
-                *image.size, size, self.min_tiles, max_tiles or self.max_tiles, self.rvtc
+                image.width, image.height, size, self.min_tiles, max_tiles or self.max_tiles, self.rvtc
             )
         whole = np.asarray(image.resize((columns * size, rows * size)))
         cut = whole.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
@@ -118,7 +118,9 @@ class InternVLXProcessor(ProcessorMixin):
                 pixels.append(tiles)
             filled.append(prompt)
         kwargs.pop("padding_side", None)
-        data = dict(self.tokenizer(filled, padding=padding, padding_side="left", return_tensors="pt", **kwargs))
+        data = dict(
+            self.tokenizer(filled, padding=padding, padding_side="left", return_tensors="pt", **kwargs)
+        )
         data.pop("token_type_ids", None)
         if pixels:
             data["pixel_values"] = torch.cat(pixels)

@@ -42,11 +42,13 @@ class VisionEmbeddings(nn.Module):
         """[T, 3, H, W] -> [T, L, c]; another size than the trained one is interpolated."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         rows, columns = patches.shape[-2:]
-        positions = self.position_embedding
+        positions: torch.Tensor = self.position_embedding
         if (rows, columns) != (self.side, self.side):
             grid = positions[:, 1:].float().unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-            positions = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+            positions = torch.cat(
+                [positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1
+            )
         cls = self.class_embedding.expand(len(patches), -1, -1)
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + positions
 
@@ -245,4 +247,6 @@ def make_projector(config, grid):
     """The projector that the configuration names, to grid x grid tokens per tile."""
     kind = PVTC if config.compression["projector"] == "pvtc" else MLPProjector
     version = config.compression.get("pixel_shuffle_version", "v2")
-    return kind(config.vision_config.hidden_size, config.llm_config.hidden_size, grid, config.patches, version)
+    return kind(
+        config.vision_config.hidden_size, config.llm_config.hidden_size, grid, config.patches, version
+    )

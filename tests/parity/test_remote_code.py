@@ -79,7 +79,6 @@ def prompts(processor) -> tuple[list[str], list[list[Image.Image]]]:
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=["one", "tp2_pp2"])
 def test_logits_equal_megatron(pool: Pool, exported: Path, model, processor, tmp_path: Path, layout) -> None:
 
-
     texts, images = prompts(processor)
     inputs = processor(images=images, text=texts)
     labels = inputs["input_ids"].clone()

@@ -42,7 +42,10 @@ def rename_or_drop(hf: Path, name: str, change: Any) -> None:
 
 def refused(capsys: pytest.CaptureFixture, tmp_path: Path, *arguments: str) -> str:
     """Run an import that must fail; returns its message."""
-    assert main(["import", "--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "ck"), "--quiet", *arguments]) == 2
+    assert (
+        main(["import", "--hf", str(tmp_path / "hf"), "--save", str(tmp_path / "ck"), "--quiet", *arguments])
+        == 2
+    )
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("ck")]
     return capsys.readouterr().err
 
@@ -142,7 +145,11 @@ def test_projectors_are_initialised_only_when_asked_for(hf: Path, tmp_path: Path
     from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder
 
     first, second = (CheckpointReader(checkpoint_folder(tmp_path / name)) for name in ("ck", "ck2"))
-    for name in ("projector.query_proj.linear.weight", "projector.cls_scale", "projector.kv_proj.norm.weight"):
+    for name in (
+        "projector.query_proj.linear.weight",
+        "projector.cls_scale",
+        "projector.kv_proj.norm.weight",
+    ):
         assert torch.equal(first.read(name), second.read(name))
     weight = first.read("projector.query_proj.linear.weight")
     assert weight.abs().max() <= weight.shape[1] ** -0.5
