@@ -172,7 +172,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def _check_precision(args: argparse.Namespace, compression: CompressionSettings) -> None:
     vision = vision_config(args)
     patches = vision.patches_per_side
-    ratios = (compression.low_ratio, compression.high_ratio) if compression.lvtc else (compression.high_ratio,)
+    ratios = (
+        (compression.low_ratio, compression.high_ratio) if compression.lvtc else (compression.high_ratio,)
+    )
     check_precision(
         args,
         settings_from(args, TrainSettings).fp8_parts or ["decoder"],

@@ -121,10 +121,9 @@ class ActivationModel:
         """One layer of the vision encoder that is not recomputed."""
         vit, b = self.shape.vision, self.width
         c, rows = vit.hidden_size, tiles * vit.tokens_per_tile
-        if vit.norm_type == "layer_norm":
-            norms = 2 * 2 * rows * c * b
-        else:
-            norms = 2 * self.norm(rows * c, trained=True)
+        norms = (
+            2 * 2 * rows * c * b if vit.norm_type == "layer_norm" else 2 * self.norm(rows * c, trained=True)
+        )
         attention = 4 * c + (c if self.local else 0)
         queries = 2 * self.norm(rows * c, trained=False) + 2 * rows * c * b if vit.qk_normalization else 0
         scales = 2 * c

@@ -168,7 +168,8 @@ class DataProvider:
             stages = [ranks[i : i + width] for i in range(0, len(ranks), width)]
             stage = next(stage for stage in stages if dist.get_rank() in stage)
             self._groups = (stages, host_group(ranks), host_group(stage))
-        return BatchChannel(*self._groups, self.args.image_size)
+        stages, group, stage_group = self._groups
+        return BatchChannel(stages, group, stage_group, self.args.image_size)
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         args = self.args
