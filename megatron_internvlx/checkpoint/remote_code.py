@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_internvlx import hf
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
+from megatron_internvlx.checkpoint.mapping import Dims
 from megatron_internvlx.data.conversation import IMG_CONTEXT, Template, get_template
 
 if TYPE_CHECKING:
@@ -71,12 +72,19 @@ def check_tokenizer(plan: ExportPlan) -> None:
 
 def processor_config(plan: ExportPlan) -> dict[str, Any]:
     """processor_config.json: how images are cut, as in training."""
-    get = plan.arguments.get
     return {
         "auto_map": {"AutoProcessor": "processing_internvlx.InternVLXProcessor"},
         "processor_class": "InternVLXProcessor",
-        "tile_size": plan.dims.vision.image_size,
-        "tokens_per_tile": plan.dims.high_grid**2,
+        **processor_settings(plan.arguments, plan.dims),
+    }
+
+
+def processor_settings(arguments: Mapping[str, Any], dims: Dims) -> dict[str, Any]:
+    """What the processor is made with, beside a tokenizer."""
+    get = arguments.get
+    return {
+        "tile_size": dims.vision.image_size,
+        "tokens_per_tile": dims.high_grid**2,
         "min_tiles": get("min_tiles", 1),
         "max_tiles": get("max_tiles", 12),
         "use_thumbnail": not get("no_thumbnail", False),

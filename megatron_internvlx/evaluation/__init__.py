@@ -1,0 +1,1 @@
+"""Answers of a Hugging Face model on held-out conversations, and their scores."""

@@ -1,0 +1,120 @@
+"""Questions of a data set, put to a model that generates; one scored row per answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_internvlx.data.conversation import IMAGE, get_template, render_prompt
+from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.data.manifest import Manifest, Record
+from megatron_internvlx.data.sample import parse_record
+from megatron_internvlx.evaluation.scores import anls, exact_match, relaxed_accuracy
+from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor, tile_grid
+
+
+@dataclass(frozen=True)
+class Question:
+    """One answer to be generated."""
+
+    key: str
+    kind: str
+    images: tuple[str, ...]
+    """Paths of the images up to this turn."""
+    prompt: str
+    """The whole conversation before the answer, earlier answers as they should be."""
+    asked: str
+    expected: str
+
+
+def questions(manifest: Manifest, template: str, limit: int | None = None) -> Iterator[Question]:
+    """Every answer of every record, in the data set's order; `limit` records at most."""
+    for position in range(min(len(manifest), limit or len(manifest))):
+        yield from _of_record(manifest.record(position), template)
+
+
+def _of_record(record: Record, template: str) -> Iterator[Question]:
+    paths, turns = parse_record(record)
+    if get_template(template).strip:
+        turns = [{**turn, "value": turn["value"].strip()} for turn in turns]
+    for number, turn in enumerate(turns):
+        if turn["from"] != "gpt":
+            continue
+        prompt = render_prompt(template, turns[: number + 1], generation_prompt=True, key=record.key)
+        seen = sum(t["value"].count(IMAGE) for t in turns[:number])
+        asked = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
+        yield Question(
+            record.key,
+            record.data.get("kind", ""),
+            tuple(paths[:seen]),
+            prompt,
+            asked.replace(IMAGE, "").strip(),
+            turn["value"],
+        )
+
+
+class Answerer:
+    """Generates answers greedily, several at a time.
+
+    Args:
+        model: from `load_model`, on its device.
+        processor: its processor.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, model: Any, processor: InternVLXProcessor, max_new_tokens: int) -> None:
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+
+    @torch.no_grad()
+    def answer(self, batch: Sequence[Question]) -> list[str]:
+        """The generated texts."""
+        images = [list(question.images) for question in batch]
+        inputs = self.processor(images=images, text=[question.prompt for question in batch])
+        moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        out = self.model.generate(**moved, max_new_tokens=self.max_new_tokens)
+        new = out[:, moved["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def row(self, question: Question, given: str) -> dict[str, Any]:
+        """One line of the predictions file."""
+        cols = rows = 0
+        processor = self.processor
+        if question.images:
+            cols, rows = 1, 1
+            if processor.dynamic_image_size:
+                most = max(1, processor.max_tiles // len(question.images))
+                size = image_size(question.images[0])
+                cols, rows = tile_grid(*size, processor.tile_size, processor.min_tiles, most, processor.rvtc)
+        return {
+            "key": question.key,
+            "kind": question.kind,
+            "question": question.asked,
+            "image": question.images[0] if question.images else None,
+            "images": list(question.images),
+            "cols": cols,
+            "rows": rows,
+            "thumbnail": bool(processor.use_thumbnail and cols * rows > 1),
+            "expected": question.expected,
+            "given": given,
+            "correct": exact_match(question.expected, given),
+            "anls": anls(question.expected, given),
+            "relaxed": relaxed_accuracy(question.expected, given),
+        }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean scores of all answers, and exact match by kind of question."""
+    count = max(1, len(rows))
+    kinds: dict[str, list[bool]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"] or "other", []).append(row["correct"])
+    return {
+        "answers": len(rows),
+        "exact_match": sum(row["correct"] for row in rows) / count,
+        "anls": sum(row["anls"] for row in rows) / count,
+        "relaxed_accuracy": sum(row["relaxed"] for row in rows) / count,
+        "by_kind": {kind: [sum(right), len(right)] for kind, right in sorted(kinds.items())},
+    }

@@ -1,0 +1,59 @@
+"""A Hugging Face directory as a model that generates: with its own code, or with ours.
+
+Directories exported with LVTC bring their code. Released InternVL and InternVL-X directories (and
+exports without LVTC) are run by the same code, their tensors renamed by the conversion table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.hf_config import dims, model_config, read_config
+from megatron_internvlx.checkpoint.hf_write import remote_code_config
+from megatron_internvlx.checkpoint.importer import plan_import
+from megatron_internvlx.checkpoint.mapping import output_names, table
+from megatron_internvlx.checkpoint.remote_code import generation_config, processor_settings, token_ids
+from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
+from megatron_internvlx.data.conversation import get_template
+from megatron_internvlx.hf.configuration_internvlx import InternVLXConfig
+from megatron_internvlx.hf.modeling_internvlx import InternVLXForConditionalGeneration
+from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
+
+
+def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProcessor, str]:
+    """(model in evaluation mode on the host, processor, name of the chat template).
+
+    Raises ConversionError for a directory that cannot be run.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    weights = WeightFiles(directory)
+    plan = plan_import(directory, weights, {})
+    found = model_config(read_config(directory), weights)
+    name = found.arguments["conversation_template"]
+    ids = token_ids(directory, get_template(name))
+    config = remote_code_config(found.arguments, found.family, found.tied, found.dtype, ids)
+    with torch.device("meta"):
+        model = InternVLXForConditionalGeneration(InternVLXConfig(**config))
+    sizes = dims(found.arguments, found.family)
+    targets = {entry.ours: entry for entry in table(sizes, "internvlx")}
+    tensors: dict[str, torch.Tensor] = {}
+    for source in plan.sources:
+        ours = source.entry.op.to_ours([weights.read(name) for name in source.entry.theirs])
+        target = targets[source.entry.ours]
+        for theirs, tensor in zip(target.theirs, target.op.to_theirs(ours), strict=True):
+            tensors[theirs] = tensor.to(dtype).clone()
+    if sizes.tied:
+        head, embedding = output_names(found.family, "internvlx")
+        tensors[head] = tensors[embedding]
+    left = model.load_state_dict(tensors, assign=True, strict=False)
+    if left.missing_keys or left.unexpected_keys:
+        raise ConversionError(f"{directory}: {left}")
+    model.generation_config = GenerationConfig(**generation_config(ids))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    processor = InternVLXProcessor(tokenizer, **processor_settings(found.arguments, sizes))
+    return model.eval(), processor, name
