@@ -146,6 +146,8 @@ class RunSettings:
     """Check everything, print layout, memory and batch sizes, and train nothing. Needs no data and no GPU."""
     dry_run_world_size: int | None = None
     """Number of GPUs to check for; recipes state theirs. Unset: WORLD_SIZE."""
+    dry_run_json: str | None = None
+    """Write the figures of a dry run to this file, too. Unset: not written."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU, in GiB: a dry run that needs more fails. Unset: not checked."""
     auto_resume: bool = False

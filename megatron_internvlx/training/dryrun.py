@@ -6,8 +6,11 @@ Memory is that of the fullest micro-batch: as many tiles as fit, and every text 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -20,6 +23,7 @@ from megatron_internvlx.training.activations import ActivationModel, rank_activa
 from megatron_internvlx.training.flops import BackwardSettings, PlanStats, forward_flops, training_flops
 from megatron_internvlx.training.memory import Layout, RankState, StateSizes, rank_state
 from megatron_internvlx.training.shape import ModelShape, parameters
+from megatron_internvlx.training.tracking import layout_name
 
 GIB = 1 << 30
 # CUDA context, NCCL buffers, Transformer Engine's and cuBLAS's workspaces, fragmentation.
@@ -305,4 +309,23 @@ def run(args: argparse.Namespace) -> int:
         print(f"pretrain_vlm.py: this cannot run: {error}", file=sys.stderr)
         return 2
     print(describe(plan))
+    if path := settings_from(args, RunSettings).dry_run_json:
+        Path(path).write_text(json.dumps(figures(plan), indent=1) + "\n")
     return 0
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """What other tools read: sizes in bytes, work in FLOP, lengths in tokens."""
+    packs = plan.args.global_batch_size // plan.args.micro_batch_size
+    return {
+        "parameters": sum(parameters(plan.shape).values()),
+        "world_size": plan.args.world_size,
+        "data_parallel": plan.layout.data,
+        "micro_batches": plan.micro_batches,
+        "tokens_per_step": packs * plan.stats.deep_rows,
+        "tokens_per_tile": plan.shape.compression.high_grid**2,
+        "shallow_tokens_per_tile": plan.shape.compression.entry_grid**2,
+        "flop_per_step": packs * sum(stage.flops for stage in plan.stages),
+        "memory_per_gpu": plan.fullest.total,
+        "layout": layout_name(plan.args),
+    }

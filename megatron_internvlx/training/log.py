@@ -87,6 +87,9 @@ class TrainingLog:
         ]
         if totals["rejects"]:
             parts.append(f"unusable samples {totals['rejects']:.0f} ({self._causes()})")
+        if totals["cut_tiles"] or totals["cut_tokens"]:
+            cut = f"{totals['cut_tiles']:.0f} tiles, {totals['cut_tokens']:.0f} tokens"
+            parts.append(f"cut to the packing budgets {cut}")
         if record.skipped or record.nan:
             parts.append(f"skipped {record.skipped} nan {record.nan}")
         for sink in self.sinks:
@@ -105,6 +108,7 @@ class TrainingLog:
                 flops / TERA / replicas,
                 counters.rows / replicas,
                 counters.padding / replicas,
+                *self.data.cut(),
                 *(counts.get(c, 0) for c in CAUSES),
             ],
             device=platform.device(),
@@ -115,7 +119,7 @@ class TrainingLog:
             [wait, platform.peak_memory() / GIB], dtype=torch.float32, device=platform.device()
         )
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        teraflop, rows, padding, *rejected = sums.tolist()
+        teraflop, rows, padding, cut_tiles, cut_tokens, *rejected = sums.tolist()
         self.rejects = {cause: int(count) for cause, count in zip(CAUSES, rejected, strict=True) if count}
         wait, memory = peaks.tolist()
         self._logged = self._logged or self.args.iteration  # what a checkpoint had reached
@@ -129,6 +133,8 @@ class TrainingLog:
             "wait": wait / interval,
             "memory": memory,
             "rejects": sum(rejected),
+            "cut_tiles": cut_tiles,
+            "cut_tokens": cut_tokens,
             "tflops": teraflop / interval / dist.get_world_size(),
             "mfu": mfu(teraflop * TERA, interval, dist.get_world_size(), self._peak()),
         }
@@ -148,6 +154,7 @@ class TrainingLog:
             "data_wait": totals["wait"],
             "skipped_steps": float(record.skipped),
             "consumed_samples": float(record.consumed_samples),
+            "teraflop_per_step": totals["tflops"] * totals["seconds"] * dist.get_world_size(),
             **{name: totals[name] for name in names},
         }
 

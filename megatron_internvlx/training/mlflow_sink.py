@@ -177,8 +177,9 @@ class MlflowSink:
             client.update_run(self.run_id, status="RUNNING")
         else:
             found = client.get_experiment_by_name(self.info.experiment)
-            local = self.uri.startswith("sqlite:")
-            place = (self.folder.absolute() / "mlflow-artifacts").as_uri() if local else None
+            # Beside a local store; MLflow would take the working directory.
+            store = self.uri.removeprefix("sqlite:///")
+            place = (Path(store).parent / "mlflow-artifacts").as_uri() if store != self.uri else None
             experiment = (
                 found.experiment_id if found else client.create_experiment(self.info.experiment, place)
             )

@@ -1,0 +1,35 @@
+"""The cluster check on this machine: what a node lacks is named, and every rank's host with it."""
+
+from pathlib import Path
+
+from tools import check_cluster
+
+
+def world(folder: str) -> list[str]:
+    return [str(check) for check in check_cluster.world_checks(Path(folder), 1, 0.0)]
+
+
+def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
+    code = check_cluster.main(["--node", "--gpus", "9999", "--scratch", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 1
+    assert any(line.startswith("missing") and "GPUs" in line for line in lines)
+    assert any("megatron-core" in line and line.startswith("ok") for line in lines)
+    assert any("DALI: decodes" in line for line in lines)
+
+
+def test_a_broken_package_is_a_finding(monkeypatch):
+    def broken() -> check_cluster.Check:
+        raise OSError("libnvjpeg.so: cannot open\nmore")
+
+    (found,) = check_cluster._guarded("DALI", broken)
+    assert (found.status, found.name) == ("missing", "DALI")
+    assert "libnvjpeg" in found.detail
+
+
+def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
+    first, _ = pool.run(2, world, str(tmp_path))
+    names = [line.split(None, 2)[2].split(":")[0] for line in first]
+    assert names[0] == "clocks" and names[-2:] == ["all-reduce", "shared files"]
+    assert all(line.startswith(("ok", "slow")) for line in first)
+    assert list(tmp_path.iterdir()) == []

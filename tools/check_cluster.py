@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""What is missing or slow on a node, or between nodes, before a job finds out.
+
+    python tools/check_cluster.py --node                       # this node alone; seconds
+    torchrun --nnodes 2 --nproc-per-node 8 ... tools/check_cluster.py --shared /checkpoints
+
+Each line is `ok`, `slow` or `missing`, the check, and the host. Ends with 0 if nothing is missing, 1
+otherwise; with `--strict` slow counts too. train.sbatch runs the first form on every node before a job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from megatron_internvlx import platform
+
+GIB = 1 << 30
+MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
+SLOW_SHARE = 0.8  # of the median: a rank below it holds all others back
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    status: str
+    """ok, slow or missing."""
+    name: str
+    detail: str
+    host: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:8}{self.host or socket.gethostname():20} {self.name}: {self.detail}"
+
+
+def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
+    """What can be seen from one process of a node. `gpus`: how many there should be; 0: any number."""
+    yield from _guarded("GPUs", lambda: _gpus(gpus))
+    for package in ("megatron-core", "megatron-energon", "mlflow", "transformers"):
+        yield _installed(package, needed=True)
+    if platform.backend() == "nccl":
+        yield from _guarded("Transformer Engine", _transformer_engine)
+        yield _installed("flash-attn", needed=False)
+    yield from _guarded("DALI", _dali)
+    free = shutil.disk_usage(scratch).free / GIB
+    yield Check("ok" if free > 10 else "slow", "scratch", f"{free:.0f} GiB free in {scratch}")
+    shared = Path("/dev/shm")  # loader workers hand over pictures through it
+    room = shutil.disk_usage(shared).total / GIB if shared.is_dir() else 0.0
+    yield Check("ok" if room >= 1 else "slow", "shared memory", f"{room:.1f} GiB")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield Check("ok" if files >= 4096 else "slow", "open files", f"limit {files}")
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    unlimited = locked == resource.RLIM_INFINITY
+    if platform.backend() == "nccl":  # InfiniBand registers memory
+        yield Check("ok" if unlimited else "slow", "locked memory", "unlimited" if unlimited else f"{locked}")
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Iterator[Check]:
+    try:
+        yield check()
+    except Exception as error:  # a broken installation raises anything
+        yield Check("missing", name, f"{type(error).__name__}: {str(error).splitlines()[0][:150]}")
+
+
+def _installed(package: str, *, needed: bool) -> Check:
+    try:
+        return Check("ok", package, version(package))
+    except PackageNotFoundError:
+        return Check("missing" if needed else "slow", package, "not installed")
+
+
+def _gpus(wanted: int) -> Check:
+    found = torch.cuda.device_count()
+    if platform.backend() != "nccl":
+        return Check("missing" if wanted else "slow", "GPUs", "none: runs would be on the CPU")
+    name = platform.device_name()
+    free, total = torch.cuda.mem_get_info()
+    detail = f"{found} x {name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    if wanted and found < wanted:
+        return Check("missing", "GPUs", f"{detail}; {wanted} wanted")
+    return Check("ok" if free > 0.9 * total else "slow", "GPUs", detail)
+
+
+def _transformer_engine() -> Check:
+    import_module("transformer_engine.pytorch")
+    supported, reason = import_module("transformer_engine.pytorch.fp8").check_fp8_support()
+    text = f"{version('transformer-engine')}, FP8 {'works' if supported else 'does not: ' + reason}"
+    return Check("ok" if supported else "slow", "Transformer Engine", text)
+
+
+def _dali() -> Check:
+    """Decode one small picture, on the GPU if there is one."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    fn = import_module("nvidia.dali.fn")
+    pipeline_def = import_module("nvidia.dali").pipeline_def
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(buffer, "JPEG")
+    encoded = np.frombuffer(buffer.getvalue(), np.uint8)
+    on_gpu = platform.backend() == "nccl"
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=0 if on_gpu else None, prefetch_queue_depth=1)
+    def pipeline():
+        data = fn.external_source(source=lambda: [encoded])
+        return fn.decoders.image(data, device="mixed" if on_gpu else "cpu")
+
+    built = pipeline()
+    built.build()
+    built.run()
+    return Check("ok", "DALI", f"decodes on the {'GPU' if on_gpu else 'CPU'}")
+
+
+def world_checks(shared: Path | None, megabytes: int, slowest: float) -> list[Check]:
+    """What concerns all ranks; every rank calls it, rank 0 gets the findings."""
+    checks = [*_clock(), *_compute(), *_all_reduce(megabytes, slowest)]
+    if shared is not None:
+        checks += _shared_files(shared, megabytes)
+    return checks
+
+
+def _gather(value: object) -> list:
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, (socket.gethostname(), value))
+    return values
+
+
+def _clock() -> Iterator[Check]:
+    dist.barrier()
+    times = _gather(time.time())
+    middle = statistics.median(seconds for _, seconds in times)
+    host, seconds = max(times, key=lambda item: abs(item[1] - middle))
+    skew = abs(seconds - middle)
+    detail = f"at most {skew:.2f} s from the median"
+    yield Check("slow" if skew > MOST_SKEW else "ok", "clocks", detail, host if skew > MOST_SKEW else "")
+
+
+def _compute() -> Iterator[Check]:
+    """Matrix products of each rank: one slow GPU slows the whole job."""
+    side, rounds = (8192, 20) if platform.backend() == "nccl" else (256, 3)
+    a = torch.randn(side, side, device=platform.device(), dtype=torch.bfloat16)
+    for count in (2, rounds):  # the first time warms up
+        platform.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ a
+        platform.synchronize()
+        seconds = time.perf_counter() - start
+    speeds = _gather(2 * side**3 * rounds / seconds / 1e12)
+    middle = statistics.median(speed for _, speed in speeds)
+    slow = [(host, speed) for host, speed in speeds if speed < SLOW_SHARE * middle]
+    for host, speed in slow:
+        yield Check("slow", "matrix products", f"{speed:.3g} TFLOP/s, the median rank has {middle:.3g}", host)
+    if not slow:
+        yield Check("ok", "matrix products", f"{middle:.3g} TFLOP/s on the median rank")
+
+
+def _all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
+    """Bus bandwidth, as nccl-tests counts it: 2 (n-1)/n bytes per byte of the buffer."""
+    ranks = dist.get_world_size()
+    buffer = torch.zeros(megabytes << 18, device=platform.device())
+    dist.all_reduce(buffer)
+    platform.synchronize()
+    rounds = 5
+    start = time.perf_counter()
+    for _ in range(rounds):
+        dist.all_reduce(buffer)
+    platform.synchronize()
+    seconds = (time.perf_counter() - start) / rounds
+    speed = 2 * (ranks - 1) / ranks * buffer.nbytes / seconds / 1e9
+    detail = f"{speed:.2f} GB/s over {ranks} ranks, {megabytes} MiB"
+    yield Check("slow" if speed < slowest else "ok", "all-reduce", detail)
+
+
+def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
+    """Rank 0 writes a file, and every host must see all of it."""
+    path = folder / f".check-cluster-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
+    names = [str(path)]
+    dist.broadcast_object_list(names, src=0)
+    path = Path(names[0])
+    speed = 0.0
+    if dist.get_rank() == 0:
+        start = time.perf_counter()
+        with path.open("wb") as file:
+            file.write(os.urandom(1 << 20) * megabytes)
+            os.fsync(file.fileno())
+        speed = megabytes / 1024 / (time.perf_counter() - start)
+    dist.barrier()
+    sizes = _gather(path.stat().st_size if path.exists() else -1)
+    blind = sorted({host for host, size in sizes if size != megabytes << 20})
+    dist.barrier()
+    if dist.get_rank() == 0:
+        path.unlink()
+    for host in blind:
+        yield Check("missing", "shared files", f"does not see what rank 0 wrote to {folder}", host)
+    if not blind:
+        yield Check(
+            "ok" if speed > 0.2 else "slow", "shared files", f"rank 0 writes {speed:.2f} GiB/s to {folder}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--node", action="store_true", help="this node alone, also under torchrun")
+    parser.add_argument(
+        "--gpus", type=int, default=int(os.environ.get("GPUS_PER_NODE", 0)), help="GPUs wanted"
+    )
+    parser.add_argument("--scratch", type=Path, default=Path(os.environ.get("NODE_SCRATCH", "/tmp")))
+    parser.add_argument(
+        "--shared", type=Path, help="directory that all nodes must see, of --save for instance"
+    )
+    parser.add_argument("--megabytes", type=int, default=256, help="size of the all-reduce and of the file")
+    parser.add_argument(
+        "--min-bandwidth", type=float, default=0.0, help="GB/s below which all-reduce is slow"
+    )
+    parser.add_argument("--strict", action="store_true", help="slow counts as missing")
+    asked = parser.parse_args(argv)
+    alone = asked.node or "RANK" not in os.environ
+    checks: list[Check] = []
+    if alone or os.environ.get("LOCAL_RANK") == "0":
+        checks += node_checks(asked.gpus, asked.scratch)
+    if not alone:
+        began = not dist.is_initialized()
+        if began:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if platform.backend() == "nccl" else None
+            dist.init_process_group(platform.backend())
+        found = world_checks(asked.shared, asked.megabytes, asked.min_bandwidth)
+        checks += found if dist.get_rank() == 0 else []
+        if began:
+            dist.destroy_process_group()
+    for check in checks:
+        print(check, flush=True)
+    bad = ("missing", "slow") if asked.strict else ("missing",)
+    return int(any(check.status in bad for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

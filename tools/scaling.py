@@ -1,0 +1,262 @@
+#!/usr/bin/env python
+"""Scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.
+
+    tools/scaling.py plan   examples/scaling/demo.yaml     # a recipe and a dry run of every point
+    tools/scaling.py submit examples/scaling/demo.yaml     # sbatch jobs, or local runs one after another
+    tools/scaling.py report examples/scaling/demo.yaml     # table and curves from MLflow
+
+The grid file:
+
+    name: demo                     # of the MLflow experiment
+    out: runs/scaling/demo         # recipes, checkpoints, report
+    ranks: 2                       # local runs; or  slurm: {nodes: 2, parallel: 3, options: [--time=60]}
+    base: {recipe: examples/demo/demo.yaml, data: meta.json, tokenizer_model: tokenizer/, train_iters: 100}
+    axes:                          # every combination of one entry per axis is a point
+      model: {small: {hidden_size: 64}, large: {hidden_size: 128}}
+      tokens: {64: {high_ratio: 1.0, low_ratio: 0.5}, 16: {}, 4: {high_ratio: 0.25, low_ratio: 0.125}}
+
+`token_budget` in a point or in the base, instead of train_iters, gives the number of steps that make so
+many tokens. Jobs go on where they stopped, so `submit` may be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_internvlx.training import resume
+from tools import scaling_report
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BUDGET = "token_budget"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of the grid."""
+
+    labels: dict[str, str]
+    """Its entry on every axis."""
+    settings: dict[str, Any]
+    """Recipe of the run, without what the tool adds."""
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """model=small,tokens=16 and so on."""
+        return ",".join(f"{axis}={label}" for axis, label in self.labels.items())
+
+    @property
+    def recipe(self) -> Path:
+        """Its recipe file."""
+        return self.folder / "recipe.yaml"
+
+    @property
+    def save(self) -> Path:
+        """Its checkpoints, and the name of its MLflow run."""
+        return self.folder / self.name
+
+    def figures(self) -> dict[str, Any] | None:
+        """Of its dry run, if it could run."""
+        path = self.folder / "dry_run.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file."""
+
+    name: str
+    out: Path
+    points: list[Point]
+    ranks: int
+    slurm: dict[str, Any] | None
+
+    @property
+    def store(self) -> str:
+        """Tracking URI of all its runs."""
+        local = f"sqlite:///{self.out.absolute()}/mlflow.db"
+        return os.environ.get("MLFLOW_TRACKING_URI") or local
+
+
+def read_grid(path: Path) -> Grid:
+    """A grid file. Raises ValueError naming what is wrong with it."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = [key for key in ("name", "axes", "base") if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} is missing")
+    out = Path(content.get("out") or f"runs/scaling/{content['name']}")
+    base = dict(content["base"])
+    if recipe := base.pop("recipe", None):
+        base = yaml.safe_load(Path(recipe).read_text()) | base
+    axes = {axis: _entries(axis, entries) for axis, entries in content["axes"].items()}
+    points = []
+    for labels in itertools.product(*axes.values()):
+        settings = dict(base)
+        for axis, label in zip(axes, labels, strict=True):
+            settings |= axes[axis][label]
+        named = dict(zip(axes, labels, strict=True))
+        folder = out / "_".join(f"{axis}-{label}" for axis, label in named.items())
+        points.append(Point(named, settings, folder))
+    return Grid(content["name"], out, points, int(content.get("ranks", 1)), content.get("slurm"))
+
+
+def _entries(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
+    """{label: settings}; a list of values is short for {value: {axis: value}}."""
+    if isinstance(entries, list):
+        return {str(value): {axis: value} for value in entries}
+    if not isinstance(entries, dict):
+        raise ValueError(f"axis {axis}: a list of values, or a mapping of labels to settings")
+    return {str(label): dict(settings or {}) for label, settings in entries.items()}
+
+
+def plan(grid: Grid) -> int:
+    """Write every point's recipe and dry-run it; returns how many cannot run."""
+    failed = 0
+    rows = [["point", "parameters", "GPUs", "layout", "tokens/step", "steps", "PFLOP", "GiB/GPU"]]
+    for point in grid.points:
+        reason = _plan_point(grid, point)
+        found = point.figures()
+        if reason is not None or found is None:
+            failed += 1
+            print(f"{point.name}: cannot run: {reason}", file=sys.stderr)
+            continue
+        steps = yaml.safe_load(point.recipe.read_text())["train_iters"]
+        work = found["flop_per_step"] * steps / 1e15
+        numbers = [f"{found['parameters']:,}", str(found["world_size"]), found["layout"]]
+        numbers += [f"{found['tokens_per_step']:,}", str(steps), f"{work:,.4g}"]
+        rows.append([point.name, *numbers, f"{found['memory_per_gpu'] / (1 << 30):.2f}"])
+    print(scaling_report.table(rows))
+    return failed
+
+
+def _plan_point(grid: Grid, point: Point) -> str | None:
+    """Dry-run one point; returns why it cannot run."""
+    settings = dict(point.settings)
+    budget = settings.pop(BUDGET, None)
+    # Steps from a budget need the tokens of a step, which a first dry run tells.
+    for _ in range(1 if budget is None else 2):
+        if budget is not None:
+            found = point.figures()
+            settings["train_iters"] = math.ceil(float(budget) / found["tokens_per_step"]) if found else 1
+        settings.setdefault("train_iters", 100)
+        settings |= {"mlflow_experiment": grid.name}
+        point.folder.mkdir(parents=True, exist_ok=True)
+        point.recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+        (point.folder / "dry_run.json").unlink(missing_ok=True)
+        ranks = settings.get("dry_run_world_size") or grid.ranks
+        command = [sys.executable, "pretrain_vlm.py", "--recipe", str(point.recipe.absolute()), "--dry-run"]
+        command += ["--dry-run-world-size", str(ranks)]
+        command += ["--dry-run-json", str((point.folder / "dry_run.json").absolute())]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        if done.returncode:
+            return (done.stderr or done.stdout).strip().split("\n")[-1]
+    return None
+
+
+def submit(grid: Grid) -> int:
+    """Run every planned point that is not finished; returns how many failed (0 under SLURM)."""
+    ready = [point for point in grid.points if point.figures() is not None]
+    if not ready:
+        raise ValueError("no point has been planned: run `tools/scaling.py plan` first")
+    unfinished = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
+    if grid.slurm is None:
+        return sum(_run_here(grid, point) != 0 for point in unfinished)
+    chains: list[str | None] = [None] * int(grid.slurm.get("parallel", 1))
+    for number, point in enumerate(unfinished):
+        chain = number % len(chains)
+        chains[chain] = _sbatch(grid, point, chains[chain])
+        print(f"{chains[chain]}: {point.name}")
+    return 0
+
+
+def _run_here(grid: Grid, point: Point) -> int:
+    """Train one point on this machine, starting again after faults as long as it gets on."""
+    point.save.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(grid.ranks), "--max-restarts", "2", "pretrain_vlm.py"]
+    command += ["--recipe", str(point.recipe), "--save", str(point.save), "--auto-resume"]
+    command += ["--exit-signal-handler"]
+    threads = str(max(1, (os.cpu_count() or 1) // grid.ranks))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MLFLOW_TRACKING_URI": grid.store}
+    print(f"{point.name}: training", flush=True)
+    with (point.folder / "train.log").open("a") as log:
+        code = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
+    print(f"{point.name}: {'done' if code == 0 else f'failed, see {point.folder}/train.log'}", flush=True)
+    return code
+
+
+def _sbatch(grid: Grid, point: Point, after: str | None) -> str:
+    """Submit one point to run after another job; returns its job id."""
+    assert grid.slurm is not None
+    settings = yaml.safe_load(point.recipe.read_text())
+    command = ["sbatch", "--parsable", "--nodes", str(grid.slurm.get("nodes", 1))]
+    command += ["--job-name", f"{grid.name}-{point.name}", "--output", str(point.folder / "train.log")]
+    command += [str(option) for option in grid.slurm.get("options", [])]
+    if after is not None:
+        command += ["--dependency", f"afterany:{after}"]
+    command += ["examples/slurm/train.sbatch"]
+    environment = os.environ | {
+        "RECIPE": str(point.recipe.absolute()),
+        "SAVE": str(point.save.absolute()),
+        "DATA": str(settings.get("data", "")),
+        "TOKENIZER": str(settings.get("tokenizer_model", "")),
+        "MLFLOW_TRACKING_URI": grid.store,
+    }
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {point.name}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def report(grid: Grid) -> int:
+    """Write report.md and its pictures; returns how many points have no run."""
+    measured = scaling_report.read_runs(grid.store, grid.name)
+    rows = []
+    for point in grid.points:
+        series = measured.get(point.save.name)
+        figures = point.figures()
+        if series and figures:
+            rows.append(scaling_report.Result(point.name, point.labels, figures, series))
+    path = scaling_report.write(grid.out, grid.name, rows)
+    print(path.read_text())
+    return len(grid.points) - len(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 0 if every point is in order, 1 if some are not, 2 for a mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["plan", "submit", "report"])
+    parser.add_argument("grid", type=Path, help="grid file, YAML")
+    asked = parser.parse_args(argv)
+    try:
+        grid = read_grid(asked.grid)
+        missing = {"plan": plan, "submit": submit, "report": report}[asked.action](grid)
+    except ValueError as error:
+        print(f"scaling.py: {error}", file=sys.stderr)
+        return 2
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
