@@ -113,6 +113,8 @@ class DataProvider:
         self.args = args
         self.data = settings_from(args, DataSettings)
         self.rejects: RejectLog | None = None
+        self.cut = lambda: (0, 0)
+        """Tiles and tokens given up so far, on this rank, by samples over a packing budget."""
         self.valid_manifest: Manifest | None = None
         self._train_manifest: Manifest | None = None
         self.open_files()
@@ -183,7 +185,9 @@ class DataProvider:
             from megatron_internvlx.training.loaders import energon_loader
 
             encoder = build_encoder(args, pack_budget(args))
-            return energon_loader(args, encoder, plan_settings(args), self.rejects)
+            loader = energon_loader(args, encoder, plan_settings(args), self.rejects)
+            self.cut = loader.cut
+            return loader
         manifest = self._train_manifest or Manifest(self.data.data or "") if train else self.valid_manifest
         assert manifest is not None
         dataset = ConversationDataset(manifest, build_encoder(args), seed=args.seed, shuffle=train)

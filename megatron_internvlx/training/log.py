@@ -156,6 +156,7 @@ class TrainingLog:
             "consumed_samples": float(record.consumed_samples),
             "teraflop_per_step": totals["tflops"] * totals["seconds"] * dist.get_world_size(),
             **{name: totals[name] for name in names},
+            **{f"rejects_{cause}": float(count) for cause, count in self.rejects.items()},
         }
 
     def _causes(self) -> str:

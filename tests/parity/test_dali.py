@@ -125,7 +125,7 @@ def test_at_least_forty_images_are_compared():
     assert len(FILES) + len(KINDS) >= 40
 
 
-@pytest.mark.parametrize("kind", ["progressive.jpg", "cmyk.jpg", "gray.jpg", "lossy.webp", "palette.png"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "16bit.png"])
 def test_decoded_pixels_are_equal_bit_for_bit(kind):
     data = encoded(kind)
     pixels = DaliDecoder("cpu")._decode(data)
