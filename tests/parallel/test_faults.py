@@ -150,6 +150,24 @@ def test_signal_saves_and_the_next_start_goes_on(pool, launch, unbroken, tmp_pat
     check(tmp_path, unbroken)
 
 
+def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
+    """A stopped rank makes the other exit after --stall-minutes, with its stacks, and training goes on."""
+
+    def act() -> None:
+        while not resume.iterations(tmp_path):
+            time.sleep(0.01)
+        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+
+    threading.Thread(target=act, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(RankError, match="rank 1: died with exit code 1"):
+        launch(tmp_path, "--exit-signal-handler", "--stall-minutes", "0.2")
+    assert time.monotonic() - begun < 80
+    assert "Timeout (0:00:12)!" in pool.outputs[1] and "most recent call first" in pool.outputs[1]
+    launch(tmp_path)
+    check(tmp_path, unbroken)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, which a test can fill."""
