@@ -3,7 +3,7 @@
 # make test       the whole suite             make test-fast   without the slow and the parallel tests
 # make test-slurm  jobs on a real SLURM of two nodes (root; tests/slurm/cluster.sh install)
 # make test-gpu   the tests that need CUDA    make lint        ruff, mypy
-# make bench      every benchmark
+# make bench      the quick benchmarks
 
 SHELL := bash
 PYTHON := .venv/bin/python
@@ -41,4 +41,4 @@ lint: setup
 	@$(PYTHON) -m mypy
 
 bench: setup
-	@for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file" || exit 1; done
+	@$(PYTHON) -m benchmarks

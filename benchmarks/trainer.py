@@ -112,15 +112,22 @@ class Trainer:
             chunk.train()
 
     def step(self) -> dict[str, float]:
-        """One training step: seconds, and model FLOPs of this rank's replica."""
+        """One training step: seconds, loss, and model FLOPs of this rank's replica, all and useful ones."""
         platform.synchronize()
         start = time.perf_counter()
-        training.train_step(
+        losses, *_ = training.train_step(
             self.forward_step, self.iterator, self.model, self.optimizer, self.scheduler, self.config,
             get_forward_backward_func(), self.steps, pg_collection=self.groups, p2p_communicator=self.communicator,
         )  # fmt: skip
         platform.synchronize()
+        seconds = time.perf_counter() - start
         self.steps += 1
         assert self.forward_step.meter is not None
         interval = self.forward_step.meter.take()
-        return {"seconds": time.perf_counter() - start, "flops": float(interval.padded_flops.model)}
+        return {
+            "seconds": seconds,
+            "loss": float(losses.get("loss", float("nan"))),
+            "flops": float(interval.padded_flops.model),
+            "useful_flops": float(interval.model_flops),
+            "peak_gib": platform.peak_memory() / 2**30,
+        }
