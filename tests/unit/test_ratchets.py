@@ -104,7 +104,7 @@ def test_functions_are_short() -> None:
 def test_nothing_depends_on_a_machine_or_a_registry() -> None:
     found = []
     for path in tracked():
-        if "golden" in path.parts or path.name == "LICENSE":
+        if "golden" in path.parts or path.name in ("LICENSE", "test_ratchets.py"):  # itself: its patterns
             continue
         try:
             text = path.read_text(encoding="utf-8")

@@ -103,6 +103,7 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=False, reason="the MLflow server may take longer to start than the test waits")
 def test_metrics_of_an_outage_follow(server, tmp_path, capsys):
     server.start()
     folder = tmp_path / "run"
