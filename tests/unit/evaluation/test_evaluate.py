@@ -1,0 +1,107 @@
+"""Scores against values worked out by hand, and the tool on a tiny model from questions to page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_internvlx.checkpoint.exporter import export_checkpoint
+from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.evaluation.scores import anls, edit_distance, exact_match, relaxed_accuracy
+from megatron_internvlx.training.report import read_predictions
+from tests.converting import FAMILIES, lvtc_config, make_directory
+from tools.evaluate import main
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"), [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)]
+)
+def test_edit_distance(a: str, b: str, distance: int) -> None:
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "score"),
+    [("Blue", " blue ", 1.0), ("blue", "blur", 0.75), ("ab", "xb", 0.0), ("", "", 1.0), ("a  b", "a b", 1.0)],
+)
+def test_anls(expected: str, given: str, score: float) -> None:
+    assert anls(expected, given) == score
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "right"),
+    [
+        ("100", "105", True),
+        ("100", "106", False),
+        ("-100", "-95", True),
+        ("50%", "0.51", True),
+        ("1,000", "1000", True),
+        ("0", "0.01", False),
+        ("Paris", "paris", True),
+        ("Paris", "100", False),
+    ],
+)
+def test_relaxed_accuracy(expected: str, given: str, right: bool) -> None:
+    assert relaxed_accuracy(expected, given) is right
+
+
+def test_exact_match_minds_case() -> None:
+    assert exact_match("a", " a\n")
+    assert not exact_match("a", "A")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """meta.json of three records: one image, two rounds; two images; none."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(1)
+    for name, size in (("a.png", (20, 40, 3)), ("b.png", (16, 16, 3))):
+        Image.fromarray(rng.integers(0, 256, size).astype(np.uint8)).save(root / name)
+
+    def turns(*texts: str) -> list[dict[str, str]]:
+        return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+    records = [
+        {"image": "a.png", "kind": "one", "conversations": turns("What?", "x", "And <now>?", "y & z")},
+        {"image": ["a.png", "b.png"], "conversations": turns("<image><image>Which?", "first")},
+        {"kind": "text", "conversations": turns("Hello", "hi")},
+    ]
+    (root / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "meta.json").write_text(json.dumps({"d": {"root": "", "annotation": "d.jsonl"}}))
+    return root / "meta.json"
+
+
+@pytest.mark.parametrize("kind", ["lvtc", "released"])
+def test_the_tool(data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture) -> None:
+    config = lvtc_config() if kind == "lvtc" else FAMILIES["llama"]
+    hf = make_directory(tmp_path / "hf", config, tokenizer=True)
+    if kind == "lvtc":
+        import_checkpoint(hf, tmp_path / "ck", quiet=True)
+        hf = tmp_path / "exported"
+        export_checkpoint(tmp_path / "ck", hf, quiet=True)
+    out = tmp_path / "out"
+    command = ["--hf", str(hf), "--data", str(data), "--out", str(out), "--max-new-tokens", "3"]
+    assert main([*command, "--batch-size", "3"]) == 0
+    rows = read_predictions(out / "predictions.jsonl")
+    assert [row.question for row in rows] == ["What?", "And <now>?", "Which?", "Hello"]
+    assert [row.cols * row.rows for row in rows] == [2, 2, 2, 0]
+    assert [row.expected for row in rows] == ["x", "y & z", "first", "hi"]
+    page = (out / "page.html").read_text()
+    assert page.count("data:image/jpeg") == 4
+    assert "And &lt;now&gt;?" in page
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["answers"] == 4
+    assert "exact match" in capsys.readouterr().out
+    one_by_one = tmp_path / "single"
+    command[command.index(str(out))] = str(one_by_one)
+    assert main([*command, "--batch-size", "1"]) == 0
+    assert [r.given for r in read_predictions(one_by_one / "predictions.jsonl")] == [r.given for r in rows]
+
+
+def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--hf", str(tmp_path), "--data", str(data)]) == 2
+    assert "no weights" in capsys.readouterr().err
+    assert main(["--hf", str(tmp_path), "--data", str(tmp_path / "none.json")]) == 2
+    assert "no meta file" in capsys.readouterr().err
