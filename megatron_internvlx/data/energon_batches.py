@@ -5,6 +5,8 @@ from __future__ import annotations
 import faulthandler
 import gc
 import io
+import queue
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from copy import copy
@@ -264,10 +266,38 @@ class EnergonBatches:
             self._loader._iterator = None
 
 
+class _AfterStart:
+    """The commands for a worker, withheld until it has begun.
+
+    A worker starts the thread that answers commands before it takes the lock that keeps that thread waiting
+    for the first sample. On a busy machine a command in between is answered with a state that lacks the
+    worker's position (megatron-energon 7.4.1), and a run resumed from it would skip a pack.
+    """
+
+    def __init__(self, worker: Any, commands: Any):
+        self._worker, self._commands = worker, commands
+
+    def _begun(self) -> bool:
+        # Both become true while the worker holds the lock.
+        worker = self._worker
+        restored = worker._workers_restore_from[worker._worker_id] is None
+        return restored and worker._last_checkpoints[-1].sample_index >= 0
+
+    def get(self, timeout: float) -> Any:
+        end = time.monotonic() + timeout
+        while not self._begun():
+            if time.monotonic() > end:
+                raise queue.Empty
+            time.sleep(0.002)
+        return self._commands.get(timeout=timeout)
+
+
 def _start_worker(first: Any, worker_id: int) -> None:
     faulthandler.enable(2)  # a crash in a codec is silent otherwise
     torch.set_num_threads(1)  # each worker has one core; more threads would fight over it
     first(worker_id)
+    worker: Any = torch.utils.data.get_worker_info().dataset  # type: ignore[union-attr]
+    worker._cmd_queues = [_AfterStart(worker, commands) for commands in worker._cmd_queues]
     # Energon collects garbage next. What the training process left behind (process groups, their pending
     # work) must not be destroyed in a fork of it: that crashes.
     gc.freeze()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,13 +47,12 @@ def read_image(root: str, name: str) -> bytes:
 class SizeTable:
     """Recorded sizes of the images of one data set, in ``folder/.nv-meta/index.sqlite``.
 
-    The connection is opened anew in each process that reads.
+    Every process and thread that reads opens a connection of its own, as SQLite demands.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / ".nv-meta" / "index.sqlite"
-        self._owner: int | None = None
-        self._db: Any = None
+        self._local = threading.local()
 
     def create(self) -> sqlite3.Connection:
         """A connection for writing; makes the table where it is missing."""
@@ -66,16 +66,20 @@ class SizeTable:
 
     def get(self, name: str, *, apply_exif: bool) -> tuple[int, int] | None:
         """Size of an image, None if it is not recorded; BadSample if it was broken then."""
-        if self._owner != os.getpid():
-            self._owner = os.getpid()
-            self._db = sqlite3.connect(f"file:{self.path}?mode=ro&immutable=1", uri=True)
-        row = self._db.execute(
+        local = self._local
+        if getattr(local, "owner", None) != os.getpid():
+            local.owner = os.getpid()
+            local.db = sqlite3.connect(f"file:{self.path}?mode=ro&immutable=1", uri=True)
+        row = local.db.execute(
             "SELECT metadata_json FROM media_metadata WHERE entry_key = ?", (name,)
         ).fetchone()
         return None if row is None else unpack_size(name, json.loads(row[0]), apply_exif=apply_exif)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_owner": None, "_db": None}
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self._local = state["path"], threading.local()
 
 
 def measure(source: str | bytes, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -48,18 +49,27 @@ def launch(pool, demo):
     pool._discard(2)  # these ranks have the stop signals blocked
 
 
+class Unbroken(NamedTuple):
+    """A run that nothing disturbed."""
+
+    save: Path
+    losses: dict[int, float]
+    seconds: float  # from the start of training to its end
+
+
 @pytest.fixture(scope="module")
-def unbroken(launch, tmp_path_factory) -> tuple[Path, dict[int, float]]:
+def unbroken(launch, tmp_path_factory) -> Unbroken:
     save = tmp_path_factory.mktemp("unbroken")
     results = launch(save)
-    assert resume.RunState.read(save).status == "finished"
-    return save, results[-1]["losses"]
+    state = resume.RunState.read(save)
+    assert state.status == "finished"
+    return Unbroken(save, results[-1]["losses"], state.updated - state.history[-1]["time"])
 
 
-def check(save: Path, unbroken) -> None:
+def check(save: Path, unbroken: Unbroken) -> None:
     final = resume.directory(save, STEPS)
     assert resume.fault(final) is None
-    assert differing(final, resume.directory(unbroken[0], STEPS)) == []
+    assert differing(final, resume.directory(unbroken.save, STEPS)) == []
 
 
 def kill(pool, ranks: list[int]) -> None:
@@ -69,22 +79,20 @@ def kill(pool, ranks: list[int]) -> None:
             os.kill(worker.process.pid, signal.SIGKILL)
 
 
-def strike(pool, save: Path, rng: random.Random, number: int) -> threading.Thread:
-    """Kill one rank or all at a random moment, every second time while a checkpoint is written."""
-    before = set(resume.iterations(save))
-    victims = [[0], [1], [0, 1]][rng.randrange(3)]
+def strike(pool, save: Path, delay: float, *, in_save: bool, victims: list[int]) -> threading.Thread:
+    """Kill `victims` this long after training starts, or after the next checkpoint begins to be written."""
+    starts, found = len(resume.RunState.read(save).history), set(resume.iterations(save))
+
+    def due() -> bool:
+        if in_save:
+            return bool(set(resume.iterations(save)) - found)
+        return len(resume.RunState.read(save).history) > starts
 
     def act() -> None:
         end = time.monotonic() + 60
-        while time.monotonic() < end:
-            if number % 2:
-                if set(resume.iterations(save)) - before:
-                    time.sleep(rng.uniform(0, 0.08))
-                    break
-            elif resume.RunState.read(save).status == "running":
-                time.sleep(rng.uniform(0.5, 4))
-                break
+        while not due() and time.monotonic() < end:
             time.sleep(0.002)
+        time.sleep(delay)
         kill(pool, victims)
 
     thread = threading.Thread(target=act, daemon=True)
@@ -94,20 +102,20 @@ def strike(pool, save: Path, rng: random.Random, number: int) -> threading.Threa
 
 @pytest.mark.slow
 def test_killed_at_random_moments(pool, launch, unbroken, tmp_path):
+    """Four kills, the second and fourth inside a save. None is so late that the run could have ended."""
     rng = random.Random(7)
-    kills, results, losses = 0, None, {}
-    while results is None:
-        thread = strike(pool, tmp_path, rng, kills) if kills < 5 else None
-        try:
-            results = launch(tmp_path, "--max-tries", "20")
-        except RankError:
-            kills += 1
-        if thread is not None:
-            thread.join(60)
-        assert kills <= 6
-    losses.update(results[-1]["losses"])
-    assert kills >= 3
-    assert losses == {step: unbroken[1][step] for step in losses}
+    for number in range(4):
+        in_save = number % 2 == 1
+        delay = rng.uniform(0, 0.05 if in_save else 0.15 * unbroken.seconds)
+        victims = [[0], [1], [0, 1]][rng.randrange(3)]
+        thread = strike(pool, tmp_path, delay, in_save=in_save, victims=victims)
+        with pytest.raises(RankError):
+            launch(tmp_path, "--max-tries", "20")
+        thread.join(60)
+    results = launch(tmp_path, "--max-tries", "20")
+    assert len(resume.RunState.read(tmp_path).history) == 5
+    losses = results[-1]["losses"]
+    assert losses and losses == {step: unbroken.losses[step] for step in losses}
     check(tmp_path, unbroken)
 
 
