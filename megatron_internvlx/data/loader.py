@@ -6,7 +6,7 @@ positions, so that a run resumes at any number of consumed samples and on any nu
 
 import multiprocessing
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,8 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
 from megatron_internvlx.data.sample import Sample, SampleEncoder
+
+# Samples of a micro-batch, each with its tiles: uint8 tensor [T, 3, S, S] on CPU.
+Items = list[tuple[Sample, torch.Tensor]]
+Finish = Callable[[Items], Any]
 
 # Replacements tried for one position. At 50 % bad records the chance to run out is 1e-20.
 MAX_ATTEMPTS = 64
@@ -119,8 +124,44 @@ def _positions(start: int, size: int, rank: int, ranks: int, limit: int | None) 
         number += 1
 
 
-def _as_is(slots: list[_Slot]) -> list[_Slot]:
-    return slots
+class _Delivery(NamedTuple):
+    """What a worker hands over for a micro-batch.
+
+    ``content`` is None if a position has no sample, and a ValueError if the samples do not fit together: raised
+    in the worker, its message would drown in a traceback.
+    """
+
+    content: Any
+    rejects: list[list[BadSample]]
+
+
+class _Finish:
+    """The last step inside the worker: the slots of a micro-batch become what the consumer wants."""
+
+    def __init__(self, finish: Finish):
+        self.finish = finish
+
+    def __call__(self, slots: list[_Slot]) -> _Delivery:
+        items = [(slot.item[0], torch.from_numpy(slot.item[1])) for slot in slots if slot.item is not None]
+        content = None
+        if len(items) == len(slots):
+            try:
+                content = self.finish(items)
+            except ValueError as error:
+                content = error
+        return _Delivery(content, [slot.rejects for slot in slots])
+
+
+def planned(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
+    """Plan of a micro-batch and its tiles, uint8 [T, 3, S, S] in the order of the plan."""
+    plan = build_plan(
+        [sample.input_ids for sample, _ in items],
+        [sample.labels for sample, _ in items],
+        [sample.is_visual for sample, _ in items],
+        settings,
+        [sample.number for sample, _ in items],
+    )
+    return plan, torch.cat([tiles for _, tiles in items])
 
 
 def _start_worker(_: int) -> None:
@@ -144,11 +185,12 @@ def batches(
     dp_size: int,
     num_workers: int,
     reject_log: RejectLog,
+    finish: Finish = list,
     limit: int | None = None,
     prefetch_factor: int = 2,
     start_method: str = "forkserver",
-) -> Iterator[list[tuple[Sample, torch.Tensor]]]:
-    """Micro-batches of this rank, each a list of ``(Sample, tiles)``; tiles uint8 tensor [T, 3, S, S] on CPU.
+) -> Iterator[Any]:
+    """Micro-batches of this rank: ``finish(items)``, called in the worker; by default the items themselves.
 
     ``start``: consumed samples, over all ranks, of earlier runs. ``limit``: micro-batches to give, None for
     no end. A bad sample is counted in ``reject_log`` and replaced by one that only its own position
@@ -168,22 +210,22 @@ def batches(
     loader = DataLoader(
         _Slots(dataset),
         batch_sampler=_positions(start, micro_batch_size, dp_rank, dp_size, limit),
-        collate_fn=_as_is,
+        collate_fn=_Finish(finish),
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         **options,
     )
-    for slots in loader:
-        batch = []
-        for slot in slots:
-            reject_log.saw(len(slot.rejects) + 1)
-            for bad in slot.rejects:
+    for content, per_position in loader:
+        for rejects in per_position:
+            reject_log.saw(len(rejects) + 1)
+            for bad in rejects:
                 reject_log.add(bad)
-            if slot.item is None:
-                raise TooManyRejects(
-                    f"{MAX_ATTEMPTS} records in a row are bad, the last: {slot.rejects[-1]} "
-                    f"(so far: {reject_log.summary()}); check the data set"
-                )
-            sample, tiles = slot.item
-            batch.append((sample, torch.from_numpy(tiles)))
-        yield batch
+        if content is None:
+            last = next(rejects[-1] for rejects in per_position if len(rejects) == MAX_ATTEMPTS)
+            raise TooManyRejects(
+                f"{MAX_ATTEMPTS} records in a row are bad, the last: {last} "
+                f"(so far: {reject_log.summary()}); check the data set"
+            )
+        if isinstance(content, ValueError):
+            raise content
+        yield content

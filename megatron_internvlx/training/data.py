@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx.arguments import row_alignment, settings_from
 from megatron_internvlx.config import DataSettings, TrainSettings
 from megatron_internvlx.data.conversation import ReleasedQuirks
-from megatron_internvlx.data.loader import ConversationDataset, batches
+from megatron_internvlx.data.loader import ConversationDataset, batches, planned
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.packing import Budget
-from megatron_internvlx.data.plan import PlanSettings, build_plan
+from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepare import prepared_sets
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
@@ -88,19 +89,6 @@ def released_quirks() -> ReleasedQuirks:
     with InternVL-X, and packed attention has no mask inside a sample.
     """
     return replace(ReleasedQuirks.all(), mask_id_zero=False)
-
-
-def host_batches(samples: Iterator, settings: PlanSettings) -> Iterator[HostBatch]:
-    """Lists of (Sample, tiles) -> planned micro-batches."""
-    for micro_batch in samples:
-        plan = build_plan(
-            [sample.input_ids for sample, _ in micro_batch],
-            [sample.labels for sample, _ in micro_batch],
-            [sample.is_visual for sample, _ in micro_batch],
-            settings,
-            [sample.number for sample, _ in micro_batch],
-        )
-        yield HostBatch(plan, torch.cat([tiles for _, tiles in micro_batch]))
 
 
 class DataProvider:
@@ -198,18 +186,21 @@ class DataProvider:
             "dp_size": mpu.get_data_parallel_world_size(),
             "num_workers": self.data.loader_workers,
             "reject_log": self.rejects,
+            "finish": partial(planned, settings=plan_settings(args)),
         }
-        settings = plan_settings(args)
         if train:
-            return host_batches(batches(dataset, start=args.consumed_train_samples, **split_args), settings)
+            planned_batches = batches(dataset, start=args.consumed_train_samples, **split_args)
+            return itertools.starmap(HostBatch, planned_batches)
         per_rank = args.eval_global_batch_size // (size * split_args["dp_size"]) * args.eval_iters
-        return self._evaluations(dataset, split_args, settings, per_rank)
+        return self._evaluations(dataset, split_args, per_rank)
 
     @staticmethod
-    def _evaluations(dataset, split_args, settings, micro_batches: int) -> Iterator[HostBatch]:
+    def _evaluations(dataset, split_args, micro_batches: int) -> Iterator[HostBatch]:
         """Every evaluation sees the same held-out samples, from the first on."""
         while True:
-            yield from host_batches(batches(dataset, start=0, limit=micro_batches, **split_args), settings)
+            yield from itertools.starmap(
+                HostBatch, batches(dataset, start=0, limit=micro_batches, **split_args)
+            )
 
 
 def host_group(ranks: list[int]) -> dist.ProcessGroup | None:

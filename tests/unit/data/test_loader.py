@@ -4,11 +4,13 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_internvlx.data.loader import ConversationDataset, batches
+from megatron_internvlx.data.loader import ConversationDataset, batches, planned
+from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
 from tests.unit.data.conftest import record
 
@@ -149,3 +151,25 @@ def test_impossible_splits_are_refused(dataset, start, size, rank, ranks):
 def test_workers_never_import_megatron():
     code = "import sys, megatron_internvlx.data.loader; print('megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_micro_batches_are_planned_in_the_worker(dataset):
+    """The plan is that of the samples; one that does not fit is a plain ValueError, whoever noticed it."""
+    split = {"start": 0, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "limit": 5}
+    settings = PlanSettings(1, 2)
+    first = RejectLog(None, None)
+    expected = [planned(items, settings) for items in take(dataset, limit=5, log=first)]
+    assert first.total > 0
+    for workers in (0, 2):
+        finish = partial(planned, settings=settings)
+        log = RejectLog(None, None)
+        found = list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
+        for (plan, tiles), (other, others) in zip(found, expected, strict=True):
+            assert torch.equal(tiles, others) and len(tiles) == plan.num_tiles
+            assert plan.tokens.tolist() == other.tokens.tolist()
+            assert plan.targets.tolist() == other.targets.tolist()
+        assert log.total == first.total
+        finish = partial(planned, settings=PlanSettings(1, 2, shallow_length=8, deep_length=8))
+        with pytest.raises(ValueError, match="over the static budget of 8") as caught:
+            list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
+        assert "Traceback" not in str(caught.value)
