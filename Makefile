@@ -23,8 +23,9 @@ setup: .venv/.installed
 demo: setup
 	@bash examples/demo/run.sh
 
+# Two processes: one for all tests that share the pool of ranks, one for the others (tests/conftest.py).
 test: setup
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 test-fast: setup
 	@$(PYTHON) -m pytest -m "not slow" --ignore tests/parallel

@@ -18,7 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     golden_weights.materialize()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # With several processes (make test), what uses the pool stays together: one pool per machine.
+        shared = "pool" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if shared else item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -176,23 +176,11 @@ def differences(expected: Path, found: Path) -> list[str]:
 # -------------------------------------------------------------------------------------- in a rank
 
 
-def _cached_by_class(method: Any) -> Any:
-    known: dict[type, Any] = {}
-
-    def cached(self: Any, kind: type) -> Any:
-        if kind not in known:
-            known[kind] = method(self, kind)
-        return known[kind]
-
-    return cached
-
-
 def load_and_save(layout: list[str], checkpoints: dict[str, str], folder: str) -> None:
     """On a rank: Megatron loads every checkpoint into the layout and saves it again under its name."""
     from megatron_internvlx import platform
 
     platform.setup()
-    import megatron.training.argument_utils as argument_utils
     import megatron.training.checkpointing as checkpointing
     from megatron.core.enums import ModelType
     from megatron.training.initialize import initialize_megatron
@@ -202,9 +190,6 @@ def load_and_save(layout: list[str], checkpoints: dict[str, str], folder: str) -
     from megatron_internvlx.model.builder import ModelProvider
     from tests.distributed import forget_megatron
 
-    # Reading the documentation of every argument takes half of the time; once is enough.
-    factory: Any = argument_utils.ArgumentGroupFactory
-    factory._get_field_docstrings = _cached_by_class(factory._get_field_docstrings)
     # The ranks of the pool are daemons, which may not start the process that Megatron writes from.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     for name, checkpoint in checkpoints.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron_internvlx.model.internvlx import InternVLX
 
 _LAYER = re.compile(r"(\.decoder\.layers\.)(\d+)(\.)")
 _EXPERT = re.compile(r"(\.experts\.local_experts\.)(\d+)(\.)")
+_ALIGNMENT = 8  # bytes; of the widest type
 _GROUPED = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 
@@ -110,9 +112,29 @@ def full_tensors(
             if value is not None:
                 full = full_tensor(shard, value)
                 mine[shard.name] = unpadded(shard.name, full, stage.real_vocab_size)
-    everyone: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return {name: tensor for part in everyone for name, tensor in part.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, _flat(mine))
+    return {name: tensor for part in everyone for name, tensor in _from_flat(*part)}
+
+
+# Names, types and shapes, and the bytes of all in a row. Pickled one by one, tensors take a millisecond each.
+_Described = list[tuple[str, torch.dtype, torch.Size]]
+
+
+def _flat(tensors: dict[str, Tensor]) -> tuple[_Described, bytearray]:
+    content = bytearray()
+    for tensor in tensors.values():
+        content += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        content += bytes(-len(content) % _ALIGNMENT)
+    return [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], content
+
+
+def _from_flat(described: _Described, content: bytearray) -> Iterator[tuple[str, Tensor]]:
+    start = 0
+    for name, dtype, shape in described:
+        count = shape.numel()
+        yield name, torch.frombuffer(content, dtype=dtype, count=count, offset=start).view(shape)
+        start += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(
     or any(shutil.which(name) is None for name in ("slurmctld", "slurmd", "sbatch", "munged")),
     reason="needs root and Debian's slurmctld slurmd slurm-client munge (tests/slurm/cluster.sh install)",
 )
-STEPS, EVERY = 8, 4
+# Long enough that a signal arrives well before the next checkpoint, and before the end.
+STEPS, EVERY = 60, 20
 
 
 @pytest.fixture(scope="module")
