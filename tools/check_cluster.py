@@ -60,8 +60,7 @@ def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
         yield from _guarded("Transformer Engine", _transformer_engine)
         yield _installed("flash-attn", needed=False)
     yield from _guarded("DALI", _dali)
-    free = shutil.disk_usage(scratch).free / GIB
-    yield Check("ok" if free > 10 else "slow", "scratch", f"{free:.0f} GiB free in {scratch}")
+    yield from _guarded("scratch", lambda: _scratch(scratch))
     shared = Path("/dev/shm")  # loader workers hand over pictures through it
     room = shutil.disk_usage(shared).total / GIB if shared.is_dir() else 0.0
     yield Check("ok" if room >= 1 else "slow", "shared memory", f"{room:.1f} GiB")
@@ -71,6 +70,13 @@ def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
     unlimited = locked == resource.RLIM_INFINITY
     if platform.backend() == "nccl":  # InfiniBand registers memory
         yield Check("ok" if unlimited else "slow", "locked memory", "unlimited" if unlimited else f"{locked}")
+
+
+def _scratch(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free / GIB
+    if not os.access(folder, os.W_OK):
+        return Check("missing", "scratch", f"no permission to write in {folder}")
+    return Check("ok" if free > 10 else "slow", "scratch", f"{free:.0f} GiB free in {folder}")
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Iterator[Check]:
@@ -195,17 +201,21 @@ def _all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
 def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
     """Rank 0 writes a file, and every host must see all of it."""
     path = folder / f".check-cluster-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
-    names = [str(path)]
-    dist.broadcast_object_list(names, src=0)
-    path = Path(names[0])
-    speed = 0.0
+    written: list = [str(path), 0.0, ""]
     if dist.get_rank() == 0:
         start = time.perf_counter()
-        with path.open("wb") as file:
-            file.write(os.urandom(1 << 20) * megabytes)
-            os.fsync(file.fileno())
-        speed = megabytes / 1024 / (time.perf_counter() - start)
-    dist.barrier()
+        try:
+            with path.open("wb") as file:
+                file.write(os.urandom(1 << 20) * megabytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            written[2] = error.strerror or str(error)
+        written[1] = megabytes / 1024 / (time.perf_counter() - start)
+    dist.broadcast_object_list(written, src=0)
+    path, speed, problem = Path(written[0]), written[1], written[2]
+    if problem:
+        yield Check("missing", "shared files", f"rank 0 cannot write to {folder}: {problem}")
+        return
     sizes = _gather(path.stat().st_size if path.exists() else -1)
     blind = sorted({host for host, size in sizes if size != megabytes << 20})
     dist.barrier()
@@ -214,9 +224,8 @@ def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
     for host in blind:
         yield Check("missing", "shared files", f"does not see what rank 0 wrote to {folder}", host)
     if not blind:
-        yield Check(
-            "ok" if speed > 0.2 else "slow", "shared files", f"rank 0 writes {speed:.2f} GiB/s to {folder}"
-        )
+        status = "ok" if speed > 0.2 else "slow"
+        yield Check(status, "shared files", f"rank 0 writes {speed:.2f} GiB/s to {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,9 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--node", action="store_true", help="this node alone, also under torchrun")
-    parser.add_argument(
-        "--gpus", type=int, default=int(os.environ.get("GPUS_PER_NODE", 0)), help="GPUs wanted"
-    )
+    parser.add_argument("--gpus", type=int, default=os.environ.get("GPUS_PER_NODE", "0"), help="GPUs wanted")
     parser.add_argument("--scratch", type=Path, default=Path(os.environ.get("NODE_SCRATCH", "/tmp")))
     parser.add_argument(
         "--shared", type=Path, help="directory that all nodes must see, of --save for instance"
@@ -238,7 +245,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--strict", action="store_true", help="slow counts as missing")
     asked = parser.parse_args(argv)
+    if asked.megabytes < 1:
+        parser.error(f"--megabytes {asked.megabytes}: want at least 1")
     alone = asked.node or "RANK" not in os.environ
+    if alone and (asked.shared or asked.min_bandwidth):
+        parser.error(
+            "--shared and --min-bandwidth compare ranks: start this with torchrun, and without --node"
+        )
     checks: list[Check] = []
     if alone or os.environ.get("LOCAL_RANK") == "0":
         checks += node_checks(asked.gpus, asked.scratch)

@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     try:
         fresh = make_demo_data(args.out, **settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"make_demo_data: {error}", file=sys.stderr)
         return 2
     verb = "drew" if fresh else "kept"

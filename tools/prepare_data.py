@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -88,6 +89,14 @@ def run_stats(argv: Sequence[str]) -> None:
     from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
     from megatron_internvlx.data.tokenizer import load_tokenizer
 
+    if args.patch_size < 1 or args.image_size % args.patch_size:
+        raise ValueError(
+            f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}"
+        )
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: want at least 1")
+    if not args.seq_length and (args.shallow_seq_length or args.max_tiles_per_pack):
+        raise ValueError("--shallow-seq-length and --max-tiles-per-pack need --seq-length, the deep budget")
     patches = args.image_size // args.patch_size
     low = grid_side(patches, args.low_ratio, "--low-ratio")
     high = grid_side(patches, args.high_ratio, "--high-ratio")
@@ -99,12 +108,20 @@ def run_stats(argv: Sequence[str]) -> None:
         tokens_per_tile=high**2,
         shallow_tokens_per_tile=low**2,
     )
-    encoder = SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
-    found = stats.collect(args.out, encoder, limit=args.samples)
     budget = None
     if args.seq_length:
-        shallow = args.shallow_seq_length or args.seq_length
-        budget = Budget(shallow, args.seq_length, args.max_tiles_per_pack)
+        budget = Budget(args.shallow_seq_length or args.seq_length, args.seq_length, args.max_tiles_per_pack)
+        for name, rows, tile in (
+            ("--seq-length", budget.deep, high**2),
+            ("--shallow-seq-length", budget.shallow, low**2),
+        ):
+            if rows <= tile:
+                raise ValueError(
+                    f"{name} {rows} does not hold one tile of {tile} tokens and some text: raise it"
+                )
+    encoder = SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
+    found = stats.collect(args.out, encoder, limit=args.samples)
+    if budget:
         over = stats.add_fill(found, budget)
         if over:
             print(f"{over} samples are over a budget by themselves and were cut down to it")
@@ -124,9 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_stats(argv[1:])
         else:
             run_prepare(argv)
-    except ValueError as error:
+    except (ValueError, OSError, sqlite3.Error) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -46,6 +46,8 @@ def tokens_per_tile(tile_size: int, patch: int, ratio: float) -> int:
 
     Raises ValueError where the tile is no whole number of patches, or the ratio gives no whole grid.
     """
+    if patch < 1:
+        raise ValueError(f"--patch {patch}: want a number of pixels, at least 1")
     side = tile_size / patch * ratio
     if tile_size % patch or side != int(side) or side < 1:
         raise ValueError(
@@ -57,6 +59,8 @@ def tokens_per_tile(tile_size: int, patch: int, ratio: float) -> int:
 
 def cut_image(size: tuple[int, int], args: argparse.Namespace) -> list[Cut]:
     """The cut of an image of `size` (width, height) under every policy."""
+    if not 1 <= args.min_tiles <= args.max_tiles:
+        raise ValueError(f"--min-tiles {args.min_tiles} --max-tiles {args.max_tiles}: want 1 <= min <= max")
     low = tokens_per_tile(args.tile_size, args.patch, args.low_ratio)
     high = tokens_per_tile(args.tile_size, args.patch, args.high_ratio)
     cuts = []
@@ -136,7 +140,7 @@ def draw_page(image: Image.Image, cuts: Sequence[Cut], title: str) -> Image.Imag
 def open_image(path: Path) -> Image.Image:
     """The image upright and in RGB. Raises ValueError for what is missing, no image or cut short."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a directory, not an image' if path.is_dir() else 'no such file'}")
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

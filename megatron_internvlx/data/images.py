@@ -55,13 +55,16 @@ class SizeTable:
         self._local = threading.local()
 
     def create(self) -> sqlite3.Connection:
-        """A connection for writing; makes the table where it is missing."""
+        """A connection for writing; makes the table where it is missing. Raises ValueError if it is damaged."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path)
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS media_metadata (entry_key TEXT PRIMARY KEY, "
-            "metadata_type TEXT NOT NULL, metadata_json TEXT NOT NULL)"
-        )
+        try:
+            connection = sqlite3.connect(self.path)
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS media_metadata (entry_key TEXT PRIMARY KEY, "
+                "metadata_type TEXT NOT NULL, metadata_json TEXT NOT NULL)"
+            )
+        except sqlite3.Error as error:
+            raise ValueError(f"{self.path}: {error}: delete it, or prepare into another directory") from error
         return connection
 
     def get(self, name: str, *, apply_exif: bool) -> tuple[int, int] | None:

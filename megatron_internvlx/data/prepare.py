@@ -256,17 +256,42 @@ def _fingerprint(entry: DatasetEntry, settings: PrepareSettings) -> dict[str, An
     }
 
 
+def _earlier_report(done: Path, mark: dict[str, Any]) -> SetReport | None:
+    """What an earlier run with the same input reported; None if there was none, or its mark is damaged."""
+    try:
+        earlier = json.loads(done.read_text())
+        return SetReport(**earlier["report"]) if earlier["fingerprint"] == mark else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mended(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) -> bool:
+    """Forget broken images that can be read by now, as after mounting what was missing; whether any can."""
+    connection = table.create()
+    rows = connection.execute(
+        "SELECT entry_key FROM media_metadata WHERE json_extract(metadata_json, '$.format') = ?", (BROKEN,)
+    ).fetchall()
+    sizes = (_measured(entry.root, name, settings.verify) for (name,) in rows)
+    names = [name for name, size in sizes if size["format"] != BROKEN]
+    connection.executemany("DELETE FROM media_metadata WHERE entry_key = ?", [(name,) for name in names])
+    connection.commit()
+    connection.close()
+    return bool(names)
+
+
 def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> SetReport:
     """Prepare one set, or return what an earlier run with the same input did."""
     folder = out / entry.name
     done, mark = folder / "done.json", _fingerprint(entry, settings)
-    if done.exists():
-        earlier = json.loads(done.read_text())
-        if earlier["fingerprint"] == mark:
-            return SetReport(**earlier["report"])
+    table = SizeTable(folder / "media")
+    earlier = _earlier_report(done, mark)
+    if earlier and not (earlier.broken_images and _mended(entry, table, settings)):
+        return earlier
+    # From here on the directory is that of neither run, until the new marks are written.
+    for stale in (done, out / MARK):
+        stale.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     found = _scan(entry)
-    table = SizeTable(folder / "media")
     broken = _record_sizes(entry, found, table, settings)
     kept_out = round(len(found.good) * settings.validation)
     train = len(found.good) - kept_out
@@ -304,13 +329,20 @@ def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -
         if not name or "/" in name or name.startswith(".") or name in ("validation", "annotations"):
             raise ValueError(f"data set {name!r} cannot have a folder of its name: rename it in {meta_path}")
     reports = [_prepare_set(entry, out, settings) for entry in manifest.entries]
-    _write_metadataset(out, reports, settings)
-    if settings.validation:
-        _write_validation(out, manifest, reports)
     with (out / "broken.jsonl.partial").open("wb") as log:
         for report in reports:
             log.write((out / report.name / "broken.jsonl").read_bytes())
     (out / "broken.jsonl.partial").replace(out / "broken.jsonl")
+    for entry, report in zip(manifest.entries, reports, strict=True):
+        listed = (out / entry.name / "broken.jsonl").read_text(encoding="utf-8")
+        if report.images and listed.count('"cause": "missing_image"') == report.images:
+            raise ValueError(
+                f"data set {entry.name!r}: none of its {report.images} images is there, below {entry.root}: "
+                f"is its root right in {meta_path}? Each is listed in {out / 'broken.jsonl'}"
+            )
+    _write_metadataset(out, reports, settings)
+    if settings.validation:
+        _write_validation(out, manifest, reports)
     mark = {"version": VERSION, "sets": [asdict(report) for report in reports]}
     (out / MARK).write_text(json.dumps(mark, indent=1))
     return reports
@@ -324,7 +356,12 @@ def prepared_sets(directory: str | Path) -> list[dict[str, Any]]:
             f"{directory} is no prepared data set (it has no {MARK}): make one with "
             "tools/prepare_data.py META.json OUT, or use the simple loader with a meta.json"
         )
-    return json.loads(path.read_text())["sets"]
+    try:
+        return json.loads(path.read_text())["sets"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): run tools/prepare_data.py again, it goes on"
+        ) from error
 
 
 def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSettings) -> None:
@@ -338,7 +375,10 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
                 entry["aux"] = {"sizes": f"filesystem://{report.name}/media"}
             blend.append(entry)
     if not blend:
-        raise ValueError("no record is left to train on: see broken.jsonl")
+        records = sum(report.broken_records for report in reports)
+        raise ValueError(
+            f"no record is left to train on ({records} broken): see {out / 'broken.jsonl'}, or repeat_time"
+        )
     document = {
         "__module__": "megatron.energon",
         "__class__": "MetadatasetV2",

@@ -63,11 +63,11 @@ def test_a_second_run_does_nothing_and_a_stopped_one_goes_on(meta, tmp_path, mon
     assert len(calls) == 22
     first = (out / "metadataset.yaml").read_bytes()
     prepare(meta, out, PrepareSettings())
-    assert len(calls) == 22
+    assert calls[22:] == ["cut.png"]  # may have been mended
     assert (out / "metadataset.yaml").read_bytes() == first
     (out / "clean" / "done.json").unlink()  # as if it had been stopped there: sizes are kept
     prepare(meta, out, PrepareSettings())
-    assert len(calls) == 22
+    assert calls[22:] == ["cut.png"] * 2
     (meta.parent / "clean.jsonl").write_text(json.dumps(record("a3.png", "What?", "It.")) + "\n")
     (report, _) = prepare(meta, out, PrepareSettings())
     assert report.train == 1
@@ -139,3 +139,73 @@ def test_tool_reports_and_draws_statistics(meta, tmp_path, capsys, tokenizer):
     assert rows["off"][-2] == "0.0%,"
     assert 0 < float(rows["area"][-1].rstrip("%")) < 100
     assert png.stat().st_size > 10_000
+
+
+def test_images_that_appear_later_are_measured_and_a_wrong_root_is_an_error(disk, tmp_path, capsys):
+    names = [f"{i}.png" for i in range(3)]
+    disk.add("a", [record(name, "What?", "It.") for name in names]).manifest()
+    command = [str(disk.folder / "meta.json"), str(tmp_path / "out")]
+    assert prepare_data.main(command) == 2
+    assert "none of its 3 images is there" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "broken.jsonl").read_text().splitlines()) == 3
+    for name in names[:2]:
+        disk.image(name, 30, 40)
+    for broken in (1, 1):  # the second run finds nothing new
+        assert prepare_data.main(command) == 0
+        assert f"3 images, {broken} of them broken" in capsys.readouterr().out
+
+
+def test_damaged_marks_and_tables_are_made_again_or_named(disk, tmp_path, capsys):
+    disk.add("a", [record(disk.image("0.png", 30, 40), "What?", "It.")]).manifest()
+    out = tmp_path / "out"
+    command = [str(disk.folder / "meta.json"), str(out)]
+    assert prepare_data.main(command) == 0
+    (out / "a" / "done.json").write_text("{half")
+    assert prepare_data.main(command) == 0
+    (out / module.MARK).write_text("")
+    with pytest.raises(ValueError, match=r"prepared\.json is damaged"):
+        prepared_sets(out)
+    (out / "a" / "done.json").unlink()
+    (out / "a" / "media" / ".nv-meta" / "index.sqlite").write_text("no table")
+    assert prepare_data.main(command) == 2
+    assert "index.sqlite: file is not a database: delete it" in capsys.readouterr().err
+
+
+def test_a_run_with_other_settings_takes_the_marks_away_first(disk, tmp_path, monkeypatch):
+    disk.add("a", [record(disk.image(f"{i}.png", 30 + i, 40), "What?", "It.") for i in range(4)]).manifest()
+    meta, out = disk.folder / "meta.json", tmp_path / "out"
+    prepare(meta, out, PrepareSettings())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_index_set", killed)
+    assert prepare_data.main([str(meta), str(out), "--validation", "0.5"]) == 130
+    with pytest.raises(ValueError, match="no prepared data set"):
+        prepared_sets(out)
+    assert not (out / "a" / "done.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-length", "100"], "--seq-length 100 does not hold one tile of 256 tokens"),
+        (["--shallow-seq-length", "4096"], "need --seq-length"),
+        (["--samples", "0"], "--samples 0: want at least 1"),
+        (["--patch-size", "0"], "--image-size 448 is not a multiple of --patch-size 0"),
+        (["--png", "/proc/none.png"], "/proc/none.png"),
+    ],
+)
+def test_statistics_refuse_what_means_nothing(disk, tmp_path, tokenizer, capsys, options, message):
+    disk.add("a", [record(disk.image("0.png", 30, 40), "What?", "It.")]).manifest()
+    prepare(disk.folder / "meta.json", tmp_path / "out", PrepareSettings())
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = ["stats", str(tmp_path / "out"), "--tokenizer-model", str(tmp_path / "tokenizer"), *options]
+    assert prepare_data.main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unwritable_directory_is_one_line(disk, capsys):
+    disk.add("a", [record(None, "What?", "It.")]).manifest()
+    assert prepare_data.main([str(disk.folder / "meta.json"), "/proc/out"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

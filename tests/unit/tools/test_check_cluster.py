@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tools import check_cluster
 
 
@@ -33,3 +35,34 @@ def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
     assert names[0] == "clocks" and names[-2:] == ["all-reduce", "shared files"]
     assert all(line.startswith(("ok", "slow")) for line in first)
     assert list(tmp_path.iterdir()) == []
+
+
+def unwritable(folder: str) -> list[str]:
+    return [str(check) for check in check_cluster._shared_files(Path(folder), 1)]
+
+
+def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
+    first, _ = pool.run(2, unwritable, "/proc/nowhere")
+    assert len(first) == 1 and first[0].startswith("missing")
+    assert "rank 0 cannot write to /proc/nowhere: No such file" in first[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shared", "/tmp"], "start this with torchrun"),
+        (["--node", "--megabytes", "0"], "--megabytes 0: want at least 1"),
+        (["--node", "--gpus", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_mistakes_on_the_command_line(options, message, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        check_cluster.main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scratch_that_is_not_there_is_a_finding(capsys):
+    assert check_cluster.main(["--node", "--gpus", "0", "--scratch", "/nowhere"]) == 1
+    assert "missing" in capsys.readouterr().out

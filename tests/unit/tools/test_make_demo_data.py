@@ -192,3 +192,8 @@ def test_bad_numbers_are_refused(tmp_path, bad):
     with pytest.raises(SystemExit):
         demo.main(["--out", str(tmp_path / "data"), *bad])
     assert not (tmp_path / "data").exists()
+
+
+def test_unwritable_directory_is_one_line(capsys):
+    assert demo.main(["--out", "/proc/data", "--train", "2", "--val", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
