@@ -1,0 +1,192 @@
+"""Conversion of a 2B model both ways: peak memory of all processes, and speed beside `cp` on the same disk.
+
+    python -m benchmarks.convert --work FOLDER      # writes benchmarks/results/convert-DATE.md
+
+The released InternVL-X-2B configuration in bf16 with random weights. Every run starts with its input out of
+the page cache and ends when its output is on the disk. Needs 14 GB in FOLDER, which are removed.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform as machine
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron_internvlx.checkpoint.hf_config import dims, model_config
+from megatron_internvlx.checkpoint.mapping import table
+from megatron_internvlx.checkpoint.safetensors_io import (
+    SINGLE,
+    TensorInfo,
+    plan_shard,
+    tensor_bytes,
+    write_at,
+    write_header,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "tests" / "golden" / "real_configs.json"
+REPETITIONS = 1
+
+
+class _Released:
+    """Enough of a weight directory to read the configuration: it has PVTC."""
+
+    names = {"projector.cls_scale"}  # noqa: RUF012
+
+    def equal(self, first: str, second: str) -> bool:
+        return False
+
+
+def make_model(folder: Path) -> int:
+    """Write the directory; returns the bytes of its weights."""
+    held = {name.split(" (")[0]: entry["config"] for name, entry in json.loads(CONFIGS.read_text()).items()
+            if isinstance(entry, dict) and "config" in entry}  # fmt: skip
+    config = held["top_level InternVLChatConfig"] | {
+        "architectures": ["InternVLChatModel"],
+        "torch_dtype": "bfloat16",
+        "llm_config": held["InternLM2-chat-1.8B"],
+        "vision_config": held["InternViT-300M-448px"],
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    ours = model_config(config, _Released())  # type: ignore[arg-type]
+    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    shapes = {n: s for e in entries for n, s in zip(e.theirs, e.shapes, strict=True)}
+    shard = plan_shard(SINGLE, {n: TensorInfo(SINGLE, s, torch.bfloat16) for n, s in shapes.items()})
+    write_header(folder, shard)
+    noise = torch.randn(1 << 24).bfloat16()
+    descriptor = os.open(folder / SINGLE, os.O_WRONLY)
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        repeated = noise.repeat(-(-count // len(noise)))[:count].roll(len(name))
+        write_at(descriptor, tensor_bytes(repeated), shard.offsets[name])
+    os.close(descriptor)
+    return shard.size
+
+
+def _tree(pid: int) -> Iterator[psutil.Process]:
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        yield parent
+        yield from parent.children(recursive=True)
+
+
+def peak_of(process: subprocess.Popen) -> int:
+    """Most bytes that a process and its descendants held together; pages they share count once (PSS)."""
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for one in _tree(process.pid):
+            with suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
+                total += one.memory_full_info().pss
+        peak = max(peak, total)
+        time.sleep(0.1)
+    return peak
+
+
+def evict(folder: Path) -> None:
+    """Take a folder's files out of the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def timed(command: list[str], source: Path, result: Path) -> tuple[float, int]:
+    """(seconds until the result is on the disk, peak bytes) of a command."""
+    evict(source)
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peak = peak_of(process)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    for path in result.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    return time.perf_counter() - start, peak
+
+
+def measure(work: Path) -> tuple[int, dict[str, list[tuple[float, int]]]]:
+    """(bytes of the model, measurements by name), repetitions of all three interleaved."""
+    source, checkpoint, copy, back = (work / name for name in ("hf", "ck", "copy", "back"))
+    total = make_model(source)
+    tool = [sys.executable, "tools/convert_checkpoint.py"]
+    found: dict[str, list[tuple[float, int]]] = {"cp": [], "import": [], "export": []}
+    for _ in range(REPETITIONS):
+        found["cp"].append(timed(["cp", "-r", str(source), str(copy)], source, copy))
+        shutil.rmtree(copy)
+        command = [*tool, "import", "--hf", str(source), "--save", str(checkpoint), "--quiet"]
+        found["import"].append(timed(command, source, checkpoint))
+        command = [*tool, "export", "--load", str(checkpoint), "--hf", str(back), "--quiet"]
+        found["export"].append(timed(command, checkpoint, back))
+        compared = subprocess.run(["cmp", source / SINGLE, back / SINGLE], check=False)
+        if compared.returncode:
+            raise SystemExit("the model did not come back bit for bit")
+        shutil.rmtree(checkpoint)
+        shutil.rmtree(back)
+    return total, found
+
+
+def report(total: int, found: dict[str, list[tuple[float, int]]]) -> str:
+    """The dated table."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
+    memory = psutil.virtual_memory().total
+    lines = [
+        f"# Conversion of a 2B model, {date.today()}",
+        "",
+        f"`python -m benchmarks.convert`, commit {commit.stdout.strip()}, torch {version('torch')}, safetensors "
+        f"{version('safetensors')}, {machine.machine()} CPU, {os.cpu_count()} cores, {memory / 1e9:.0f} GB memory.",
+        "",
+        f"InternVL-X-2B, bf16, {total / 1e9:.2f} GB in one file. Input not in the page cache; until the output is on "
+        f"the disk; best of {REPETITIONS} repetitions, the three interleaved. Load of the machine at the end: "
+        f"{os.getloadavg()[0]:.1f} (others worked on it).",
+        "",
+        "| | seconds | MB/s | of cp | peak memory of all processes, GB | of the model |",
+        "|---|---|---|---|---|---|",
+    ]
+    fastest = min(seconds for seconds, _ in found["cp"])
+    for name, runs in found.items():
+        seconds, peak = min(r[0] for r in runs), max(r[1] for r in runs)
+        lines.append(
+            f"| {name} | {seconds:.1f} | {total / 1e6 / seconds:.0f} | {fastest / seconds:.2f} | {peak / 1e9:.2f} | "
+            f"{peak / total:.2f} |"
+        )
+    lines += ["", "All runs, seconds: " + "; ".join(
+        f"{name} {', '.join(f'{s:.1f}' for s, _ in runs)}" for name, runs in found.items()) + ".", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    it.add_argument("--work", type=Path, required=True, help="folder on the disk to measure; must not exist")
+    args = it.parse_args()
+    args.work.mkdir(parents=True)
+    try:
+        total, found = measure(args.work)
+    finally:
+        shutil.rmtree(args.work)
+    text = report(total, found)
+    print(text)
+    (ROOT / "benchmarks" / "results" / f"convert-{date.today()}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

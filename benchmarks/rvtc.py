@@ -1,0 +1,92 @@
+"""RVTC: tiles, tokens and step time by the rule that cuts images into tiles.
+
+    python -m benchmarks.rvtc            # counts, and step time at a small size
+    python -m benchmarks.rvtc --full     # the same with more repetitions
+
+Images: 2,000 sizes drawn once (seed 0): 40 % photographs (width 500-1600, aspect 4:3 or 3:4), 30 % web
+pictures (200-900, any aspect from 1:3 to 3:1), 20 % documents (700-1300 wide, 1.3-1.5 as high), 10 % wide
+screenshots (1000-1920, 16:9). At most 12 tiles of 448 pixels, and a thumbnail. Step time is that of
+consecutive images, two per micro-batch, each with 64 text tokens; tiles are 112 pixels there (the same
+number of them), so the times compare with each other only.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from benchmarks.common import ROOT, Worker, interleaved, ratio, spread, table, write
+from benchmarks.step_time import QUICK, argv
+from megatron_internvlx.data.rvtc import tile_count, tile_grid
+
+RULES = ("off", "area", "edge")
+TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
+
+
+def sizes(count: int = 2000) -> list[tuple[int, int]]:
+    """Widths and heights of the stated distribution."""
+    rng = np.random.default_rng(0)
+    found = []
+    for kind in rng.choice(4, count, p=[0.4, 0.3, 0.2, 0.1]):
+        if kind == 0:
+            width, aspect = rng.integers(500, 1601), rng.choice([4 / 3, 3 / 4])
+        elif kind == 1:
+            width, aspect = rng.integers(200, 901), np.exp(rng.uniform(-np.log(3), np.log(3)))
+        elif kind == 2:
+            width, aspect = rng.integers(700, 1301), 1 / rng.uniform(1.3, 1.5)
+        else:
+            width, aspect = rng.integers(1000, 1921), 16 / 9
+        found.append((int(width), max(int(width / aspect), 28)))
+    return found
+
+
+def tiles(size: tuple[int, int], rule: str) -> int:
+    """Tiles of an image, thumbnail included."""
+    return tile_count(*tile_grid(*size, policy=rule), thumbnail=True)
+
+
+def main() -> None:
+    """Count, time and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="more repetitions")
+    full = parser.parse_args().full
+    images = sizes()
+    counts = {rule: np.array([tiles(size, rule) for size in images]) for rule in RULES}
+    workers = {}
+    for rule in RULES:
+        chosen = [int(n) for n in counts[rule][:16]]
+        batches = [[(a, 64), (b, 64)] for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
+        arguments = [*argv(QUICK, "pvtc", 2, TOKENIZER), "--global-batch-size", "16"]
+        workers[rule] = Worker({"kind": "ours", "argv": arguments, "micro_batches": batches})
+    try:
+        seconds = interleaved(workers, 7 if full else 2)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = [["RVTC", "tiles per image", "deep visual tokens", "shallow", "ms per step (16 images)", "of off"]]
+    for rule in RULES:
+        mean = counts[rule].mean()
+        cells = [f"{mean:.2f}", f"{mean * 256:.0f}", f"{mean * 64:.0f}", spread(seconds[rule])]
+        rows.append([rule, *cells, f"{ratio(seconds[rule], seconds['off']):.2f}"])
+    lines = [
+        __doc__.split("\n\n")[2].replace("\n", " "),
+        "",
+        *table(rows),
+        "",
+        "Tiles of the timed images: "
+        + ", ".join(f"{rule} {counts[rule][:16].mean():.2f}" for rule in RULES)
+        + " per image.",
+    ]
+    write(
+        "rvtc" if full else "rvtc-quick",
+        "RVTC",
+        f"python -m benchmarks.rvtc{' --full' if full else ''}",
+        lines,
+    )
+
+
+if __name__ == "__main__":
+    main()
