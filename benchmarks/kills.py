@@ -51,7 +51,7 @@ def start(data: Path, save: Path, restarts: int) -> subprocess.Popen:
         *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--save-interval", str(EVERY)),
         *("--micro-batch-size", "1", "--global-batch-size", "4", "--max-tiles", "2", "--eval-iters", "0"),
         *("--log-interval", "1", "--auto-resume", "--max-tries", str(restarts + 1)),
-        *("--exit-signal-handler"),
+        "--exit-signal-handler",
     ]
     log = (save.parent / f"{save.name}.log").open("w")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

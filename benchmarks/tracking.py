@@ -1,0 +1,130 @@
+"""What tracking costs: step time with metrics to an MLflow server that answers, is dead, and is back.
+
+    python -m benchmarks.tracking            # writes benchmarks/results/tracking-DATE.md
+
+A real server on the loopback interface, killed and started again while a small model trains. Blocks of ten steps
+with twelve metrics after each step (a run logs every tenth) alternate with blocks without; the ratio is the
+median over neighbouring blocks. At the end the server is asked for every metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from benchmarks.common import ROOT, table, write
+from benchmarks.step_time import QUICK, argv
+
+TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
+BLOCK, ROUNDS, KEYS = 10, 12, 12
+
+
+class Server:
+    """`mlflow server` with an SQLite store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
+            *("--artifacts-destination", str(self.folder / "artifacts")),
+        ]
+        log = (self.folder / "server.log").open("a")
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        while self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise RuntimeError(f"the server ended:\n{(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """At once, with its workers."""
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
+
+
+def main() -> int:
+    """Train, kill, restart, count; returns 1 if a metric is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of blocks in each state")
+    rounds = parser.parse_args().rounds
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    import torch
+
+    torch.set_num_threads(1)
+    from benchmarks.trainer import Trainer
+    from megatron_internvlx.training.mlflow_sink import MlflowSink, RunInfo
+
+    trainer = Trainer(argv(QUICK, "pvtc", 2, TOKENIZER), [[(2, 96), (1, 64)]])
+    for _ in range(5):
+        trainer.step()
+    rows: list[list[str]] = [["server", "ms per step, no metrics", "with", "ratio"]]
+    logged = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = Server(folder)
+        server.start()
+        sink = MlflowSink(RunInfo("benchmark", "tracking"), folder / "run", server.uri)
+        while sink.run_id is None:
+            time.sleep(0.1)
+
+        def block(log: bool) -> float:
+            nonlocal logged
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                trainer.step()
+                if log:
+                    logged += 1
+                    sink.metrics(logged, {f"metric{key}": logged / (key + 1) for key in range(KEYS)})
+            return (time.perf_counter() - start) / BLOCK * 1e3
+
+        for state in ("answers", "is dead", "is back"):
+            if state == "is dead":
+                server.kill()
+            elif state == "is back":
+                server.start()
+            pairs = [(block(False), block(True)) for _ in range(rounds)]
+            without, with_ = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ratio = statistics.median(b / a for a, b in pairs)
+            rows.append([state, f"{without:.1f}", f"{with_:.1f}", f"{ratio:.3f}"])
+        sink.close("FINISHED", seconds=120)
+        found = count(server.uri, sink.run_id)
+        server.kill()
+    text = (
+        f"{logged} steps with {KEYS} metrics each; {found} of {logged * KEYS} are in the server at the end."
+    )
+    write("tracking", "Tracking", "python -m benchmarks.tracking", [*table(rows), "", text])
+    return int(found != logged * KEYS)
+
+
+def count(uri: str, run_id: str) -> int:
+    """Different steps of all metrics that the server holds."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    return sum(
+        len({m.step for m in client.get_metric_history(run_id, f"metric{key}")}) for key in range(KEYS)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
