@@ -161,6 +161,8 @@ def run_import(args: argparse.Namespace) -> int:
     ):
         if listed:
             print(f"{len(listed)} tensors {title}:\n  " + "\n  ".join(listed))
+    for remark in plan.config.remarks:
+        print(remark)
     print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
     print(f"train with: pretrain_vlm.py --recipe {args.save}/recipe.yaml")
     return 0
@@ -177,6 +179,8 @@ def run_export(args: argparse.Namespace) -> int:
     kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
+    if plan.side is None:
+        print("no tokenizer was found; --like names a directory with one")
     print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0
 
@@ -227,6 +231,9 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a directory that may not be read
+        print(f"convert_checkpoint.py {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was", file=sys.stderr)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_internvlx.checkpoint import torch_dist
+from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
-from megatron_internvlx.checkpoint.hf_write import chat_config
+from megatron_internvlx.checkpoint.hf_write import chat_config, image_settings
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
@@ -76,12 +77,33 @@ def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
 
 
 def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> Path | None:
-    """Where tokenizer and original config.json are: --like, beside the checkpoint, or the tokenizer's."""
+    """Where tokenizer and original config.json are: --like, beside the checkpoint, or the tokenizer's.
+
+    Raises ConversionError for a --like that is not there.
+    """
+    if given is not None and not given.is_dir():
+        raise ConversionError(f"--like {given}: no such directory")
     tokenizer = arguments.get("tokenizer_model")
     for path in (given, load / SIDE, load.parent / SIDE, Path(tokenizer) if tokenizer else None):
         if path is not None and path.is_dir():
             return path
     return None
+
+
+def read_notes(side: Path | None) -> dict[str, Any]:
+    """conversion.json of an import; empty where there is none. Raises ConversionError for a broken one."""
+    if side is None or not (side / NOTES).is_file():
+        return {}
+    notes = read_object(side / NOTES)
+    tensors = notes.get("tensors")
+    for entry in tensors.values() if isinstance(tensors, dict) else [None]:
+        file, dtype = (entry.get("file"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+        known = isinstance(getattr(torch, str(dtype), None), torch.dtype)
+        if not isinstance(file, str) or Path(file).name != file or not known:
+            raise ConversionError(
+                f"{side / NOTES}: not as an import writes it ({entry!r}); remove it to export without it"
+            )
+    return notes
 
 
 def plan_export(
@@ -105,10 +127,18 @@ def plan_export(
     reader = CheckpointReader(folder)
     arguments, family, iteration = read_arguments(reader)
     side = find_side(load, arguments, like)
-    notes = json.loads((side / NOTES).read_text()) if side and (side / NOTES).is_file() else {}
+    notes = read_notes(side)
     family = family or notes.get("family") or family_of(arguments)
-    sizes = dims(arguments, family)
+    try:
+        sizes = dims(arguments, family)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ConversionError(
+            f"{folder}: its arguments describe no model of this project: {reason}"
+        ) from error
     layout = _layout(sizes, notes)
+    if side is not None and layout == notes.get("layout") != "internvlx":
+        read_object(side / "config.json")
     entries = table(sizes, layout)
     original: Mapping[str, Any] = notes.get("tensors", {}) if layout == notes.get("layout") else {}
     if dtype is not None and dtype not in DTYPES:
@@ -274,9 +304,8 @@ def export_checkpoint(
     )
     needed = sum(shard.size for shard in shards.values()) + (64 << 20)
     with new_directory(directory, mark, needed) as target:
-        if not target.continued:
-            for shard in shards.values():
-                write_header(target.partial, shard)
+        for shard in shards.values():
+            write_header(target.partial, shard)
         units, sizes = _units(plan, target.partial, shards)
         run_units(target, units, write_unit, sizes=sizes, processes=processes, title="export", quiet=quiet)
         _write_index(plan, target.partial, shards)
@@ -287,7 +316,7 @@ def export_checkpoint(
 def _write_index(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> None:
     kept = plan.side / INDEX if plan.side and plan.layout == plan.notes.get("layout") else None
     if kept is not None and kept.is_file():
-        weight_map = json.loads(kept.read_text())["weight_map"]
+        weight_map = read_object(kept).get("weight_map")
         if weight_map == {name: info.file for name, info in plan.tensors.items()}:
             shutil.copyfile(kept, partial / INDEX)
             return
@@ -335,8 +364,14 @@ def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:
     for name in ("README.md", "processor_config.json", "preprocessor_config.json"):
         if same_projector and (plan.side / name).is_file():
             shutil.copyfile(plan.side / name, partial / name)
-    config = json.loads((plan.side / "config.json").read_text())
+    config = read_object(plan.side / "config.json")
     changed = False
+    if plan.layout == "chat":
+        # What training set otherwise, such as --max-tiles, is what the model is to be used with.
+        before, now = image_settings(plan.notes["arguments"]), image_settings(plan.arguments)
+        differing = {key: value for key, value in now.items() if before.get(key) != value}
+        config |= differing
+        changed = bool(differing)
     if not same_projector and "auto_map" in config:
         # That remote code builds the other projector.
         del config["auto_map"]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_internvlx.checkpoint.checks import check_images, compression_part, model_part, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.mapping import Dims, output_names
 from megatron_internvlx.config import CompressionSettings, check_compression, grid_side
@@ -74,6 +75,8 @@ class ModelConfig:
     tied: bool
     dtype: str
     """Type of the weights as config.json names it."""
+    remarks: tuple[str, ...] = ()
+    """What of config.json was not taken over, for people."""
 
 
 class TensorNames(Protocol):
@@ -170,16 +173,7 @@ def _fits(preset: InternViTConfig, named: dict[str, Any]) -> bool:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a directory. Raises ConversionError when it is missing or unreadable."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConversionError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path}: not an object")
-    return config
+    return read_object(directory / "config.json")
 
 
 def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
@@ -195,20 +189,21 @@ def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
     """
     kind = config.get("model_type")
     try:
+        check_images(config)
         if kind == "internvl_chat":
             return _chat(config, "llm_config", source, "chat")
         if kind == "internvlx":
             return _chat(config, "llm_config", source, "internvlx")
         if kind == "internvl":
             return _native(config, source)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ConversionError):
             raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConversionError(f"config.json: {reason}") from error
     named = config.get("architectures") or ["none"]
     raise ConversionError(
-        f"config.json: model_type {kind!r} (architectures {', '.join(named)}) is not a model that can be "
+        f"config.json: model_type {kind!r} (architectures {', '.join(map(str, named))}) is not a model that can be "
         "imported: internvl_chat, internvlx or internvl is"
     )
 
@@ -216,15 +211,19 @@ def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
     for source in (config, text):
         name = source.get("dtype") or source.get("torch_dtype")
-        if name:
-            return str(name).removeprefix("torch.")
+        if name and name != "auto":
+            found = str(name).removeprefix("torch.")
+            if found not in DTYPES:
+                raise ConversionError(f"config.json: dtype {name!r} is none of {', '.join(DTYPES)}")
+            return found
     return "float32"
 
 
 def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """(family, arguments) of the language model."""
     by_class = {architecture: family for family, architecture in FAMILIES.items()}
-    named = (text.get("architectures") or [""])[0]
+    architectures = text.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = by_class.get(named) or text.get("model_type", "")
     if family not in FAMILIES:
         raise ConversionError(
@@ -312,12 +311,15 @@ def _images(config: Mapping[str, Any], vision: InternViTConfig) -> dict[str, Any
 
 def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str) -> ModelConfig:
     names = source.names
-    text = config[key]
-    vision = InternViTConfig.from_hf(config["vision_config"], select_layer=config.get("select_layer", -1))
+    text = model_part(config, key)
+    vision = InternViTConfig.from_hf(
+        model_part(config, "vision_config"), select_layer=config.get("select_layer", -1)
+    )
     family, arguments = _decoder(text, key)
     pvtc = "projector.cls_scale" in names
     tied = _tied(text.get("tie_word_embeddings", False), family, layout, source)
-    template = config.get("template")
+    template = str(config.get("template"))
+    known = template if template in TEMPLATES else "internvl2_5"
     arguments |= {
         **vision_arguments(vision),
         **_images(config, vision),
@@ -325,17 +327,21 @@ def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str)
         "projector": "pvtc" if pvtc else "mlp",
         "pixel_shuffle_version": config.get("ps_version", "v1"),
         "high_ratio": config.get("downsample_ratio", 0.5),
-        "conversation_template": template if template in TEMPLATES else "internvl2_5",
+        "conversation_template": known,
         "rvtc": config.get("rvtc", "area" if pvtc else "off"),
     }
     if layout == "internvlx":
-        arguments |= dict(config["compression"])
-    return ModelConfig(arguments, layout, family, tied, _dtype(config, text))
+        arguments |= compression_part(config)
+    remark = (
+        f"config.json has the chat template {template!r}; the recipe has {known!r}, of {', '.join(TEMPLATES)}"
+    )
+    remarks = () if template == known else (remark,)
+    return ModelConfig(arguments, layout, family, tied, _dtype(config, text), remarks)
 
 
 def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
     names = source.names
-    text, vit = config["text_config"], config["vision_config"]
+    text, vit = model_part(config, "text_config"), model_part(config, "vision_config")
 
     def side(value: Any) -> int:
         sides = value if isinstance(value, list | tuple) else [value, value]

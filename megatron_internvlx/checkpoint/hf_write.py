@@ -54,7 +54,8 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
     return config
 
 
-def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are cut and prompts are written, under the names of InternVL's config.json, and our `rvtc`."""
     get = arguments.get
     return {
         "downsample_ratio": get("high_ratio", 0.5),
@@ -63,6 +64,7 @@ def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "min_dynamic_patch": get("min_tiles", 1),
         "max_dynamic_patch": get("max_tiles", 12),
         "ps_version": get("pixel_shuffle_version", "v2"),
+        "rvtc": get("rvtc", "area"),
         "select_layer": vision_from(arguments).select_layer,
         "template": get("conversation_template", "internvl2_5"),
         "use_thumbnail": not get("no_thumbnail", False),
@@ -74,7 +76,7 @@ def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: st
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
-        **_images(arguments),
+        **image_settings(arguments),
         "llm_config": decoder_config(arguments, family, tied) | {"torch_dtype": dtype},
         "pad2square": False,
         "torch_dtype": dtype,
@@ -117,7 +119,7 @@ def remote_code_config(
             "AutoProcessor": "processing_internvlx.InternVLXProcessor",
         },
         "model_type": "internvlx",
-        **_images(arguments),
+        **image_settings(arguments),
         "compression": {
             name: getattr(compression, name)
             for name in (
@@ -127,7 +129,6 @@ def remote_code_config(
         },
         "dtype": dtype,
         "llm_config": _remote_decoder(arguments, family, tied),
-        "rvtc": arguments.get("rvtc", "area"),
         "tie_word_embeddings": tied,
         "vision_config": vision,
         **token_ids,

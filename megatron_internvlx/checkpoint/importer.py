@@ -19,7 +19,13 @@ import yaml
 from torch import Tensor
 
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.hf_config import ModelConfig, dims, model_config, read_config
+from megatron_internvlx.checkpoint.hf_config import (
+    ModelConfig,
+    compression_from,
+    dims,
+    model_config,
+    read_config,
+)
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
@@ -38,6 +44,7 @@ from megatron_internvlx.checkpoint.torch_dist import (
     save_tensor,
     write_metadata,
 )
+from megatron_internvlx.config import check_projector
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
 UNIT_BYTES = 256 << 20
@@ -99,6 +106,8 @@ def plan_import(
     config = replace(found, arguments={**found.arguments, **changes})
     try:
         sizes = dims(config.arguments, config.family)
+        compression = compression_from(config.arguments)
+        check_projector(compression, hidden_size=sizes.hidden, tensor_parallel=1)
     except ValueError as error:
         raise ConversionError(str(error)) from error
     sources: list[Source] = []

@@ -38,17 +38,35 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
     (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory. Code that the directory brings is not run, and nobody is asked whether to.
+
+    Raises ConversionError when there is none, or only with code.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # about the model type of config.json, which has its own code too
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # what a directory without tokenizer raises depends on its files
+        if "custom code" in str(error):
+            raise ConversionError(
+                f"{directory}: its tokenizer is Python code, which is not run here; save it as tokenizer.json: "
+                "AutoTokenizer.from_pretrained(DIR, trust_remote_code=True).save_pretrained(NEW)"
+            ) from error
+        raise ConversionError(
+            f"{directory}: no tokenizer can be loaded from it (export's --like names a directory with one): "
+            f"{str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def token_ids(directory: Path, template: Template) -> dict[str, Any]:
     """Ids that the configuration names. Raises ConversionError without a fitting tokenizer."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # what a directory without tokenizer raises depends on its files
-        raise ConversionError(
-            f"{directory}: no tokenizer can be loaded from it (--like names a directory with one): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    tokenizer = load_tokenizer(directory)
     image = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
     end = tokenizer.convert_tokens_to_ids(template.end)
     if image is None or image == tokenizer.unk_token_id:

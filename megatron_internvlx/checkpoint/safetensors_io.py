@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,6 +60,8 @@ class WeightFiles:
     """
 
     def __init__(self, directory: Path, *, allow_pickle: bool = False) -> None:
+        if not directory.is_dir():
+            raise ConversionError(f"{directory}: no such directory")
         self.directory = directory
         self.index: dict[str, Any] | None = None
         self.pickled = False
@@ -88,18 +92,8 @@ class WeightFiles:
 
     def _files(self, allow_pickle: bool) -> list[str]:
         if (self.directory / INDEX).is_file():
-            try:
-                self.index = json.loads((self.directory / INDEX).read_text())
-                listed = sorted(set(self.index["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(f"{self.directory / INDEX}: not a weight index: {error}") from error
-            missing = [name for name in listed if not (self.directory / name).is_file()]
-            if missing:
-                raise ConversionError(
-                    f"{self.directory}: {len(missing)} of {len(listed)} weight files are missing: "
-                    f"{', '.join(missing)}"
-                )
-            return listed
+            self.index = read_object(self.directory / INDEX)
+            return _listed_files(self.directory / INDEX, self.index, ".safetensors")
         if (self.directory / SINGLE).is_file():
             return [SINGLE]
         pickles = sorted(p.name for p in self.directory.glob("pytorch_model*.bin"))
@@ -111,18 +105,25 @@ class WeightFiles:
                 "read; convert them to safetensors, or give --allow-pickle if you trust their author"
             )
         self.pickled = True
-        return pickles
+        index = self.directory / PICKLES[1]
+        return _listed_files(index, read_object(index), ".bin") if index.is_file() else pickles
 
     def _infos(self, file: str) -> dict[str, TensorInfo]:
         with _opened(self.directory / file) as handle:
             infos = {}
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 view = handle.get_slice(name)
-                infos[name] = TensorInfo(file, tuple(view.get_shape()), _TYPES[view.get_dtype()])
+                dtype = _TYPES.get(view.get_dtype())
+                if dtype is None:
+                    raise ConversionError(
+                        f"{self.directory / file}: {name} has type {view.get_dtype()}; only "
+                        f"{', '.join(_TYPES)} can be converted"
+                    )
+                infos[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
             return infos
 
     def _pickle_infos(self, file: str) -> dict[str, TensorInfo]:
-        tensors = torch.load(self.directory / file, map_location="meta", mmap=True, weights_only=True)
+        tensors = _load_pickle(self.directory / file, "meta")
         return {name: TensorInfo(file, tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
     def _check_index(self) -> None:
@@ -150,9 +151,49 @@ def _opened(path: Path) -> Iterator[Any]:
 def read_tensor(directory: Path, file: str, name: str, pickled: bool = False) -> Tensor:
     """One tensor of one file. Raises ConversionError for a broken file."""
     if pickled:
-        return torch.load(directory / file, map_location="cpu", mmap=True, weights_only=True)[name]
+        return _load_pickle(directory / file, "cpu")[name]
     with _opened(directory / file) as handle:
         return handle.get_tensor(name)
+
+
+def _listed_files(path: Path, index: Mapping[str, Any], suffix: str) -> list[str]:
+    """The files of a weight index, which must all be there. Raises ConversionError."""
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ConversionError(f"{path}: not a weight index: it has no weight_map from tensors to files")
+    for name, file in files.items():
+        # An export writes files of these names: they must not lead out of their directory.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+            raise ConversionError(f"{path}: {name} is in {file!r}, which is no name of a {suffix} file")
+    listed = sorted(set(files.values()))
+    missing = [name for name in listed if not (path.parent / name).is_file()]
+    if missing:
+        raise ConversionError(
+            f"{path.parent}: {len(missing)} of {len(listed)} weight files are missing: {', '.join(missing)}"
+        )
+    return listed
+
+
+def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location=device, mmap=True, weights_only=True)
+    except Exception as error:  # a broken or malicious pickle raises nearly anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds other things than tensors"
+        elif "mmap" in reason:
+            reason = "not the zip format that torch.save writes since version 1.6; save it again"
+        raise ConversionError(
+            f"{path}: not a complete file of tensors ({path.stat().st_size} bytes): {reason}"
+        ) from error
+    others = [k for k, v in tensors.items() if not isinstance(v, Tensor)] if isinstance(tensors, dict) else []
+    if others or not isinstance(tensors, dict):
+        held = f"{len(others)} entries are no tensors ({', '.join(map(str, others[:5]))})"
+        raise ConversionError(
+            f"{path}: not a dictionary of tensors: {held if others else type(tensors).__name__}; save the "
+            "model's state_dict as safetensors"
+        )
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -190,10 +231,13 @@ def plan_shard(file: str, tensors: Mapping[str, TensorInfo]) -> ShardPlan:
 
 
 def write_header(directory: Path, shard: ShardPlan) -> None:
-    """Create the file at its full size, with only its header in it."""
-    with (directory / shard.file).open("wb") as file:
-        file.write(shard.header)
-        file.truncate(shard.size)
+    """Create the file at its full size with its header; tensors that are in it already stay."""
+    descriptor = os.open(directory / shard.file, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        write_at(descriptor, memoryview(shard.header), 0)
+        os.ftruncate(descriptor, shard.size)
+    finally:
+        os.close(descriptor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

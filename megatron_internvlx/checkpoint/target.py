@@ -7,14 +7,17 @@ that was killed continues where it was when the same command is given again.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from tqdm import tqdm
 from megatron_internvlx.checkpoint.errors import ConversionError
 
 NOTES = ".finished-units"
+LOCK = ".lock"
 # Under this size starting processes takes longer than the work.
 ALONE_BELOW = 512 << 20
 
@@ -37,6 +41,10 @@ def file_marks(folder: Path, names: Sequence[str]) -> list[list[Any]]:
     return [[name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in names]
 
 
+class WorkerKilled(ConversionError):
+    """A process of the conversion was killed; what is finished is kept."""
+
+
 class Target:
     """The directory being made: `<name>.partial-<fingerprint>` until `commit`.
 
@@ -46,23 +54,42 @@ class Target:
         needed: bytes that will be written.
 
     Raises:
-        ConversionError: `final` exists, or the disk has too little room.
+        ConversionError: `final` exists, the disk has too little room, or the same conversion is running.
     """
 
     def __init__(self, final: Path, mark: str, needed: int) -> None:
         self.final = final
         self.partial = final.parent / f"{final.name}.partial-{mark}"
-        if final.exists():
+        if os.path.lexists(final):
             raise ConversionError(f"{final} exists already; remove it, or choose another name")
         final.parent.mkdir(parents=True, exist_ok=True)
         done = sum(p.stat().st_blocks * 512 for p in self.partial.rglob("*") if p.is_file())
         free = shutil.disk_usage(final.parent).free
         if free < needed - done:
             raise ConversionError(
-                f"{final.parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+                f"{final.parent}: {(needed - done) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+                "free some, or choose another disk"
             )
-        self.continued = (self.partial / NOTES).is_dir()
         (self.partial / NOTES).mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+
+    def _locked(self) -> int:
+        """The open lock file of the partial directory; the system releases it when this process ends."""
+        lock = os.open(self.partial / NOTES / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ConversionError(
+                f"{self.partial}: the same conversion is running; wait for it, or end it"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return lock
+
+    def close(self) -> None:
+        """Release the partial directory."""
+        os.close(self._lock)
 
     def finished(self) -> dict[int, Any]:
         """Results of the units that an earlier run has finished."""
@@ -82,7 +109,7 @@ class Target:
         """Give the complete directory its final name."""
         shutil.rmtree(self.partial / NOTES)
         # Another conversion may have made it meanwhile; rename would replace an empty directory only.
-        if self.final.exists():
+        if os.path.lexists(self.final):
             raise ConversionError(f"{self.final} appeared while this conversion ran; the result is discarded")
         self.partial.rename(self.final)
 
@@ -91,22 +118,30 @@ class Target:
 def new_directory(final: Path, mark: str, needed: int) -> Iterator[Target]:
     """A Target that is committed at the end of the block, and removed after an error.
 
-    When the process is interrupted or killed the partial directory stays, to be continued.
+    When the process or one of its workers is interrupted or killed the partial directory stays, to be
+    continued. Raises ConversionError for what the file system refuses.
     """
-    target = Target(final, mark, needed)
+    try:
+        target = Target(final, mark, needed)
+    except OSError as error:
+        raise ConversionError(f"{error.filename or final}: {error.strerror}") from error
     try:
         yield target
         target.commit()
+    except WorkerKilled:
+        raise
     except OSError as error:
         shutil.rmtree(target.partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
                 f"{final.parent}: the disk is full ({os.strerror(error.errno)}); nothing was kept"
             ) from error
-        raise
+        raise ConversionError(f"{error.filename or final}: {error.strerror}; nothing was kept") from error
     except Exception:
         shutil.rmtree(target.partial, ignore_errors=True)
         raise
+    finally:
+        target.close()
 
 
 def run_units(
@@ -147,14 +182,36 @@ def _results(
         for number in todo:
             yield number, work(units[number])
         return
-    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(processes, len(todo)), mp_context=get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         futures = {pool.submit(work, units[number]): number for number in todo}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise WorkerKilled(
+                f"a process was killed, perhaps for want of memory, with {len(todo)} parts of "
+                f"{size / 1e9:.2f} GB to do; the same command continues, with fewer --processes in less memory"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def end_with_parent() -> None:
+    """In a process that was started here: end when the parent does, however it ends.
+
+    A worker left alone would go on with what was queued, and write over what the next run has finished.
+    """
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def group_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:

@@ -17,9 +17,10 @@ import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON_KEY = "common_state/shard_0_1"
+COMMON = MetadataIndex(COMMON_KEY)
 
 _EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.")
 _VISION_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
@@ -85,7 +87,7 @@ def checkpoint_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         raise ConversionError(f"{path}: no checkpoint ({TRACKER} and .metadata are both missing)")
-    latest = tracker.read_text().strip()
+    latest = tracker.read_text(errors="replace").strip()
     if latest != RELEASE and not latest.isdecimal():
         raise ConversionError(f"{tracker}: {latest!r} is neither an iteration nor '{RELEASE}'")
     folder = path / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
@@ -99,10 +101,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())
-        except Exception as error:  # a broken pickle raises nearly anything
-            raise ConversionError(f"{folder / '.metadata'}: unreadable: {error}") from error
+        metadata = _load_metadata(folder / ".metadata")
         self.storage = metadata.storage_data
         self.tensors: dict[str, Stored] = {}
         for key, entry in metadata.state_dict_metadata.items():
@@ -110,6 +109,8 @@ class CheckpointReader:
                 pieces = tuple(self._piece(key, chunk) for chunk in entry.chunks)
                 self.tensors[key] = Stored(tuple(entry.size), entry.properties.dtype, pieces)
         names = {piece.file for stored in self.tensors.values() for piece in stored.pieces}
+        if COMMON in self.storage:
+            names.add(self.storage[COMMON].relative_path)
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise ConversionError(f"{folder}: data files are missing: {', '.join(missing[:10])}")
@@ -122,13 +123,14 @@ class CheckpointReader:
         """What is not a tensor: Megatron's arguments, the iteration. Raises ConversionError."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
-            return _load_common(legacy.read_bytes())
-        info = self.storage.get(MetadataIndex(COMMON_KEY))
+            return _load_common(legacy, legacy.read_bytes())
+        info = self.storage.get(COMMON)
         if info is None:
             raise ConversionError(f"{self.folder}: neither common.pt nor a common state in .metadata")
-        with (self.folder / info.relative_path).open("rb") as file:
+        path = self.folder / info.relative_path
+        with path.open("rb") as file:
             file.seek(info.offset)
-            return _load_common(file.read(info.length))[0]
+            return _load_common(path, file.read(info.length))[0]
 
     def read(self, full_name: str) -> Tensor:
         """One tensor by its full name, whole."""
@@ -144,15 +146,55 @@ class CheckpointReader:
         raise ConversionError(f"{self.folder}: the checkpoint has no {key}")
 
 
-def _load_common(data: bytes) -> Any:
+class _MetadataUnpickler(pickle.Unpickler):
+    """Only what a `.metadata` is made of: its pickle cannot run other code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_GLOBALS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith(_METADATA_MODULES):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+_METADATA_GLOBALS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+}
+_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
+
+def _load_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise ConversionError(f"{path}: unreadable: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ConversionError(f"{path}: unreadable: it holds a {type(metadata).__name__}")
+    return metadata
+
+
+def _load_common(path: Path, data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # A training run's arguments: Megatron, once imported, vouches for the types they hold.
+    except Exception:  # a training run's arguments, or broken data
+        # Megatron, once imported, vouches for the types that arguments hold.
         platform.setup()
         import megatron.training.checkpointing  # noqa: F401
-
+    try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken archive raises many types
+        raise ConversionError(
+            f"{path}: the arguments of the checkpoint cannot be read ({type(error).__name__}): the file is "
+            "broken, or of another version of Megatron"
+        ) from error
 
 
 def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tensor:
@@ -209,9 +251,31 @@ def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
     """Append a tensor as the format wants it; returns (start, length) in bytes."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    start = file.tell()
-    torch.save(tensor, file)
+    start, sink = file.tell(), _Sink(file)
+    try:
+        torch.save(tensor, cast(IO[bytes], sink))
+    except RuntimeError as error:
+        # torch's archive writer hides why it could not write, such as a full disk.
+        raise sink.failure or error from error
     return start, file.tell() - start
+
+
+class _Sink:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 @dataclass(frozen=True)

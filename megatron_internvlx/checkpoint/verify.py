@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_internvlx.checkpoint.case import Case, load_case
+from megatron_internvlx.checkpoint.case import Case, check_case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.exporter import plan_export
 from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
 from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
+from megatron_internvlx.checkpoint.target import end_with_parent
 
 RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
 
@@ -128,18 +130,22 @@ def start_ranks(request: Request, ranks: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank_process, args=(request, rank, ranks, port, queue))
-        for rank in range(ranks)
-    ]
-    for process in processes:
+    processes, readers = [], []
+    for rank in range(ranks):
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_process, args=(request, rank, ranks, port, writer))
         process.start()
-    failure = None
-    for _ in processes:
-        failure = queue.get()
-        if failure:
-            break
+        writer.close()  # so that the reader sees the end of a rank that was killed
+        processes.append(process)
+        readers.append(reader)
+    failure, waiting = None, dict(enumerate(readers))
+    while waiting and not failure:
+        ready = wait(list(waiting.values()))
+        for rank in [rank for rank, reader in waiting.items() if reader in ready]:
+            try:
+                failure = failure or waiting.pop(rank).recv()
+            except EOFError:
+                failure = f"rank {rank} was killed, perhaps for want of memory: give it fewer rows or tiles"
     for process in processes:
         if failure:
             process.terminate()
@@ -148,7 +154,8 @@ def start_ranks(request: Request, ranks: int) -> None:
         raise ConversionError(failure)
 
 
-def _rank_process(request: Request, rank: int, ranks: int, port: int, queue: Any) -> None:
+def _rank_process(request: Request, rank: int, ranks: int, port: int, report: Any) -> None:
+    end_with_parent()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -160,11 +167,11 @@ def _rank_process(request: Request, rank: int, ranks: int, port: int, queue: Any
 
         run_rank(request)
     except ValueError as error:
-        queue.put(str(error))
+        report.send(str(error))
     except BaseException:
-        queue.put(f"rank {rank} failed:\n{traceback.format_exc()}")
+        report.send(f"rank {rank} failed:\n{traceback.format_exc()}")
     else:
-        queue.put(None)
+        report.send(None)
 
 
 def check_ranks(layout: Layout, ranks: int) -> None:
@@ -212,6 +219,8 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
         raise ConversionError(f"{out} exists already; remove it, or choose another name")
     case = load_case(Path(request.inputs))
     arguments, entries, family = model_of(request)
+    check_case(case, arguments)
+    out.parent.mkdir(parents=True, exist_ok=True)
     grid = dims(arguments, family).high_grid
     token = case.image_token(grid * grid, request.image_token)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
@@ -219,7 +228,6 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
         changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
         found = gather(Path(folder), case, entries, request.gradients)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     save_file(found, partial, metadata={"format": "pt"})
     partial.replace(out)

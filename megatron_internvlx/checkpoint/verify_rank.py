@@ -136,10 +136,13 @@ def run_rank(request: Request) -> None:
     case = load_case(Path(request.inputs))
     batches = CaseBatches(case, args, request.image_token)
     communicator, groups = batches.communicator(), MegatronGroups()
-    model = get_model(
-        ModelProvider(args, communicator), ModelType.encoder_or_decoder, wrap_with_ddp=request.gradients,
-        pg_collection=groups,
-    )  # fmt: skip
+    try:
+        model = get_model(
+            ModelProvider(args, communicator), ModelType.encoder_or_decoder,
+            wrap_with_ddp=request.gradients, pg_collection=groups,
+        )  # fmt: skip
+    except AssertionError as error:
+        raise ValueError(f"Megatron refuses this layout: {error}") from error
     stages = unwrap_model(model)
     load_full(stages, ConvertedWeights(request))
     found = features_of(stages[0], case)

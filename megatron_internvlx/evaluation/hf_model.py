@@ -16,7 +16,12 @@ from megatron_internvlx.checkpoint.hf_config import dims, model_config, read_con
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.checkpoint.importer import plan_import
 from megatron_internvlx.checkpoint.mapping import output_names, table
-from megatron_internvlx.checkpoint.remote_code import generation_config, processor_settings, token_ids
+from megatron_internvlx.checkpoint.remote_code import (
+    generation_config,
+    load_tokenizer,
+    processor_settings,
+    token_ids,
+)
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.data.conversation import get_template
 from megatron_internvlx.hf.configuration_internvlx import InternVLXConfig
@@ -29,7 +34,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProce
 
     Raises ConversionError for a directory that cannot be run.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     weights = WeightFiles(directory)
     plan = plan_import(directory, weights, {})
@@ -54,6 +59,5 @@ def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProce
     if left.missing_keys or left.unexpected_keys:
         raise ConversionError(f"{directory}: {left}")
     model.generation_config = GenerationConfig(**generation_config(ids))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    processor = InternVLXProcessor(tokenizer, **processor_settings(found.arguments, sizes))
+    processor = InternVLXProcessor(load_tokenizer(directory), **processor_settings(found.arguments, sizes))
     return model.eval(), processor, name

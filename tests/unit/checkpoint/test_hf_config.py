@@ -42,7 +42,7 @@ def changed(family: str, part: str | None = None, **fields: Any) -> dict[str, An
         (changed("llama", force_image_size=32), "force_image_size 32"),
         (changed("llama", "vision_config", hidden_act="relu"), "hidden_act"),
         (changed("native", vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
-        ({"model_type": "internvl_chat", "llm_config": {}}, "'vision_config' is missing"),
+        ({"model_type": "internvl_chat", "llm_config": {}}, "vision_config is missing"),
     ],
 )
 def test_what_is_not_supported_says_so(config: dict[str, Any], message: str) -> None:

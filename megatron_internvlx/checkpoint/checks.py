@@ -1,0 +1,136 @@
+"""JSON files that people write: read as objects, and their values checked before anything is computed from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_internvlx.checkpoint.errors import ConversionError
+
+# Sizes of a decoder or an encoder; what is required is asked for where it is read.
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "patch_size", "image_size", "num_channels",
+)  # fmt: skip
+_SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
+_SIZES_OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
+_RULES = {"ps_version": ("v1", "v2"), "rvtc": ("area", "edge", "off")}
+_COMPRESSION_RULES = {
+    "projector": ("pvtc", "mlp"),
+    "upsample": ("bilinear", "nearest"),
+    "pixel_shuffle_version": ("v1", "v2"),
+}
+_COMPRESSION = (*_COMPRESSION_RULES, "expand_layer", "inject_layers", "low_ratio", "high_ratio")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ConversionError when it is missing or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: not a JSON object")
+    return content
+
+
+def model_part(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`llm_config` or another part of a config.json, its sizes checked.
+
+    Raises ConversionError when it is missing, no object, or holds a size that is none.
+    """
+    part = config.get(key)
+    if not isinstance(part, dict):
+        raise ConversionError(f"config.json: {key} is {'missing' if part is None else 'not an object'}")
+    experts = _SIZES_OF_EXPERTS if part.get("num_experts") or part.get("num_local_experts") else ()
+    for name in (*_SIZES, *_SIZES_OR_NULL, *experts):
+        value = part.get(name)
+        if name not in part or (value is None and name in _SIZES_OR_NULL):
+            continue
+        if not all(_is_size(side) for side in (value if isinstance(value, list) and value else [value])):
+            raise ConversionError(
+                f"config.json: {key}.{name} is {value!r}; it must be a whole number of at least 1"
+            )
+    for name in ("rms_norm_eps", "layer_norm_eps", "rope_theta"):
+        if name in part and not (_is_number(part[name]) and part[name] > 0):
+            raise ConversionError(
+                f"config.json: {key}.{name} is {part[name]!r}; it must be a positive number"
+            )
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(part.get(name) or {}, dict):
+            raise ConversionError(
+                f"config.json: {key}.{name} is {part[name]!r}; it must be an object or null"
+            )
+    _check_heads(part, key)
+    return part
+
+
+def _check_heads(part: Mapping[str, Any], key: str) -> None:
+    heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise ConversionError(
+            f"config.json: {key}.num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
+    experts, chosen = part.get("num_experts", part.get("num_local_experts")), part.get("num_experts_per_tok")
+    if chosen and _is_size(experts) and chosen > experts:
+        raise ConversionError(
+            f"config.json: {key}.num_experts_per_tok {chosen} is more than {experts} experts"
+        )
+
+
+def check_images(config: Mapping[str, Any]) -> None:
+    """The image settings at the top level of a config.json. Raises ConversionError for what training refuses."""
+    for name, fine in _RULES.items():
+        if name in config and config[name] not in fine:
+            raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be {' or '.join(fine)}")
+    least, most = config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 12)
+    if not (_is_size(least) and _is_size(most) and least <= most):
+        raise ConversionError(
+            f"config.json: min_dynamic_patch is {least!r} and max_dynamic_patch {most!r}; both must be whole "
+            "numbers of at least 1, the first not above the second"
+        )
+    ratio = config.get("downsample_ratio", 0.5)
+    if not _is_number(ratio):
+        raise ConversionError(f"config.json: downsample_ratio is {ratio!r}; it must be a number, such as 0.5")
+    for name in ("select_layer", "vision_feature_layer"):
+        if not isinstance(config.get(name, -1), int):
+            raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be a whole number")
+
+
+def compression_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`compression` of an export with LVTC. Raises ConversionError for what is no setting of ours."""
+    part = config.get("compression")
+    if not isinstance(part, dict):
+        raise ConversionError(f"config.json: compression is {'missing' if part is None else 'not an object'}")
+    unknown = sorted(set(part) - set(_COMPRESSION))
+    if unknown:
+        raise ConversionError(f"config.json: compression has {', '.join(unknown)}, which is no setting of it")
+    for name, fine in _COMPRESSION_RULES.items():
+        if name in part and part[name] not in fine:
+            raise ConversionError(
+                f"config.json: compression.{name} is {part[name]!r}; it must be {' or '.join(fine)}"
+            )
+    layers = [part.get("expand_layer") or 0, *_list(part.get("inject_layers"))]
+    ratios = [part.get("low_ratio", 0.25), part.get("high_ratio", 0.5)]
+    if not all(type(layer) is int for layer in layers) or not all(map(_is_number, ratios)):
+        raise ConversionError(
+            "config.json: compression needs whole numbers as expand_layer and inject_layers, and numbers as "
+            f"low_ratio and high_ratio, not {part}"
+        )
+    return part
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value, None]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value
