@@ -22,12 +22,20 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx import platform
-from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.evaluation.answers import Answerer, questions, summary
 from megatron_internvlx.evaluation.hf_model import load_model
 from megatron_internvlx.evaluation.page import write_page
+
+RESULTS = ("predictions.jsonl", "scores.json", "page.html")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,10 +46,10 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--hf", type=Path, required=True, help="directory with model, tokenizer and config.json")
     it.add_argument("--data", type=Path, required=True, help="InternVL meta.json of the questions")
     it.add_argument("--out", type=Path, default=Path("evaluation"), help="directory (default: evaluation)")
-    it.add_argument("--batch-size", type=int, default=8, help="answers generated together (default: 8)")
-    it.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
-    it.add_argument("--limit", type=int, help="records at most (default: all)")
-    it.add_argument("--page-limit", type=int, default=300, help="answers on the page (default: 300)")
+    it.add_argument("--batch-size", type=positive, default=8, help="answers generated together (default: 8)")
+    it.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
+    it.add_argument("--limit", type=positive, help="records at most (default: all)")
+    it.add_argument("--page-limit", type=positive, default=300, help="answers on the page (default: 300)")
     it.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation"
     )
@@ -54,28 +62,36 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, processor, template = load_model(args.hf, getattr(torch, args.dtype))
     answerer = Answerer(model.to(platform.device()), processor, args.max_new_tokens)
     asked = list(questions(manifest, template, args.limit))
+    for path in dict.fromkeys(path for question in asked for path in question.images):
+        image_size(path)  # a missing image is told before hours of generation
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for start in tqdm(range(0, len(asked), args.batch_size), desc="answers", unit="batch"):
         batch = asked[start : start + args.batch_size]
         rows += [answerer.row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)]
     scores = summary(rows)
-    args.out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (args.out / "predictions.jsonl").write_text(lines, encoding="utf-8")
-    (args.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-    write_page(args.out / "page.html", f"{args.hf.name} on {args.data.stem}", scores, rows, args.page_limit)
+    title = f"{args.hf.resolve().name} on {args.data.stem}"
+    parts = [args.out / f"{name}.partial" for name in RESULTS]
+    try:
+        parts[0].write_text(lines, encoding="utf-8")
+        parts[1].write_text(json.dumps(scores, indent=2) + "\n")
+        write_page(parts[2], title, scores, rows, args.page_limit)
+    except OSError:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for part in parts:
+        part.replace(part.with_suffix(""))
     return scores
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
     args = parser().parse_args(argv)
-    if min(args.batch_size, args.max_new_tokens, args.limit or 1) < 1:
-        print("evaluate.py: --batch-size, --max-new-tokens and --limit must be at least 1", file=sys.stderr)
-        return 2
     try:
         scores = evaluate(args)
-    except (ConversionError, BadSample, ValueError) as error:
+    except (ValueError, OSError) as error:  # ConversionError and BadSample too
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     for name in ("exact_match", "anls", "relaxed_accuracy"):

@@ -40,15 +40,19 @@ def _of_record(record: Record, template: str) -> Iterator[Question]:
     paths, turns = parse_record(record)
     if get_template(template).strip:
         turns = [{**turn, "value": turn["value"].strip()} for turn in turns]
+    kinds = record.data.get("kinds") or [record.data.get("kind", "")]
+    answered = 0
     for number, turn in enumerate(turns):
         if turn["from"] != "gpt":
             continue
+        kind = kinds[min(answered, len(kinds) - 1)]
+        answered += 1
         prompt = render_prompt(template, turns[: number + 1], generation_prompt=True, key=record.key)
         seen = sum(t["value"].count(IMAGE) for t in turns[:number])
         asked = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
         yield Question(
             record.key,
-            record.data.get("kind", ""),
+            kind,
             tuple(paths[:seen]),
             prompt,
             asked.replace(IMAGE, "").strip(),

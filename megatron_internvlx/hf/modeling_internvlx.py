@@ -113,10 +113,15 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: only so many last positions get logits; 0: all.
 
         Raises:
-            ValueError: placeholders and tiles do not fit, or a cache lacks its shallow mask.
+            ValueError: placeholders and tiles do not fit, or a cache is static or lacks its shallow mask.
         """
         use_cache = self.config.llm_config.use_cache if use_cache is None else use_cache
         cache = past_key_values
+        if cache is not None and any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+            raise ValueError(
+                "shallow and deep layers have caches of different lengths, which a static cache cannot hold: "
+                "leave cache_implementation out"
+            )
         if cache is None and use_cache and labels is None:
             cache = DynamicCache()
         batch, new = input_ids.shape

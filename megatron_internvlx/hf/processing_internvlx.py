@@ -4,6 +4,8 @@ An image is stretched (bicubic, antialiased) to a grid of square tiles that fits
 ratio; the whole image as one more tile follows every grid but 1x1.
 """
 
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -72,7 +74,7 @@ class InternVLXProcessor(ProcessorMixin):
 
     def tiles(self, image, max_tiles=None):
         """One image (PIL, or an array that PIL takes, or a path) to normalised tiles [t, 3, S, S]."""
-        if isinstance(image, str):
+        if isinstance(image, str | os.PathLike):
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
