@@ -16,6 +16,7 @@ import os
 
 import numpy as np
 import psutil
+import torch
 
 from benchmarks.common import ROOT, table, write
 from benchmarks.step_time import QUICK, argv
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="500 steps")
     full = parser.parse_args().full
     steps = 500 if full else 60
+    torch.set_num_threads(1)
     from benchmarks.trainer import Trainer
 
     trainer = Trainer(argv(QUICK, "pvtc", 2, TOKENIZER), lengths(37))

@@ -17,11 +17,14 @@ up() {
   [ -s /etc/munge/munge.key ] || (umask 077; head -c 128 /dev/urandom >/etc/munge/munge.key)
   chown munge:munge /run/munge /etc/munge/munge.key
   grep -q '^127.0.0.1 n1 n2' /etc/hosts || echo '127.0.0.1 n1 n2' >>/etc/hosts
-  [ -S /run/munge/munge.socket.2 ] || su -s /bin/sh munge -c /usr/sbin/munged
   export SLURM_CONF=$dir/slurm.conf
-  slurmctld
-  slurmd -N n1
-  slurmd -N n2
+  # The daemons would hold on to our output, and a caller that reads it would wait for ever.
+  {
+    pgrep -x munged || su -s /bin/sh munge -c '/usr/sbin/munged --force'  # a socket may be left of a dead one
+    slurmctld
+    slurmd -N n1
+    slurmd -N n2
+  } </dev/null >"$dir/log/start.log" 2>&1 || { cat "$dir/log/start.log" >&2; return 1; }
   for _ in $(seq 300); do
     if [ "$(sinfo -h -o %D -t idle 2>/dev/null)" = 2 ]; then
       echo "export SLURM_CONF=$SLURM_CONF"
@@ -29,7 +32,7 @@ up() {
     fi
     sleep 0.1
   done
-  sinfo >&2 || true
+  { sinfo; tail -n 20 "$dir"/log/*; } >&2 || true
   return 1
 }
 
