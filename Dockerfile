@@ -25,7 +25,7 @@ names = re.findall(r"^    \"([A-Za-z0-9_.-]+[^\"]*)\"", text, re.M); \
 skip = ("torch", "nvidia-dali", "numpy"); \
 print("\n".join(n for n in names if not n.startswith(skip)))' > /tmp/wanted.txt \
  && PIP_CONSTRAINT= .venv/bin/python -m pip install --no-cache-dir -c /tmp/ours.txt -r /tmp/wanted.txt \
-      pytest hypothesis ruff mypy scikit-image scikit-learn \
+      pytest pytest-xdist hypothesis ruff mypy scikit-image scikit-learn \
  && .venv/bin/python -c 'import torch, transformer_engine.pytorch, flash_attn, nvidia.dali' \
  || { echo "the base image lacks a part, or pip failed: see above" >&2; exit 1; }
 
