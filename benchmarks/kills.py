@@ -54,7 +54,11 @@ def start(data: Path, save: Path, restarts: int) -> subprocess.Popen:
         "--exit-signal-handler",
     ]
     log = (save.parent / f"{save.name}.log").open("w")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as train.sbatch, which has the reason
+    }
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -170,7 +170,6 @@ def chunk_activations(
     working = 0
     if not model.backward.reaches("llm"):
         return ChunkActivations(parts, 0)
-    carries = any(layer >= chunk.first for layer in shape.compression.injection_layers)
     if first:
         tiles = -(-stats.vision_tiles // model.layout.tensor)
         parts["vision"] = model.vision(tiles)
@@ -185,12 +184,20 @@ def chunk_activations(
             working = max(working, whole)
         else:
             parts[phase] += whole
-    if carries and model.backward.full_layers and chunk.end > chunk.first:
-        tokens = shape.vision.tokens_per_tile * shape.vision.hidden_size
-        parts["projectors"] += stats.projected_tiles * tokens * model.width
+    parts["projectors"] += carried_features(model, chunk, stats)
     if last:
         parts["output"] = model.output(stats)
     return ChunkActivations(parts, working)
+
+
+def carried_features(model: ActivationModel, chunk: StageLayers, stats: PlanStats) -> int:
+    """Bytes of the ViT features that a chunk keeps for its recomputed layers: once, however many they are."""
+    shape = model.shape
+    consumers = any(layer >= chunk.first for layer in shape.compression.injection_layers)
+    if not (consumers and model.backward.full_layers and chunk.end > chunk.first):
+        return 0
+    elements = stats.projected_tiles * shape.vision.tokens_per_tile * shape.vision.hidden_size
+    return elements * model.width
 
 
 def rank_activations(

@@ -18,7 +18,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron_internvlx.arguments import settings_from, vision_config
 from megatron_internvlx.config import DataSettings, RunSettings, TrainSettings
 from megatron_internvlx.model.builder import compression_plan
+from megatron_internvlx.parallel.costs import Machine, costs_from_flops
 from megatron_internvlx.parallel.layout import boundary_content
+from megatron_internvlx.parallel.planner import PipelinePlan, evaluate
+from megatron_internvlx.parallel.simulate import Schedule
 from megatron_internvlx.training.activations import ActivationModel, rank_activations
 from megatron_internvlx.training.flops import BackwardSettings, PlanStats, forward_flops, training_flops
 from megatron_internvlx.training.memory import Layout, RankState, StateSizes, rank_state
@@ -77,6 +80,8 @@ class Plan:
     stats: PlanStats
     micro_batches: int
     stages: tuple[Stage, ...]
+    pipeline: PipelinePlan
+    """The step in the planner's simulation, by FLOPs at an assumed rate."""
 
     @property
     def fullest(self) -> Stage:
@@ -138,9 +143,27 @@ def check(args: argparse.Namespace) -> Plan:
     stages = tuple(
         _stage(config, model, rank, sizes, stats, micro_batches) for rank in range(layout.pipeline)
     )
-    plan = Plan(args, shape, layout, stats, micro_batches, stages)
+    plan = Plan(
+        args, shape, layout, stats, micro_batches, stages, _simulated(args, model, stats, micro_batches)
+    )
     _check_memory(plan)
     return plan
+
+
+def _simulated(
+    args: argparse.Namespace, model: ActivationModel, stats: PlanStats, micro_batches: int
+) -> PipelinePlan:
+    layout = model.layout
+    costs = costs_from_flops(
+        model.shape,
+        stats,
+        model.backward,
+        Machine.assumed(fp8=bool(args.fp8)),
+        tensor_parallel=layout.tensor,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    schedule = Schedule(layout.pipeline, len(layout.stages[0]), micro_batches, args.overlap_p2p_comm)
+    return evaluate(costs, schedule, layout.counts)
 
 
 def _check_division(args: argparse.Namespace, shape: ModelShape, layout: Layout) -> None:
@@ -214,14 +237,23 @@ def _boundary(model: ActivationModel, layer: int, stats: PlanStats) -> Boundary:
 def _check_memory(plan: Plan) -> None:
     limit = settings_from(plan.args, RunSettings).gpu_memory_gib
     needed = plan.fullest.total / GIB + RESERVE_GIB
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"stage {plan.fullest.rank} needs {needed:.1f} GiB per GPU ({RESERVE_GIB:.0f} of it reserve) and "
-            f"the GPU has {limit:g}: recompute more (--recompute-granularity full, --vision-recompute), "
-            f"shard more (tensor, pipeline, --use-distributed-optimizer), or shorten --seq-length "
-            f"{plan.args.seq_length}"
-            f"\n{describe(plan)}"
-        )
+    if limit is None or needed <= limit:
+        return
+    args = plan.args
+    unused = {
+        "--recompute-granularity full": args.recompute_granularity != "full",
+        "--vision-recompute": not args.vision_recompute and not args.freeze_vision,
+        "--use-distributed-optimizer": not args.use_distributed_optimizer,
+    }
+    remedies = [flag for flag, off in unused.items() if off]
+    remedies += [
+        f"more tensor (now {plan.layout.tensor}) or pipeline parallelism (now {plan.layout.pipeline})"
+    ]
+    raise ValueError(
+        f"stage {plan.fullest.rank} needs {needed:.1f} GiB per GPU ({RESERVE_GIB:.0f} of it reserve) and "
+        f"the GPU has {limit:g}: use {', '.join(remedies)}, or a shorter --seq-length than {args.seq_length}"
+        f"\n{describe(plan)}"
+    )
 
 
 def describe(plan: Plan) -> str:
@@ -234,9 +266,7 @@ def _head(plan: Plan) -> list[str]:
     counts = parameters(plan.shape)
     frozen = [n for n in ("vision", "projectors", "llm") if getattr(args, f"freeze_{n}")]
     chunks = len(layout.stages[0])
-    bubble = (layout.pipeline - 1) / (m * chunks + layout.pipeline - 1)
     flops = sum(stage.flops for stage in plan.stages)
-    uneven = max(s.flops for s in plan.stages) * layout.pipeline / flops
     packs = args.global_batch_size // args.micro_batch_size
     visual = stats.projected_tiles * plan.shape.compression.high_grid**2
     parallel = f"TP {layout.tensor}{' + SP' if layout.sequence_parallel else ''}, PP {layout.pipeline}"
@@ -250,13 +280,21 @@ def _head(plan: Plan) -> list[str]:
         f"{args.transformer_impl}",
         f"layout       {args.world_size} GPUs = {parallel}, DP {layout.data}",
         f"global batch {args.global_batch_size} = {args.micro_batch_size} per micro-batch x "
-        f"DP {layout.data} x {m} micro-batches; pipeline bubble {bubble:.1%}, "
-        f"slowest stage {uneven:.2f}x the mean",
+        f"DP {layout.data} x {m} micro-batches",
+        *_waits(plan.pipeline),
         f"micro-batch  {stats.projected_tiles} tiles, {stats.deep_rows:,} deep rows ({visual:,} visual)"
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
         f"step         {packs * stats.deep_rows:,} tokens at most ({packs * stats.shallow_rows:,} in the "
         f"shallow phase), {packs * flops / 1e15:,.2f} PFLOP",
     ]
+
+
+def _waits(pipeline: PipelinePlan) -> list[str]:
+    if pipeline.schedule.pipeline == 1:
+        return []
+    busiest = f"busiest stage {1 + pipeline.imbalance:.2f}x the mean"
+    line = f"pipeline     stages wait {pipeline.bubble:.1%} of the step (simulated from FLOPs), {busiest}"
+    return [line + ("; tools/plan_pipeline.py looks for a better split" if pipeline.imbalance > 0.1 else "")]
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -310,7 +348,10 @@ def run(args: argparse.Namespace) -> int:
         return 2
     print(describe(plan))
     if path := settings_from(args, RunSettings).dry_run_json:
-        Path(path).write_text(json.dumps(figures(plan), indent=1) + "\n")
+        try:
+            Path(path).write_text(json.dumps(figures(plan), indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(f"--dry-run-json {path}: {error.strerror}") from error
     return 0
 
 
@@ -326,6 +367,8 @@ def figures(plan: Plan) -> dict[str, Any]:
         "tokens_per_tile": plan.shape.compression.high_grid**2,
         "shallow_tokens_per_tile": plan.shape.compression.entry_grid**2,
         "flop_per_step": packs * sum(stage.flops for stage in plan.stages),
+        "pipeline_bubble": plan.pipeline.bubble,
+        "pipeline_imbalance": plan.pipeline.imbalance,
         "memory_per_gpu": plan.fullest.total,
         "layout": layout_name(plan.args),
     }

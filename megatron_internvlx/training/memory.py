@@ -36,6 +36,12 @@ class Layout:
     group_size: int = 1
     """Micro-batches that a virtual stage runs before the next one's turn."""
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Decoder layers per stage in the order of the model; stage = chunk * pipeline + rank."""
+        chunks = range(len(self.stages[0]))
+        return tuple(ranks[chunk].end - ranks[chunk].first for chunk in chunks for ranks in self.stages)
+
     @classmethod
     def from_args(cls, args: argparse.Namespace, config: TransformerConfig) -> Layout:
         """Of Megatron's validated arguments and the config built from them."""

@@ -19,7 +19,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -179,6 +179,21 @@ def messages(save: Path, found: int | None, broken: list[tuple[int, str]]) -> It
         yield f"checkpoint {directory(save, iteration)} is not complete ({reason}): skipped"
     if found is not None:
         yield f"resuming from {directory(save, found)}"
+
+
+def launcher_risk(environment: Mapping[str, str]) -> str | None:
+    """What may keep torchrun's restarts from working, None if nothing does.
+
+    torch 2.13's torchrun gives every restart the same key-value store. A rank that is faster than the others
+    reads the addresses of the ranks that died, and the restart fails or hangs. Not sharing it helps.
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if not restarts or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        f"torchrun may restart this run {restarts} times, but its shared store can hand a restart the addresses of "
+        "ranks that died: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    )
 
 
 def main() -> int:

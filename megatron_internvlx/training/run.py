@@ -38,6 +38,9 @@ class Run:
         self.state = resume.RunState()
         self.stop = signals.StopSignals(self.settings.stall_minutes * 60)
         self.tell = tell
+        risk = resume.launcher_risk(os.environ)
+        if risk and os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_vlm.py: {risk}", file=sys.stderr, flush=True)
         if args.exit_signal_handler:
             # Instead of Megatron's, which handles one signal and waits for the device at every step.
             global_vars._GLOBAL_SIGNAL_HANDLER = self.stop

@@ -117,6 +117,14 @@ def test_state_survives_a_torn_file(tmp_path):
     assert resume.RunState.read(tmp_path).status == "new"
 
 
+def test_a_store_that_outlives_the_ranks_is_pointed_out():
+    shared = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in resume.launcher_risk(shared)
+    assert resume.launcher_risk(shared | {"TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
+    assert resume.launcher_risk(shared | {"TORCHELASTIC_MAX_RESTARTS": "0"}) is None
+    assert resume.launcher_risk({}) is None
+
+
 def test_blocked_signals_are_inherited_and_seen():
     """A child process of a rank lives through the signal, and the rank knows of it."""
     program = """
