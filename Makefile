@@ -28,7 +28,7 @@ test: setup
 	@$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 test-fast: setup
-	@$(PYTHON) -m pytest -m "not slow" --ignore tests/parallel
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow" --ignore tests/parallel
 
 test-slurm: setup
 	@$(PYTHON) -m pytest -rs tests/slurm/scenarios.py
