@@ -204,7 +204,12 @@ def run_verify(args: argparse.Namespace) -> int:
     print(f"{args.out}: {len(found)} tensors")
     if "loss" in found:
         print(f"loss {float(found['loss'][0]):.6f}")
-    differences = compare(load_case(args.inputs), found)
+    case = load_case(args.inputs)
+    differences = compare(case, found)
+    left = sorted(name for name in case.expected if name not in found)
+    if left:
+        grads = "" if args.grads else "; gradients need --grads"
+        print(f"{len(left)} expected tensors are not computed here: {', '.join(left[:5])}{grads}")
     return _report(differences, args.tolerance) if differences else 0
 
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 from megatron_internvlx import platform
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.evaluation.answers import Answerer, questions, summary
 from megatron_internvlx.evaluation.hf_model import load_model
 from megatron_internvlx.evaluation.page import write_page
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         scores = evaluate(args)
-    except (ValueError, OSError) as error:  # ConversionError and BadSample too
+    except (BadSample, OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     for name in ("exact_match", "anls", "relaxed_accuracy"):

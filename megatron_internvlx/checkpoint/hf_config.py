@@ -263,8 +263,8 @@ def _experts(text: Mapping[str, Any]) -> dict[str, Any]:
         "moe_router_topk": text["num_experts_per_tok"],
         "moe_ffn_hidden_size": text["moe_intermediate_size"],
         "moe_router_pre_softmax": False,
-        "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": text.get("router_aux_loss_coef", 1e-3),
+        "moe_router_load_balancing_type": ["aux_loss"],  # lists: these arguments take several values
+        "moe_aux_loss_coeff": [text.get("router_aux_loss_coef", 1e-3)],
         "moe_token_dispatcher_type": "alltoall",
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_internvlx import hf
+from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.checkpoint.mapping import Dims
@@ -175,7 +176,6 @@ def model_card(plan: ExportPlan) -> str:
     get, dims = plan.arguments.get, plan.dims
     low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
     compressed = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
-    data = get("data")
     facts = [
         ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
         ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
@@ -186,11 +186,28 @@ def model_card(plan: ExportPlan) -> str:
         ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
-        ("Data", Path(data).name if data else "not recorded"),
+        ("Data", _data(plan)),
         ("Training", _training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return f"{_CARD}| | |\n|---|---|\n{rows}\n"
+
+
+def _data(plan: ExportPlan) -> str:
+    """The data sets that a meta.json names, with their records, if it is still where it was."""
+    data = plan.arguments.get("data")
+    if not plan.iteration or not data:
+        return "not recorded"
+    try:
+        sets = read_object(Path(data))
+        named = [
+            f"{name} ({entry['length']} records)" if "length" in entry else name
+            for name, entry in sets.items()
+        ]
+    except (ConversionError, TypeError):
+        return Path(data).name
+    more = f" and {len(named) - 20} more" if len(named) > 20 else ""
+    return f"{Path(data).name}: {', '.join(named[:20])}{more}"
 
 
 def _training(plan: ExportPlan) -> str:
@@ -200,6 +217,9 @@ def _training(plan: ExportPlan) -> str:
     samples = get("consumed_train_samples") or plan.iteration * (get("global_batch_size") or 1)
     facts = f"{plan.iteration} steps, {samples} samples, global batch {get('global_batch_size')}"
     facts += f", learning rate {get('lr')}"
+    if get("fp8"):
+        facts += f", FP8 {get('fp8_recipe') or get('fp8')}"
+    facts += f", {'bf16' if get('bf16') else 'fp16' if get('fp16') else 'fp32'}"
     frozen = [part for part in ("vision", "llm", "projectors") if get(f"freeze_{part}")]
     return facts + (f", frozen: {', '.join(frozen)}" if frozen else "")
 

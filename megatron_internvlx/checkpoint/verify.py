@@ -109,7 +109,7 @@ def write_recipe(arguments: Mapping[str, Any], folder: Path) -> None:
     """The recipe the ranks start from: the architecture, nothing random, no auxiliary losses."""
     recipe = {name: arguments[name] for name in _ARCHITECTURE if arguments.get(name) is not None}
     if recipe.get("num_experts"):
-        recipe["moe_aux_loss_coeff"] = 0.0
+        recipe["moe_aux_loss_coeff"] = [0.0]
     recipe |= {
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

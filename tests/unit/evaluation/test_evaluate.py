@@ -1,7 +1,10 @@
 """Scores against values worked out by hand, and the tool on a tiny model from questions to page."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ from PIL import Image
 
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.evaluation.scores import anls, edit_distance, exact_match, relaxed_accuracy
 from megatron_internvlx.training.report import read_predictions
 from tests.converting import FAMILIES, lvtc_config, make_directory
+from tools import evaluate
 from tools.evaluate import main
 
 
@@ -105,3 +110,38 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "no weights" in capsys.readouterr().err
     assert main(["--hf", str(tmp_path), "--data", str(tmp_path / "none.json")]) == 2
     assert "no meta file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--hf", str(tmp_path), "--data", str(data), "--limit", "0"])
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_missing_images_are_told_before_answers_are_generated(data: Path, tmp_path: Path, capsys) -> None:
+    held = Path(shutil.copytree(data.parent, tmp_path / "data"))
+    (held / "b.png").unlink()
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    command = ["--hf", str(hf), "--data", str(held / "meta.json"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert f"no such file: {held}/b.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_half_page(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def full(path: Path, *_: Any) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_page", full)
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    command = ["--hf", str(hf), "--data", str(data), "--out", str(tmp_path / "out"), "--max-new-tokens", "1"]
+    assert main(command) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_kinds_of_a_conversation_are_those_of_its_answers(tmp_path: Path) -> None:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": str(i)} for i in range(6)]
+    record = {"kind": "rounds", "kinds": ["shape", "colour"], "conversations": turns}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "meta.json").write_text(json.dumps({"d": {"root": "", "annotation": "d.jsonl"}}))
+    found = evaluate.questions(Manifest(tmp_path / "meta.json"), "internvl2_5")
+    assert [question.kind for question in found] == ["shape", "colour", "colour"]

@@ -1,0 +1,73 @@
+"""What an export says about a model that was trained: its config.json and its model card."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_internvlx.checkpoint.exporter import plan_export, write_files
+from megatron_internvlx.checkpoint.hf_config import model_config, read_config
+from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.checkpoint.remote_code import model_card
+from tests.converting import FAMILIES, Named, lvtc_config, make_directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("ck")
+    for name, config in (("chat", FAMILIES["llama"]), ("lvtc", lvtc_config())):
+        import_checkpoint(make_directory(root / "hf" / name, config, tokenizer=True), root / name, quiet=True)
+    return {name: root / name for name in ("chat", "lvtc")}
+
+
+def exported_config(checkpoint: Path, out: Path, **trained: Any) -> dict[str, Any]:
+    plan = plan_export(checkpoint)
+    out.mkdir()
+    write_files(replace(plan, arguments=plan.arguments | trained), out)
+    return json.loads((out / "config.json").read_text())
+
+
+def test_settings_of_training_reach_the_original_config(checkpoints, tmp_path: Path) -> None:
+    """The model is to be used with the tiles and the template that it was trained with."""
+    original = json.loads((checkpoints["chat"] / "hf" / "config.json").read_text())
+    assert exported_config(checkpoints["chat"], tmp_path / "same") == original
+    trained = {"max_tiles": 3, "rvtc": "edge", "no_thumbnail": True, "conversation_template": "internvl2_5"}
+    changed = exported_config(checkpoints["chat"], tmp_path / "trained", **trained)
+    expected = {"max_dynamic_patch": 3, "rvtc": "edge", "use_thumbnail": False, "template": "internvl2_5"}
+    assert changed == original | expected
+    found = model_config(read_config(tmp_path / "trained"), Named())
+    assert {name: found.arguments[name] for name in trained} == trained
+
+
+def test_tile_rule_of_a_model_from_scratch(checkpoints, tmp_path: Path) -> None:
+    """The released config has no word for it; ours is read back, or answers would see other tiles."""
+    plan = replace(plan_export(checkpoints["chat"]), notes={}, side=None)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_files(replace(plan, arguments=plan.arguments | {"rvtc": "edge"}), out)
+    assert model_config(read_config(out), Named()).arguments["rvtc"] == "edge"
+
+
+def test_model_card_says_configuration_data_and_training(checkpoints, tmp_path: Path) -> None:
+    meta = tmp_path / "meta.json"
+    meta.write_text(json.dumps({"charts": {"length": 7}, "scenes": {"root": ""}}))
+    facts = {
+        "data": str(meta), "consumed_train_samples": 96, "global_batch_size": 8, "lr": 0.002, "bf16": True,
+        "freeze_vision": True,
+    }  # fmt: skip
+    plan = plan_export(checkpoints["lvtc"])
+    card = model_card(replace(plan, arguments=plan.arguments | facts, iteration=12))
+    for said in (
+        "qwen2, 4 layers, width 64",
+        "1 tokens per tile before layer 1, 4 from it on",
+        "| Injections at layers | 1, 2 |",
+        "meta.json: charts (7 records), scenes",
+        "12 steps, 96 samples, global batch 8, learning rate 0.002, bf16, frozen: vision",
+    ):
+        assert said in card
+    assert str(tmp_path) not in card
+    meta.write_text("[]")
+    assert "| Data | meta.json |" in model_card(replace(plan, arguments=plan.arguments | facts, iteration=12))
+    assert "none after import" in model_card(plan)
