@@ -4,12 +4,18 @@ Measured worst differences, golden: logits 5.0e-6 (values up to 5.2), gradients 
 remote code see `parity/test_remote_code.py`. 1e-4 is what the user is promised.
 """
 
+import os
+import signal
+import time
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_internvlx.checkpoint import verify as verify_module
 from megatron_internvlx.checkpoint.case import compare, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.importer import import_checkpoint
@@ -121,3 +127,54 @@ def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
     request = request_for("internlm2_tiny", "case_train", Layout(pipeline=2, stages="Et|tL"))
     with pytest.raises(ConversionError, match="layers"):
         verify(request, tmp_path / "out.safetensors")
+
+
+def test_a_killed_rank_is_told(monkeypatch) -> None:
+    """Nothing is waited for that cannot come."""
+    monkeypatch.setattr(verify_module, "_rank_process", _killed_rank)
+    with pytest.raises(ConversionError, match="rank 1 was killed, perhaps for want of memory"):
+        verify_module.start_ranks(request_for("qwen2_tiny", "case_single", Layout()), 2)
+
+
+def _killed_rank(request: Request, rank: int, ranks: int, port: int, report: Connection) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"pixel_values": t["pixel_values"][..., :28]}, r"pixel_values are \[5, 3, 56, 28\].*3, 56, 56"),
+        (lambda t: {"input_ids": t["input_ids"] + 10**6}, "input_ids run from .* the vocabulary has 711 tokens"),
+        (lambda t: {"labels": t["labels"].clamp(min=900)}, "labels run from 900 .* the vocabulary has 711"),
+        (lambda t: {"input_ids": t["input_ids"].float()}, "input_ids must hold whole numbers"),
+        (lambda t: {"input_ids": t["input_ids"][:, :0].new_ones(1, 4000)}, "do not fit"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_the_model(tmp_path: Path, change, message: str) -> None:
+    """Said at once, instead of by a rank in the middle."""
+    held = load_file(MODELS / "internlm2_tiny" / "case_train.inputs.safetensors")
+    changed = {name: tensor.contiguous() for name, tensor in (held | change(held)).items()}
+    save_file(changed, tmp_path / "case.safetensors")
+    request = Request(
+        "", str(tmp_path / "case.safetensors"), Layout(), False, None, hf=str(MODELS / "internlm2_tiny")
+    )
+    with pytest.raises(ConversionError, match=message):
+        verify(request, tmp_path / "out.safetensors", start=lambda *_: pytest.fail("ranks were started"))
+    assert [path.name for path in tmp_path.iterdir()] == ["case.safetensors"]
+
+
+def test_rows_longer_than_the_model_takes(tmp_path: Path) -> None:
+    save_file({"input_ids": torch.ones(1, 2049, dtype=torch.int64)}, tmp_path / "case.safetensors")
+    request = Request(
+        "", str(tmp_path / "case.safetensors"), Layout(), False, None, hf=str(MODELS / "internlm2_tiny")
+    )
+    with pytest.raises(ConversionError, match="a row has 2049 tokens, max_position_embeddings is 2048"):
+        verify(request, tmp_path / "out.safetensors", start=lambda *_: pytest.fail("ranks were started"))
+
+
+def test_expected_logits_of_another_shape_are_a_difference() -> None:
+    case = load_case(MODELS / "qwen2_tiny" / "case_single.inputs.safetensors")
+    (found,) = compare(case, {"logits": torch.zeros(1, 3, 5)})
+    assert found.worst == float("inf")
