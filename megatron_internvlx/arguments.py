@@ -11,11 +11,12 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
@@ -36,7 +37,9 @@ from megatron_internvlx.config import (
 )
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
+from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
+from megatron_internvlx.recipe import raise_errors, read_recipe, similar
 
 # What every run of ours needs from Megatron, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
@@ -50,6 +53,7 @@ OUR_DEFAULTS: dict[str, Any] = {
     "rerun_mode": "disabled",
     "log_interval": 10,
 }
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,9 +61,13 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     for settings in SETTINGS:
         ArgumentGroupFactory(settings).build_group(parser, title=settings.__name__)
     parser.add_argument("--recipe", help="flat YAML file of arguments; the command line overrides it")
+    parser.add_argument(
+        "--without", nargs="+", metavar="NAME", help="leave these settings of the recipe out, such as packing"
+    )
+    raise_errors(parser)
     known = {action.dest for action in parser._actions}
     chosen = _peek(sys.argv[1:])
-    recipe = read_recipe(chosen.recipe, known) if chosen.recipe else {}
+    recipe = read_recipe(chosen.recipe, parser, chosen.without or ()) if chosen.recipe else {}
     name = chosen.model_preset or recipe.get("model_preset")
     _pretend_world_size(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
@@ -85,6 +93,7 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model-preset")
     peek.add_argument("--recipe")
+    peek.add_argument("--without", nargs="+")
     peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
@@ -97,26 +106,12 @@ def _pretend_world_size(chosen: argparse.Namespace, recipe: dict[str, Any]) -> N
     """A dry run has the world size and the GPUs that it was asked about, not those of this process."""
     if chosen.dry_run:
         platform.pretend_hopper()
-    size = chosen.dry_run_world_size or recipe.get("dry_run_world_size")
+    size = chosen.dry_run_world_size
+    size = recipe.get("dry_run_world_size") if size is None else size
+    if size is not None and size < 1:
+        raise ValueError(f"--dry-run-world-size {size}: want a number of GPUs, at least 1")
     if chosen.dry_run and size:
         os.environ["WORLD_SIZE"] = str(size)  # Megatron reads it here and nowhere else
-
-
-def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
-    """A recipe file as argparse defaults. Raises ValueError naming the file and what is wrong."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"--recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--recipe {path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--recipe {path}: a recipe is a flat mapping of argument names to values")
-    flat = {str(key).replace("-", "_"): value for key, value in content.items()}
-    unknown = sorted(set(flat) - known)
-    if unknown:
-        raise ValueError(f"--recipe {path}: unknown arguments {', '.join(unknown)}")
-    return flat
 
 
 def tokenizer_size(directory: str) -> int:
@@ -140,8 +135,27 @@ def vision_config(args: argparse.Namespace) -> InternViTConfig:
     if wanted.select_layer is not None:
         changes["select_layer"] = wanted.select_layer
     if wanted.vision_overrides:
-        changes |= json.loads(wanted.vision_overrides)
+        changes |= vision_overrides(wanted.vision_overrides)
     return internvit_preset(wanted.vision_preset, **changes)
+
+
+def vision_overrides(text: str) -> dict[str, Any]:
+    """The fields in --vision-overrides. Raises ValueError for bad JSON, unknown fields and wrong types."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--vision-overrides {text}: not JSON: {error}") from error
+    known = {field.name: field.type for field in fields(InternViTConfig)}
+    if not isinstance(found, dict):
+        raise ValueError(f'--vision-overrides {text}: want a JSON object, such as {{"num_layers": 12}}')
+    for name, value in found.items():
+        if name not in known:
+            hint = similar(name, known) or f": one of {', '.join(known)}"
+            raise ValueError(f"--vision-overrides: InternViT has no field {name}{hint}")
+        kind = type(getattr(InternViTConfig, name))  # its default's
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"--vision-overrides: {name} is {json.dumps(value)}, want {_KINDS[kind]}")
+    return found
 
 
 def row_alignment(args: argparse.Namespace) -> int:
@@ -154,6 +168,7 @@ def row_alignment(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Stop before anything is built if the combination cannot run. Raises ValueError."""
+    _check_positive(args)
     vision = vision_config(args)
     compression = settings_from(args, CompressionSettings)
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
@@ -163,10 +178,65 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_projector(
         compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
     )
+    _check_world(args)
     _check_unsupported(args)
     _check_precision(args, compression)
     _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
     _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
+
+
+def _check_positive(args: argparse.Namespace) -> None:
+    for name in (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
+        *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "shallow_seq_length"),
+        *("max_tiles_per_pack", "micro_batch_size", "global_batch_size"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+def _check_world(args: argparse.Namespace) -> None:
+    """Ranks, experts and the global batch divide over the layout."""
+    ranks, experts = args.world_size, args.num_experts or 0
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    expert, dry = args.expert_model_parallel_size, settings_from(args, RunSettings).dry_run
+    if expert > 1 and (not experts or experts % expert):
+        raise ValueError(
+            f"--expert-model-parallel-size {expert} does not divide the model's {experts} experts: "
+            + (f"use one of {', '.join(map(str, _divisors(experts)))}" if experts else "leave it out")
+        )
+    if experts and args.moe_router_topk > experts:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk} is more than the model's {experts} experts"
+        )
+    if layout := args.pipeline_model_parallel_layout:
+        check_layout(layout, pipeline=pipeline, layers=args.num_layers)
+    for what, product in (
+        (f"TP {tensor} x PP {pipeline}", tensor * pipeline),
+        (
+            f"EP {expert} x expert TP {args.expert_tensor_parallel_size or tensor} x PP {pipeline}",
+            expert * (args.expert_tensor_parallel_size or tensor) * pipeline if experts else 1,
+        ),
+    ):
+        if ranks % product:
+            up = -(-ranks // product) * product
+            remedy = f"--dry-run-world-size {up}" if dry else f"start {up} ranks (torchrun --nproc-per-node)"
+            raise ValueError(
+                f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {what} = {product}: {remedy}, "
+                "or change the parallel sizes"
+            )
+    micro, batch, data = args.micro_batch_size, args.global_batch_size, ranks // (tensor * pipeline)
+    if batch and not args.rampup_batch_size and batch % (micro * data):
+        near = max(round(batch / (micro * data)), 1) * micro * data
+        raise ValueError(
+            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {data} data-parallel "
+            f"ranks = {micro * data} ({ranks} ranks / TP {tensor} / PP {pipeline}): use {near}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _check_precision(args: argparse.Namespace, compression: CompressionSettings) -> None:
@@ -239,11 +309,12 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
         raise ValueError(f"--min-tiles {data.min_tiles} --max-tiles {data.max_tiles}: want 1 <= min <= max")
     if not args.calculate_per_token_loss:
         raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
+    check_packing(data, train, micro_batch_size=args.micro_batch_size)
     if settings_from(args, RunSettings).dry_run:
         return
     if not data.data:
-        raise ValueError("--data is not set: the meta.json of the training data")
-    check_packing(data, train, micro_batch_size=args.micro_batch_size)
+        what = "the meta.json" if data.loader == "simple" else "the directory of tools/prepare_data.py"
+        raise ValueError(f"--data is not set: {what} of the training data")
     if not args.tokenizer_model:
         raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
 
@@ -256,10 +327,16 @@ def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Megatron's own checks; a failed assertion becomes a ValueError with its message or condition."""
-    try:
+    """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
+    with _refusals():
         validate_args(args)
-    except AssertionError as error:
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
         condition = traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses the arguments: {error or condition}") from error
 
@@ -272,5 +349,6 @@ def parse() -> argparse.Namespace:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
     validate(args)
-    set_global_variables(args)
+    with _refusals():
+        set_global_variables(args)
     return args

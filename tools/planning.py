@@ -48,8 +48,12 @@ class Task:
         if args.recompute_granularity == "full" and args.recompute_method != "block":
             # Every layer, wherever it will be.
             self.settings = replace(self.settings, full_layers=frozenset(range(self.shape.layers)))
-        tflops = own.tflops or (600 if args.fp8 else 400)
-        self.machine = cost.Machine(tflops * 1e12, own.bandwidth * 1e9, own.latency * 1e-6)
+        assumed = cost.Machine.assumed(fp8=bool(args.fp8), local=args.transformer_impl == "local")
+        self.machine = cost.Machine(
+            own.tflops * 1e12 if own.tflops else assumed.flops,
+            own.bandwidth * 1e9 if own.bandwidth else assumed.bandwidth,
+            own.latency * 1e-6 if own.latency is not None else assumed.latency,
+        )
         self.global_batch = args.global_batch_size // args.micro_batch_size
         self.schedule = self._schedule()
 
@@ -123,7 +127,8 @@ def plan(own: argparse.Namespace) -> None:
     print("\n".join(_head(task, costs)), end="\n\n")
     print("\n".join(_stages(best, costs)), end="\n\n")
     print("\n".join(_comparison(plans)), end="\n\n")
-    print(f"--pipeline-model-parallel-layout '{best.layout}'")
+    one = "one stage: no --pipeline-model-parallel-layout is needed"
+    print(f"--pipeline-model-parallel-layout '{best.layout}'" if schedule.stages > 1 else one)
     if not best.proven:
         print("(the best found; the search was cut, so a slightly better split may exist)")
     if own.timeline:
@@ -138,13 +143,8 @@ def plan(own: argparse.Namespace) -> None:
 def _given(task: Task) -> tuple[int, ...] | None:
     """The split that the arguments ask for, if it has the stages that are planned."""
     layout, schedule = task.layout, task.schedule
-    if layout.pipeline != schedule.pipeline or len(layout.stages[0]) != schedule.chunks:
-        return None
-    return tuple(
-        layout.stages[rank][chunk].end - layout.stages[rank][chunk].first
-        for chunk in range(schedule.chunks)
-        for rank in range(schedule.pipeline)
-    )
+    same = layout.pipeline == schedule.pipeline and len(layout.stages[0]) == schedule.chunks
+    return layout.counts if same else None
 
 
 def _head(task: Task, costs: cost.LayerCosts) -> list[str]:

@@ -47,6 +47,12 @@ class InternViTConfig:
     """Standard deviation of freshly drawn weights and embeddings."""
 
     def __post_init__(self) -> None:
+        least = {"num_layers": 0, "hidden_size": 1, "num_heads": 1, "ffn_hidden_size": 1, "patch_size": 1}
+        for name, value in (least | {"image_size": 1, "num_channels": 1}).items():
+            if getattr(self, name) < value:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} of the vision encoder: it must be at least {value}"
+                )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"

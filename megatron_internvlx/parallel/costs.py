@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx.parallel.layout import StageLayers, boundary_content
-from megatron_internvlx.training.activations import ActivationModel, chunk_activations
+from megatron_internvlx.training.activations import ActivationModel, carried_features, chunk_activations
 from megatron_internvlx.training.flops import (
     BackwardSettings,
     FlopsByPart,
@@ -40,6 +40,12 @@ class Machine:
     latency: float = 20e-6
     """Seconds per message."""
 
+    @classmethod
+    def assumed(cls, *, fp8: bool, local: bool = False) -> Machine:
+        """Assumptions, not measured: an H100 on 400 Gbit/s, sustaining 400 TFLOP/s in bf16 or 600 in FP8;
+        `local`: CPU cores of one machine, 50 GFLOP/s per rank."""
+        return cls(50e9, 2e9, 100e-6) if local else cls(600e12 if fp8 else 400e12)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,11 +62,19 @@ class StageMemory:
     state: tuple[float, ...]
     """Per layer: weights, gradients and optimizer state."""
     activations: tuple[float, ...]
-    """Per layer: kept for the backward pass of one micro-batch."""
+    """Per layer: kept for the backward pass of one micro-batch, without the carried features."""
     first_state: float = 0.0
     first_activations: float = 0.0
     last_state: float = 0.0
     last_activations: float = 0.0
+    working: tuple[float, ...] = ()
+    """Per layer: what recomputation brings back; the largest of a rank's layers counts, once. (): nothing."""
+    first_working: float = 0.0
+    """The same of the vision encoder."""
+    carried: float = 0.0
+    """ViT features that a stage with layers keeps of one micro-batch."""
+    carriers: int = 0
+    """Stages that start before this layer carry them."""
     limit: float = float("inf")
     """A split whose fullest rank needs more is not allowed."""
 
@@ -151,8 +165,7 @@ def boundary_costs(
 def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, limit: float) -> StageMemory:
     """Bytes per layer on one rank, by the formulas of the dry run.
 
-    What recomputation brings back, and the loss of the one micro-batch that is being computed, count
-    once and not per micro-batch in flight.
+    The loss of the one micro-batch that is being computed counts once, not per micro-batch in flight.
     """
     empty = StageLayers(0, 0)
 
@@ -161,18 +174,20 @@ def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, li
         alone = replace(model.layout, pipeline=3, stages=stages)
         return rank_state(model.shape, alone, rank, sizes, model.backward).total
 
-    def kept(layers: StageLayers, *, first: bool = False) -> dict[str, int]:
-        return chunk_activations(model, layers, stats, first=first, last=False).parts
-
     layers = [StageLayers(i, i + 1) for i in range(model.shape.layers)]
-    working = max(chunk_activations(model, x, stats, first=False, last=False).working for x in layers)
+    alone = [chunk_activations(model, x, stats, first=False, last=False) for x in layers]
+    first = chunk_activations(model, empty, stats, first=True, last=False)
     return StageMemory(
         tuple(state(1, x) for x in layers),
-        tuple(float(sum(kept(x).values())) for x in layers),
-        first_state=state(0, empty) + working,
-        first_activations=float(sum(kept(empty, first=True).values())),
-        last_state=state(2, empty) + working + model.output(stats),
+        tuple(float(y.total - carried_features(model, x, stats)) for x, y in zip(layers, alone, strict=True)),
+        first_state=state(0, empty),
+        first_activations=float(first.total),
+        last_state=state(2, empty) + model.output(stats),
         limit=limit,
+        working=tuple(float(one.working) for one in alone),
+        first_working=float(first.working),
+        carried=float(carried_features(model, layers[0], stats)),
+        carriers=max(model.shape.compression.injection_layers, default=-1) + 1,
     )
 
 

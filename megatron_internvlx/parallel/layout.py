@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -51,3 +52,38 @@ def boundary_content(next_layer: int, injection_layers: tuple[int, ...]) -> Boun
         deep=expand is None or next_layer > expand,
         carry=any(layer >= next_layer for layer in injection_layers),
     )
+
+
+def layout_counts(layout: str) -> tuple[int, ...]:
+    """`E|tt|(t|)*2L` -> layers per stage, read by Megatron's parser. Raises ValueError."""
+    try:
+        stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except (AssertionError, ValueError, IndexError) as error:
+        raise ValueError(f"layout {layout!r}: {error}") from error
+    if not stages[0] or stages[0][0] is not LayerType.embedding or stages[-1][-1:] != [LayerType.loss]:
+        raise ValueError(f"layout {layout!r}: want E in front and L at the end, such as E|tt|tt|L")
+    return tuple(stage.count(LayerType.decoder) for stage in stages)
+
+
+def check_layout(layout: str, *, pipeline: int, layers: int) -> None:
+    """Check that --pipeline-model-parallel-layout has the model's layers and the pipeline's stages.
+
+    Raises ValueError with both numbers.
+    """
+    counts = layout_counts(layout)
+    remedy = "tools/plan_pipeline.py prints one that fits"
+    if pipeline == 1:
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {layout!r} has {len(counts)} stages and "
+            "--pipeline-model-parallel-size is 1: raise the one or leave out the other"
+        )
+    if len(counts) % pipeline:
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {layout!r} has {len(counts)} stages, which "
+            f"--pipeline-model-parallel-size {pipeline} does not divide; {remedy}"
+        )
+    if sum(counts) != layers:
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {layout!r} has {sum(counts)} layers ("
+            f"{' + '.join(map(str, counts))}) and the model {layers}; {remedy}"
+        )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from numpy.typing import NDArray
 
 from megatron_internvlx.parallel.costs import LayerCosts, StageMemory
@@ -70,17 +68,6 @@ def layout_string(counts: tuple[int, ...]) -> str:
     return "E" + "|".join("t" * count if count < 4 else f"t*{count}" for count in counts) + "L"
 
 
-def layout_counts(layout: str) -> tuple[int, ...]:
-    """`E|tt|(t|)*2L` -> layers per stage, read by Megatron's parser. Raises ValueError."""
-    try:
-        stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
-    except AssertionError as error:
-        raise ValueError(f"layout {layout!r}: {error}") from error
-    if not stages[0] or stages[0][0] is not LayerType.embedding or stages[-1][-1:] != [LayerType.loss]:
-        raise ValueError(f"layout {layout!r}: want E in front and L at the end, such as E|tt|tt|L")
-    return tuple(stage.count(LayerType.decoder) for stage in stages)
-
-
 def uniform_counts(layers: int, stages: int) -> tuple[int, ...]:
     """As even as it goes, the longer stages last (the vision encoder is with the first)."""
     short, extra = divmod(layers, stages)
@@ -97,6 +84,11 @@ class Problem:
         self.backward = np.cumsum([0.0] + [cost.backward for cost in costs.layers])
         self.move_forward = np.array([cost.forward for cost in costs.boundaries])
         self.move_backward = np.array([cost.backward for cost in costs.boundaries])
+        working = memory.working if memory and memory.working else (0.0,) * self.layers
+        self.most_working = np.zeros((self.layers + 1, self.layers + 1))
+        """[first, end] Most bytes that recomputation brings back among layers first..end-1."""
+        for first in range(self.layers):
+            self.most_working[first, first + 1 :] = np.maximum.accumulate(working[first:])
 
     def stage_costs(self, ends: Ints) -> StageCosts:
         """Costs of splits given by the end layer of each stage: ends [N, S]."""
@@ -131,10 +123,14 @@ class Problem:
         kept[:, 0] += memory.first_activations
         state[:, -1] += memory.last_state
         kept[:, -1] += memory.last_activations
+        kept += np.where((starts < ends) & (starts < memory.carriers), memory.carried, 0.0)
+        working = self.most_working[starts, ends]
+        working[:, 0] = np.maximum(working[:, 0], memory.first_working)
         ranks = []
         for rank in range(pipeline):
             moments = kept[:, rank::pipeline] @ in_flight(self.schedule, rank).T
-            ranks.append(state[:, rank::pipeline].sum(axis=1) + moments.max(axis=1))
+            once = state[:, rank::pipeline].sum(axis=1) + working[:, rank::pipeline].max(axis=1)
+            ranks.append(once + moments.max(axis=1))
         return np.stack(ranks, axis=1)
 
     def partial_costs(self, ends: Ints, ranks: int) -> PartialCosts:

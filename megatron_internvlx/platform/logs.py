@@ -28,7 +28,7 @@ _CHATTER = re.compile(
             r"\(min, max\) time|    \S+ \.*: \(|Overwriting rerun_state_machine|WARNING: one_logger",
             r" > datasets target sizes|    (train|validation|test): +\d+$|compute_activation_memory",
             r" *\[[^\]]*\] (saving|successfully saved) checkpoint| loading (distributed )?checkpoint",
-            r" checkpoint version",
+            r" checkpoint version|WARNING: Setting args\.overlap_p2p_comm and args\.align_param_gather",
             r"(Storing|Loading) distributed optimizer sharded|torch distributed is already initialized",
         )
     )
@@ -46,6 +46,7 @@ _EXPECTED = re.compile(
     r"|RerunStateMachine initialized|Result validation enabled|Setting RerunStateMachine mode"
     r"|MCore's async save is deprecated|The \.grad attribute of a Tensor that is not a leaf"
     r"|torch.distributed is disabled, unavailable or uninitialized|The argument order of load has been"
+    r"|Could not determine rank from|--fp8-recipe=\S+ is incompatible with the streaming checkpoint"
     r"|Please use DTensor instead|`torch.distributed.\S+` is deprecated"
 )
 

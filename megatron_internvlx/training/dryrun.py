@@ -158,7 +158,7 @@ def _simulated(
         model.shape,
         stats,
         model.backward,
-        Machine.assumed(fp8=bool(args.fp8)),
+        Machine.assumed(fp8=bool(args.fp8), local=args.transformer_impl == "local"),
         tensor_parallel=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
     )
@@ -285,8 +285,12 @@ def _head(plan: Plan) -> list[str]:
         f"micro-batch  {stats.projected_tiles} tiles, {stats.deep_rows:,} deep rows ({visual:,} visual)"
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
         f"step         {packs * stats.deep_rows:,} tokens at most ({packs * stats.shallow_rows:,} in the "
-        f"shallow phase), {packs * flops / 1e15:,.2f} PFLOP",
+        f"shallow phase), {_work(packs * flops)}",
     ]
+
+
+def _work(flops: int) -> str:
+    return f"{flops / 1e15:,.2f} PFLOP" if flops > 1e14 else f"{flops / 1e12:,.3f} TFLOP"
 
 
 def _waits(pipeline: PipelinePlan) -> list[str]:

@@ -66,7 +66,18 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (None, "No such file or directory"),
         ("a: [1\n", "not YAML"),
         ("- seq_length\n", "a recipe is a flat mapping of argument names to values"),
-        ("seq_length: 8\nexpand_layr: 3\nzeta: 1\n", "unknown arguments expand_layr, zeta"),
+        (
+            "seq_length: 8\nexpand_layr: 3\nzeta: 1\n",
+            r"unknown arguments expand_layr \(do you mean expand_layer\?\), zeta",
+        ),
+        ("expand_layer: three\n", "expand_layer: 'three' is no number"),
+        ("train_iters: 2.5\n", "train_iters: 2.5 is no whole number"),
+        ("lr: true\n", "lr: True is no number"),
+        ("inject_layers: 4\n", r"inject_layers: 4 is not a list: write \[4\]"),
+        ("expand_layer: [3]\n", r"expand_layer: \[3\] is a list, and the argument takes one value"),
+        ("rvtc: sideways\n", "rvtc: 'sideways' is not one of area, edge, off"),
+        ("freeze_llm: maybe\n", "freeze_llm: 'maybe' is neither true nor false"),
+        ("lr: {start: 1}\n", "lr: {'start': 1} is a mapping; a recipe is flat"),
     ],
 )
 def test_bad_recipes(
@@ -77,6 +88,107 @@ def test_bad_recipes(
         path.write_text(content)
     with pytest.raises(ValueError, match=f"--recipe {re.escape(str(path))}: {message}"):
         parsed(monkeypatch, *TINY, *NEEDED, "--recipe", str(path))
+
+
+def test_settings_of_a_recipe_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("freeze_llm: true\nexpand_layer: 2\nlr: 0.1\n")
+    command = [*TINY, *NEEDED, "--recipe", str(path), "--without"]
+    args = parsed(monkeypatch, *command, "freeze-llm", "expand_layer", "--loader-workers", "0")
+    assert (args.freeze_llm, args.expand_layer) == (False, 3)
+    with pytest.raises(
+        ValueError, match=r"--without freeze_lm: .* has no such setting \(do you mean freeze_llm\?\)"
+    ):
+        parsed(monkeypatch, *command, "freeze_lm")
+
+
+def test_recipe_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match="not YAML: it is not text"):
+        parsed(monkeypatch, *TINY, *NEEDED, "--recipe", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--expand-laier", "3"], "unknown arguments --expand-laier (do you mean --expand-layer?) 3; --help"),
+        (["--expand-layer", "x"], "argument --expand-layer: invalid int value: 'x'; --help lists"),
+        (["--rvtc", "sideways"], "argument --rvtc: invalid choice: 'sideways'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        parsed(monkeypatch, *TINY, *NEEDED, *flags)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "--vision-overrides {bad: not JSON: Expecting property name"),
+        ("[1]", "--vision-overrides [1]: want a JSON object"),
+        ('{"num_layer": 2}', "InternViT has no field num_layer (do you mean num_layers?)"),
+        ('{"zeta": 2}', "InternViT has no field zeta: one of hidden_size, num_layers"),
+        ('{"hidden_size": "x"}', '--vision-overrides: hidden_size is "x", want a whole number'),
+        ('{"qkv_bias": 1}', "--vision-overrides: qkv_bias is 1, want true or false"),
+        ('{"num_layers": -1}', "num_layers -1 of the vision encoder: it must be at least 0"),
+        ('{"patch_size": 0}', "patch_size 0 of the vision encoder: it must be at least 1"),
+    ],
+)
+def test_vision_overrides(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parsed(monkeypatch, *TINY, *NEEDED, "--vision-overrides", text)
+    args = parsed(monkeypatch, *TINY, *NEEDED, "--vision-overrides", '{"num_layers": 2, "layer_norm_eps": 0}')
+    assert arguments.vision_config(args).num_layers == 2
+
+
+EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (
+            1,
+            ["--pipeline-model-parallel-size", "2"],
+            "1 rank cannot be divided into TP 1 x PP 2 = 2: start 2",
+        ),
+        (3, ["--tensor-model-parallel-size", "2"], "3 ranks cannot be divided into TP 2 x PP 1 = 2: start 4"),
+        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
+        (
+            6,
+            ["--global-batch-size", "16", "--tensor-model-parallel-size", "2"],
+            "--global-batch-size 16 is not a multiple of --micro-batch-size 1 x 3 data-parallel ranks = 3 "
+            "(6 ranks / TP 2 / PP 1): use 15",
+        ),
+        (
+            4,
+            [*EXPERTS, "--expert-model-parallel-size", "3"],
+            "--expert-model-parallel-size 3 does not divide the model's 4 experts: use one of 1, 2, 4",
+        ),
+        (2, ["--expert-model-parallel-size", "2"], "does not divide the model's 0 experts: leave it out"),
+        (
+            2,
+            [*EXPERTS, "--expert-model-parallel-size", "4"],
+            "2 ranks cannot be divided into EP 4 x expert TP 1 x PP 1 = 4: start 4 ranks",
+        ),
+        (1, [*EXPERTS, "--moe-router-topk", "5"], "--moe-router-topk 5 is more than the model's 4 experts"),
+        (
+            2,
+            ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Ett|tttL"],
+            "has 5 layers (2 + 3) and the model 6",
+        ),
+    ],
+)
+def test_layouts_that_do_not_divide(
+    ranks: int, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parsed(monkeypatch, *TINY, *NEEDED, *flags)
 
 
 def test_a_preset_that_this_megatron_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

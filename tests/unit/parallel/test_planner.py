@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -22,22 +23,25 @@ from megatron_internvlx.parallel.costs import (  # noqa: E402
     StageMemory,
     costs_from_flops,
     costs_from_profile,
+    stage_memory,
 )
+from megatron_internvlx.parallel.layout import StageLayers, check_layout, layout_counts  # noqa: E402
 from megatron_internvlx.parallel.planner import (  # noqa: E402
     Problem,
     evaluate,
     find_plan,
-    layout_counts,
     layout_string,
     uniform_counts,
 )
 from megatron_internvlx.parallel.simulate import Schedule, least_seconds  # noqa: E402
+from megatron_internvlx.training.activations import ActivationModel, rank_activations  # noqa: E402
 from megatron_internvlx.training.flops import (  # noqa: E402
     BackwardSettings,
     PlanStats,
     forward_flops,
     training_flops,
 )
+from megatron_internvlx.training.memory import Layout, StateSizes, rank_state  # noqa: E402
 from megatron_internvlx.training.shape import ModelShape  # noqa: E402
 
 LVTC = CompressionPlan("pvtc", "v2", 0.1, (2, 4), 2, 4, 8, 64, "bilinear")
@@ -139,6 +143,40 @@ def test_memory_limits_the_split() -> None:
     )
     with pytest.raises(ValueError, match="no split found that fits"):
         find_plan(costs, schedule, StageMemory((1.0,) * 12, (0.5,) * 12, limit=1.0))
+
+
+def test_memory_of_a_split_is_that_of_the_dry_run() -> None:
+    """Carried features and what recomputation brings back count once per stage, not per layer."""
+    shape = ModelShape(8, 32, 4, 4, 8, 48, 64, PRESETS["internvit_tiny"], LVTC)
+    stats = PlanStats(4, 4, 4, 256, 256**2, 448, 448**2, 192)
+    backward = BackwardSettings(full_layers=frozenset(range(8)))
+    stages = tuple((StageLayers(a, b),) for a, b in ((0, 3), (3, 5), (5, 8)))
+    layout = Layout(1, 3, 1, stages=stages)
+    model = ActivationModel(shape, layout, backward, 2, local=False)
+    sizes = StateSizes(weight=2, fp8_copies=0, gradient=4, optimizer=12, distributed=True)
+    memory = stage_memory(model, stats, sizes, float("inf"))
+    plan = evaluate(depth_aware(8, 1), Schedule(3, 1, 6), layout.counts, memory)
+    for rank in range(3):
+        parts, working, _ = rank_activations(model, rank, stats, 6)
+        state = rank_state(model.shape, layout, rank, sizes, backward).total
+        assert plan.memory is not None
+        assert plan.memory[rank] == state + sum(parts.values()) + working
+
+
+@pytest.mark.parametrize(
+    ("layout", "pipeline", "message"),
+    [
+        ("Ett|ttL", 2, "has 4 layers (2 + 2) and the model 5; tools/plan_pipeline.py"),
+        ("Ett|ttt|L", 2, "has 3 stages, which --pipeline-model-parallel-size 2 does not divide"),
+        ("Ett|tttL", 1, "has 2 stages and --pipeline-model-parallel-size is 1"),
+        ("tt|tttL", 2, "want E in front"),
+        ("Exx|tttL", 2, "Invalid layer character: x"),
+    ],
+)
+def test_layouts_that_do_not_fit(layout: str, pipeline: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_layout(layout, pipeline=pipeline, layers=5)
+    check_layout("Ett|tttL", pipeline=2, layers=5)
 
 
 @pytest.mark.parametrize("counts", [(3, 2, 2, 1), (0, 4, 0, 4), (8, 0, 0, 0)])

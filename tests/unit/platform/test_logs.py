@@ -53,6 +53,7 @@ def test_warnings_of_others_pass() -> None:
         " > number of parameters on (tensor, pipeline) model parallel rank (0, 0): 22656",
         "[Rank 0] (after 2 iterations) memory (MB) | allocated: 1.0",
         "time to initialize megatron (seconds): 1.978",
+        "WARNING: Setting args.overlap_p2p_comm and args.align_param_gather to False since non-interleaved",
     ],
 )
 def test_chatter_is_dropped(line: str, capsys: pytest.CaptureFixture[str]) -> None:

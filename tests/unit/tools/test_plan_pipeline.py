@@ -45,6 +45,11 @@ def test_plan(command, tmp_path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_stage_needs_no_layout(command) -> None:
+    code, out, _ = command("--pipeline", "1", "--micro-batches", "8")
+    assert code == 0 and "no --pipeline-model-parallel-layout is needed" in out
+
+
 def test_gpus(command) -> None:
     code, out, _ = command("--gpus", "8")
     assert code == 0 and "for 8 GPUs, fastest first" in out

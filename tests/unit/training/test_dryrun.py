@@ -10,7 +10,9 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.training.global_vars import destroy_global_vars
 
 from megatron_internvlx import arguments
+from megatron_internvlx.parallel.planner import find_plan
 from megatron_internvlx.training import dryrun
+from tools import plan_pipeline, planning
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
 SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
@@ -61,6 +63,26 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
         range(args.num_layers)
     )
     assert plan.micro_batches * plan.layout.data * args.micro_batch_size == args.global_batch_size
+    # "Packs" in the recipe and tokens per step in the report are true only of packed data.
+    assert args.packing and args.loader == "energon"
+
+
+def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, capsys):
+    assert dryrun.run(dry(monkeypatch, SFT_8B, "--gpu-memory-gib", "20", "--vision-recompute")) == 2
+    message = capsys.readouterr().err.splitlines()[0]
+    assert "more tensor (now 4) or pipeline parallelism (now 1)" in message
+    assert "--recompute-granularity full" in message and "--vision-recompute" not in message
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "_layout:" in path.read_text()], ids=str)
+def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
+    args = dry(monkeypatch, recipe)
+    forget()
+    task = planning.Task(plan_pipeline.own_arguments().parse_args([]))
+    memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
+    best = find_plan(task.costs(), task.schedule, memory)
+    assert best.proven
+    assert dryrun.check(args).layout.counts == best.counts
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
@@ -76,6 +98,9 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         (["--tensor-model-parallel-size", "16"], "8"),
         (["--global-batch-size", "100"], "100"),
         (["--gpu-memory-gib", "20"], "GiB per GPU"),
+        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: want a number of GPUs"),
+        (["--dry-run-json", "/proc/none.json"], "--dry-run-json /proc/none.json: No such file"),
+        (["--micro-batch-size", "2"], "--packing makes each pack a micro-batch"),
         (["--max-tiles-per-pack", "5"], "tiles"),
         (["--seq-length", "1000000"], "max-position-embeddings"),
         (["--expand-layer", "40"], "outside"),
