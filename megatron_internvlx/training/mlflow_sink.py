@@ -11,6 +11,7 @@ MLflow run, which `mlflow_run.json` remembers.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -106,6 +107,8 @@ class MlflowSink:
         """The thread: take orders, deliver, and wait longer after every failure."""
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
+        # One line per outage is ours; MLflow's connections would add one per try.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         wait = 0.0
         self._values = self._take_pending()
         while True:

@@ -129,6 +129,7 @@ def test_metrics_of_an_outage_follow(server, tmp_path, capsys):
     assert run_of(folder).info.status == "FINISHED"
     said = capsys.readouterr().err
     assert said.count("does not answer") == 1 and "nothing was lost" in said
+    assert "Retrying" not in said
     assert slowest < 2  # the caller only puts into a queue; a request to a dead server takes longer
 
 
