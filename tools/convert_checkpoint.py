@@ -179,7 +179,7 @@ def run_export(args: argparse.Namespace) -> int:
     kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
-    if plan.side is None:
+    if not any((args.hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         print("no tokenizer was found; --like names a directory with one")
     print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0

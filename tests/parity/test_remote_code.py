@@ -169,6 +169,14 @@ def test_placeholders_without_their_tiles(model, processor) -> None:
         model(**{**inputs, "pixel_values": inputs["pixel_values"][1:]})
 
 
+def test_a_static_cache_is_refused(model, processor) -> None:
+    texts, images = prompts(processor)
+    with pytest.raises(ValueError, match="a static cache cannot hold"):
+        model.generate(
+            **processor(images=images[0], text=texts[0]), max_new_tokens=3, cache_implementation="static"
+        )
+
+
 def test_transformers_saves_what_import_reads(exported: Path, model, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     for name in ("processing_internvlx.py", "tokenizer.json", "tokenizer_config.json"):
@@ -198,7 +206,7 @@ def test_processor_equals_the_training_data(processor, tmp_path: Path) -> None:
     data = {"image": ["a.png", "b.png"], "conversations": turns}
     sample = encoder.encode(Record("k", data, str(tmp_path), False, None))
     prompt = render_prompt("Hermes-2", turns, generation_prompt=True)
-    inputs = processor(images=[str(tmp_path / "a.png"), str(tmp_path / "b.png")], text=prompt)
+    inputs = processor(images=[str(tmp_path / "a.png"), tmp_path / "b.png"], text=prompt)
     ids = inputs["input_ids"][0].tolist()
     assert ids == sample.input_ids[: len(ids)].tolist()
     from megatron_internvlx.data.decode_pil import load_tiles

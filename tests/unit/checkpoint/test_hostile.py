@@ -240,3 +240,9 @@ def test_an_unknown_chat_template_is_told(made, tmp_path: Path, capsys) -> None:
     (hf / "config.json").write_text(json.dumps(config))
     assert main(["import", "--hf", str(hf), "--save", str(tmp_path / "ck"), "--quiet"]) == 0
     assert "chat template 'vicuna'; the recipe has 'internvl2_5'" in capsys.readouterr().out
+
+
+def test_an_export_without_tokenizer_is_told(made, tmp_path: Path, capsys) -> None:
+    command = ["export", "--load", str(made["ck"]), "--hf", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 0
+    assert "no tokenizer was found; --like names a directory with one" in capsys.readouterr().out
