@@ -186,7 +186,7 @@ class InternVLXForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = x.gather(1, index)
         if features is not None:
             rows = rows.masked_scatter(is_visual[..., None], self._entry_projector()(features).to(x.dtype))
-        seen = shallow_mask(cache, shallow_valid)
+        seen = shallow_mask(cache, shallow_valid, visual.shape[1])
         phase = Phase(seen, size, self.config.llm_config, self.language_model.model.norm.weight.dtype)
         first = self.config.injection_layers[0]
         for layer in self.language_model.model.layers[:first]:
@@ -272,10 +272,12 @@ def deep_length(cache):
     return cache.get_seq_length(len(cache.layers) - 1)
 
 
-def shallow_mask(cache, new):
+def shallow_mask(cache, new, deep):
     """Validity [B, cached + s] of the shallow rows; the cache remembers it for the next call.
 
-    A beam search reorders rows among copies of the same prompt, whose masks are equal.
+    With it the cache remembers how long its deep layers will be after `deep` new rows. Whoever takes rows
+    out of it, as assisted decoding does, takes as many out of layers that hold fewer; that is refused. A beam
+    search reorders rows among copies of the same prompt, whose masks are equal.
     """
     if cache is None:
         return new
@@ -283,9 +285,15 @@ def shallow_mask(cache, new):
     before = getattr(cache, "shallow_mask", None)
     if length == 0:
         before = new.new_zeros(len(new), 0)
-    elif before is None or before.shape[1] != length:
+    elif before is None:
         raise ValueError("the cache was not filled by this model: it lacks the mask of its shallow layers")
+    elif before.shape[1] != length or cache.deep_rows != deep_length(cache):
+        raise ValueError(
+            "rows were taken out of the cache, whose layers differ in length: assisted decoding and prompt "
+            "lookup do not work with this model"
+        )
     elif len(before) != len(new):
         before = before.repeat_interleave(len(new) // len(before), dim=0)
     cache.shallow_mask = torch.cat([before, new], dim=1)
+    cache.deep_rows = deep_length(cache) + deep
     return cache.shallow_mask

@@ -177,6 +177,17 @@ def test_a_static_cache_is_refused(model, processor) -> None:
         )
 
 
+@pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
+def test_a_cache_that_was_cut_is_refused(model, processor, helper: str) -> None:
+    """Its shallow layers would keep rows that were rejected, and the answer be another one."""
+    texts, images = prompts(processor)
+    inputs = processor(images=images[1], text=texts[1])
+    other = type(model)(model.config).eval()
+    options = {"assistant_model": other} if helper == "assistant" else {"prompt_lookup_num_tokens": 2}
+    with pytest.raises(ValueError, match="rows were taken out of the cache"):
+        model.generate(**inputs, **GREEDY, **options)
+
+
 def test_transformers_saves_what_import_reads(exported: Path, model, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     for name in ("processing_internvlx.py", "tokenizer.json", "tokenizer_config.json"):
