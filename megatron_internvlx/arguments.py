@@ -263,11 +263,6 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path is not None,
         "--cuda-graph-impl": args.cuda_graph_impl != "none",
     }
-    if args.num_experts and "moe" in (args.recompute_modules or ()):
-        raise ValueError(
-            "--recompute-modules moe: a recomputed router would weigh its load-balancing loss by another "
-            "micro-batch; recompute moe_act, or whole layers with --recompute-granularity full"
-        )
     asked = [flag for flag, on in refused.items() if on]
     if asked:
         raise ValueError(

@@ -86,6 +86,7 @@ SHORT = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
     "--vision-recompute",
     "selective": "--recompute-granularity selective --recompute-modules core_attn mlp",
+    "moe": "--recompute-granularity selective --recompute-modules moe",
     "batched": "--no-overlap-p2p-communication",
     "flush": "--overlap-p2p-communication-warmup-flush",
 }
@@ -151,6 +152,7 @@ CASES = [
     Case(4, "experts", "ep=2 pp=2 zero overlap"),
     Case(4, "balanced", "tp=2 sp ep=2 etp=1"),
     Case(4, "balanced", "pp=2 per_stage=2 ep=2"),
+    Case(2, "balanced", "pp=2 moe"),
 ]
 
 CURVES = [

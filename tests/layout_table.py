@@ -29,7 +29,7 @@ projector, nearest upsampling; experts, balanced: 4 experts without and with the
 Layout words: tp, pp, ep, etp: sizes, the last two of the experts (data parallelism fills the ranks); sp:
 sequence parallel; per_stage: layers per virtual stage, which makes the schedule interleaved; layers:
 explicit layout of virtual stages (E embedding and vision encoder, t decoder layer, L loss); static:
-fixed budgets; full, selective: recompute; zero: distributed optimizer; overlap: overlapped reduction and
+fixed budgets; full, selective, moe (experts): recompute; zero: distributed optimizer; overlap: overlapped reduction and
 gather; batched, flush: Megatron's other ways to send.
 
 | setting | layout | ranks | loss | gradient | element | weight |

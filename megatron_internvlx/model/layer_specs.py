@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_internvlx.model.attention import PackedDotProductAttention
 from megatron_internvlx.model.decoder import CompressionPlan, InternVLXLayer
 from megatron_internvlx.model.norm import norm_builder
-from megatron_internvlx.model.router import LossWeightedRouter
+from megatron_internvlx.model.router import LossWeightedMoELayer, LossWeightedRouter
 from megatron_internvlx.parallel.layout import stage_layers
 
 
@@ -38,10 +38,11 @@ def _localize(submodules, normalization: str):
 
 
 def _weigh_load_balancing(submodules):
-    """Give an experts layer our router."""
+    """Give an experts layer our router, and its recomputation."""
     experts = getattr(submodules.mlp, "keywords", {}).get("submodules")
     if isinstance(experts, MoESubmodules):
-        submodules.mlp = partial(submodules.mlp, submodules=replace(experts, router=LossWeightedRouter))
+        ours = replace(experts, router=LossWeightedRouter)
+        submodules.mlp = partial(LossWeightedMoELayer, **(submodules.mlp.keywords | {"submodules": ours}))
     return submodules
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 
 class LossWeightedRouter(TopKRouter):
-    """Megatron's top-k router; the layer sets `loss_weight` before each use."""
+    """Megatron's top-k router; the decoder layer sets `loss_weight` before each use."""
 
     loss_weight: int = 0
     """Total loss weight of the micro-batch that is routed."""
@@ -33,3 +35,34 @@ class LossWeightedRouter(TopKRouter):
         return super().attach_and_log_load_balancing_loss(
             activation, *args, valid_token_count=count, **kwargs
         )
+
+
+class LossWeightedMoELayer(MoELayer):
+    """Megatron's experts layer, whose recomputation routes with the loss weight of its own micro-batch.
+
+    By the time a micro-batch is recomputed, others have passed: what is kept for it keeps its weight.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
+    ) -> Any:
+        """Megatron's; with --recompute-modules moe the layer as a whole is recomputed here instead of there."""
+        plain = super().forward
+        if not (self.moe_layer_recompute and self.training):
+            return plain(hidden_states, intermediate_tensors, padding_mask)
+        assert intermediate_tensors is None, "partial CUDA graphs are refused"
+        weight = self.router.loss_weight
+
+        def run(hidden_states: Tensor, padding_mask: Tensor | None) -> Any:
+            self.router.loss_weight, self.moe_layer_recompute = weight, False
+            try:
+                return plain(hidden_states, None, padding_mask)
+            finally:
+                self.moe_layer_recompute = True
+
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(run, False, hidden_states, padding_mask)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(run, False, tracker, self.tp_group, hidden_states, padding_mask)

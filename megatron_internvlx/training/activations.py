@@ -9,7 +9,7 @@ Letters: h, c widths of the decoder and of the vision encoder, t tensor-parallel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_internvlx.parallel.layout import StageLayers
 from megatron_internvlx.training.flops import BackwardSettings, PlanStats
@@ -176,6 +176,7 @@ def chunk_activations(
         if parts["vision"] and model.backward.vision_recompute:
             working = model.vision_layer(tiles)
         parts["projectors"] = model.projector(shape.compression.entry_grid, stats.projected_tiles)
+    kept_all = replace(model, backward=replace(model.backward, modules=frozenset()))
     for layer in range(chunk.first, chunk.end):
         phase = "shallow" if layer < shape.shallow_layers else "deep"
         whole = model.decoder_layer(layer, stats)
@@ -184,6 +185,7 @@ def chunk_activations(
             working = max(working, whole)
         else:
             parts[phase] += whole
+            working = max(working, kept_all.decoder_layer(layer, stats) - whole)
     parts["projectors"] += carried_features(model, chunk, stats)
     if last:
         parts["output"] = model.output(stats)

@@ -221,10 +221,6 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ([*TINY, "--cuda-graph-impl", "local"], "--cuda-graph-impl: not supported"),
         ([*TINY, "--heterogeneous-layers-config-path", "x"], "--heterogeneous-layers-config-path: not supp"),
         (
-            [*TINY, "--num-experts", "4", "--recompute-modules", "moe"],
-            "--recompute-modules moe: a recomputed router",
-        ),
-        (
             [*TINY, "--max-position-embeddings", "128"],
             "--seq-length 256 is more than the model's --max-position-embeddings 128",
         ),
