@@ -63,6 +63,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, processor, template = load_model(args.hf, getattr(torch, args.dtype))
     answerer = Answerer(model.to(platform.device()), processor, args.max_new_tokens)
     asked = list(questions(manifest, template, args.limit))
+    if not asked:
+        raise ValueError(f"{args.data}: none of its records has an answer to compare with")
     for path in dict.fromkeys(path for question in asked for path in question.images):
         image_size(path)  # a missing image is told before hours of generation
     args.out.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megatron_internvlx.data.conversation import IMAGE, get_template, render_prompt
-from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.data.decode_pil import image_size, opened
 from megatron_internvlx.data.manifest import Manifest, Record
+from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
 from megatron_internvlx.evaluation.scores import anls, exact_match, relaxed_accuracy
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor, tile_grid
@@ -38,8 +39,20 @@ def questions(manifest: Manifest, template: str, limit: int | None = None) -> It
 
 def _of_record(record: Record, template: str) -> Iterator[Question]:
     paths, turns = parse_record(record)
+    for number, turn in enumerate(turns):
+        if turn.get("from") not in ("system", "human", "gpt") or not isinstance(turn.get("value"), str):
+            raise BadSample(
+                record.key,
+                "bad_message",
+                f"turn {number} needs 'from' (system, human or gpt) and a text 'value'",
+            )
     if get_template(template).strip:
         turns = [{**turn, "value": turn["value"].strip()} for turn in turns]
+    placeholders = sum(turn["value"].count(IMAGE) for turn in turns)
+    if placeholders != len(paths):
+        raise BadSample(
+            record.key, "placeholder_mismatch", f"{placeholders} {IMAGE} placeholders for {len(paths)} images"
+        )
     kinds = record.data.get("kinds") or [record.data.get("kind", "")]
     answered = 0
     for number, turn in enumerate(turns):
@@ -74,9 +87,15 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, batch: Sequence[Question]) -> list[str]:
-        """The generated texts."""
+        """The generated texts. Raises BadSample, named by the path, for an image that cannot be decoded."""
         images = [list(question.images) for question in batch]
-        inputs = self.processor(images=images, text=[question.prompt for question in batch])
+        try:
+            inputs = self.processor(images=images, text=[question.prompt for question in batch])
+        except (OSError, SyntaxError):  # what Pillow raises for a broken image
+            for path in dict.fromkeys(path for own in images for path in own):
+                with opened(path) as image:
+                    image.load()
+            raise
         moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         out = self.model.generate(**moved, max_new_tokens=self.max_new_tokens)
         new = out[:, moved["input_ids"].shape[1] :]

@@ -39,6 +39,19 @@ def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="a
     return best
 
 
+def upright(image):
+    """The image turned as its EXIF orientation says, as in training.
+
+    EXIF that cannot be read, or that a PNG keeps behind its pixels, does not count.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
 class InternVLXProcessor(ProcessorMixin):
     """Text with `<image>` placeholders, and images, to model inputs.
 
@@ -78,7 +91,7 @@ class InternVLXProcessor(ProcessorMixin):
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = upright(image).convert("RGB")
         size, columns, rows = self.tile_size, 1, 1
         if self.dynamic_image_size:
             columns, rows = tile_grid(

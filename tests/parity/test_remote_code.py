@@ -227,6 +227,26 @@ def test_processor_equals_the_training_data(processor, tmp_path: Path) -> None:
     assert torch.equal(inputs["pixel_values"], expected)
 
 
+def test_orientation_counts_as_in_training(processor, tmp_path: Path) -> None:
+    """EXIF that a PNG keeps behind its pixels does not, although Pillow finds it once they are decoded."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(64, 16).save(tmp_path / "before.png", exif=exif)
+    picture(64, 16).save(tmp_path / "plain.png")
+    data, place = (tmp_path / "before.png").read_bytes(), b"eXIf"
+    start = data.index(place) - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    (tmp_path / "behind.png").write_bytes(data[:start] + data[end:last] + data[start:end] + data[last:])
+    from megatron_internvlx.data.decode_pil import image_size
+
+    for name, size in (("before", (16, 64)), ("behind", (64, 16)), ("plain", (64, 16))):
+        assert image_size(tmp_path / f"{name}.png") == size
+    behind, plain = (processor.tiles(tmp_path / f"{name}.png") for name in ("behind", "plain"))
+    assert torch.equal(behind, plain)
+    assert not torch.equal(processor.tiles(tmp_path / "before.png"), plain)
+
+
 def test_tile_grids_equal_the_training_data() -> None:
     from megatron_internvlx.data.rvtc import tile_grid
 

@@ -145,3 +145,33 @@ def test_kinds_of_a_conversation_are_those_of_its_answers(tmp_path: Path) -> Non
     (tmp_path / "meta.json").write_text(json.dumps({"d": {"root": "", "annotation": "d.jsonl"}}))
     found = evaluate.questions(Manifest(tmp_path / "meta.json"), "internvl2_5")
     assert [question.kind for question in found] == ["shape", "colour", "colour"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "cut.png", "conversations": []}, "none of its records has an answer"),
+        ({"image": "cut.png"}, "cut.png: truncated_image"),
+        (
+            {"image": ["a.png", "b.png"]},
+            "d.jsonl:1: placeholder_mismatch: 1 <image> placeholders for 2 images",
+        ),
+        ({"image": []}, "d.jsonl:1: placeholder_mismatch: 1 <image> placeholders for 0 images"),
+        (
+            {"image": "a.png", "conversations": [{"from": "user", "value": "<image>"}]},
+            "d.jsonl:1: bad_message",
+        ),
+    ],
+)
+def test_records_that_cannot_be_asked(data: Path, tmp_path: Path, capsys, record: dict, message: str) -> None:
+    """Named by the record or the image, also when only decoding shows it."""
+    held = Path(shutil.copytree(data.parent, tmp_path / "data"))
+    (held / "cut.png").write_bytes((held / "a.png").read_bytes()[:1200])
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]
+    if record.get("conversations") == []:
+        record = record | {"conversations": turns[:1]}
+    (held / "d.jsonl").write_text(json.dumps({"conversations": turns} | record) + "\n")
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    command = ["--hf", str(hf), "--data", str(held / "meta.json"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
