@@ -38,6 +38,8 @@ def main() -> int:
         args = arguments.parse()
         if args.dry_run:
             return dryrun.run(args)
+        arguments.check_paths(args)
+        arguments.alone()
         data = DataProvider(args)
     except ValueError as error:
         return arguments.complain(error)

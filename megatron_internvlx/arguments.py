@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -347,3 +348,37 @@ def parse() -> argparse.Namespace:
     with _refusals():
         set_global_variables(args)
     return args
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Checkpoints to read are there, and what a run writes can be written. Raises ValueError.
+
+    Of the ranks the first one looks.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return
+    for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if path and path != args.save and not Path(path).is_dir():
+            raise ValueError(f"{flag} {path}: no such directory")
+    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
+    files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
+    folders |= {flag: str(Path(path).absolute().parent) for flag, path in files.items() if path}
+    for flag, folder in folders.items():
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{flag}: no permission to write in {folder}")
+
+
+def alone() -> None:
+    """A process that no launcher started is a world of one rank."""
+    if "RANK" in os.environ or "MASTER_ADDR" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}

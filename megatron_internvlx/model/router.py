@@ -43,6 +43,8 @@ class LossWeightedMoELayer(MoELayer):
     By the time a micro-batch is recomputed, others have passed: what is kept for it keeps its weight.
     """
 
+    moe_layer_recompute: bool
+
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> Any:

@@ -21,7 +21,7 @@ from megatron_internvlx.data.loader import ConversationDataset, batches, planned
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import prepared_sets
+from megatron_internvlx.data.prepare import MARK, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
@@ -121,6 +121,8 @@ class DataProvider:
         if os.environ.get("RANK", "0") == "0" and energon:
             prepared_sets(self.data.data or "")
         elif os.environ.get("RANK", "0") == "0":
+            if (Path(self.data.data or "") / MARK).is_file():
+                raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.data.valid_data:
             self.valid_manifest = Manifest(self.data.valid_data)

@@ -1,6 +1,7 @@
 """The command line: presets, recipes, refusals with a message, and flags that users rely on."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -244,6 +245,36 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
 def test_refusals(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parsed(monkeypatch, *NEEDED, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save", "/proc/none", "--save-interval", "1"], "--save: /proc/none cannot be made: No such file"),
+        (["--report-file", "/proc/none/r.png"], "--report-file: /proc/none cannot be made"),
+        (["--pretrained-checkpoint", "/none"], "--pretrained-checkpoint /none: no such directory"),
+        (["--load", "/none"], "--load /none: no such directory"),
+    ],
+)
+def test_paths_that_cannot_be_used(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, *TINY, *NEEDED, *flags)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments.check_paths(args)
+    monkeypatch.setenv("RANK", "1")
+    arguments.check_paths(args)
+
+
+def test_a_process_without_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "kept")
+    arguments.alone()
+    assert os.environ["MASTER_ADDR"] == "kept"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    arguments.alone()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    assert int(os.environ["MASTER_PORT"]) > 0
 
 
 def test_per_token_loss_cannot_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
