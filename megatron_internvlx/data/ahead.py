@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
@@ -16,7 +16,7 @@ class Ahead:
     Args:
         items: where items come from; read in the thread only.
         key_of: name of an item, by which it can be made again.
-        work: what the thread does with an item.
+        work: what the thread does with an item; by default it only fetches it.
         depth: results kept ready.
         stream: entered by the thread for its life: the device queue that its copies and kernels use.
 
@@ -26,10 +26,10 @@ class Ahead:
     def __init__(
         self,
         items: Iterator[Any],
-        key_of: Callable[[Any], Any],
-        work: Callable[[Any], Any],
-        depth: int,
-        stream: Callable[[], AbstractContextManager],
+        key_of: Callable[[Any], Any] = lambda _: None,
+        work: Callable[[Any], Any] = lambda item: item,
+        depth: int = 1,
+        stream: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self._items, self._key_of, self._work, self._stream = items, key_of, work, stream
         self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()

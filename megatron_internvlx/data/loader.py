@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
@@ -215,7 +216,18 @@ def batches(
         worker_init_fn=_start_worker,
         **options,
     )
-    for content, per_position in loader:
+    # Receiving from a worker takes milliseconds, which a thread takes while the model computes.
+    deliveries = Ahead(iter(loader), depth=1) if num_workers else iter(loader)
+    try:
+        yield from _counted(deliveries, reject_log)
+    finally:
+        if isinstance(deliveries, Ahead):
+            deliveries.close()
+
+
+def _counted(deliveries: Iterator[_Delivery], reject_log: RejectLog) -> Iterator[Any]:
+    """Contents in order, each after its rejects."""
+    for content, per_position in deliveries:
         for rejects in per_position:
             reject_log.saw(len(rejects) + 1)
             for bad in rejects:
