@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -185,7 +186,12 @@ def _results(
     with ProcessPoolExecutor(
         min(processes, len(todo)), mp_context=get_context("spawn"), initializer=end_with_parent
     ) as pool:
-        futures = {pool.submit(work, units[number]): number for number in todo}
+        # Workers inherit this: Ctrl-C reaches all of them, and is for this process to handle.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = {pool.submit(work, units[number]): number for number in todo}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

@@ -36,7 +36,10 @@ if __name__ == "__main__":
     target.ALONE_BELOW = 0
     with target.new_directory(Path({final!r}), "mark", 1) as made:
         units = [str(made.partial / f"part{{i}}") for i in range(40)]
-        target.run_units(made, units, slow, sizes=[1] * 40, processes=2, title="slow", quiet=True)
+        try:
+            target.run_units(made, units, slow, sizes=[1] * 40, processes=2, title="slow", quiet=True)
+        except KeyboardInterrupt:
+            sys.exit(130)
 """
 
 
@@ -44,7 +47,8 @@ def started(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
     """A slow conversion, of which some parts are finished."""
     final = tmp_path / "final"
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT), final=str(final)))
-    process = subprocess.Popen([sys.executable, tmp_path / "slow.py"], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, tmp_path / "slow.py"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     partial, deadline = tmp_path / "final.partial-mark", time.monotonic() + 60
     while len(list(partial.glob("part*"))) < 3:
         assert time.monotonic() < deadline
@@ -73,6 +77,15 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert sorted(partial.glob("part*")) == seen
     assert not [pid for pid in workers if alive(pid)]
     assert not (tmp_path / "final").exists()
+
+
+def test_an_interrupt_is_quiet(tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of the terminal; no worker prints where it was."""
+    process, partial = started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert partial.is_dir()
 
 
 def test_a_killed_worker_is_told_and_its_parts_are_kept(tmp_path: Path) -> None:
