@@ -24,7 +24,7 @@ from megatron_internvlx import platform
 def own_arguments() -> argparse.ArgumentParser:
     """The planner's arguments."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--pipeline", type=int, help="pipeline ranks; default: --pipeline-model-parallel-size")
@@ -46,6 +46,20 @@ def own_arguments() -> argparse.ArgumentParser:
 def main() -> int:
     """Plan or measure; returns 2 after saying what is wrong with the arguments."""
     own, rest = own_arguments().parse_known_args()
+    for name in (
+        "pipeline",
+        "virtual",
+        "micro_batches",
+        "tflops",
+        "bandwidth",
+        "repeats",
+        "gpus",
+        "gpus_per_node",
+    ):
+        value = getattr(own, name)
+        if value is not None and value <= 0:
+            print(f"plan_pipeline.py: --{name.replace('_', '-')} {value}: must be above 0", file=sys.stderr)
+            return 2
     sys.argv = [sys.argv[0], *rest] + ([] if own.measure else ["--dry-run"])
     platform.setup()
     from tools import planning
@@ -55,7 +69,7 @@ def main() -> int:
             planning.measure(own)
         else:
             planning.plan(own)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2

@@ -64,7 +64,13 @@ class Task:
         if chunks is None:
             given = pipeline == args.pipeline_model_parallel_size
             chunks = (args.virtual_pipeline_model_parallel_size or 1) if given else 1
-        replicas = args.world_size // (args.tensor_model_parallel_size * pipeline)
+        ranks = args.tensor_model_parallel_size * pipeline
+        replicas = args.world_size // ranks
+        if args.world_size % ranks and own.micro_batches is None:
+            raise ValueError(
+                f"{args.world_size} GPUs cannot be divided into TP {args.tensor_model_parallel_size} x PP "
+                f"{pipeline}: use another --pipeline, or say --micro-batches"
+            )
         batches = own.micro_batches or max(self.global_batch // max(replicas, 1), 1)
         overlap = args.overlap_p2p_comm or chunks != (args.virtual_pipeline_model_parallel_size or 1)
         return Schedule(pipeline, chunks, batches, overlap)

@@ -103,7 +103,7 @@ def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_
         (["--context-parallel-size", "2"], "--context-parallel-size"),
         (["--model-preset", "internvlx_9b"], "--model-preset internvlx_9b: unknown"),
         (["--freeze-vision", "--freeze-llm", "--freeze-projectors"], "nothing is left to train"),
-        (["--pipeline-model-parallel-size", "3"], "world size (1) is not divisible"),
+        (["--pipeline-model-parallel-size", "3"], "1 rank cannot be divided into TP 1 x PP 3 = 3"),
         (["--data", "nowhere/meta.json", "--valid-data", "nowhere/meta.json"], "nowhere/meta.json"),
         (["--tokenizer-model", "nowhere"], "nowhere"),
     ],
