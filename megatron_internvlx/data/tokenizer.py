@@ -14,6 +14,7 @@ def load_tokenizer(directory: str):
     if not Path(directory).is_dir():
         raise ValueError(f"--tokenizer-model {directory}: no such directory")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        # Training never runs code of a model directory, nor asks on the terminal whether it may.
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer-model {directory}: no tokenizer could be loaded: {error}") from error
