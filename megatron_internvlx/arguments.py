@@ -358,13 +358,13 @@ def check_paths(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        if path and path != args.save and not Path(path).is_dir():
+        if path and path != args.save and "://" not in path and not Path(path).is_dir():
             raise ValueError(f"{flag} {path}: no such directory")
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
     files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
     folders |= {flag: str(Path(path).absolute().parent) for flag, path in files.items() if path}
     for flag, folder in folders.items():
-        if not folder:
+        if not folder or "://" in folder:  # of a storage client
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
