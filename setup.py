@@ -29,7 +29,17 @@ REQUIRED = [
 EXTRAS = {
     # For machines with CUDA only: Megatron prefers Transformer Engine's optimizer, which has no CPU version.
     "gpu": ["transformer-engine[pytorch]>=2.8"],
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit", "scikit-image", "scikit-learn", "uv"],
+    "dev": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "pre-commit",
+        "scikit-image",
+        "scikit-learn",
+        "uv",
+    ],
 }
 
 setup(
