@@ -26,6 +26,10 @@ BASE += ["--global-batch-size", "1", "--dry-run", "--transformer-impl", "transfo
 def parsed(monkeypatch: pytest.MonkeyPatch):
     def parse(*flags: str) -> argparse.Namespace:
         monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *BASE, *flags])
+        tensor = (
+            flags.index("--tensor-model-parallel-size") if "--tensor-model-parallel-size" in flags else None
+        )
+        monkeypatch.setenv("WORLD_SIZE", "1" if tensor is None else flags[tensor + 1])
         monkeypatch.setattr(platform, "pretend_hopper", lambda: None)
         args = parse_args(arguments.add_our_arguments)
         arguments.check_arguments(args)

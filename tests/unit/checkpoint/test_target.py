@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # A conversion of 40 parts by two processes; every part leaves a file after 0.2 s.
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from megatron_internvlx.checkpoint import target
@@ -33,6 +33,7 @@ def slow(unit):
     return 1
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     target.ALONE_BELOW = 0
     with target.new_directory(Path({final!r}), "mark", 1) as made:
         units = [str(made.partial / f"part{{i}}") for i in range(40)]
