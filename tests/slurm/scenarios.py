@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs root and Debian's slurmctld slurmd slurm-client munge (tests/slurm/cluster.sh install)",
 )
 # Long enough that a signal arrives well before the next checkpoint, and before the end.
-STEPS, EVERY = 40, 15
+STEPS, EVERY = 45, 20
 
 
 @pytest.fixture(scope="module")
