@@ -92,7 +92,8 @@ def peak_of(process: subprocess.Popen) -> int:
             with suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
                 total += one.memory_full_info().pss
         peak = max(peak, total)
-        time.sleep(0.1)
+        # Counting walks through all page tables, and the process that is counted waits: seldom.
+        time.sleep(1)
     return peak
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.target import warm_up
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -231,6 +232,8 @@ def _report(differences: list, tolerance: float) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
+    if argv is None and args.command != "verify" and args.processes > 1:
+        warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
     run = {"import": run_import, "export": run_export, "verify": run_verify}[args.command]
     try:
         return run(args)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +184,9 @@ def _results(
             yield number, work(units[number])
         return
     with ProcessPoolExecutor(
-        min(processes, len(todo)), mp_context=get_context("spawn"), initializer=end_with_parent
+        min(processes, len(todo)), mp_context=get_context("forkserver"), initializer=start_worker
     ) as pool:
-        # Workers inherit this: Ctrl-C reaches all of them, and is for this process to handle.
+        # The server inherits this: Ctrl-C reaches all processes, and is for this one to handle.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures = {pool.submit(work, units[number]): number for number in todo}
@@ -203,6 +203,28 @@ def _results(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def warm_up(module: str) -> None:
+    """Start the server that workers are forked from, which imports `module` while this process does other things.
+
+    Otherwise every worker would import it, for seconds, when there is work to do.
+    """
+    get_context("forkserver").set_forkserver_preload([module])
+    root, before = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = root if not before else os.pathsep.join((root, before))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def start_worker() -> None:
+    """In a new worker: leave Ctrl-C to the parent, and end when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def end_with_parent() -> None:

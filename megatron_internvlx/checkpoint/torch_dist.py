@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -218,19 +219,47 @@ def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tenso
     return whole
 
 
+class _Window(io.RawIOBase):
+    """Some bytes of an open file, as a file: torch reads a tensor out of it straight into its memory."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(self._length - self._at, 0)]
+        got = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
+        self._at += got
+        return got
+
+
 def _load_piece(folder: Path, piece: Piece) -> Tensor:
-    with (folder / piece.file).open("rb") as file:
-        file.seek(piece.start)
-        data = bytearray(piece.length)
-        got = file.readinto(data)
-    if got != piece.length:
-        raise ConversionError(
-            f"{folder / piece.file}: ends after {piece.start + got} bytes, {piece.start + piece.length} expected"
-        )
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken archive raises many types
-        raise ConversionError(f"{folder / piece.file}: broken data at byte {piece.start}: {error}") from error
+    with (folder / piece.file).open("rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        if end < piece.start + piece.length:
+            raise ConversionError(
+                f"{folder / piece.file}: ends after {end} bytes, {piece.start + piece.length} expected"
+            )
+        try:
+            window = cast(IO[bytes], _Window(file, piece.start, piece.length))
+            return torch.load(window, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken archive raises many types
+            raise ConversionError(
+                f"{folder / piece.file}: broken data at byte {piece.start}: {error}"
+            ) from error
 
 
 # ----------------------------------------------------------------------------------------- writing
