@@ -160,7 +160,8 @@ def _plan_point(grid: Grid, point: Point) -> str | None:
         point.folder.mkdir(parents=True, exist_ok=True)
         point.recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
         (point.folder / "dry_run.json").unlink(missing_ok=True)
-        ranks = settings.get("dry_run_world_size") or grid.ranks
+        # Local runs have the grid's ranks, whatever the recipe was written for.
+        ranks = grid.ranks if grid.slurm is None else settings.get("dry_run_world_size") or grid.ranks
         command = [sys.executable, "pretrain_vlm.py", "--recipe", str(point.recipe.absolute()), "--dry-run"]
         command += ["--dry-run-world-size", str(ranks)]
         command += ["--dry-run-json", str((point.folder / "dry_run.json").absolute())]

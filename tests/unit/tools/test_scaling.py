@@ -44,6 +44,18 @@ def test_example_grid_can_be_read(monkeypatch):
     assert grid.points[0].settings["model_preset"] == "internvlx_demo"  # of the base recipe
 
 
+@pytest.mark.parametrize(("slurm", "size"), [(None, "1"), ({"nodes": 2}, "16")])
+def test_local_points_have_the_grids_ranks(tmp_path, monkeypatch, slurm, size):
+    """The recipe's world size is what a cluster job has, not what runs here."""
+    asked = []
+    done = scaling.subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(scaling.subprocess, "run", lambda command, **_: asked.append(command) or done)
+    base = {"train_iters": 4, "dry_run_world_size": 16}
+    grid = scaling.read_grid(grid_file(tmp_path, base=base, slurm=slurm))
+    assert scaling._plan_point(grid, grid.points[0]) is None
+    assert asked[0][asked[0].index("--dry-run-world-size") + 1] == size
+
+
 @pytest.mark.parametrize("key", ["name", "axes", "base"])
 def test_incomplete_grid_names_what_is_missing(tmp_path, capsys, key):
     path = grid_file(tmp_path)
