@@ -100,7 +100,7 @@ class Job:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def until(self, condition, what: str, seconds: float = 150) -> None:
+    def until(self, condition, what: str, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
