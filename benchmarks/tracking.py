@@ -36,6 +36,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         """Returns when it answers."""
@@ -46,18 +47,21 @@ class Server:
         ]
         log = (self.folder / "server.log").open("a")
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        while self.process.poll() is None:
+        end = time.monotonic() + 300  # its imports alone are 20 s of work
+        while self.process.poll() is None and time.monotonic() < end:
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
                 return
             except OSError:
                 time.sleep(0.2)
-        raise RuntimeError(f"the server ended:\n{(self.folder / 'server.log').read_text()[-2000:]}")
+        raise RuntimeError(f"the server did not start:\n{(self.folder / 'server.log').read_text()[-2000:]}")
 
     def kill(self) -> None:
         """At once, with its workers."""
-        os.killpg(self.process.pid, 9)
-        self.process.wait()
+        if self.process is not None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+            self.process = None
 
 
 def main() -> int:

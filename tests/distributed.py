@@ -28,10 +28,11 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from megatron_internvlx.checkpoint.target import warm_up
 
 MAX_RANKS = 8
 MAX_THREADS = 60  # of a rank between two jobs
@@ -50,8 +51,7 @@ class Pool:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([preload])
-        self._start_server()
+        warm_up(preload)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._workers: list[_Worker | None] = [None] * MAX_RANKS
         self._jobs = 0
@@ -84,19 +84,6 @@ class Pool:
         atexit.unregister(self.close)
         self._discard(MAX_RANKS)
         self._folder.cleanup()
-
-    @staticmethod
-    def _start_server() -> None:
-        """Starts the server, which is to find our modules from any directory (it ignores our sys.path)."""
-        before = os.environ.get("PYTHONPATH")
-        root = str(Path(__file__).parents[1])
-        os.environ["PYTHONPATH"] = root if not before else os.pathsep.join((root, before))
-        try:
-            forkserver.ensure_running()
-        finally:
-            del os.environ["PYTHONPATH"]
-            if before is not None:
-                os.environ["PYTHONPATH"] = before
 
     def _worker(self, rank: int) -> "_Worker":
         worker = self._workers[rank]

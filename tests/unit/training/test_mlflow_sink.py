@@ -2,15 +2,12 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tracking import Server
 from megatron_internvlx.training import mlflow_sink
 from megatron_internvlx.training.mlflow_sink import MlflowSink, RunInfo
 
@@ -57,42 +54,6 @@ def test_one_run_over_two_starts_in_a_local_store(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.rglob("artifacts/*")} == {"report.png", "arguments.json"}
     assert mlflow_sink.mark_failed(tmp_path)
     assert run_of(tmp_path).info.status == "FAILED"
-
-
-class Server:
-    """An MLflow server on the loopback interface, killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
-            *("--artifacts-destination", str(self.folder / "artifacts")),
-        ]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        end = time.monotonic() + 300  # its imports alone are 20 s of work
-        while time.monotonic() < end:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail("the MLflow server did not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture
