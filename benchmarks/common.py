@@ -77,7 +77,7 @@ def spread(seconds: Sequence[float]) -> str:
     return f"{middle:.0f} ({low:.0f}-{high:.0f})"
 
 
-def about(command: str) -> str:
+def about(command: str, arithmetic: str = "fp32, ") -> str:
     """Hardware, versions, commit and command, for the head of a table."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -85,7 +85,7 @@ def about(command: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
     load = os.getloadavg()[0]
     return (
-        f"`{command}`, commit {commit}, {packages}; {os.cpu_count()} CPU cores ({machine.machine()}), fp32, "
+        f"`{command}`, commit {commit}, {packages}; {os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
         f"load average {load:.1f} at the end; {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
     )
 
@@ -96,9 +96,9 @@ def table(rows: list[Sequence[Any]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def write(name: str, title: str, command: str, lines: list[str]) -> Path:
+def write(name: str, title: str, command: str, lines: list[str], arithmetic: str = "fp32, ") -> Path:
     """Print the text and write it to results/NAME-DATE.md."""
-    text = "\n".join([f"# {title}, {date.today()}", "", about(command), "", *lines]) + "\n"
+    text = "\n".join([f"# {title}, {date.today()}", "", about(command, arithmetic), "", *lines]) + "\n"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{date.today()}.md"
     path.write_text(text)

@@ -3,27 +3,28 @@
     python -m benchmarks.convert --work FOLDER      # writes benchmarks/results/convert-DATE.md
 
 The released InternVL-X-2B configuration in bf16 with random weights. Every run starts with its input out of
-the page cache and ends when its output is on the disk. Needs 14 GB in FOLDER, which are removed.
+the page cache and ends when its output is on the disk; `cp` copies the same directory. Needs 14 GB in
+FOLDER, which are removed.
 """
 
 import argparse
 import json
 import math
 import os
-import platform as machine
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
 
+from benchmarks import common
+from benchmarks.common import ROOT, ratio
 from megatron_internvlx.checkpoint.hf_config import dims, model_config
 from megatron_internvlx.checkpoint.mapping import table
 from megatron_internvlx.checkpoint.safetensors_io import (
@@ -35,9 +36,8 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_header,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "tests" / "golden" / "real_configs.json"
-REPETITIONS = 1
+REPETITIONS = 5
 
 
 class _Released:
@@ -86,15 +86,16 @@ def _tree(pid: int) -> Iterator[psutil.Process]:
 def peak_of(process: subprocess.Popen) -> int:
     """Most bytes that a process and its descendants held together; pages they share count once (PSS)."""
     peak = 0
-    while process.poll() is None:
+    while True:
         total = 0
         for one in _tree(process.pid):
             with suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
                 total += one.memory_full_info().pss
         peak = max(peak, total)
         # Counting walks through all page tables, and the process that is counted waits: seldom.
-        time.sleep(1)
-    return peak
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+            return peak
 
 
 def evict(folder: Path) -> None:
@@ -144,35 +145,33 @@ def measure(work: Path) -> tuple[int, dict[str, list[tuple[float, int]]]]:
     return total, found
 
 
-def report(total: int, found: dict[str, list[tuple[float, int]]]) -> str:
-    """The dated table."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    memory = psutil.virtual_memory().total
-    lines = [
-        f"# Conversion of a 2B model, {date.today()}",
-        "",
-        f"`python -m benchmarks.convert`, commit {commit.stdout.strip()}, torch {version('torch')}, safetensors "
-        f"{version('safetensors')}, {machine.machine()} CPU, {os.cpu_count()} cores, {memory / 1e9:.0f} GB memory.",
-        "",
-        f"InternVL-X-2B, bf16, {total / 1e9:.2f} GB in one file. Input not in the page cache; until the output is on "
-        f"the disk; best of {REPETITIONS} repetitions, the three interleaved. Load of the machine at the end: "
-        f"{os.getloadavg()[0]:.1f} (others worked on it).",
-        "",
-        "| | seconds | MB/s | of cp | peak memory of all processes, GB | of the model |",
-        "|---|---|---|---|---|---|",
+def report(total: int, found: dict[str, list[tuple[float, int]]]) -> list[str]:
+    """The table's lines."""
+    rows: list[list[str]] = [
+        ["", "seconds, median (range)", "MB/s", "of cp", "peak memory, GB", "of the model"]
     ]
-    fastest = min(seconds for seconds, _ in found["cp"])
+    seconds = {name: [s for s, _ in runs] for name, runs in found.items()}
     for name, runs in found.items():
-        seconds, peak = min(r[0] for r in runs), max(r[1] for r in runs)
-        lines.append(
-            f"| {name} | {seconds:.1f} | {total / 1e6 / seconds:.0f} | {fastest / seconds:.2f} | {peak / 1e9:.2f} | "
-            f"{peak / total:.2f} |"
+        middle, peak = statistics.median(seconds[name]), max(p for _, p in runs)
+        rows.append(
+            [
+                name,
+                f"{middle:.1f} ({min(seconds[name]):.1f}-{max(seconds[name]):.1f})",
+                f"{total / 1e6 / middle:.0f}",
+                f"{ratio(seconds['cp'], seconds[name]):.2f}",
+                f"{peak / 1e9:.2f}",
+                f"{peak / total:.2f}",
+            ]
         )
-    lines += ["", "All runs, seconds: " + "; ".join(
-        f"{name} {', '.join(f'{s:.1f}' for s, _ in runs)}" for name, runs in found.items()) + ".", ""]  # fmt: skip
-    return "\n".join(lines)
+    memory = psutil.virtual_memory().total
+    return [
+        f"InternVL-X-2B, bf16, {total / 1e9:.2f} GB in one file; {memory / 1e9:.0f} GB of memory. Input not in the "
+        "page cache; until the output is on the disk. "
+        f"{REPETITIONS} interleaved repetitions; the speed beside cp is the median of the ratios within a round, the "
+        "peak is that of all processes together, in the worst run.",
+        "",
+        *common.table(rows),
+    ]
 
 
 def main() -> None:
@@ -184,9 +183,13 @@ def main() -> None:
         total, found = measure(args.work)
     finally:
         shutil.rmtree(args.work)
-    text = report(total, found)
-    print(text)
-    (ROOT / "benchmarks" / "results" / f"convert-{date.today()}.md").write_text(text)
+    common.write(
+        "convert",
+        "Conversion of a 2B model",
+        "python -m benchmarks.convert --work FOLDER",
+        report(total, found),
+        arithmetic="",
+    )
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@
 
 Real: two ranks, one core each, the costs from `measure` on one core of this machine. Emulated: four ranks
 share two cores, so computing would measure the sharing; there every layer sleeps its cost instead, forward
-and backward, and what is tested is the schedule (Megatron's own), the messages and their order.
+and backward, and what is tested is the schedule (Megatron's own), the messages and their order, not the costs.
 Timed is Megatron's forward_backward_func, without the optimizer; the slowest rank counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +30,13 @@ platform.setup()
 from benchmarks.common import ROOT, spread, table, write  # noqa: E402
 from benchmarks.step_time import argv as model_arguments  # noqa: E402
 from megatron_internvlx.parallel.costs import Cost, LayerCosts  # noqa: E402
-from megatron_internvlx.parallel.planner import evaluate, find_plan, layout_string, uniform_counts  # noqa: E402
+from megatron_internvlx.parallel.planner import (  # noqa: E402
+    Problem,
+    evaluate,
+    find_plan,
+    layout_string,
+    uniform_counts,
+)
 from megatron_internvlx.parallel.simulate import Schedule  # noqa: E402
 from tests.distributed import Pool  # noqa: E402
 
@@ -43,14 +51,15 @@ SLEEP = {"shallow": 0.02, "deep": 0.06, "expand": 0.08, "first": 0.12, "last": 0
 
 
 class Nap(torch.autograd.Function):
-    """Identity that takes its time in both directions: twice as long backward."""
+    """A copy that takes its time in both directions: twice as long backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
         """Sleep and hand on."""
         ctx.seconds = seconds
         time.sleep(seconds)
-        return x.view_as(x)
+        # Not a view: Megatron's loss works in place on the logits.
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -152,20 +161,31 @@ def layer_costs(
 
 
 def splits(costs: LayerCosts, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """Planned, uniform, and the slowest of the splits with at most two layers off the even ones."""
+    """Planned, uniform, and the slowest of all splits that give every stage a layer."""
     layers, stages = len(costs.layers), schedule.stages
-    even = uniform_counts(layers, stages)
-    worst, slowest = even, 0.0
-    for heavy in range(stages):
-        for light in range(stages):
-            counts = list(even)
-            moved = min(2, counts[light] - 1)
-            counts[heavy] += moved
-            counts[light] -= moved
-            seconds = evaluate(costs, schedule, tuple(counts)).seconds
-            if seconds > slowest:
-                worst, slowest = tuple(counts), seconds
-    return {"planned": find_plan(costs, schedule).counts, "uniform": even, "worst of ±2": worst}
+    inner = np.array(list(itertools.combinations(range(1, layers), stages - 1)))
+    ends = np.concatenate([inner, np.full((len(inner), 1), layers)], axis=1)
+    slowest = ends[Problem(costs, schedule).seconds(ends).argmax()]
+    return {
+        "planned": find_plan(costs, schedule).counts,
+        "uniform": uniform_counts(layers, stages),
+        "worst": tuple(int(n) for n in np.diff(slowest, prepend=0)),
+    }
+
+
+def message(rows: int, repeats: int = 40) -> float:
+    """On two ranks: median seconds to move [rows, hidden] floats from one to the other."""
+    rank = torch.distributed.get_rank()
+    tensor, seconds = torch.zeros(rows, SIZE["hidden"]), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for sender in (0, 1):
+            if rank == sender:
+                torch.distributed.send(tensor, 1 - rank)
+            else:
+                torch.distributed.recv(tensor, 1 - rank)
+        seconds.append((time.perf_counter() - start) / 2)
+    return statistics.median(seconds)
 
 
 def compare(
@@ -223,21 +243,27 @@ def main() -> None:
         batches = 8
         real = [*model_arguments(SIZE, "pvtc", 1, TOKENIZER), "--global-batch-size", str(batches)]
         parts = pool.run(1, profile, real)[0]
-        costs = layer_costs(parts, SIZE["layers"], SIZE["expand"], message=0.002)
+        # The rows of the deep phase: 16 patches per side, halved. Shallow ones are fewer, and cheaper to send.
+        moving = max(pool.run(2, partial(message, sum(tiles * 64 + text for tiles, text in SAMPLES))))
+        costs = layer_costs(parts, SIZE["layers"], SIZE["expand"], moving)
         real_rows = compare(pool, costs, Schedule(2, 1, batches), real, rounds, steps, naps=False)
+        print("\n".join(table([head, *real_rows])), flush=True)
         tiny = {**SIZE, "image": 56, "vision_hidden": 32, "vision_layers": 1, "vision_ffn": 32, "hidden": 32}
         tiny |= {"layers": 12, "heads": 4, "kv_heads": 4, "ffn": 32, "vocab": 64}
         emulated = [*model_arguments(tiny, "pvtc", 1, TOKENIZER), "--global-batch-size", str(batches)]
         asleep = {name: (seconds, 2 * seconds) for name, seconds in SLEEP.items()}
-        sleeping = layer_costs(asleep, tiny["layers"], tiny["expand"], message=0.001)
+        sleeping = layer_costs(asleep, tiny["layers"], tiny["expand"], moving)
         emulated_rows = []
         for schedule in (Schedule(4, 1, batches), Schedule(4, 2, batches), Schedule(2, 2, batches)):
-            emulated_rows += compare(pool, sleeping, schedule, emulated, rounds, steps, naps=True)
+            emulated_rows += compare(pool, sleeping, schedule, emulated, min(rounds, 3), steps, naps=True)
+            print("\n".join(table([head, *emulated_rows])), flush=True)
     finally:
         pool.close()
     profiled = ", ".join(f"{name} {f * 1e3:.0f}+{b * 1e3:.0f}" for name, (f, b) in parts.items())
     lines = [
-        f"{batches} micro-batches, {rounds} interleaved rounds of {steps - 1} steps.",
+        f"{batches} micro-batches, interleaved rounds of {steps - 1} steps: {rounds} real ones, {min(rounds, 3)} "
+        f"emulated. A message takes {moving * 1e3:.1f} ms (measured alone). Worst: of all splits without an empty "
+        "stage.",
         "",
         f"## Real: two ranks, one core each; profile in ms, forward+backward: {profiled}",
         "",

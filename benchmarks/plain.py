@@ -44,7 +44,9 @@ def build(kind: str, size: dict[str, Any]) -> torch.nn.Module:
             vocab_size=size["vocab"],
             tie_word_embeddings=False,
         )
-        config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+        config = InternVLConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False
+        )
         return InternVLForConditionalGeneration(config)
     config = InternVLXConfig(
         vision_config={
