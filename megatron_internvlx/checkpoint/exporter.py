@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.export_files import write_files
 from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
-from megatron_internvlx.checkpoint.hf_write import chat_config, image_settings
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
-from megatron_internvlx.checkpoint.remote_code import check_tokenizer, write_remote_code
+from megatron_internvlx.checkpoint.remote_code import check_tokenizer
 from megatron_internvlx.checkpoint.safetensors_io import (
     INDEX,
-    PICKLES,
     SINGLE,
     ShardPlan,
     TensorInfo,
+    copy_bytes,
     plan_shard,
     tensor_bytes,
     write_at,
@@ -191,7 +191,7 @@ def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
     key, place = reader.find(entry.ours)
     stored = reader.tensors[key].shape
     stored = stored if place is None else stored[1:]
-    wanted = our_shape(entry.op, entry.shapes)
+    wanted = our_shape(entry.shapes)
     vocabulary = entry.ours.endswith(("word_embeddings.weight", "output_layer.weight"))
     # A layout may have padded the vocabulary.
     fits = stored[0] >= wanted[0] and stored[1:] == wanted[1:] if vocabulary else stored == wanted
@@ -233,26 +233,67 @@ class Unit:
 def write_unit(unit: Unit) -> int:
     """Write the unit's tensors; returns how many."""
     torch.set_num_threads(1)
-    descriptors: dict[str, int] = {}
-    count = 0
+    writer = _UnitWriter(unit)
     try:
         for entry, stored, place in unit.items:
-            ours = torch_dist.read_stored(Path(unit.folder), stored, place)
-            for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):
-                for target in filter(None, (name, unit.copies.get(name))):
-                    _place(unit, target, tensor, descriptors)
-                    count += 1
+            if not writer.copy(entry, stored, place):
+                writer.convert(entry, stored, place)
     finally:
-        for descriptor in descriptors.values():
+        writer.close()
+    return writer.written
+
+
+class _UnitWriter:
+    """Puts the tensors of a unit into the files."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.written = 0
+        self._descriptors: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
             os.close(descriptor)
-    return count
 
+    def copy(self, entry: Entry, stored: Stored, place: int | None) -> bool:
+        """Copy bytes; False if they must be rearranged or get another type."""
+        folder = Path(self.unit.folder)
+        types = {getattr(torch, self.unit.places[name][2]) for name in entry.theirs}
+        if not entry.op.keeps_order or types != {stored.dtype}:
+            return False
+        runs = torch_dist.stored_runs(folder, stored, place)
+        if runs is None:
+            return False
+        begin = 0
+        for name, shape in zip(entry.theirs, entry.shapes, strict=True):
+            end = begin + math.prod(shape) * stored.dtype.itemsize
+            for descriptor, position in self._targets(name):
+                for run in runs:
+                    low, high = max(begin, run.at), min(end, run.at + run.length)
+                    if low < high:
+                        copy_bytes(
+                            run.path, run.start + low - run.at, high - low, descriptor, position + low - begin
+                        )
+            begin = end
+        return True
 
-def _place(unit: Unit, name: str, tensor: Tensor, descriptors: dict[str, int]) -> None:
-    file, position, dtype = unit.places[name]
-    if file not in descriptors:
-        descriptors[file] = os.open(Path(unit.partial) / file, os.O_WRONLY)
-    write_at(descriptors[file], tensor_bytes(tensor.to(getattr(torch, dtype))), position)
+    def convert(self, entry: Entry, stored: Stored, place: int | None) -> None:
+        """Read the tensor, rearrange it, write it in its type."""
+        ours = torch_dist.read_stored(Path(self.unit.folder), stored, place)
+        for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):
+            typed = tensor.to(getattr(torch, self.unit.places[name][2]))
+            for descriptor, position in self._targets(name):
+                write_at(descriptor, tensor_bytes(typed), position)
+
+    def _targets(self, name: str) -> Iterator[tuple[int, int]]:
+        """(open file, position) of a tensor and of its copy."""
+        for target in filter(None, (name, self.unit.copies.get(name))):
+            file, position, _ = self.unit.places[target]
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(Path(self.unit.partial) / file, os.O_WRONLY)
+            self.written += 1
+            yield self._descriptors[file], position
 
 
 def _units(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> tuple[list[Unit], list[int]]:
@@ -326,66 +367,3 @@ def _write_index(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan
     weight_map = {name: plan.tensors[name].file for name in sorted(plan.tensors)}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-_OURS = {
-    NOTES,
-    INDEX,
-    *PICKLES,
-    "config.json",
-    "README.md",
-    "processor_config.json",
-    "preprocessor_config.json",
-}
-
-
-def write_files(plan: ExportPlan, partial: Path) -> None:
-    """Everything beside the weights: config.json, tokenizer, chat template, remote code, model card."""
-    same = plan.side is not None and plan.notes.get("layout") == plan.layout
-    same_projector = plan.notes.get("arguments", {}).get("projector") == plan.arguments.get("projector")
-    if plan.side is not None:
-        for path in sorted(plan.side.iterdir()):
-            ours = path.name in _OURS or (path.suffix == ".py" and not (same and same_projector))
-            if path.is_file() and not ours and path.suffix != ".safetensors":
-                shutil.copyfile(path, partial / path.name)
-    if plan.layout == "internvlx":
-        write_remote_code(plan, partial)
-        return
-    if same:
-        _keep_config(plan, partial, same_projector)
-    else:
-        config = chat_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype)
-        _write_json(partial / "config.json", config)
-
-
-def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:
-    """The original config.json byte for byte, unless the export changed what it says."""
-    assert plan.side is not None
-    for name in ("README.md", "processor_config.json", "preprocessor_config.json"):
-        if same_projector and (plan.side / name).is_file():
-            shutil.copyfile(plan.side / name, partial / name)
-    config = read_object(plan.side / "config.json")
-    changed = False
-    if plan.layout == "chat":
-        # What training set otherwise, such as --max-tiles, is what the model is to be used with.
-        before, now = image_settings(plan.notes["arguments"]), image_settings(plan.arguments)
-        differing = {key: value for key, value in now.items() if before.get(key) != value}
-        config |= differing
-        changed = bool(differing)
-    if not same_projector and "auto_map" in config:
-        # That remote code builds the other projector.
-        del config["auto_map"]
-        changed = True
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    original = {entry["dtype"] for entry in plan.notes.get("tensors", {}).values()}
-    if plan.dtype not in original:
-        config[key] = plan.dtype
-        changed = True
-    if changed:
-        _write_json(partial / "config.json", config)
-    else:
-        shutil.copyfile(plan.side / "config.json", partial / "config.json")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,9 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -204,7 +206,7 @@ def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
 
     Norm weights are 1, biases 0, `cls_scale` standard normal, matrices uniform within 1/sqrt(columns).
     """
-    shape = our_shape(entry.op, entry.shapes)
+    shape = our_shape(entry.shapes)
     generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(entry.ours.encode()))
     leaf = entry.ours.split(".")
     if entry.ours.endswith("cls_scale"):
@@ -297,6 +299,8 @@ def import_checkpoint(
             for number, group in enumerate(groups)
         ]  # fmt: skip
         sizes = [sum(source.nbytes for source in unit.sources) for unit in units]
+        # What `write_metadata` imports takes seconds; this process only waits for the others now.
+        Thread(target=import_module, args=["torch.distributed.checkpoint.filesystem"], daemon=True).start()
         results = run_units(
             target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
         )

@@ -7,7 +7,7 @@ a bias none).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 
 class Op(Protocol):
     """How the tensors of one table entry turn into one of ours, and back."""
+
+    keeps_order: ClassVar[bool]
+    """Ours begins with theirs, one after the other: their bytes can be copied as they are."""
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
         """Hugging Face tensors, in the entry's order, to our tensor."""
@@ -26,6 +29,8 @@ class Op(Protocol):
 @dataclass(frozen=True)
 class Same:
     """The tensor as it is. InternLM2's wqkv too: per group [its queries ; k ; v], which is Megatron's order."""
+
+    keeps_order: ClassVar[bool] = True
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
         """One tensor to the same tensor."""
@@ -39,6 +44,8 @@ class Same:
 @dataclass(frozen=True)
 class Rows:
     """The first `count` rows: a vocabulary without the padding that a layout may have added."""
+
+    keeps_order: ClassVar[bool] = True
 
     count: int
 
@@ -55,6 +62,8 @@ class Rows:
 class VisionQKV:
     """InternViT's fused rows [3][H][D], Megatron's [H][3][D]."""
 
+    keeps_order: ClassVar[bool] = False
+
     heads: int
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
@@ -69,6 +78,8 @@ class VisionQKV:
 @dataclass(frozen=True)
 class SplitQKV:
     """Separate q, k and v, against Megatron's rows per group: [H/G queries ; k ; v], each of D rows."""
+
+    keeps_order: ClassVar[bool] = False
 
     heads: int
     groups: int
@@ -89,6 +100,8 @@ class SplitQKV:
 class GateUp:
     """Separate gate and up projections, against one matrix [gate ; up]."""
 
+    keeps_order: ClassVar[bool] = True
+
     def to_ours(self, parts: list[Tensor]) -> Tensor:
         """gate [f, h], up [f, h] -> [2f, h]."""
         return torch.cat(parts)
@@ -98,6 +111,7 @@ class GateUp:
         return list(ours.chunk(2))
 
 
-def our_shape(op: Op, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-    """Shape of our tensor, from the shapes of theirs; nothing is allocated."""
-    return tuple(op.to_ours([torch.empty(shape, device="meta") for shape in shapes]).shape)
+def our_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Shape of our tensor, from the shapes of theirs: every operation only puts rows in another order."""
+    first = shapes[0]
+    return (sum(shape[0] for shape in shapes), *first[1:]) if first else first

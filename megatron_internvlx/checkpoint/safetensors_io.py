@@ -6,6 +6,7 @@ are written here: the length of the header in 8 bytes, the header as JSON, then 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -251,3 +252,34 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while len(data):
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
+
+
+# Of a file system, or a pair of them, on which the kernel cannot copy by itself.
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+_COPY_BYTES = 16 << 20
+
+
+def copy_bytes(source: Path, start: int, length: int, descriptor: int, offset: int) -> None:
+    """Copy a part of a file to `offset` of an open one. Raises ConversionError if the file is too short.
+
+    Within the kernel, as `cp` does, where the file system can: no memory is taken for what only moves.
+    """
+    with source.open("rb", buffering=0) as file:
+        while length:
+            got = _copy_some(file.fileno(), start, length, descriptor, offset)
+            if got == 0:
+                raise ConversionError(f"{source}: ends at byte {start}, {length} more expected")
+            start, offset, length = start + got, offset + got, length - got
+
+
+def _copy_some(source: int, start: int, length: int, target: int, offset: int) -> int:
+    """Bytes copied, at least one unless the source ends."""
+    try:
+        if got := os.copy_file_range(source, target, length, start, offset):
+            return got
+    except OSError as error:
+        if error.errno not in _NO_COPY:
+            raise
+    data = os.pread(source, min(length, _COPY_BYTES), start)
+    write_at(target, memoryview(data), offset)
+    return len(data)

@@ -166,6 +166,8 @@ def run_units(
     """
     results = {number: result for number, result in target.finished().items() if number < len(units)}
     todo = [number for number in range(len(units)) if number not in results]
+    # The largest first: none is begun when all others are done.
+    todo.sort(key=lambda number: -sizes[number])
     bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=quiet)
     with bar:
         bar.update(sum(sizes[number] for number in results))

@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron_internvlx import platform
 from megatron_internvlx.checkpoint.errors import ConversionError
@@ -41,7 +32,6 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 COMMON_KEY = "common_state/shard_0_1"
-COMMON = MetadataIndex(COMMON_KEY)
 
 _EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.")
 _VISION_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
@@ -102,36 +92,25 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata = _load_metadata(folder / ".metadata")
-        self.storage = metadata.storage_data
-        self.tensors: dict[str, Stored] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                pieces = tuple(self._piece(key, chunk) for chunk in entry.chunks)
-                self.tensors[key] = Stored(tuple(entry.size), entry.properties.dtype, pieces)
+        self.tensors, self._common = _load_metadata(folder / ".metadata")
         names = {piece.file for stored in self.tensors.values() for piece in stored.pieces}
-        if COMMON in self.storage:
-            names.add(self.storage[COMMON].relative_path)
+        if self._common is not None:
+            names.add(self._common.file)
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise ConversionError(f"{folder}: data files are missing: {', '.join(missing[:10])}")
-
-    def _piece(self, key: str, chunk: ChunkStorageMetadata) -> Piece:
-        info = self.storage[MetadataIndex(key, chunk.offsets)]
-        return Piece(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
 
     def common(self) -> dict[str, Any]:
         """What is not a tensor: Megatron's arguments, the iteration. Raises ConversionError."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
             return _load_common(legacy, legacy.read_bytes())
-        info = self.storage.get(COMMON)
-        if info is None:
+        if self._common is None:
             raise ConversionError(f"{self.folder}: neither common.pt nor a common state in .metadata")
-        path = self.folder / info.relative_path
+        path = self.folder / self._common.file
         with path.open("rb") as file:
-            file.seek(info.offset)
-            return _load_common(path, file.read(info.length))[0]
+            file.seek(self._common.start)
+            return _load_common(path, file.read(self._common.length))[0]
 
     def read(self, full_name: str) -> Tensor:
         """One tensor by its full name, whole."""
@@ -147,6 +126,19 @@ class CheckpointReader:
         raise ConversionError(f"{self.folder}: the checkpoint has no {key}")
 
 
+class _Record:
+    """The fields of one object of a `.metadata`, whatever class it has been pickled from.
+
+    torch's own classes would do as well, but importing them takes as long as converting 2 GB.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        """A member of an enumeration is made of its value, which nobody asks for here."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__ |= state if isinstance(state, dict) else {"state": state}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Only what a `.metadata` is made of: its pickle cannot run other code."""
 
@@ -155,10 +147,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.startswith(_METADATA_MODULES):
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
+        if module.startswith(_METADATA_MODULES) and name.isidentifier():
+            return type(name, (_Record,), {})
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
@@ -168,18 +158,39 @@ _METADATA_GLOBALS = {
     ("collections", "OrderedDict"),
     ("builtins", "set"),
 }
-_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+# A save names its folder, as text or as a path.
+_METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 
 
-def _load_metadata(path: Path) -> Metadata:
+def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
+    """(tensors by key, where the common state is) of a `.metadata`."""
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        if type(metadata).__name__ != "Metadata":
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        places = {
+            (index.fqn, getattr(index, "offset", None)): info for index, info in metadata.storage_data.items()
+        }
+        tensors = {
+            key: _stored(key, entry, places)
+            for key, entry in metadata.state_dict_metadata.items()
+            if type(entry).__name__ == "TensorStorageMetadata"
+        }
+        common = places.get((COMMON_KEY, None))
+        return tensors, _piece((), (), common) if common is not None else None
     except Exception as error:  # a broken pickle raises nearly anything
         raise ConversionError(f"{path}: unreadable: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise ConversionError(f"{path}: unreadable: it holds a {type(metadata).__name__}")
-    return metadata
+
+
+def _stored(key: str, entry: Any, places: Mapping[tuple[str, Any], Any]) -> Stored:
+    pieces = [_piece(chunk.offsets, chunk.sizes, places[key, chunk.offsets]) for chunk in entry.chunks]
+    # TensorProperties are pickled as a tuple: type, layout and three more.
+    return Stored(tuple(entry.size), entry.properties.state[0], tuple(pieces))
+
+
+def _piece(offsets: Iterable[int], sizes: Iterable[int], info: Any) -> Piece:
+    return Piece(tuple(offsets), tuple(sizes), info.relative_path, info.offset, info.length)
 
 
 def _load_common(path: Path, data: bytes) -> Any:
@@ -198,13 +209,61 @@ def _load_common(path: Path, data: bytes) -> Any:
         ) from error
 
 
+@dataclass(frozen=True)
+class Run:
+    """Bytes of a file that are consecutive bytes of a tensor, from its byte `at` on."""
+
+    path: Path
+    start: int
+    length: int
+    at: int
+
+
+def stored_runs(folder: Path, stored: Stored, place: int | None = None) -> list[Run] | None:
+    """Where a tensor's bytes are, if its pieces are whole rows of it; None: only `read_stored` can tell."""
+    shape = stored.shape if place is None else stored.shape[1:]
+    runs = []
+    for piece in _pieces(folder, stored, place):
+        offsets, sizes = piece.offsets, piece.shape
+        if place is not None:
+            offsets, sizes = offsets[1:], sizes[1:]
+        if sizes[1:] != shape[1:]:
+            return None
+        head = _load_piece(folder, piece, "meta")
+        if head.dtype != stored.dtype or not head.is_contiguous():
+            return None
+        # torch notes on storages that it does not read where their bytes are.
+        skipped: int = head.untyped_storage()._checkpoint_offset  # type: ignore[assignment]
+        start = piece.start + skipped + int(head.storage_offset()) * head.itemsize
+        length = math.prod(sizes) * head.itemsize
+        start += 0 if place is None else (place - piece.offsets[0]) * length
+        at = offsets[0] * math.prod(sizes[1:]) * head.itemsize if sizes else 0
+        runs.append(Run(folder / piece.file, start, length, at))
+    return runs
+
+
+def _pieces(folder: Path, stored: Stored, place: int | None) -> list[Piece]:
+    """The pieces of a tensor, or of its slice at `place`. Raises ConversionError if they leave a gap."""
+    pieces = [
+        piece
+        for piece in stored.pieces
+        if place is None or piece.offsets[0] <= place < piece.offsets[0] + piece.shape[0]
+    ]
+    first = 0 if place is None else 1
+    held = sum(math.prod(piece.shape[first:]) for piece in pieces)
+    if held != math.prod(stored.shape[first:]):
+        raise ConversionError(
+            f"{folder}: {held} numbers are stored of a tensor of {list(stored.shape[first:])}; the checkpoint is "
+            "not complete"
+        )
+    return pieces
+
+
 def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tensor:
-    """Put a tensor together; of stacked tensors [n, ...] the slice at `place`."""
+    """Put a tensor together; of stacked tensors [n, ...] the slice at `place`. Raises ConversionError."""
     shape = stored.shape if place is None else stored.shape[1:]
     whole: Tensor | None = None
-    for piece in stored.pieces:
-        if place is not None and not piece.offsets[0] <= place < piece.offsets[0] + piece.shape[0]:
-            continue
+    for piece in _pieces(folder, stored, place):
         part = _load_piece(folder, piece)
         offsets, sizes = piece.offsets, piece.shape
         if place is not None:
@@ -246,7 +305,7 @@ class _Window(io.RawIOBase):
         return got
 
 
-def _load_piece(folder: Path, piece: Piece) -> Tensor:
+def _load_piece(folder: Path, piece: Piece, device: str = "cpu") -> Tensor:
     with (folder / piece.file).open("rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
         if end < piece.start + piece.length:
@@ -255,7 +314,7 @@ def _load_piece(folder: Path, piece: Piece) -> Tensor:
             )
         try:
             window = cast(IO[bytes], _Window(file, piece.start, piece.length))
-            return torch.load(window, map_location="cpu", weights_only=True)
+            return torch.load(window, map_location=device, weights_only=True)
         except Exception as error:  # a broken archive raises many types
             raise ConversionError(
                 f"{folder / piece.file}: broken data at byte {piece.start}: {error}"
@@ -331,6 +390,17 @@ def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str
         written: every tensor in them.
         common: what Megatron finds beside tensors ("args", "iteration", ...).
     """
+    # Here, because it takes seconds, and an export needs none of it.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     modules: set[tuple[str, int | None, int]] = set()
