@@ -219,6 +219,10 @@ def main() -> None:
                 file.write(json.dumps(names | {"accuracy": right}) + "\n")
             print(names | {"accuracy": right}, flush=True)
         runs = read(log)
+        missing = {(*key, seed) for key in distinct for seed in seeds} - {(*of(r), r["seed"]) for r in runs}
+        if missing and not chosen.report:
+            print(f"{len(missing)} runs are still to do; --report shows those that are there")
+            return
         present = [key for key in distinct if any(of(run) == key for run in runs)]
         ms = step_times(data, present, 7 if chosen.full else 2)
     runs += [
