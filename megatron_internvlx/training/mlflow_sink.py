@@ -1,8 +1,9 @@
 """Metrics, settings and pictures of a run in MLflow, without ever making training wait for it.
 
-Everything but a queue happens in one thread. While the server does not answer, metrics stay in the
-queue with their steps and times, and follow once it is back; what is left when the run ends goes to
-`mlflow_pending.jsonl` beside the checkpoints, which the next start sends.
+Everything but a queue happens in one thread. While the server does not answer, metrics are kept with their
+steps and times, also in `mlflow_pending.jsonl` beside the checkpoints, and follow once it is back; if the run
+ends before, or is killed, the next start sends the file. A kill loses what came while a request was waiting:
+the last 10 s at most.
 
 Store: MLFLOW_TRACKING_URI, else an SQLite file beside the checkpoints. All starts of a run write to one
 MLflow run, which `mlflow_run.json` remembers.
@@ -10,6 +11,7 @@ MLflow run, which `mlflow_run.json` remembers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_internvlx.training.spool import Spool, Value
+
 # MLflow waits four minutes for a dead server by default; here every call is tried again later anyway.
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -34,18 +38,8 @@ _PATIENCE = {
 RUN_FILE, PENDING_FILE = "mlflow_run.json", "mlflow_pending.jsonl"
 _BATCH = 500  # metrics of one request; the server takes 1000
 _LONGEST_WAIT = 10.0  # seconds between two tries
+BUILT_FROM = ".git_commit"
 MOST_KEPT = 200_000  # metrics held during an outage; beyond it the oldest go, and their number is stated
-
-
-@dataclass(frozen=True)
-class Value:
-    """One metric at one step."""
-
-    key: str
-    value: float
-    time: int
-    """Milliseconds since the epoch."""
-    step: int
 
 
 @dataclass
@@ -76,13 +70,14 @@ class MlflowSink:
         """Metrics given up, because an outage was too long."""
         self.run_id: str | None = None
         self._values: list[Value] = []
+        self._spool = Spool(folder / PENDING_FILE, 2 * MOST_KEPT)
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._artifacts: list[Path] = []
         self._texts: dict[str, str] = {}
         self._client: Any = None
         self._complained = False
         self._closing: str | None = None
-        self._hurry = threading.Event()
+        self._keeping = threading.Lock()  # `close` may keep the rest while the thread waits for a server
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -99,7 +94,6 @@ class MlflowSink:
     def close(self, status: str, seconds: float = 60.0) -> None:
         """End with FINISHED, FAILED, KILLED or SCHEDULED (will go on); waits at most so long."""
         self._orders.put(("close", status))
-        self._hurry.set()
         self._thread.join(seconds)
         if self._thread.is_alive() or self._values:
             self._keep_rest()
@@ -111,9 +105,11 @@ class MlflowSink:
         # One line per outage is ours; MLflow's connections would add one per try.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         wait = 0.0
-        self._values = self._take_pending()
+        with self._keeping:
+            self._values = self._spool.read()
         while True:
-            self._take_orders(block=not (self._values or self._unsaid()) and self._client is not None)
+            idle = not (self._values or self._unsaid()) and self._client is not None
+            self._take_orders(None if idle else 0.0)
             try:
                 self._deliver()
                 wait = 0.0
@@ -122,28 +118,53 @@ class MlflowSink:
                 if self._closing is not None:
                     return
                 wait = min(max(2 * wait, 0.5), _LONGEST_WAIT)
-                self._hurry.wait(wait)
+                self._wait_out(wait)
                 continue
             if self._closing is not None and not self._values and not self._unsaid():
                 self._finish()
                 return
 
+    def _wait_out(self, seconds: float) -> None:
+        """Keep what comes while the server is away; the end of the run is a reason to try at once."""
+        end = time.monotonic() + seconds
+        self._keep()
+        while self._closing is None and (left := end - time.monotonic()) > 0:
+            self._take_orders(left)
+            self._keep()
+
+    def _keep(self) -> None:
+        """Values go to the file too: a process may be killed."""
+        with self._keeping:
+            self._spool.add(self._values)
+
     def _unsaid(self) -> bool:
         return bool(self._artifacts or self._texts) or not self._orders.empty()
 
-    def _take_orders(self, *, block: bool) -> None:
-        while block or not self._orders.empty():
-            kind, what = self._orders.get()
-            block = False
-            if kind == "values":
-                self._values += what
-            elif kind == "artifact":
-                self._artifacts.append(what)
-            else:
-                self._closing = what
-        if (surplus := len(self._values) - MOST_KEPT) > 0:
-            del self._values[:surplus]
-            self.lost += surplus
+    def _take_orders(self, seconds: float | None) -> None:
+        """Take what was ordered; if that is nothing, wait so long for one order (None: as long as it takes)."""
+        block = seconds is None or seconds > 0
+        with contextlib.suppress(queue.Empty):
+            while block or not self._orders.empty():
+                kind, what = self._orders.get(block, seconds)
+                block = False
+                if kind == "values":
+                    self._add(what)
+                elif kind == "artifact":
+                    self._artifacts.append(what)
+                else:
+                    self._closing = what
+
+    def _add(self, values: list[Value]) -> None:
+        with self._keeping:
+            self._values += values
+            if (surplus := len(self._values) - MOST_KEPT) > 0:
+                self._drop(surplus)
+                self.lost += surplus
+
+    def _drop(self, count: int) -> None:
+        """Forget the oldest values, delivered or lost; with `_keeping` held."""
+        del self._values[:count]
+        self._spool.written = max(self._spool.written - count, 0)
 
     def _deliver(self) -> None:
         """Send what there is; raises at the first failure, keeping what was not sent."""
@@ -156,8 +177,9 @@ class MlflowSink:
             self._client.log_batch(
                 self.run_id, metrics=[Metric(v.key, v.value, v.time, v.step) for v in batch]
             )
-            del self._values[: len(batch)]
-        (self.folder / PENDING_FILE).unlink(missing_ok=True)
+            with self._keeping:
+                self._drop(len(batch))
+        self._spool.clear()
         while self._artifacts:
             if self._artifacts[0].is_file():
                 self._client.log_artifact(self.run_id, str(self._artifacts[0]))
@@ -221,24 +243,13 @@ class MlflowSink:
 
     def _keep_rest(self) -> None:
         """Metrics that found no server: for the next start."""
-        self._take_orders(block=False)
-        if not self._values:
-            return
-        try:
-            with (self.folder / PENDING_FILE).open("w") as file:
-                file.writelines(json.dumps(vars(value)) + "\n" for value in self._values)
-            where = f"kept in {self.folder / PENDING_FILE} for the next start"
-        except OSError as error:
-            where = f"lost: {error}"
-        print(f"mlflow: {len(self._values)} metrics undelivered, {where}", file=sys.stderr, flush=True)
-
-    def _take_pending(self) -> list[Value]:
-        """What the start before could not deliver; its file stays until that is done."""
-        try:
-            lines = (self.folder / PENDING_FILE).read_text().splitlines()
-            return [Value(**json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError):
-            return []
+        self._take_orders(0.0)
+        self._keep()
+        if self._values:
+            where = f"kept in {self._spool.path} for the next start"
+            if self._spool.error is not None:
+                where = f"lost: {self._spool.error}"
+            print(f"mlflow: {len(self._values)} metrics undelivered, {where}", file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -267,7 +278,10 @@ def mark_failed(folder: Path) -> bool:
 
 
 def git_state(repository: Path, run: Callable[..., Any] = subprocess.run) -> dict[str, str]:
-    """Tags: the commit, and whether files differ from it. Empty outside a repository."""
+    """Tags: the commit, and whether files differ from it.
+
+    An image has no repository, but the commit that it was built from (Dockerfile). Empty without either.
+    """
 
     def ask(*words: str) -> str | None:
         try:
@@ -278,7 +292,8 @@ def git_state(repository: Path, run: Callable[..., Any] = subprocess.run) -> dic
 
     commit = ask("rev-parse", "HEAD")
     if commit is None:
-        return {}
+        built_from = repository / BUILT_FROM
+        return {"mlflow.source.git.commit": built_from.read_text().strip()} if built_from.is_file() else {}
     return {
         "mlflow.source.git.commit": commit,
         "git.changed": str(bool(ask("status", "--porcelain", "-uno"))),
