@@ -28,6 +28,7 @@ def main() -> int:
     from megatron_internvlx.model.builder import ModelProvider
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.training import dryrun
+    from megatron_internvlx.training.answers import settle_validation
     from megatron_internvlx.training.data import DataProvider
     from megatron_internvlx.training.log import TrainingLog
     from megatron_internvlx.training.pipeline import boundary_communicator
@@ -38,6 +39,7 @@ def main() -> int:
         args = arguments.parse()
         if args.dry_run:
             return dryrun.run(args)
+        settle_validation(args)
         arguments.check_paths(args)
         arguments.alone()
         data = DataProvider(args)
@@ -47,7 +49,7 @@ def main() -> int:
     step = ForwardStep(args.loss_weighting, on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
-    run = Run(args, log.close_sinks)
+    run = Run(args, step, log.close_sinks, log.keep_curve)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
@@ -62,15 +64,12 @@ def main() -> int:
         run.failed(str(error))
         return arguments.complain(error, from_any_rank=True)
     except SystemExit as stop:  # how Megatron ends before the last step
-        if not stop.code:
-            run.ended(early=True)
-        return int(stop.code or 0)
+        return int(stop.code) if stop.code else run.ended(early=True)
     except Exception as error:
         run.failed(f"{type(error).__name__}: {error}")
         raise
     log.close()
-    run.ended(early=False)
-    return 0
+    return run.ended(early=False)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class DataSettings:
     restart_data: bool = False
     """On resume, start the data anew, in another order, instead of where the checkpoint left it."""
     valid_data: str | None = None
-    """InternVL meta.json of held-out data. Unset: no validation."""
+    """InternVL meta.json of held-out data, --eval-iters global batches of it. Unset: no validation."""
     conversation_template: str = "internvl2_5"
     """Prompt template: internlm2-chat, Hermes-2, internvl2_5 or phi3-chat."""
     rvtc: Literal["area", "edge", "off"] = "area"
@@ -133,9 +133,9 @@ class DataSettings:
     released_quirks: bool = False
     """Repeat behaviours of the released data code that lose data (EXIF, surplus images); see docs/data.md."""
     predictions_file: str | None = None
-    """JSON lines file for the answers given in the last evaluation. Unset: not written."""
+    """JSON lines file for the answers given in the last evaluation. Unset: predictions.jsonl in --save."""
     report_file: str | None = None
-    """PNG with the loss curve and six validation images, written at the end. Unset: not drawn."""
+    """PNG with the loss curve and six validation images, drawn at each evaluation. Unset: report.png in --save."""
 
 
 @dataclass

@@ -309,7 +309,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     if wrong:
         raise ValueError(
             "the loader state was saved with other data or settings, so it cannot say which samples come "
-            f"next: {'; '.join(wrong)}. Use the same, or start the data anew with --no-load-loader-state"
+            f"next: {'; '.join(wrong)}. Use the same, or start the data anew with --restart-data"
         )
 
 

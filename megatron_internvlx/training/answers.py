@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,27 @@ from megatron_internvlx.data.tokenizer import load_tokenizer
 from megatron_internvlx.training.data import DataProvider, build_encoder
 
 
+def settle_validation(args: argparse.Namespace) -> None:
+    """Make the settings of validation fit each other, before a run. Raises ValueError if they cannot.
+
+    A recipe says how much to validate, and the user on what: without data there is no validation. With them
+    answers and picture go beside the checkpoints, unless told otherwise.
+    """
+    if not args.valid_data:
+        if args.eval_iters and os.environ.get("RANK", "0") == "0":
+            print("no --valid-data: this run is not validated", flush=True)
+        args.eval_iters = 0
+        return
+    if not (args.eval_iters or args.full_validation):
+        raise ValueError(
+            f"--valid-data {args.valid_data} with --eval-iters 0 validates nothing: say how many global batches "
+            f"(of {args.eval_global_batch_size} samples) to validate on, or leave --valid-data out"
+        )
+    if args.save and "://" not in args.save:
+        args.predictions_file = args.predictions_file or str(Path(args.save) / "predictions.jsonl")
+        args.report_file = args.report_file or str(Path(args.save) / "report.png")
+
+
 class AnswerBook:
     """Collects the predicted tokens of an evaluation and writes one JSON line per answer.
 
@@ -30,7 +53,7 @@ class AnswerBook:
         self.args, self.data = args, data
         self.path = settings_from(args, DataSettings).predictions_file
         self.last: list[dict[str, Any]] = []
-        """Rows of the last complete evaluation, on the last stage of data-parallel rank 0."""
+        """Rows of the last complete evaluation over all ranks, on each rank of the last stage."""
         self._pending: list[tuple[SequencePlan, np.ndarray]] = []
 
     def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
@@ -38,20 +61,29 @@ class AnswerBook:
         self._pending.append((plan, predicted.to("cpu").numpy()))
 
     def finish(self) -> None:
-        """End of an evaluation: gather all ranks' answers and write the file."""
-        if not mpu.is_pipeline_last_stage(ignore_virtual=True) or mpu.get_tensor_model_parallel_rank():
+        """End of an evaluation: gather all ranks' answers and write the file; called on every rank."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
         rows = [row for plan, predicted in self._pending for row in self._rows(plan, predicted)]
         self._pending = []
-        group = mpu.get_data_parallel_group()
-        if group.size() > 1:
-            parts: list[Any] = [None] * group.size()
-            dist.all_gather_object(parts, rows, group=group)
+        # TP ranks have the same predictions, and the first one's are kept. Which rank draws the picture is
+        # Megatron's choice, so all of them get the rows.
+        first = mpu.get_tensor_model_parallel_rank() == 0
+        if first and mpu.get_data_parallel_world_size() > 1:
+            parts: list[Any] = [None] * mpu.get_data_parallel_world_size()
+            dist.all_gather_object(parts, rows, group=mpu.get_data_parallel_group())
             rows = [row for part in parts for row in part]
-        if mpu.get_data_parallel_rank() == 0:
-            self.last = rows
-            if self.path:
+        if mpu.get_tensor_model_parallel_world_size() > 1:
+            shared = [rows]
+            source = mpu.get_tensor_model_parallel_src_rank()
+            dist.broadcast_object_list(shared, src=source, group=mpu.get_tensor_model_parallel_group())
+            rows = shared[0]
+        self.last = rows
+        if first and mpu.get_data_parallel_rank() == 0 and self.path:
+            try:
                 write_jsonl(Path(self.path), rows)
+            except OSError as error:  # a full disk, for instance: training goes on
+                print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
 
     def _rows(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
         tokenizer = load_tokenizer(self.args.tokenizer_model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
 from megatron_internvlx import platform
@@ -28,10 +30,12 @@ from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.parallel.batch import HostBatch
 from megatron_internvlx.platform.transfer import side_stream
+from megatron_internvlx.training import resume
 
 # Packs that a GPU decodes ahead of training.
 AHEAD = 2
 FOLDER = "loader"
+_REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
 
 
 class EnergonLoader:
@@ -133,17 +137,64 @@ def _resumed(
     return redistribute(states, settings.world)[settings.rank], settings
 
 
-def find_states(args: argparse.Namespace, step: int) -> list[LoaderState]:
-    """Loader states of all ranks saved with checkpoint ``step``; empty if there are none."""
+def _folders(args: argparse.Namespace, step: int) -> list[Path]:
+    """Where the positions saved with checkpoint ``step`` may be, the likeliest first."""
     folders = [args.dataloader_save, *(str(Path(f) / FOLDER) for f in (args.load, args.save) if f)]
-    for folder in dict.fromkeys(folder for folder in folders if folder):
-        files = sorted(Path(folder).glob(f"iter_{step:07d}/mp_rank_*/train_dataloader_dprank*.pt"))
-        if files:
+    return [Path(folder) / f"iter_{step:07d}" for folder in dict.fromkeys(folders) if folder]
+
+
+def position_file(rank: int | str) -> str:
+    """Name of a data-parallel rank's file, or a pattern for it, below the folder of a checkpoint's positions."""
+    return f"mp_rank_*/train_dataloader_dprank{rank if isinstance(rank, str) else f'{rank:03d}'}.pt"
+
+
+def position_fault(args: argparse.Namespace, step: int) -> str | None:
+    """What is missing of the loader's position at checkpoint ``step`` in --save.
+
+    None if it is complete, or if the checkpoint was not made with this loader.
+    """
+    checkpoint = resume.directory(Path(args.save), step)
+    try:
+        made = load_common_state_dict(checkpoint)["args"]
+    except Exception as error:  # a torn file raises nearly anything
+        return f"the arguments in it cannot be read: {error!r}"
+    if getattr(made, "loader", None) != "energon":
+        return None
+    folders = _folders(args, step)
+    place = next((folder for folder in folders if folder.is_dir()), folders[0])
+    for rank in range(made.data_parallel_size):
+        files = list(place.glob(position_file(rank)))
+        if not files:
+            return f"the data loader's position of rank {rank} of {made.data_parallel_size} is not in {place}"
+        if not zipfile.is_zipfile(files[0]):  # a torch file whose end is missing is none
+            return f"{files[0]} is cut off"
+    return None
+
+
+def find_states(args: argparse.Namespace, step: int) -> list[LoaderState]:
+    """Loader states of all ranks saved with checkpoint ``step``; empty if there are none.
+
+    Raises ValueError if some are missing or cannot be read: others would go on where they were, and samples
+    would be left out.
+    """
+    for folder in _folders(args, step):
+        files = sorted(folder.glob(position_file("*")))
+        if not files:
+            continue
+        try:
             # Our own file, with classes of ours and Energon's.
             every = [torch.load(file, weights_only=False)["dataloader_state_dict"] for file in files]
-            every.sort(key=lambda state: state.rank)
-            # Ranks beyond the world of the first are left from an earlier, wider run.
-            return every[: every[0].world]
+        except Exception as error:  # a torn file raises nearly anything
+            raise ValueError(f"a loader position in {folder} cannot be read: {error}; {_REMEDY}") from error
+        every.sort(key=lambda state: state.rank)
+        # Ranks beyond the world of the first are left from an earlier, wider run.
+        every = every[: every[0].world]
+        if lacking := sorted(set(range(every[0].world)) - {state.rank for state in every}):
+            raise ValueError(
+                f"{folder} holds the loader positions of {len(every)} of {every[0].world} ranks, without "
+                f"{', '.join(map(str, lacking))}; {_REMEDY}"
+            )
+        return every
     return []
 
 

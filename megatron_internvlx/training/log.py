@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per interval, a progress bar, answers, the final picture."""
+"""What a person sees of a run: one line per interval, a progress bar, answers, the picture."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.data.rejects import CAUSES
 from megatron_internvlx.model.builder import compression_plan
 from megatron_internvlx.training.answers import AnswerBook
+from megatron_internvlx.training.curve import Curve
 from megatron_internvlx.training.data import DataProvider
 from megatron_internvlx.training.flops import BackwardSettings
 from megatron_internvlx.training.metrics import TERA, StepMeter, mfu, peak_flops
 from megatron_internvlx.training.shape import ModelShape
 from megatron_internvlx.training.step import ForwardStep
-from megatron_internvlx.training.tracking import sinks
+from megatron_internvlx.training.tracking import mark_failed, sinks
 
 GIB = 1 << 30
 
@@ -45,8 +46,9 @@ class TrainingLog:
         # Losses are known on the last rank.
         self.sinks = sinks(args) if args.rank == args.world_size - 1 else []
         self.settings = settings_from(args, DataSettings)
-        self.losses: list[tuple[int, float]] = []
-        self.accuracies: list[tuple[int, float]] = []
+        self.folder = Path(args.save or ".")
+        """Where the files of the curve and of the MLflow run are."""
+        self.curve: Curve | None = None
         self.bar: Any = None
         self.book = AnswerBook(args, data) if self.settings.valid_data else None
         self.step: ForwardStep | None = None
@@ -71,7 +73,7 @@ class TrainingLog:
         totals = self._totals(record)
         loss = record.losses.get("loss")
         if loss is not None:
-            self.losses.append((record.iteration, loss))
+            self._points().losses.append((record.iteration, loss))
         parts = [
             f"step {record.iteration:>{len(str(record.train_iters))}}/{record.train_iters}",
             f"loss {_number(loss, '.4f')}",
@@ -95,6 +97,19 @@ class TrainingLog:
         for sink in self.sinks:
             sink.metrics(record.iteration, self._metrics(record, totals))
         return self._shown(" | ".join(parts), record, loss, totals["tokens_per_s"])
+
+    def _points(self) -> Curve:
+        """The curve so far; the first call comes when it is known which checkpoint was loaded."""
+        if self.curve is None:
+            self.curve = Curve()
+            if self.args.load and self.args.iteration and is_last_rank():
+                self.curve.take_over(Path(self.args.load), self.args.iteration)
+        return self.curve
+
+    def keep_curve(self) -> None:
+        """Write the curve for a later start, which goes on from here; with every checkpoint."""
+        if self.args.save and "://" not in self.args.save and is_last_rank():
+            self._points().keep(self.folder)
 
     def _totals(self, record: platform.LogRecord) -> dict[str, Any]:
         """Figures of the interval over all ranks, one all-reduce."""
@@ -172,7 +187,8 @@ class TrainingLog:
 
         self.bar = self.bar or ProgressBar()
         self.bar.write(line)
-        accuracy = self.accuracies[-1][1] if self.accuracies else None
+        accuracies = self._points().accuracies
+        accuracy = accuracies[-1][1] if accuracies else None
         self.bar.update(
             record.iteration, record.train_iters, loss=loss, tokens_per_s=tokens_per_s, accuracy=accuracy
         )
@@ -186,11 +202,14 @@ class TrainingLog:
             self.book.finish()
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if "accuracy" in values:
-            self.accuracies.append((iteration, values["accuracy"]))
+            self._points().accuracies.append((iteration, values["accuracy"]))
+        if self.settings.report_file and is_last_rank():
+            self._report(Path(self.settings.report_file))
         for sink in self.sinks:
             sink.metrics(iteration, {f"validation_{name}": value for name, value in values.items()})
-            if self.settings.predictions_file:
-                sink.artifact(self.settings.predictions_file)
+            for path in (self.settings.predictions_file, self.settings.report_file):
+                if path:
+                    sink.artifact(path)
         shown = f"validation at step {iteration} | loss {_number(values.get('loss'), '.4f')}"
         return shown + f" | answers right {_number(values.get('accuracy'), '.1%')}"
 
@@ -198,42 +217,49 @@ class TrainingLog:
         """Write the report and end the progress bar; after `pretrain`."""
         if self.bar is not None:
             self.bar.close()
-        if is_last_rank() and self.losses:
-            self._summarize()
-        self.close_sinks("FINISHED")
-
-    def close_sinks(self, status: str) -> None:
-        """Tell the sinks how the run ends: FINISHED, FAILED, or SCHEDULED to go on later."""
-        sinks, self.sinks = self.sinks, []
-        for sink in sinks:
-            if self.settings.report_file and status == "FINISHED":
-                sink.artifact(self.settings.report_file)
-            # A rank that failed has little time until its launcher ends it.
-            sink.close(status, seconds=15.0 if status == "FAILED" else 60.0)
-
-    def _summarize(self) -> None:
+        if not (is_last_rank() and self._points().losses):
+            return
         if self.book is not None and self.book.last:
             print(self.book.summary())
         if self.settings.report_file:
             self._report(Path(self.settings.report_file))
+            print(f"picture: {self.settings.report_file}")
+            for sink in self.sinks:
+                sink.artifact(self.settings.report_file)
+
+    def close_sinks(self, status: str, alone: bool = False) -> None:
+        """Tell the sinks how the run ends: FINISHED, FAILED, or SCHEDULED to go on later.
+
+        `alone`: no other rank knows, so one without sinks writes to MLflow itself.
+        """
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            # A rank that failed has little time until its launcher ends it.
+            sink.close(status, seconds=15.0 if status == "FAILED" else 60.0)
+        if alone and status == "FAILED" and not sinks:
+            mark_failed(self.args)
 
     def _report(self, path: Path) -> None:
         # matplotlib takes a second to import and is needed on one rank only.
         from megatron_internvlx.training.report import choose_examples, write_report
 
-        examples = choose_examples(self.book.predictions()) if self.book else []
-        caption = f"loss {self.losses[0][1]:.3f} -> {self.losses[-1][1]:.3f}"
-        if self.accuracies:
-            caption += f", held-out answers right {self.accuracies[-1][1]:.1%}"
-        write_report(
-            path,
-            losses=self.losses,
-            accuracies=self.accuracies,
-            examples=examples,
-            title=f"InternVL-X: {self.losses[-1][0]} steps",
-            caption=caption,
-        )
-        print(f"picture: {path}")
+        losses, accuracies = self._points().losses, self._points().accuracies
+        if not losses:
+            return  # an evaluation before the first log interval has ended
+        caption = f"loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"
+        if accuracies:
+            caption += f", held-out answers right {accuracies[-1][1]:.1%}"
+        try:
+            write_report(
+                path,
+                losses=losses,
+                accuracies=accuracies,
+                examples=choose_examples(self.book.predictions()) if self.book else [],
+                title=f"InternVL-X: {losses[-1][0]} steps",
+                caption=caption,
+            )
+        except OSError as error:  # a full disk, for instance: training goes on
+            print(f"{path} could not be written: {error}", file=sys.stderr, flush=True)
 
 
 def is_last_rank() -> bool:

@@ -19,7 +19,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -75,15 +75,32 @@ def indexed_sizes(checkpoint: Path) -> dict[str, int]:
     return sizes
 
 
-def newest_complete(save: Path) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest complete checkpoint, and those newer than it with what is wrong with them."""
+def newest_complete(
+    save: Path, also: Callable[[int], str | None] = lambda iteration: None
+) -> tuple[int | None, list[tuple[int, str]]]:
+    """The newest complete checkpoint, and those newer than it with what is wrong with them.
+
+    `also` says what else is wrong with a checkpoint whose own files are whole.
+    """
     broken: list[tuple[int, str]] = []
     for iteration in iterations(save):
-        reason = fault(directory(save, iteration))
+        reason = fault(directory(save, iteration)) or also(iteration)
         if reason is None:
             return iteration, broken
         broken.append((iteration, reason))
     return None, broken
+
+
+def shortage(save: Path) -> str | None:
+    """Why the disk does not hold another checkpoint as large as the last, in GB; None if it does."""
+    last = next((directory(save, iteration) for iteration in iterations(save)), None)
+    if last is None:
+        return None
+    needed = 1.05 * sum(file.stat().st_size for file in last.iterdir())
+    free = shutil.disk_usage(save).free
+    if free > needed:
+        return None
+    return f"{save} has {free / 1e9:.2f} GB left, a checkpoint takes {needed / 1e9:.2f} GB"
 
 
 def set_aside(save: Path, broken: list[tuple[int, str]]) -> None:
@@ -115,6 +132,8 @@ class RunState:
     tries: int = 0
     """Starts since then."""
     reason: str = ""
+    unsaved: int | None = None
+    """Step at which the last start ended although the disk had no room for its checkpoint."""
     updated: float = 0.0
     history: list[dict] = field(default_factory=list)
 
@@ -147,8 +166,13 @@ class RunState:
             self.status = "stuck"
             self.reason = f"{limit} starts from iteration {max(reached, 0)} without a newer checkpoint"
             return False
-        self.status, self.reason = "running", ""
+        self.status, self.reason, self.unsaved = "running", "", None
         return True
+
+    def stopped_by_disk(self, save: Path) -> str | None:
+        """Why another start would end as the last one did, without a checkpoint; None if it would not."""
+        lack = None if self.unsaved is None else shortage(save)
+        return lack and f"step {self.unsaved} was not saved, and there is still no room: {lack}"
 
 
 def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
@@ -165,6 +189,8 @@ def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
         return AGAIN, "stopped by a signal, after a checkpoint"
     if state.status == "stuck":
         return STOP, state.reason
+    if reason := state.stopped_by_disk(save):
+        return STOP, reason
     if state.tries >= limit and (newest_complete(save)[0] or -1) <= state.progress:
         return (
             STOP,

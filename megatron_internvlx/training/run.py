@@ -14,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_internvlx.arguments import settings_from
-from megatron_internvlx.config import RunSettings
-from megatron_internvlx.training import resume, signals
+from megatron_internvlx.config import DataSettings, RunSettings
+from megatron_internvlx.training import resume, signals, stall
+from megatron_internvlx.training.stall import Position, StallClock
+from megatron_internvlx.training.step import ForwardStep
 
 SAVE_FAILED = 74
 
@@ -25,10 +27,19 @@ class Run:
 
     Args:
         args: Megatron's parsed arguments; `load` and what belongs to it are set when a checkpoint is found.
-        tell: called on every rank with FAILED or SCHEDULED (will go on) when the run ends early.
+        step: knows what this rank does, for those who wait for it.
+        tell: called with FINISHED, FAILED or SCHEDULED (will go on) when the run ends, and whether this rank
+            alone knows; otherwise every rank calls it.
+        saved: called on every rank after a checkpoint was saved.
     """
 
-    def __init__(self, args: argparse.Namespace, tell: Callable[[str], None] = lambda status: None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        step: ForwardStep,
+        tell: Callable[[str, bool], None] = lambda status, alone: None,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
         import megatron.training.global_vars as global_vars
         import megatron.training.training as training
 
@@ -36,8 +47,11 @@ class Run:
         self.settings = settings_from(args, RunSettings)
         self.save = Path(args.save) if args.save else None
         self.state = resume.RunState()
-        self.stop = signals.StopSignals(self.settings.stall_minutes * 60)
-        self.tell = tell
+        self.unsaved: tuple[int, str] | None = None
+        """The last step to be saved and why it was not, if the disk had no room for it."""
+        self.stop = signals.StopSignals()
+        self.step, self.tell, self.saved = step, tell, saved
+        self.saving = False
         risk = resume.launcher_risk(os.environ)
         if risk and os.environ.get("RANK", "0") == "0":
             print(f"pretrain_vlm.py: {risk}", file=sys.stderr, flush=True)
@@ -45,12 +59,26 @@ class Run:
             # Instead of Megatron's, which handles one signal and waits for the device at every step.
             global_vars._GLOBAL_SIGNAL_HANDLER = self.stop
             signals.also_other_threads()
+            self.stop.clock = self._clock()
         else:
             signals.let_go()
-            self.stop.stall_seconds = 0  # nobody would restart its clock
         # A second run of the same process (tests) wraps the original again.
         original = getattr(training.save_checkpoint, "__wrapped__", training.save_checkpoint)
         training.save_checkpoint = self._guarded(original)
+
+    def _clock(self) -> StallClock:
+        args = self.args
+        folder = self.save / stall.FOLDER if self.save and "://" not in args.save else None
+        seconds = self.settings.stall_minutes * 60
+        return StallClock(seconds, folder, args.rank, args.world_size, self._position, self.failed)
+
+    def _position(self) -> Position:
+        """Where this rank is, for those who wait for it."""
+        doing = (
+            "at the end of the step, where it waits for the others" if self.stop.waiting else self.step.doing
+        )
+        doing = "saving a checkpoint" if self.saving else doing
+        return Position(getattr(self.args, "curr_iteration", 0) + 1, self.step.passes, doing)
 
     def before(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
         """The model provider, preceded by the choice of a checkpoint.
@@ -69,7 +97,8 @@ class Run:
         return provide
 
     def _resume(self) -> None:
-        self.stop.watch()
+        if self.stop.clock is not None:
+            self.stop.clock.restart()
         if self.save is None or not self.settings.auto_resume:
             return
         answer: list[Any] = [None]
@@ -78,6 +107,7 @@ class Run:
         dist.broadcast_object_list(answer, src=0)
         found = answer[0]
         if found == resume.STOP:
+            self.stop.release()
             sys.exit(resume.STOP)
         if isinstance(found, tuple):
             self._load(*found)
@@ -85,7 +115,17 @@ class Run:
     def _choose(self, save: Path) -> tuple[int] | int | None:
         """On rank 0: (iteration,) to go on from, None to start, or STOP."""
         self.state = resume.RunState.read(save)
-        found, broken = resume.newest_complete(save)
+        if reason := self.state.stopped_by_disk(save):
+            print(f"pretrain_vlm.py: {reason}; make room, then start again", file=sys.stderr, flush=True)
+            self.state.write(save)  # its time tells the launcher that this start has ended
+            return resume.STOP
+        found, broken = resume.newest_complete(save, self._position_fault)
+        if found is None and (whole := resume.newest_complete(save)[0]) is not None:
+            # Setting them aside would throw away weights for want of a file that says where the data was.
+            return self._stuck(
+                f"{dict(broken)[whole]}, and no checkpoint in {save} has a complete one: bring it back, or "
+                "start the data anew with --restart-data"
+            )
         for line in resume.messages(save, found, broken):
             print(line, flush=True)
         going_on = self.state.begin(found, self.settings.max_tries)
@@ -100,6 +140,22 @@ class Run:
         resume.write_atomically(save / resume.TRACKER, str(found))
         return (found,)
 
+    def _stuck(self, reason: str) -> int:
+        """A launcher that asks why this start ended is told not to try again."""
+        self.state.status, self.state.reason = "stuck", reason
+        self.state.write(Path(self.args.save))
+        print(f"pretrain_vlm.py: {reason}", file=sys.stderr, flush=True)
+        return resume.STOP
+
+    def _position_fault(self, iteration: int) -> str | None:
+        """What is wrong with the position of the data saved with a checkpoint in --save."""
+        data = settings_from(self.args, DataSettings)
+        if data.loader != "energon" or data.restart_data:
+            return None
+        from megatron_internvlx.training.loaders import position_fault  # Energon takes seconds to import
+
+        return position_fault(self.args, iteration)
+
     def _load(self, iteration: int) -> None:
         args = self.args
         args.load, args.ckpt_step = args.save, iteration
@@ -111,12 +167,15 @@ class Run:
         def save(iteration: int, *args: Any, **kwargs: Any) -> None:
             if not self._room(iteration):
                 return
+            self.saving = True
             try:
                 save_checkpoint(iteration, *args, **kwargs)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:  # torch's CheckpointException is no Exception
                 self._save_failed(iteration, error)
+            self.saving = False
+            self.saved()
 
         save.__wrapped__ = save_checkpoint  # type: ignore[attr-defined]
         return save
@@ -125,21 +184,19 @@ class Run:
         """Whether the disk holds another checkpoint as large as the last; all ranks agree."""
         if self.save is None:
             return True
-        verdict = [True]
+        lack: list[str | None] = [None]
         if dist.get_rank() == 0:
-            last = next((resume.directory(self.save, i) for i in resume.iterations(self.save)), None)
-            needed = sum(f.stat().st_size for f in last.iterdir()) if last else 0
-            free = shutil.disk_usage(self.save).free if last else 1
-            verdict = [free > needed * 1.05]
-            if not verdict[0]:
+            lack = [resume.shortage(self.save)]
+            if lack[0]:
                 print(
-                    f"step {iteration}: no checkpoint: {self.save} has {free / 1e9:.2f} GB left, one takes "
-                    f"{needed / 1e9:.2f} GB; training goes on, make room",
+                    f"step {iteration}: no checkpoint: {lack[0]}; training goes on, make room",
                     file=sys.stderr,
                     flush=True,
                 )
-        dist.broadcast_object_list(verdict, src=0)
-        return verdict[0]
+        dist.broadcast_object_list(lack, src=0)
+        # Megatron saves at the last step of a run, so what is left here when it ends is the end itself.
+        self.unsaved = (iteration, lack[0]) if lack[0] else None
+        return self.unsaved is None
 
     def _save_failed(self, iteration: int, error: BaseException) -> None:
         """Say so and end this process at once: the other ranks wait in the save, and torchrun ends them."""
@@ -150,36 +207,53 @@ class Run:
         )
         os._exit(SAVE_FAILED)
 
-    def failed(self, reason: str) -> None:
-        """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing."""
+    def failed(self, reason: str, *, unsaved: int | None = None) -> None:
+        """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing.
+
+        `unsaved`: the step of a checkpoint for which there was no room at the end, where all ranks end.
+        Otherwise the others do not know, and may be killed before they can tell anyone.
+        """
+        alone = unsaved is None
         reason = f"rank {self.args.rank} on {socket.gethostname()}: {reason}"
         print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
-        self.tell("FAILED")
         if self.save is not None and self.settings.auto_resume:
             state = resume.RunState.read(self.save)
-            state.status, state.reason = "failed", reason
+            alone = alone and state.status != "failed"  # another rank was faster
+            state.status, state.reason, state.unsaved = "failed", reason, unsaved
             try:
                 state.write(self.save)
             except OSError as error:  # the disk is full, for instance
                 print(f"{self.save / resume.STATE} could not be written: {error}", file=sys.stderr)
+        self.tell("FAILED", alone)
 
-    def ended(self, *, early: bool) -> None:
-        """Record the end of training: complete, or (`early`) told to stop."""
+    def ended(self, *, early: bool) -> int:
+        """Record the end of training: complete, or (`early`) told to stop; returns the exit code."""
         self.stop.release()
         if self.args.exit_signal_handler:
             signals.end_children()
-        status = "finished"
+        if self.unsaved is not None:
+            iteration, lack = self.unsaved
+            if dist.get_rank() == 0:
+                reason = f"it ended at step {iteration}, which was not saved: {lack}"
+                self.failed(f"{reason}; make room and start it again", unsaved=iteration)
+            else:
+                self.tell("FAILED", False)
+            return SAVE_FAILED
+        status, outcome = "finished", "FINISHED"
         if early:
             out_of_time = self.args.exit_duration_in_mins is not None
             status = "preempted" if self.stop.received or out_of_time else "stopped"
-            self.tell("SCHEDULED" if status == "preempted" else "FINISHED")
+            outcome = "SCHEDULED" if status == "preempted" else "FINISHED"
+        self.tell(outcome, False)
         if dist.get_rank() == 0:
             if self.stop.received:
-                print("stopped by a signal, after a checkpoint", flush=True)
+                saved = "after a checkpoint" if self.save else "without --save, so without a checkpoint"
+                print(f"stopped by a signal, {saved}", flush=True)
             if self.save is not None and self.settings.auto_resume:
                 self.state = resume.RunState.read(self.save)
                 self.state.status = status
                 self.state.write(self.save)
+        return 0
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -7,12 +7,13 @@ in a new program: a worker that died of the signal would fail the step that has 
 
 from __future__ import annotations
 
-import faulthandler
 import multiprocessing
 import signal
 
 import torch
 import torch.distributed as dist
+
+from megatron_internvlx.training.stall import StallClock
 
 STOP = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -51,31 +52,31 @@ class StopSignals:
     """Takes the place of Megatron's signal handler, which asks it after every step on every rank.
 
     The ranks agree over a host group, so the device is not waited for. Each time, the clock of a hung
-    step starts anew: a process that does not come back within `stall_seconds` prints where its threads
-    are, and exits. torchrun then names the rank and its host, and starts all of them again.
+    step starts anew.
     """
 
-    def __init__(self, stall_seconds: float) -> None:
-        self.stall_seconds = stall_seconds
+    def __init__(self) -> None:
         self.received = False
+        self.clock: StallClock | None = None
+        self.waiting = False
+        """Whether this rank has ended its step, and waits for the others to do so."""
         self._group: dist.ProcessGroup | None = None
-
-    def watch(self) -> None:
-        """(Re)start the clock; 0 seconds: none."""
-        if self.stall_seconds > 0:
-            faulthandler.dump_traceback_later(self.stall_seconds, exit=True, file=2)
 
     def signals_received(self) -> list[bool]:
         """Whether any rank was told to stop, in a list as Megatron expects it."""
-        self.watch()
         told = torch.tensor([int(pending())])
         if dist.get_world_size() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")
+            self.waiting = True
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            self.waiting = False
+        if self.clock is not None:
+            self.clock.restart()
         self.received = bool(told.item())
         return [self.received]
 
     def release(self) -> None:
         """Stop the clock; the signals stay blocked, so that nothing disturbs the end."""
-        faulthandler.cancel_dump_traceback_later()
+        if self.clock is not None:
+            self.clock.release()

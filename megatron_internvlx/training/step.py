@@ -83,6 +83,10 @@ class ForwardStep:
         self.counters = Counters()
         self.meter: StepMeter | None = None
         """Counts the floating-point work of training micro-batches, if set."""
+        self.passes = 0
+        """Forward passes begun."""
+        self.doing = "starting"
+        """What this rank does, for those who wait for it."""
         self._first_chunk: object = None
 
     def take(self) -> Counters:
@@ -93,7 +97,10 @@ class ForwardStep:
     def __call__(self, data_iterator: Iterator[MicroBatch], model):
         """Run one stage on the next micro-batch: (output, loss function)."""
         start = time.perf_counter()
+        self.passes += 1
+        self.doing = "waiting for data"
         batch = next(data_iterator)
+        self.doing = "computing or exchanging tensors"
         wait = time.perf_counter() - start
         # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
         self._first_chunk = self._first_chunk or model

@@ -88,3 +88,11 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
         {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
     )
     return [MlflowSink(info, Path(args.save or "."))]
+
+
+def mark_failed(args: argparse.Namespace) -> None:
+    """Mark the run as FAILED from a rank without sinks: that one's may be killed before it says so itself."""
+    if settings_from(args, RunSettings).mlflow_experiment:
+        from megatron_internvlx.training.mlflow_sink import mark_failed
+
+        mark_failed(Path(args.save or "."))

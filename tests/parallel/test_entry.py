@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import entry
 from tests.distributed import Pool
@@ -38,10 +39,9 @@ def losses(results: list[dict]) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def unbroken(pool: Pool, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     save = tmp_path_factory.mktemp("unbroken")
-    answers = save / "answers.jsonl"
-    more = ["--save", str(save), "--save-interval", "3", "--predictions-file", str(answers)]
+    more = ["--save", str(save), "--save-interval", "3"]
     results = pool.run(2, entry.run, arguments(demo, *more, *PIPELINE))
-    results[0]["save"], results[0]["answers"] = save, answers
+    results[0]["save"], results[0]["answers"] = save, save / "predictions.jsonl"
     return results
 
 
@@ -56,14 +56,18 @@ def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> 
     assert values["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-6)
     assert len({row["key"] for row in rows}) == 12
     assert all(row["question"] and row["expected"] for row in rows)
+    with Image.open(unbroken[0]["save"] / "report.png") as picture:
+        assert picture.height > 1000  # the curve and six images
 
 
 def test_same_seed_gives_the_same_losses_bit_for_bit(pool: Pool, demo: Path, unbroken: list[dict]) -> None:
     again = pool.run(2, entry.run, arguments(demo, *PIPELINE))
     assert losses(again) == losses(unbroken)
     assert again[-1]["evaluations"] == unbroken[-1]["evaluations"]
-    other = pool.run(2, entry.run, arguments(demo, *PIPELINE, "--seed", "5"))
+    split = [*ALONE, "--tensor-model-parallel-size", "2"]
+    other = pool.run(2, entry.run, arguments(demo, *split, "--seed", "5"))
     assert losses(other)[1] != losses(unbroken)[1]
+    assert "held-out answers entirely right" in other[-1]["out"]  # on whichever rank speaks
 
 
 def test_resumed_run_gives_the_same_losses_bit_for_bit(
@@ -73,7 +77,10 @@ def test_resumed_run_gives_the_same_losses_bit_for_bit(
     shutil.copytree(unbroken[0]["save"], save)
     shutil.rmtree(save / "iter_0000006")
     (save / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = pool.run(2, entry.run, arguments(demo, "--load", str(save), *PIPELINE))
+    more = ["--load", str(save), "--save", str(tmp_path / "on"), "--save-interval", "6"]
+    resumed = pool.run(2, entry.run, arguments(demo, *more, *PIPELINE))
+    curve = json.loads((tmp_path / "on" / "curve.json").read_text())["losses"]
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]  # of both starts
     assert losses(resumed) == {step: unbroken[-1]["losses"][step] for step in (4, 5, 6)}
     assert resumed[-1]["evaluations"] == unbroken[-1]["evaluations"]
 
@@ -106,6 +113,7 @@ def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_
         (["--pipeline-model-parallel-size", "3"], "1 rank cannot be divided into TP 1 x PP 3 = 3"),
         (["--data", "nowhere/meta.json", "--valid-data", "nowhere/meta.json"], "nowhere/meta.json"),
         (["--tokenizer-model", "nowhere"], "nowhere"),
+        (["--eval-iters", "0"], "--eval-iters 0 validates nothing"),
     ],
 )
 def test_refused_before_anything_is_built(pool: Pool, demo: Path, more: list[str], said: str) -> None:

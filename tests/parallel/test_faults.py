@@ -1,20 +1,26 @@
 """Kills at random moments, a broken checkpoint, a full disk, a crash loop, a signal, a hung rank.
 
-Each ends with the weights and optimizer state of the unbroken run, bit for bit. 20 kills under torchrun:
-benchmarks/kills.py.
+Each ends with the weights and optimizer state of the unbroken run, bit for bit. Kills and broken checkpoints with
+what the recipes use: packs of the energon loader on data-parallel ranks, distributed optimizer. 20 kills under
+torchrun: benchmarks/kills.py.
 """
 
 import os
 import random
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.training import resume
 from tests import entry
 from tests.checkpoints import differing
@@ -31,15 +37,18 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
+Launch = Callable[..., list[dict]]
+
+
 @pytest.fixture(scope="module")
-def launch(pool, demo):
+def launch(pool, demo) -> Iterator[Launch]:
     """Runs training on two ranks in a directory; returns each rank's result."""
 
     def go(save: Path, *more: str, timeout: float = 100.0) -> list[dict]:
         arguments = [
             *("--recipe", "examples/demo/demo.yaml", "--loader-workers", "0", "--log-interval", "1"),
             *("--data", str(demo / "meta.json"), "--tokenizer-model", str(demo / "tokenizer")),
-            *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--eval-iters", "0"),
+            *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS)),
             *("--micro-batch-size", "1", "--global-batch-size", "4", "--max-tiles", "2"),
             *("--save", str(save), "--save-interval", str(EVERY), "--auto-resume", *more),
         ]
@@ -47,6 +56,18 @@ def launch(pool, demo):
 
     yield go
     pool._discard(2)  # these ranks have the stop signals blocked
+
+
+@pytest.fixture(scope="module")
+def launch_packed(launch, demo) -> Launch:
+    """The same with what the recipes use."""
+    prepare(demo / "meta.json", demo / "prepared", PrepareSettings())
+    more = [
+        *("--pipeline-model-parallel-size", "1", "--use-distributed-optimizer"),
+        *("--loader", "energon", "--data", str(demo / "prepared"), "--packing"),
+        *("--max-tiles-per-pack", "6", "--pack-buffer", "12", "--shuffle-buffer", "4"),
+    ]
+    return lambda save, *rest, **options: launch(save, *more, *rest, **options)
 
 
 class Unbroken(NamedTuple):
@@ -57,13 +78,22 @@ class Unbroken(NamedTuple):
     seconds: float  # from the start of training to its end
 
 
-@pytest.fixture(scope="module")
-def unbroken(launch, tmp_path_factory) -> Unbroken:
-    save = tmp_path_factory.mktemp("unbroken")
+def undisturbed(launch: Launch, save: Path) -> Unbroken:
     results = launch(save)
     state = resume.RunState.read(save)
     assert state.status == "finished"
+    assert "no --valid-data: this run is not validated" in results[0]["out"]  # whatever the recipe says
     return Unbroken(save, results[-1]["losses"], state.updated - state.history[-1]["time"])
+
+
+@pytest.fixture(scope="module")
+def unbroken(launch, tmp_path_factory) -> Unbroken:
+    return undisturbed(launch, tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture(scope="module")
+def unbroken_packed(launch_packed, tmp_path_factory) -> Unbroken:
+    return undisturbed(launch_packed, tmp_path_factory.mktemp("unbroken"))
 
 
 def check(save: Path, unbroken: Unbroken) -> None:
@@ -101,34 +131,53 @@ def strike(pool, save: Path, delay: float, *, in_save: bool, victims: list[int])
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(pool, launch, unbroken, tmp_path):
+def test_killed_at_random_moments(pool, launch_packed, unbroken_packed, tmp_path):
     """Four kills, the second and fourth inside a save. None is so late that the run could have ended."""
     rng = random.Random(7)
+    newest = -1
     for number in range(4):
         in_save = number % 2 == 1
-        delay = rng.uniform(0, 0.05 if in_save else 0.15 * unbroken.seconds)
+        delay = rng.uniform(0, 0.05 if in_save else 0.15 * unbroken_packed.seconds)
         victims = [[0], [1], [0, 1]][rng.randrange(3)]
         thread = strike(pool, tmp_path, delay, in_save=in_save, victims=victims)
         with pytest.raises(RankError):
-            launch(tmp_path, "--max-tries", "20")
+            launch_packed(tmp_path, "--max-tries", "20")
         thread.join(60)
-    results = launch(tmp_path, "--max-tries", "20")
+        before, newest = newest, resume.newest_complete(tmp_path)[0] or -1
+        assert newest >= before  # no checkpoint is lost
+    results = launch_packed(tmp_path, "--max-tries", "20")
     assert len(resume.RunState.read(tmp_path).history) == 5
     losses = results[-1]["losses"]
-    assert losses and losses == {step: unbroken.losses[step] for step in losses}
-    check(tmp_path, unbroken)
+    assert losses and losses == {step: unbroken_packed.losses[step] for step in losses}
+    check(tmp_path, unbroken_packed)
 
 
-def test_truncated_newest_checkpoint_is_skipped(launch, unbroken, tmp_path):
-    launch(tmp_path, "--exit-interval", str(EVERY * 3))
+def test_checkpoints_that_are_not_whole_are_skipped(launch_packed, unbroken_packed, tmp_path):
+    """The newest lacks half a file, the one before a rank's place in the data."""
+    launch_packed(tmp_path, "--exit-interval", str(EVERY * 3))
     assert resume.iterations(tmp_path)[0] == EVERY * 3
     largest = max(resume.directory(tmp_path, EVERY * 3).glob("*.distcp"), key=lambda p: p.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
+    places = sorted((tmp_path / "loader" / f"iter_{EVERY * 2:07d}").rglob("*.pt"))
+    assert len(places) == 2
+    places[1].unlink()
     (tmp_path / resume.TRACKER).write_text("")  # as if killed while writing it
-    results = launch(tmp_path)
-    assert "skipped" in results[0]["out"] and largest.name in results[0]["out"]
-    assert sorted(results[-1]["losses"])[0] == EVERY * 2 + 1
-    check(tmp_path, unbroken)
+    results = launch_packed(tmp_path)
+    said = results[0]["out"]
+    assert said.count("skipped") == 2 and largest.name in said
+    assert "position of rank 1 of 2 is not in" in said
+    assert sorted(results[-1]["losses"])[0] == EVERY + 1
+    check(tmp_path, unbroken_packed)
+
+
+def test_weights_are_not_thrown_away_with_the_place_in_the_data(launch_packed, unbroken_packed, tmp_path):
+    shutil.copytree(unbroken_packed.save, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "loader")
+    results = launch_packed(tmp_path)
+    assert [r["code"] for r in results] == [resume.STOP] * 2
+    assert "--restart-data" in results[0]["err"]
+    assert resume.iterations(tmp_path) == resume.iterations(unbroken_packed.save)
+    assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
 
 
 def test_a_run_without_progress_gives_up(launch, unbroken, tmp_path):
@@ -159,7 +208,7 @@ def test_signal_saves_and_the_next_start_goes_on(pool, launch, unbroken, tmp_pat
 
 
 def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
-    """A stopped rank makes the other exit after --stall-minutes, with its stacks, and training goes on."""
+    """A stopped rank makes the other exit after --stall-minutes, naming it, and training goes on."""
 
     def act() -> None:
         while not resume.iterations(tmp_path):
@@ -171,7 +220,12 @@ def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
     with pytest.raises(RankError, match="rank 1: died with exit code 1"):
         launch(tmp_path, "--exit-signal-handler", "--stall-minutes", "0.2")
     assert time.monotonic() - begun < 80
-    assert "Timeout (0:00:12)!" in pool.outputs[1] and "most recent call first" in pool.outputs[1]
+    said = pool.outputs[1]
+    assert "rank 1 waited 12 s for a step" in said and "most recent call first" in said
+    state = resume.RunState.read(tmp_path)
+    assert state.status == "failed"
+    assert re.search(rf"rank 0 on {socket.gethostname()} \(pid \d+\) has given no sign of life", state.reason)
+    assert state.reason.splitlines()[0] in said
     launch(tmp_path)
     check(tmp_path, unbroken)
 
@@ -201,13 +255,20 @@ def nearly_full(launch, small_disk):
     return small_disk
 
 
-def test_without_room_training_goes_on(launch, nearly_full, unbroken):
+def test_without_room_training_goes_on_and_has_not_finished(launch, nearly_full, unbroken):
     results = launch(nearly_full)
-    assert [r["code"] for r in results] == [0, 0]
+    assert [r["code"] for r in results] == [74, 74]
     assert results[0]["err"].count("no checkpoint") == (STEPS - EVERY) // EVERY
     assert sorted(results[-1]["losses"]) == list(range(EVERY + 1, STEPS + 1))
     assert resume.newest_complete(nearly_full) == (EVERY, [])
+    state = resume.RunState.read(nearly_full)
+    assert (state.status, state.unsaved) == ("failed", STEPS)
+    assert f"ended at step {STEPS}, which was not saved" in state.reason
+    assert resume.verdict(nearly_full, 0, 3)[0] == resume.STOP
+    again = launch(nearly_full)
+    assert [r["code"] for r in again] == [resume.STOP] * 2 and again[-1]["losses"] == {}
     (nearly_full / "ballast").unlink()
+    assert resume.verdict(nearly_full, 0, 3)[0] == resume.AGAIN
     launch(nearly_full, "--save-interval", str(STEPS))
     check(nearly_full, unbroken)
 

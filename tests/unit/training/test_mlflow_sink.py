@@ -3,13 +3,20 @@
 import json
 import os
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.tracking import Server
-from megatron_internvlx.training import mlflow_sink
-from megatron_internvlx.training.mlflow_sink import MlflowSink, RunInfo
+from megatron_internvlx import platform
+
+platform.setup()
+
+from benchmarks.tracking import Server  # noqa: E402
+from megatron_internvlx.training import mlflow_sink  # noqa: E402
+from megatron_internvlx.training.mlflow_sink import MlflowSink, RunInfo  # noqa: E402
+from megatron_internvlx.training.resume import RunState  # noqa: E402
+from megatron_internvlx.training.spool import Spool, Value  # noqa: E402
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
@@ -52,8 +59,27 @@ def test_one_run_over_two_starts_in_a_local_store(tmp_path, monkeypatch):
     assert run_of(tmp_path).data.params == {"lr": "0.1"}
     assert run_of(tmp_path).data.tags["layout"] == "TP2"
     assert {path.name for path in tmp_path.rglob("artifacts/*")} == {"report.png", "arguments.json"}
-    assert mlflow_sink.mark_failed(tmp_path)
+    crash_on_a_rank_without_sinks(tmp_path, monkeypatch)
     assert run_of(tmp_path).info.status == "FAILED"
+
+
+def crash_on_a_rank_without_sinks(save: Path, monkeypatch) -> None:
+    """Rank 0 of two fails; the sink is on the last, which nobody asks."""
+    from megatron.training import training
+
+    from megatron_internvlx.config import SETTINGS
+    from megatron_internvlx.training.log import TrainingLog
+    from megatron_internvlx.training.run import Run
+    from megatron_internvlx.training.step import ForwardStep
+
+    monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
+    args = Namespace(rank=0, world_size=2, save=str(save), load=None, exit_signal_handler=False)
+    for settings in SETTINGS:
+        vars(args).update(vars(settings()))
+    args.auto_resume, args.mlflow_experiment = True, "tests"
+    step = ForwardStep("token")
+    Run(args, step, TrainingLog(args, None).close_sinks).failed("a bug")  # type: ignore[arg-type]
+    assert "rank 0 on" in RunState.read(save).reason
 
 
 @pytest.fixture
@@ -107,6 +133,47 @@ def test_without_a_server_metrics_wait_for_the_next_start(tmp_path, monkeypatch,
     again.close("FINISHED", seconds=120)
     assert history(tmp_path, "loss") == [(3, 0.5), (4, 0.4)]
     assert not (tmp_path / mlflow_sink.PENDING_FILE).exists()
+
+
+def test_a_kill_during_an_outage_loses_no_metric(tmp_path, capsys):
+    killed, after = tmp_path / "killed", tmp_path / "after"
+    sink = MlflowSink(info(), killed, "http://127.0.0.1:9")
+    pending = killed / mlflow_sink.PENDING_FILE
+    for step in (1, 2, 3):  # the later ones come while it waits for another try
+        sink.metrics(step, {"loss": 1 / step})
+        end = time.monotonic() + 60
+        while not (pending.exists() and pending.read_text().count("\n") == step):
+            assert time.monotonic() < end, "not in the file"
+            time.sleep(0.02)
+    after.mkdir()
+    # What a SIGKILL leaves, the last line torn.
+    (after / mlflow_sink.PENDING_FILE).write_text(pending.read_text() + '{"key": "loss", "val')
+    sink.close("FAILED", seconds=20)
+    again = MlflowSink(info(), after, f"sqlite:///{after}/mlflow.db")
+    again.metrics(4, {"loss": 0.25})
+    again.close("FINISHED", seconds=120)
+    assert history(after, "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert not (after / mlflow_sink.PENDING_FILE).exists()
+    assert "1 of 4 lines in" in capsys.readouterr().err
+
+
+def test_the_file_of_an_outage_does_not_grow_for_ever(tmp_path):
+    spool = Spool(tmp_path / "pending", most=10)
+    values = [Value("loss", float(n), n, n) for n in range(30)]
+    for n in range(30):  # as many as five wait at a time
+        spool.written = max(spool.written - (n >= 5), 0)
+        spool.add(values[max(n - 4, 0) : n + 1])
+    assert len((tmp_path / "pending").read_text().splitlines()) <= 10
+    assert Spool(tmp_path / "pending", 10).read()[-5:] == values[-5:]
+
+
+def test_a_disk_without_room_for_metrics_is_said_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    spool = Spool(tmp_path / "file" / "pending", most=10)
+    for count in (1, 2):
+        spool.add([Value("loss", 1.0, 0, step) for step in range(count)])
+    assert spool.error is not None and spool.written == 0
+    assert capsys.readouterr().err.count("wait in memory alone") == 1
 
 
 def test_too_long_an_outage_states_what_is_lost(tmp_path, monkeypatch):

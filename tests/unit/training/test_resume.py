@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_verdict(tmp_path, status, tries, code):
     state = resume.RunState(status=status, tries=tries, progress=-1)
     state.write(tmp_path)
     assert resume.verdict(tmp_path, 0.0, 3)[0] == code
+
+
+def test_a_step_that_was_not_saved_is_no_end_and_no_progress(tmp_path, monkeypatch):
+    """Preempted or at its last step, on a full disk: starting again waits for room, and tries are not reset."""
+    checkpoint(tmp_path, 5)
+    state = resume.RunState(status="failed", reason="no room", unsaved=9, tries=1, progress=5)
+    state.write(tmp_path)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: Namespace(free=1000))
+    code, reason = resume.verdict(tmp_path, 0.0, 3)
+    assert code == resume.STOP and "step 9 was not saved" in reason and "has 0.00 GB left" in reason
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: Namespace(free=10**12))
+    assert resume.verdict(tmp_path, 0.0, 3) == (resume.AGAIN, "no room")
+    assert state.begin(5, limit=3)
+    assert (state.tries, state.unsaved) == (2, None)
 
 
 def test_a_run_that_never_began_counts_too(tmp_path):

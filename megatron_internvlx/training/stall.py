@@ -1,0 +1,223 @@
+"""When a step does not end: who keeps the others waiting, and the end of this process.
+
+In a hang all ranks wait, and the first to give up is as good as any: what torchrun reports is a healthy one.
+So each rank leaves a sign of life in a file beside the checkpoints. A rank that is stopped, or whose node is gone,
+leaves none; of the others it is known at which step they are, and whether they wait for data.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = "heartbeats"
+_LONGEST_INTERVAL = 30.0  # seconds between two signs of life; many ranks share a file system
+_SIZE = 512  # bytes of a file, written at once: a reader never sees half of it
+_GRACE = 60.0  # seconds for naming ranks, before the process ends without
+_NAMED = 16  # silent ranks with a line of their own
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a rank is."""
+
+    step: int
+    passes: int
+    """Forward passes begun since its start."""
+    doing: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}, forward pass {self.passes}, {self.doing}"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's sign of life."""
+
+    rank: int
+    host: str
+    pid: int
+    time: float
+    """Seconds since the epoch."""
+    position: Position
+
+    @property
+    def name(self) -> str:
+        """The rank, and where to look for it."""
+        return f"rank {self.rank} on {self.host} (pid {self.pid})"
+
+
+class StallClock:
+    """Ends this process when a step takes too long, after saying which ranks are silent or behind.
+
+    Args:
+        seconds: longest time between two calls of `restart`. 0: the clock does nothing.
+        folder: of the signs of life, where all ranks see it. None: nothing is known of the others.
+        rank, world: of this process, and how many there are.
+        position: tells how far this rank is; called from another thread.
+        report: called with the reason, on the lowest rank that lives, before it ends.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        folder: Path | None,
+        rank: int,
+        world: int,
+        position: Callable[[], Position],
+        report: Callable[[str], None],
+    ) -> None:
+        self.seconds, self.folder, self.rank, self.world = seconds, folder, rank, world
+        self.position, self.report = position, report
+        self.interval = min(seconds / 10, _LONGEST_INTERVAL)
+        self._deadline = 0.0
+        self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+        self._complained = False
+
+    def restart(self) -> None:
+        """A step has ended (or the first begins)."""
+        if self.seconds <= 0:
+            return
+        self._deadline = time.monotonic() + self.seconds
+        # Should Python itself be stuck, the thread below does not run; this needs no interpreter.
+        faulthandler.dump_traceback_later(self.seconds + _GRACE, exit=True, file=2)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="stall clock", daemon=True)
+            self._thread.start()
+
+    def release(self) -> None:
+        """Training is over."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._thread is None:
+            return
+        self._over.set()
+        self._thread.join()
+        if self.folder is not None:
+            path(self.folder, self.rank).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        while True:
+            self.beat()
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                self._end()
+            if self._over.wait(min(self.interval, max(left, 0.01))):
+                return
+
+    def beat(self) -> None:
+        """Leave a sign of life."""
+        if self.folder is None:
+            return
+        beat = Beat(self.rank, socket.gethostname(), os.getpid(), time.time(), self.position())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Written in place and closed: other clients of a shared file system then see it when they open it.
+            file = os.open(path(self.folder, self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(file, json.dumps(asdict(beat)).ljust(_SIZE).encode(), 0)
+            finally:
+                os.close(file)
+        except OSError as error:
+            if not self._complained:
+                print(f"no sign of life in {self.folder}: {error}", file=sys.__stderr__, flush=True)
+            self._complained = True
+
+    def _end(self) -> None:
+        """Name the ranks that are to blame, print where this one is, and exit."""
+        try:
+            reason, lines = self.findings()
+            if lines:
+                print("\n".join(lines), file=sys.__stderr__, flush=True)
+                self.report(reason)
+        finally:
+            print(
+                f"rank {self.rank} waited {self.seconds:.0f} s for a step:", file=sys.__stderr__, flush=True
+            )
+            faulthandler.dump_traceback(file=2)
+            os._exit(1)
+
+    def findings(self) -> tuple[str, list[str]]:
+        """The reason in one line, and where all ranks are; no lines if a lower rank lives and says so."""
+        reason = f"no step has ended for {self.seconds / 60:.3g} minutes"
+        if self.folder is None:
+            return reason, [f"{reason}; without --save nothing is known of the other ranks"]
+        now = time.time()
+        beats: dict[int, Beat | None] = {}
+        for rank in range(self.world):
+            beats[rank] = read(self.folder, rank)
+            if rank < self.rank and not self._silent(beats[rank], now):
+                return reason, []
+        silent = [rank for rank, beat in beats.items() if rank != self.rank and self._silent(beat, now)]
+        living = [beat for rank, beat in beats.items() if beat and rank not in silent]
+        lines = [f"{reason}; where the ranks are:"]
+        for rank in silent[:_NAMED]:
+            lines.append(f"  {_silence(rank, beats[rank], now)}")
+        if len(silent) > _NAMED:
+            lines.append(f"  as silent: ranks {_ranges(silent[_NAMED:])}")
+        lines += [f"  {line}" for line in _groups(living)]
+        return f"{reason}; {_blame(silent, living, beats, now)}", lines
+
+    def _silent(self, beat: Beat | None, now: float) -> bool:
+        # All ranks began to wait about `seconds` ago; half of that leaves room for clocks and file systems.
+        return beat is None or now - beat.time > self.seconds / 2
+
+
+def path(folder: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return folder / f"rank{rank:05d}.json"
+
+
+def read(folder: Path, rank: int) -> Beat | None:
+    """A rank's last sign of life; None if there is none that can be read."""
+    try:
+        found = json.loads(path(folder, rank).read_text())
+        return Beat(**(found | {"position": Position(**found["position"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _blame(silent: list[int], living: list[Beat], beats: dict[int, Beat | None], now: float) -> str:
+    if silent:
+        more = f", and {len(silent) - 1} more are silent" if silent[1:] else ""
+        return _silence(silent[0], beats[silent[0]], now) + more
+    last = min((beat.position for beat in living), key=lambda position: (position.step, position.passes))
+    behind = [b for b in living if (b.position.step, b.position.passes) == (last.step, last.passes)]
+    if not behind or 2 * len(behind) > len(living):
+        return "all ranks live, and few or none are behind"
+    return f"all ranks live; furthest behind is {behind[0].name}: {behind[0].position}"
+
+
+def _silence(rank: int, beat: Beat | None, now: float) -> str:
+    if beat is None:
+        return f"rank {rank} has never given a sign of life"
+    return f"{beat.name} has given no sign of life for {now - beat.time:.0f} s; it was at {beat.position}"
+
+
+def _groups(beats: list[Beat]) -> Iterator[str]:
+    """Ranks at the same place, those behind first."""
+    places: dict[Position, list[Beat]] = {}
+    for beat in beats:
+        places.setdefault(beat.position, []).append(beat)
+    for place, there in sorted(places.items()):
+        who = there[0].name if len(there) == 1 else f"ranks {_ranges(beat.rank for beat in there)}"
+        yield f"{who}: {place}"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """0-3, 7, 9-10."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
