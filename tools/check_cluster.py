@@ -5,7 +5,8 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/check_cluster.py --shared /checkpoints
 
 Each line is `ok`, `slow` or `missing`, the check, and the host. Ends with 0 if nothing is missing, 1
-otherwise; with `--strict` slow counts too. train.sbatch runs the first form on every node before a job.
+otherwise; with `--strict` slow counts too. train.sbatch runs the first form on every node before a job, and
+with PREFLIGHT=2 the second one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from megatron_internvlx import platform
 
 GIB = 1 << 30
 MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
+# GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, stay below;
+# one InfiniBand adapter of 200 Gbit/s per node is enough to be above.
+SLOW_LINK = 20.0
 SLOW_SHARE = 0.8  # of the median: a rank below it holds all others back
 
 
@@ -195,7 +199,8 @@ def _all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
     seconds = (time.perf_counter() - start) / rounds
     speed = 2 * (ranks - 1) / ranks * buffer.nbytes / seconds / 1e9
     detail = f"{speed:.2f} GB/s over {ranks} ranks, {megabytes} MiB"
-    yield Check("slow" if speed < slowest else "ok", "all-reduce", detail)
+    slow = ranks > 1 and speed < slowest
+    yield Check("slow" if slow else "ok", "all-reduce", detail + (f"; {slowest:g} wanted" if slow else ""))
 
 
 def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
@@ -241,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--megabytes", type=int, default=256, help="size of the all-reduce and of the file")
     parser.add_argument(
-        "--min-bandwidth", type=float, default=0.0, help="GB/s below which all-reduce is slow"
+        "--min-bandwidth",
+        type=float,
+        help=f"GB/s below which all-reduce is slow; default {SLOW_LINK:.0f} with GPUs, 0 without",
     )
     parser.add_argument("--strict", action="store_true", help="slow counts as missing")
     asked = parser.parse_args(argv)
@@ -260,7 +267,10 @@ def main(argv: list[str] | None = None) -> int:
         if began:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if platform.backend() == "nccl" else None
             dist.init_process_group(platform.backend())
-        found = world_checks(asked.shared, asked.megabytes, asked.min_bandwidth)
+        least = asked.min_bandwidth
+        if least is None:
+            least = SLOW_LINK if platform.backend() == "nccl" else 0.0
+        found = world_checks(asked.shared, asked.megabytes, least)
         checks += found if dist.get_rank() == 0 else []
         if began:
             dist.destroy_process_group()

@@ -38,6 +38,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.training import resume
+from megatron_internvlx.training.mlflow_sink import mark_failed
 from tools import scaling_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -196,11 +197,14 @@ def _run_here(grid: Grid, point: Point) -> int:
     command += ["--exit-signal-handler"]
     threads = str(max(1, (os.cpu_count() or 1) // grid.ranks))
     environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MLFLOW_TRACKING_URI": grid.store}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as train.sbatch, which has the reason
     print(f"{point.name}: training", flush=True)
     with (point.folder / "train.log").open("a") as log:
         code = subprocess.run(
             command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
         ).returncode
+    if code:  # ranks that were killed could not say so
+        mark_failed(point.save)
     print(f"{point.name}: {'done' if code == 0 else f'failed, see {point.folder}/train.log'}", flush=True)
     return code
 
@@ -221,6 +225,7 @@ def _sbatch(grid: Grid, point: Point, after: str | None) -> str:
         "DATA": str(settings.get("data", "")),
         "TOKENIZER": str(settings.get("tokenizer_model", "")),
         "MLFLOW_TRACKING_URI": grid.store,
+        "MLFLOW_EXPERIMENT_NAME": grid.name,
     }
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -37,6 +37,31 @@ def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def all_reduce(slowest: float) -> list[str]:
+    return [str(check) for check in check_cluster._all_reduce(1, slowest)]
+
+
+def test_a_slow_link_is_called_slow(pool):
+    (found,), _ = pool.run(2, all_reduce, 1e6)
+    assert found.startswith("slow") and "1e+06 wanted" in found
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "least"),
+    [("nccl", [], check_cluster.SLOW_LINK), ("gloo", [], 0.0), ("nccl", ["--min-bandwidth", "150"], 150.0)],
+)
+def test_links_between_gpus_have_a_least_speed(monkeypatch, backend, options, least):
+    asked = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(check_cluster.platform, "backend", lambda: backend)
+    monkeypatch.setattr(check_cluster.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(check_cluster.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(check_cluster, "world_checks", lambda *given: asked.append(given) or [])
+    assert check_cluster.main(options) == 0
+    assert asked == [(None, 256, least)]
+
+
 def unwritable(folder: str) -> list[str]:
     return [str(check) for check in check_cluster._shared_files(Path(folder), 1)]
 

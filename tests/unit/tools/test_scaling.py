@@ -90,7 +90,9 @@ def test_slurm_jobs_follow_each_other(tmp_path, monkeypatch, capsys):
     notes = tmp_path / "notes"
     fake = tmp_path / "bin" / "sbatch"
     fake.parent.mkdir()
-    fake.write_text(f'#!/bin/sh\necho "$RECIPE|$SAVE|$DATA|$*" >> {notes}\nwc -l < {notes} | tr -d " "\n')
+    fake.write_text(
+        f'#!/bin/sh\necho "$RECIPE|$SAVE|$DATA|$MLFLOW_EXPERIMENT_NAME|$*" >> {notes}\nwc -l < {notes} | tr -d " "\n'
+    )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
     assert scaling.submit(grid) == 0
@@ -99,7 +101,19 @@ def test_slurm_jobs_follow_each_other(tmp_path, monkeypatch, capsys):
     assert all("--nodes 3" in line and "--time=9" in line for line in lines)
     assert "--dependency" not in lines[0] + lines[1]
     assert [line.split("afterany:")[1].split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
-    assert lines[0].split("|")[2] == "meta.json"
+    assert lines[0].split("|")[2:4] == ["meta.json", "trial"]
+
+
+def test_local_runs_may_be_restarted_and_are_marked_when_they_fail(tmp_path, monkeypatch):
+    grid = scaling.read_grid(grid_file(tmp_path, axes={"model": {"a": {}}}))
+    figures(grid.points[0])
+    seen, marked = {}, []
+    done = scaling.subprocess.CompletedProcess([], 9)
+    monkeypatch.setattr(scaling.subprocess, "run", lambda _, env, **__: seen.update(env) or done)
+    monkeypatch.setattr(scaling, "mark_failed", marked.append)
+    assert scaling.submit(grid) == 1
+    assert seen["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert marked == [grid.points[0].save]
 
 
 def test_nothing_planned_is_said(tmp_path, capsys):
