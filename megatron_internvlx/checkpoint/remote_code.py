@@ -1,4 +1,7 @@
-"""What makes an exported directory with LVTC run by itself: code, processor, chat template, model card."""
+"""What makes an exported directory with LVTC run by itself: code, processor, chat template, model card.
+
+The last two are for directories without LVTC as well.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.checkpoint.mapping import Dims
-from megatron_internvlx.data.conversation import IMG_CONTEXT, Template, get_template
+from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
 
 if TYPE_CHECKING:
     from megatron_internvlx.checkpoint.exporter import ExportPlan
@@ -29,13 +32,12 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
     source = Path(hf.__file__).parent
     for path in sorted(source.glob("*_internvlx.py")):
         shutil.copyfile(path, partial / path.name)
-    template = get_template(plan.arguments.get("conversation_template", "internvl2_5"))
-    (partial / TEMPLATE_FILE).write_text(chat_template(template), encoding="utf-8")
+    template = write_chat_template(plan, partial)
     ids = token_ids(partial, template)
     config = remote_code_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype, ids)
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "processor_config.json", processor_config(plan))
-    _write_json(partial / "generation_config.json", generation_config(ids))
+    write_json(partial / "config.json", config)
+    write_json(partial / "processor_config.json", processor_config(plan))
+    write_json(partial / "generation_config.json", generation_config(ids))
     (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 
@@ -118,8 +120,24 @@ def generation_config(ids: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value is not None} | {"do_sample": False}
 
 
-def chat_template(template: Template) -> str:
-    """The training template as Jinja: messages with role and content (a text, or a list of parts)."""
+def write_chat_template(plan: ExportPlan, partial: Path) -> Template:
+    """Make the template of training the only one of the directory, whose tokenizer may have brought another."""
+    template = get_template(plan.arguments.get("conversation_template", "internvl2_5"))
+    image = IMG_CONTEXT if plan.layout.startswith("native") else IMAGE
+    (partial / TEMPLATE_FILE).write_text(chat_template(template, image), encoding="utf-8")
+    (partial / "chat_template.json").unlink(missing_ok=True)  # of older processors
+    settings = partial / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in (content := read_object(settings)):
+        del content["chat_template"]
+        write_json(settings, content)
+    return template
+
+
+def chat_template(template: Template, image: str = IMAGE) -> str:
+    """The training template as Jinja: messages with role and content (a text, or a list of parts).
+
+    `image` is what a processor replaces by the tokens of an image.
+    """
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
@@ -134,7 +152,7 @@ def chat_template(template: Template) -> str:
         "{%- for message in messages -%}"
         "{%- set parts = namespace(text='') -%}"
         "{%- if message.content is not string -%}{%- for part in message.content -%}"
-        "{%- set parts.text = parts.text + ('<image>\\n' if part.type == 'image' else part.text) -%}"
+        f"{{%- set parts.text = parts.text + ({quoted(image + chr(10))} if part.type == 'image' else part.text) -%}}"
         "{%- endfor -%}{%- endif -%}"
         f"{{%- set headers = {{'system': {quoted(template.system_header)}, "
         f"'user': {quoted(template.user_header)}, 'assistant': {quoted(template.answer_header)}}} -%}}"
@@ -152,37 +170,43 @@ tags: [internvl-x, visual-token-compression]
 
 # InternVL-X
 
-A vision-language model whose visual tokens are compressed three times: in the projector (PVTC), inside the
-language model (LVTC) and when the image is cut into tiles (RVTC). Trained with Megatron-InternVL-X.
+{summary} Trained with Megatron-InternVL-X.
 
-```python
+{usage}
+"""
+_GENERATE = """```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(DIRECTORY, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(DIRECTORY, trust_remote_code=True)
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+model = AutoModelForImageTextToText.from_pretrained(DIRECTORY{trust})
+processor = AutoProcessor.from_pretrained(DIRECTORY{trust})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=[Image.open("picture.jpg")], text=prompt)
+inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
-
+"""
+_RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
+them. Megatron-InternVL-X answers questions with them, too: `tools/evaluate.py --hf DIRECTORY --data meta.json`.
 """
 
 
 def model_card(plan: ExportPlan) -> str:
-    """README.md: configuration, data and training facts."""
+    """README.md: how to use the model, its configuration, data and training facts."""
     get, dims = plan.arguments.get, plan.dims
     low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
-    compressed = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
+    visual, injections = f"{high} tokens per tile", []
+    if dims.injections:
+        visual = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
+        injections = [("Injections at layers", ", ".join(map(str, dims.injections)))]
     facts = [
         ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
         ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
         ("Tile", f"{side} x {side} pixels, {dims.vision.patches_per_side**2} patches"),
         ("Projector", f"{dims.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
-        ("Visual tokens", compressed),
-        ("Injections at layers", ", ".join(map(str, dims.injections))),
+        ("Visual tokens", visual),
+        *injections,
         ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
@@ -190,24 +214,59 @@ def model_card(plan: ExportPlan) -> str:
         ("Training", _training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    return f"{_CARD}| | |\n|---|---|\n{rows}\n"
+    trust = ", trust_remote_code=True" if plan.layout == "internvlx" else ""
+    usage = _RELEASED if plan.layout == "chat" else _GENERATE.format(trust=trust)
+    return f"{_CARD.format(summary=_summary(plan), usage=usage)}| | |\n|---|---|\n{rows}\n"
+
+
+def _summary(plan: ExportPlan) -> str:
+    """What compresses its visual tokens."""
+    steps = [
+        text
+        for used, text in (
+            (plan.dims.projector == "pvtc", "in the projector (PVTC)"),
+            (plan.dims.injections, "inside the language model (LVTC)"),
+            (plan.arguments.get("rvtc", "area") != "off", "when the image is cut into tiles (RVTC)"),
+        )
+        if used
+    ]
+    if not steps:
+        return "A vision-language model."
+    return f"A vision-language model whose visual tokens are compressed {' and '.join(steps)}."
 
 
 def _data(plan: ExportPlan) -> str:
-    """The data sets that a meta.json names, with their records, if it is still where it was."""
+    """The data sets of a meta.json or a prepared directory, with their records, if it is still where it was."""
     data = plan.arguments.get("data")
     if not plan.iteration or not data:
         return "not recorded"
     try:
-        sets = read_object(Path(data))
-        named = [
-            f"{name} ({entry['length']} records)" if "length" in entry else name
-            for name, entry in sets.items()
-        ]
-    except (ConversionError, TypeError):
+        sets = _prepared(Path(data)) if Path(data).is_dir() else _listed(Path(data))
+    except (ConversionError, AttributeError, KeyError, TypeError, ValueError):
         return Path(data).name
-    more = f" and {len(named) - 20} more" if len(named) > 20 else ""
-    return f"{Path(data).name}: {', '.join(named[:20])}{more}"
+    more = f" and {len(sets) - 20} more" if len(sets) > 20 else ""
+    return f"{Path(data).name}: {', '.join(sets[:20])}{more}"
+
+
+def _listed(meta: Path) -> list[str]:
+    return [
+        _set(name, entry.get("length"), entry.get("repeat_time", 1))
+        for name, entry in read_object(meta).items()
+    ]
+
+
+def _prepared(directory: Path) -> list[str]:
+    from megatron_internvlx.data.prepare import prepared_sets
+
+    return [
+        _set(report["name"], report["train"], report["repeat_time"]) for report in prepared_sets(directory)
+    ]
+
+
+def _set(name: str, records: int | None, repeat: float) -> str:
+    facts = [f"{records} records"] if records is not None else []
+    facts += [f"{repeat:g} times"] if repeat != 1 else []
+    return f"{name} ({', '.join(facts)})" if facts else name
 
 
 def _training(plan: ExportPlan) -> str:
@@ -224,5 +283,6 @@ def _training(plan: ExportPlan) -> str:
     return facts + (f", frozen: {', '.join(frozen)}" if frozen else "")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file for people: indented, in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

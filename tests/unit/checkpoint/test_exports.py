@@ -11,6 +11,7 @@ from megatron_internvlx.checkpoint.exporter import plan_export, write_files
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card
+from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from tests.converting import FAMILIES, Named, lvtc_config, make_directory
 
 
@@ -71,3 +72,25 @@ def test_model_card_says_configuration_data_and_training(checkpoints, tmp_path: 
     meta.write_text("[]")
     assert "| Data | meta.json |" in model_card(replace(plan, arguments=plan.arguments | facts, iteration=12))
     assert "none after import" in model_card(plan)
+
+
+def test_model_card_names_the_sets_of_a_prepared_directory(checkpoints, tmp_path: Path) -> None:
+    """What the recipes train on, with the records that are left of each set, and its repetitions."""
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]
+    meta = {}
+    for name, records, repeat in (("charts", 4, 1), ("scenes", 3, 2.5)):
+        lines = [json.dumps({"id": i, "conversations": turns}) for i in range(records)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        meta[name] = {"root": ".", "annotation": f"{name}.jsonl", "length": records, "repeat_time": repeat}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    prepared = tmp_path / "prepared"
+    prepare(tmp_path / "meta.json", prepared, PrepareSettings(validation=0.25))
+    plan = plan_export(checkpoints["lvtc"])
+    for data in (prepared, tmp_path / "meta.json"):
+        card = model_card(replace(plan, arguments=plan.arguments | {"data": str(data)}, iteration=12))
+        counts = (3, 2) if data == prepared else (4, 3)
+        said = f"charts ({counts[0]} records), scenes ({counts[1]} records, 2.5 times)"
+        assert f"| Data | {data.name}: {said} |" in card
+    (prepared / "prepared.json").write_text('{"sets": [{"name": "charts"}]}')
+    card = model_card(replace(plan, arguments=plan.arguments | {"data": str(prepared)}, iteration=12))
+    assert "| Data | prepared |" in card
