@@ -34,7 +34,7 @@ test-slurm: setup
 	@$(PYTHON) -m pytest -rs tests/slurm/scenarios.py
 
 test-gpu: setup
-	@$(PYTHON) -m pytest -m gpu
+	@$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 lint: setup
 	@$(PYTHON) -m ruff check .

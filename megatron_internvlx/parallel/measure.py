@@ -1,8 +1,9 @@
 """Times the real layers of a model on this machine: the planner's measured profile.
 
 A model with one layer of each kind runs through our own modules, part by part, each part's
-backward pass right after its forward pass. Under torchrun with as many ranks as tensor parallelism,
-the times include its communication.
+backward pass right after its forward pass. Under torchrun with as many ranks as tensor (or expert)
+parallelism, the times include its communication. Selective recomputation happens inside a layer, so the times
+include it; full recomputation is added by `with_recomputation`.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def reduce_to_kinds(args: argparse.Namespace, kinds: list[str]) -> None:
         raise ValueError("a model whose every layer is deep has no expansion to measure")
     args.pipeline_model_parallel_size, args.pipeline_model_parallel_layout = 1, None
     args.virtual_pipeline_model_parallel_size = args.num_layers_per_virtual_pipeline_stage = None
-    args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
-    args.global_batch_size = args.micro_batch_size = 1
+    if args.recompute_granularity == "full":
+        args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
+    args.micro_batch_size, args.global_batch_size = 1, max(args.world_size // args.tensor_model_parallel_size, 1)
     args.use_distributed_optimizer = args.overlap_grad_reduce = args.overlap_param_gather = False
     args.dry_run = False
 

@@ -45,7 +45,9 @@ from megatron_internvlx.training.memory import Layout, StateSizes, rank_state  #
 from megatron_internvlx.training.shape import ModelShape  # noqa: E402
 
 LVTC = CompressionPlan("pvtc", "v2", 0.1, (2, 4), 2, 4, 8, 64, "bilinear")
-BRUTE_FORCE = 5_000  # splits at most; above that the bounds are tested instead
+BRUTE_FORCE = 300_000  # splits at most; above that the search must prove its result by bounds
+# The search is cut here, and says so. With more stages than layers, nearly all splits are nearly equal.
+CUT = {(8, 2, 10), (8, 2, 13), (8, 2, 14)}
 
 
 def depth_aware(layers: int, seed: int) -> LayerCosts:
@@ -79,14 +81,22 @@ CASES = [(p, v) for p in range(1, 9) for v in (1, 2) if p > 1 or v == 1]
 
 @pytest.mark.parametrize("pipeline,chunks", CASES)
 def test_no_split_is_faster(pipeline: int, chunks: int) -> None:
+    """All of PP <= 8, VPP <= 2, L <= 16: 212 of the 240 cases against every split there is."""
     schedule = schedules(pipeline, chunks)
     for layers in range(1, 17):
-        if math.comb(layers + schedule.stages - 1, schedule.stages - 1) > BRUTE_FORCE:
-            break
+        if (pipeline, chunks, layers) in CUT:
+            continue
         costs = depth_aware(layers, seed=pipeline)
-        everything = Problem(costs, schedule).seconds(every_split(layers, schedule.stages))
         plan = find_plan(costs, schedule)
-        assert plan.proven and plan.seconds == pytest.approx(everything.min(), rel=1e-12)
+        assert plan.proven
+        if math.comb(layers + schedule.stages - 1, schedule.stages - 1) <= BRUTE_FORCE:
+            everything = Problem(costs, schedule).seconds(every_split(layers, schedule.stages))
+            assert plan.seconds == pytest.approx(everything.min(), rel=1e-12)
+
+
+def test_a_cut_search_says_so() -> None:
+    plan = find_plan(depth_aware(10, seed=8), schedules(8, 2), frontier=1_000)
+    assert not plan.proven
 
 
 @pytest.mark.parametrize("pipeline,chunks", [case for case in CASES if case[0] > 1])
@@ -109,12 +119,6 @@ def test_bounds_never_exceed_the_simulation(pipeline: int, chunks: int) -> None:
             for limit in (np.median(seconds), seconds.max() * 1.01):
                 bound = problem.quick_bound(partial, ranks, float(limit))
                 assert (bound <= seconds * (1 + 1e-12))[seconds < limit].all()
-
-
-@pytest.mark.parametrize("pipeline", [4, 7, 8])
-def test_the_largest_cases_are_proven(pipeline: int) -> None:
-    for chunks in (1, 2):
-        assert find_plan(depth_aware(16, seed=pipeline), schedules(pipeline, chunks)).proven
 
 
 def test_plan_beats_even_layers() -> None:

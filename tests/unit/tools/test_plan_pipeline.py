@@ -1,5 +1,6 @@
 """The planner's command, in this process: Megatron's globals are put back after each run."""
 
+import json
 import os
 import sys
 
@@ -48,6 +49,22 @@ def test_plan(command, tmp_path) -> None:
 def test_one_stage_needs_no_layout(command) -> None:
     code, out, _ = command("--pipeline", "1", "--micro-batches", "8")
     assert code == 0 and "no --pipeline-model-parallel-layout is needed" in out
+
+
+@pytest.mark.parametrize("experts", [(), ("--num-experts", "4", "--moe-router-topk", "2")])
+def test_plan_from_a_measured_profile(command, tmp_path, experts: tuple[str, ...]) -> None:
+    profile = tmp_path / "profile.json"
+    recompute = ("--recompute-granularity", "selective", "--recompute-modules", "moe") if experts else ()
+    code, out, err = command("--measure", str(profile), "--repeats", "1", *experts, *recompute)
+    assert code == 0, err
+    found = json.loads(profile.read_text())
+    suffix = "_experts" if experts else ""
+    assert set(found["kinds"]) == {kind + suffix for kind in ("shallow", "expand", "deep", "inject")}
+    times = [found["first"], found["last"], *found["kinds"].values()]
+    assert all(part["forward"] > 0 and part["backward"] > 0 for part in times)
+    code, out, err = command("--profile", str(profile), "--pipeline", "2", "--micro-batches", "4", *experts)
+    assert code == 0, err
+    assert f"measured, {profile}" in out and "--pipeline-model-parallel-layout 'E" in out
 
 
 def test_gpus(command) -> None:
