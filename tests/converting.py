@@ -36,17 +36,22 @@ MOE = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
     "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 SIX_B = {"norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True, "initializer_factor": 0.1}
 
 
-def _chat(
+def internvl(
     architecture: str,
     kind: str,
     *,
     vision: dict[str, Any] | None = None,
     dtype: str = "float32",
     **decoder: Any,
-):
+) -> dict[str, Any]:
+    """The released format, with the MLP projector."""
     return {
         "model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5,
         "ps_version": "v2", "select_layer": -1, "template": "Hermes-2", "force_image_size": 16,
@@ -56,11 +61,13 @@ def _chat(
     }  # fmt: skip
 
 
-def _native(dtype: str = "float32", **text: Any) -> dict[str, Any]:
+def native(dtype: str = "float32", *, vision: dict[str, Any] | None = None, **text: Any) -> dict[str, Any]:
+    """transformers' own format."""
     vision = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
         "patch_size": [4, 4], "image_size": [16, 16], "attention_bias": True, "use_qk_norm": False,
         "norm_type": "layer_norm", "layer_scale_init_value": 0.1, "model_type": "internvl_vision",
+        **(vision or {}),
     }  # fmt: skip
     text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **DECODER, **text}
     return {
@@ -70,27 +77,35 @@ def _native(dtype: str = "float32", **text: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lvtc_config(family: str = "qwen2") -> dict[str, Any]:
-    """Our remote-code format, with an expansion and a further injection."""
-    classes = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM"}
-    config = _chat(classes[family], family, **({"bias": False} if family == "internlm2" else {}))
-    compression = {
+def with_lvtc(config: dict[str, Any], **compression: Any) -> dict[str, Any]:
+    """Our remote-code format of a model, with an expansion and a further injection."""
+    settings = {
         "projector": "pvtc", "expand_layer": 1, "inject_layers": [2], "low_ratio": 0.25, "high_ratio": 0.5,
-        "upsample": "bilinear", "pixel_shuffle_version": "v2",
+        "upsample": "bilinear", "pixel_shuffle_version": "v2", **compression,
     }  # fmt: skip
-    return config | {"model_type": "internvlx", "compression": compression}
+    return config | {"model_type": "internvlx", "compression": settings}
 
 
+def lvtc_config() -> dict[str, Any]:
+    """The remote-code format of a Qwen2 model."""
+    return with_lvtc(internvl("Qwen2ForCausalLM", "qwen2"))
+
+
+INTERNLM2 = internvl("InternLM2ForCausalLM", "internlm2", bias=False)
 FAMILIES: dict[str, dict[str, Any]] = {
-    "internvlx": _chat("InternLM2ForCausalLM", "internlm2", bias=False) | {"pvtc": True},
-    "internlm2": _chat("InternLM2ForCausalLM", "internlm2", bias=False, dtype="bfloat16"),
-    "qwen2_tied": _chat("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, vision=SIX_B),
-    "qwen3": _chat("Qwen3ForCausalLM", "qwen3", head_dim=16, dtype="bfloat16"),
-    "llama": _chat("LlamaForCausalLM", "llama"),
-    "qwen3_moe": _chat("Qwen3MoeForCausalLM", "qwen3_moe", head_dim=16, **MOE),
-    "native": _native(),
+    "internvlx": INTERNLM2 | {"pvtc": True},
+    "internlm2": internvl("InternLM2ForCausalLM", "internlm2", bias=False, dtype="bfloat16"),
+    "qwen2_tied": internvl("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True, vision=SIX_B),
+    "qwen3": internvl("Qwen3ForCausalLM", "qwen3", head_dim=16, dtype="bfloat16"),
+    "llama": internvl("LlamaForCausalLM", "llama"),
+    "qwen3_moe": internvl("Qwen3MoeForCausalLM", "qwen3_moe", head_dim=16, **MOE),
+    "native": native(),
+    "native_old": native() | {"old": True},
     "lvtc": lvtc_config(),
+    "lvtc_internlm2": with_lvtc(INTERNLM2),
 }
+MARKS = ("pvtc", "old")
+"""Keys of a family that are for `make_directory`, and stand in no config.json."""
 
 
 class Named:
@@ -107,11 +122,12 @@ def make_directory(
     folder: Path, config: dict[str, Any], *, shards: int = 1, scale: float = 1.0, tokenizer: bool = False
 ) -> Path:
     """Write a directory with random weights; `scale` multiplies matrices. Returns `folder`."""
-    config = dict(config)
-    pvtc = config.pop("pvtc", False) or config["model_type"] == "internvlx"
+    pvtc = config.get("pvtc") or config["model_type"] == "internvlx"
     marks = ["projector.cls_scale"] if pvtc else []
-    native = config["model_type"] == "internvl"
-    ours = model_config(config, Named(*marks, *(["model."] if native else [])))
+    if config["model_type"] == "internvl" and not config.get("old"):
+        marks.append("model.")
+    config = {key: value for key, value in config.items() if key not in MARKS}
+    ours = model_config(config, Named(*marks))
     generator = torch.Generator().manual_seed(3)
     dtype = getattr(torch, ours.dtype)
     sizes = dims(ours.arguments, ours.family)

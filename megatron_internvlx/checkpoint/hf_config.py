@@ -48,7 +48,8 @@ FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-# Settings that change the numbers and that our decoder does not have: (key, the values that are fine).
+# Settings that change the numbers and that our decoder does not have: (key, the values that are fine). None is a
+# key that is left out: fine where the default of transformers' class is.
 _REFUSED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "internlm2": (("bias", (False,)),),
     "qwen2": (("use_sliding_window", (False, None)),),
@@ -231,11 +232,9 @@ def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
             f"{', '.join(FAMILIES.values())} can be imported"
         )
     for key, fine in _REFUSED[family]:
-        default = True if (family, key) in (("internlm2", "bias"), ("qwen3_moe", "norm_topk_prob")) else None
-        if text.get(key, default) not in fine:
-            raise ConversionError(
-                f"config.json: {where}.{key} = {text.get(key, default)!r} is not supported by this decoder"
-            )
+        if text.get(key) not in fine:
+            value = repr(text[key]) if key in text else "its default, as it is left out,"
+            raise ConversionError(f"config.json: {where}.{key} = {value} is not supported by this decoder")
     if text.get("hidden_act", "silu") != "silu":
         raise ConversionError(
             f"config.json: {where}.hidden_act {text['hidden_act']!r}: only silu is supported"

@@ -22,7 +22,18 @@ from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.normalize import normalize_tiles
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.hf.processing_internvlx import tile_grid as remote_tile_grid
-from tests.converting import TOKENIZER, lvtc_config, make_directory, read_all
+from tests.converting import (
+    INTERNLM2,
+    LLAMA3_ROPE,
+    MOE,
+    SIX_B,
+    TOKENIZER,
+    internvl,
+    lvtc_config,
+    make_directory,
+    read_all,
+    with_lvtc,
+)
 from tests.distributed import Pool
 from tests.parallel.test_verify import run
 
@@ -75,10 +86,36 @@ def prompts(processor) -> tuple[list[str], list[list[Image.Image]]]:
 
 # --------------------------------------------------------------------------------- against Megatron
 
+COMPRESSED = {"projector": "pvtc", "expand_layer": 1, "inject_layers": [2], "low_ratio": 0.25}
+# Directory, and what its import changes. Between them they have every part that hf/ has in two kinds.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "internlm2": (INTERNLM2, COMPRESSED),
+    "qwen3_6b_vision": (
+        with_lvtc(internvl("Qwen3ForCausalLM", "qwen3", head_dim=16, vision=SIX_B), upsample="nearest"), {}
+    ),
+    "qwen3_moe": (
+        with_lvtc(internvl("Qwen3MoeForCausalLM", "qwen3_moe", head_dim=16, **MOE), inject_layers=[2, 3]), {}
+    ),
+    "llama3_mlp": (
+        with_lvtc(
+            internvl("LlamaForCausalLM", "llama", rope_theta=500000.0, rope_scaling=LLAMA3_ROPE), projector="mlp"
+        ),
+        {},
+    ),
+    "qwen2_tied_v1": (
+        with_lvtc(
+            internvl("Qwen2ForCausalLM", "qwen2", tie_word_embeddings=True) | {"select_layer": -2},
+            pixel_shuffle_version="v1",
+        ),
+        {},
+    ),
+}  # fmt: skip
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=["one", "tp2_pp2"])
-def test_logits_equal_megatron(pool: Pool, exported: Path, model, processor, tmp_path: Path, layout) -> None:
 
+def compare(pool: Pool, checkpoint: Path, exported: Path, layout: Layout, out: Path) -> None:
+    """Logits and loss of the prompts: Megatron from the checkpoint, transformers from its export."""
+    model = AutoModel.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
     texts, images = prompts(processor)
     inputs = processor(images=images, text=texts)
     labels = inputs["input_ids"].clone()
@@ -86,14 +123,30 @@ def test_logits_equal_megatron(pool: Pool, exported: Path, model, processor, tmp
     with torch.no_grad():
         ours = model(**inputs, labels=labels)
     case = {name: tensor.contiguous() for name, tensor in inputs.items()} | {"labels": labels}
-    save_file(case, tmp_path / "case.safetensors")
+    save_file(case, out / "case.safetensors")
     request = Request(
-        "", str(tmp_path / "case.safetensors"), layout, False, model.config.image_token_id, hf=str(exported)
+        "", str(out / "case.safetensors"), layout, False, model.config.image_token_id, load=str(checkpoint)
     )
-    found = run(pool, request, tmp_path / "out.safetensors")
+    found = run(pool, request, out / "out.safetensors")
     keep = inputs["attention_mask"].bool()
     assert (found["logits"][keep] - ours.logits[keep]).abs().max() < 1e-4
     assert abs(float(found["loss"][0]) - float(ours.loss)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)], ids=["one", "tp2_pp2"])
+def test_logits_equal_megatron(pool: Pool, exported: Path, tmp_path: Path, layout: Layout) -> None:
+    compare(pool, exported.parent / "ck", exported, layout, tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_every_family_equal_megatron(pool: Pool, tmp_path: Path, name: str) -> None:
+    config, changes = MODELS[name]
+    source = make_directory(tmp_path / "source", config, tokenizer=True)
+    import_checkpoint(
+        source, tmp_path / "ck", changes=changes, init_missing=bool(changes), processes=1, quiet=True
+    )
+    export_checkpoint(tmp_path / "ck", tmp_path / "hf", processes=1, quiet=True)
+    compare(pool, tmp_path / "ck", tmp_path / "hf", Layout(), tmp_path)
 
 
 # -------------------------------------------------------------------------------------- generation

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import (
+    _REFUSED,
     dims,
     family_of,
     model_config,
@@ -15,7 +17,7 @@ from megatron_internvlx.checkpoint.hf_config import (
 )
 from megatron_internvlx.checkpoint.hf_write import chat_config
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
-from tests.converting import FAMILIES, Named, lvtc_config
+from tests.converting import FAMILIES, MARKS, Named, lvtc_config
 from tests.golden_weights import GOLDEN
 
 
@@ -24,8 +26,15 @@ def read(config: dict[str, Any], *names: str):
 
 
 def changed(family: str, part: str | None = None, **fields: Any) -> dict[str, Any]:
-    config = json.loads(json.dumps({k: v for k, v in FAMILIES[family].items() if k != "pvtc"}))
+    config = json.loads(json.dumps({k: v for k, v in FAMILIES[family].items() if k not in MARKS}))
     (config[part] if part else config).update(fields)
+    return config
+
+
+def left_out(family: str, key: str) -> dict[str, Any]:
+    """The config.json without a setting of the decoder."""
+    config = changed(family)
+    del config["llm_config"][key]
     return config
 
 
@@ -38,7 +47,9 @@ def changed(family: str, part: str | None = None, **fields: Any) -> dict[str, An
         (changed("qwen2_tied", "llm_config", use_sliding_window=True), "use_sliding_window"),
         (changed("llama", "llm_config", hidden_act="gelu"), "only silu"),
         (changed("llama", "llm_config", rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling"),
-        (changed("qwen3_moe", "llm_config", norm_topk_prob=False), "norm_topk_prob"),
+        (changed("qwen3_moe", "llm_config", norm_topk_prob=False), "norm_topk_prob = False is not"),
+        (left_out("qwen3_moe", "norm_topk_prob"), "norm_topk_prob = its default, as it is left out, is not"),
+        (left_out("internlm2", "bias"), "llm_config.bias = its default"),
         (changed("llama", force_image_size=32), "force_image_size 32"),
         (changed("llama", "vision_config", hidden_act="relu"), "hidden_act"),
         (changed("native", vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
@@ -48,6 +59,13 @@ def changed(family: str, part: str | None = None, **fields: Any) -> dict[str, An
 def test_what_is_not_supported_says_so(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         read(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
+def test_a_setting_that_is_left_out_is_the_default_of_transformers(family: str) -> None:
+    theirs = AutoConfig.for_model(family)
+    for key, fine in _REFUSED[family]:
+        assert (None in fine) is (getattr(theirs, key) in fine), key
 
 
 def test_dynamic_rope_scaling_is_plain_within_the_trained_length() -> None:
@@ -82,7 +100,7 @@ def test_older_native_names() -> None:
     assert read(changed("native"), "vision_tower.embeddings.cls_token").layout == "native_old"
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("native", "lvtc")])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f]["model_type"] == "internvl_chat"])
 def test_written_config_reads_the_same(family: str) -> None:
     marks = ["projector.cls_scale"] if family == "internvlx" else []
     found = read(changed(family), *marks)

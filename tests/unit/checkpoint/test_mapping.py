@@ -1,4 +1,7 @@
-"""The names of the table are those of the released models and of transformers' classes."""
+"""The names of the table are those of the released models and of transformers' classes.
+
+Those of Qwen3-MoE, which transformers stacks when it reads them, are proven by reading: `parity/test_transformers.py`.
+"""
 
 import json
 from typing import Any
@@ -10,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from megatron_internvlx.checkpoint.hf_config import dims, model_config
 from megatron_internvlx.checkpoint.mapping import output_names, table
 from megatron_internvlx.checkpoint.torch_dist import location
-from tests.converting import FAMILIES, Named, _native
+from tests.converting import FAMILIES, MARKS, Named, native
 from tests.golden_weights import GOLDEN, MANIFEST
 
 
@@ -40,7 +43,7 @@ def test_decoder_names_are_those_of_transformers(family: str) -> None:
 
 
 def test_native_names_are_those_of_transformers() -> None:
-    config = _native(use_qk_norm=True)
+    config = native(vision={"use_qk_norm": True})
     text = {k: v for k, v in config["text_config"].items() if k != "architectures"}
     full = AutoConfig.for_model(**{**config, "text_config": text})
     with torch.device("meta"):
@@ -51,7 +54,7 @@ def test_native_names_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_named_twice(family: str) -> None:
-    config = {k: v for k, v in FAMILIES[family].items() if k != "pvtc"}
+    config = {k: v for k, v in FAMILIES[family].items() if k not in MARKS}
     ours = model_config(config, Named("projector.cls_scale"))
     entries = table(dims(ours.arguments, ours.family), ours.layout)
     theirs = [name for entry in entries for name in entry.theirs]
