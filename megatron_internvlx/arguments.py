@@ -41,6 +41,7 @@ from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
+from megatron_internvlx.training.start import check_start
 
 # What every run of ours needs from Megatron, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
@@ -351,7 +352,7 @@ def parse() -> argparse.Namespace:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Checkpoints to read are there, and what a run writes can be written. Raises ValueError.
+    """What a run begins from is there and named, and what it writes can be written. Raises ValueError.
 
     Of the ranks the first one looks.
     """
@@ -360,6 +361,7 @@ def check_paths(args: argparse.Namespace) -> None:
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if path and path != args.save and "://" not in path and not Path(path).is_dir():
             raise ValueError(f"{flag} {path}: no such directory")
+    check_start(args)
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
     files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
     folders |= {flag: str(Path(path).absolute().parent) for flag, path in files.items() if path}
