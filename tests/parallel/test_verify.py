@@ -5,6 +5,7 @@ remote code see `parity/test_remote_code.py`. 1e-4 is what the user is promised.
 """
 
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -22,6 +23,7 @@ from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.verify import Layout, Request, verify
 from tests.distributed import Pool
 from tests.golden_weights import GOLDEN
+from tools.convert_checkpoint import main
 
 MODELS = GOLDEN / "models"
 TOLERANCE = 1e-4
@@ -89,23 +91,57 @@ def test_text_only_from_a_checkpoint(pool: Pool, tmp_path: Path) -> None:
     assert not found["vision_model.encoder.layers.0.attn.qkv.weight"].any()
 
 
-def test_a_wrong_conversion_is_seen(pool: Pool, tmp_path: Path) -> None:
-    """Keys and values of one layer swapped: all shapes fit, and the numbers say so."""
+def keys_for_values(folder: Path) -> Path:
+    """A directory with keys and values of one layer swapped: all shapes fit."""
     source = MODELS / "qwen2_tiny"
     weights = load_file(source / "model.safetensors")
     layer = "language_model.model.layers.1.self_attn."
     for kind in ("weight", "bias"):
         k, v = f"{layer}k_proj.{kind}", f"{layer}v_proj.{kind}"
         weights[k], weights[v] = weights[v], weights[k]
-    (tmp_path / "hf").mkdir()
-    save_file(weights, tmp_path / "hf" / "model.safetensors")
-    (tmp_path / "hf" / "config.json").write_bytes((source / "config.json").read_bytes())
-    inputs = source / "case_single.inputs.safetensors"
-    request = Request("", str(inputs), Layout(), False, None, hf=str(tmp_path / "hf"))
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def test_a_wrong_conversion_is_seen(pool: Pool, tmp_path: Path) -> None:
+    inputs = MODELS / "qwen2_tiny" / "case_single.inputs.safetensors"
+    wrong = keys_for_values(tmp_path / "hf")
+    request = Request("", str(inputs), Layout(), False, None, hf=str(wrong))
     found = run(pool, request, tmp_path / "out.safetensors")
     worst = {d.name: d.worst for d in compare(load_case(inputs), found)}
     assert worst["logits"] > 100 * TOLERANCE
     assert worst["projector_output"] < TOLERANCE
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_command_on_two_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of its own, with a table for people and the tensors in a file."""
+    source, out = MODELS / "internlm2_tiny", tmp_path / "out.safetensors"
+    inputs = source / "case_train.inputs.safetensors"
+    token = load_case(inputs).image_token(4, None)
+    command = ["verify", "--hf", str(source), "--inputs", str(inputs), "--out", str(out), "--grads"]
+    assert main([*command, "--pipeline-model-parallel-size", "2", "--image-token-id", str(token)]) == 0
+    said = capsys.readouterr().out
+    for name in ("logits", "loss", "vit_last_hidden_state", "projector_output"):
+        assert re.search(rf"^{name} +\d\.\d\de[+-]\d\d +\d", said, re.M), said
+    (count,) = re.findall(r"^all (\d+) expected tensors agree within 0.0001$", said, re.M)
+    assert int(count) == 4 + len(load_file(source / "case_train.grads.safetensors"))
+    assert f"{out}: {len(load_file(out))} tensors" in said
+
+
+def test_command_on_a_wrong_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = MODELS / "qwen2_tiny" / "case_single.inputs.safetensors"
+    command = ["verify", "--hf", str(keys_for_values(tmp_path / "hf")), "--inputs", str(inputs)]
+    assert main([*command, "--out", str(tmp_path / "a.safetensors")]) == 1
+    assert "2 of 4 tensors differ by more than 0.0001" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "b.safetensors"), "--tolerance", "100"]) == 0
+    assert "all 4 expected tensors agree within 100" in capsys.readouterr().out
+    assert main([*command, "--out", str(tmp_path / "c.safetensors"), "--image-token-id", "3"]) == 2
+    assert "image placeholders (id 3)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["case_mismatch_fewer_ctx", "case_mismatch_more_ctx"])
