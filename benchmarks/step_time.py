@@ -22,10 +22,10 @@ QUICK = {
     "hidden": 128, "layers": 8, "heads": 4, "kv_heads": 4, "ffn": 352, "vocab": 512, "expand": 4,
 }  # fmt: skip
 # The decoder is deep and the vision encoder small, as in the released models: the decoder's share of
-# the FLOPs of a tile is three quarters.
+# the FLOPs of a tile is three quarters. The vocabulary has a tenth of the decoder's parameters, as there.
 FULL = {
     "image": 448, "patch": 14, "vision_hidden": 256, "vision_layers": 4, "vision_heads": 4, "vision_ffn": 1024,
-    "hidden": 512, "layers": 24, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 4096, "expand": 12,
+    "hidden": 512, "layers": 24, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 16384, "expand": 12,
 }  # fmt: skip
 EQUAL = [[(1, 64), (1, 64)]]
 MIXED = [[(2, 32), (1, 32), (1, 96), (0, 160)]]
