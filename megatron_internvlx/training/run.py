@@ -78,7 +78,9 @@ class Run:
             "at the end of the step, where it waits for the others" if self.stop.waiting else self.step.doing
         )
         doing = "saving a checkpoint" if self.saving else doing
-        return Position(getattr(self.args, "curr_iteration", 0) + 1, self.step.passes, doing)
+        # Megatron sets the first when training begins, the second when a checkpoint was loaded.
+        done = getattr(self.args, "curr_iteration", getattr(self.args, "iteration", 0))
+        return Position(done + 1, self.step.passes, doing)
 
     def before(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
         """The model provider, preceded by the choice of a checkpoint.

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +179,20 @@ def test_weights_are_not_thrown_away_with_the_place_in_the_data(launch_packed, u
     assert "--restart-data" in results[0]["err"]
     assert resume.iterations(tmp_path) == resume.iterations(unbroken_packed.save)
     assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
+
+
+def test_a_place_in_the_data_is_wanted_of_the_loader_that_has_one(unbroken, unbroken_packed, tmp_path):
+    from megatron_internvlx.training.loaders import position_fault  # imports Energon
+
+    def found(save: Path) -> str | None:
+        return position_fault(Namespace(save=str(save), load=None, dataloader_save=None), STEPS)
+
+    assert found(unbroken.save) is None  # the simple loader counts samples
+    assert found(unbroken_packed.save) is None
+    shutil.copytree(unbroken_packed.save, tmp_path, dirs_exist_ok=True)
+    place = sorted((tmp_path / "loader" / f"iter_{STEPS:07d}").rglob("*.pt"))[1]
+    os.truncate(place, place.stat().st_size - 1)
+    assert "is cut off" in (found(tmp_path) or "")
 
 
 def test_a_run_without_progress_gives_up(launch, unbroken, tmp_path):
