@@ -1,7 +1,9 @@
+# NOT BUILT YET: written from the documentation of its parts, on a machine without docker. Expect to mend it.
+#
 # The environment of a cluster, on NVIDIA's PyTorch image (nvidia/pytorch, of 2026 or later: Python 3.12 with
 # PyTorch, NCCL, Transformer Engine, flash-attn, DALI and apex built for each other):
 #
-#   docker build --build-arg BASE_IMAGE=<that image> -t internvlx .
+#   docker build --build-arg BASE_IMAGE=<that image> --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t internvlx .
 #   docker run --rm --gpus all --ipc host internvlx make demo
 #   docker run --rm --gpus all --ipc host internvlx make test
 ARG BASE_IMAGE
@@ -12,6 +14,8 @@ FROM ${BASE_IMAGE}
 ARG APEX=0
 ARG APEX_SOURCE=
 ARG USER_ID=1000
+# The repository itself stays outside; this is what runs in MLflow are marked with.
+ARG GIT_COMMIT=
 
 WORKDIR /opt/internvlx
 COPY setup.py constraints.txt README.md ./
@@ -35,6 +39,7 @@ RUN if [ "$APEX" = 1 ] && ! .venv/bin/python -c 'import apex' 2>/dev/null; then 
     fi
 
 COPY . .
+RUN if [ -n "$GIT_COMMIT" ]; then echo "$GIT_COMMIT" > .git_commit; fi
 RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation -e . \
  && touch .venv/.installed \
  && useradd --create-home --uid "$USER_ID" trainer 2>/dev/null || useradd --create-home trainer; \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draw a small data set, train a tiny InternVL-X on two CPU ranks, answer held-out questions.
+# Draw a small data set, train a tiny InternVL-X on two ranks (CPU, or a GPU each), answer held-out questions.
 # Further arguments go to pretrain_vlm.py:  bash examples/demo/run.sh --train-iters 100
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -8,9 +8,12 @@ out=${DEMO_OUT:-runs/demo}
 
 "$python" tools/make_demo_data.py --out "$out/data"
 rm -rf "$out/checkpoints"
+# NCCL refuses two ranks on one GPU: a single one trains without a pipeline.
+ranks=2
+if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then ranks=1; fi
 # One thread per rank: two ranks share two cores.
-OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_vlm.py \
-  --recipe examples/demo/demo.yaml \
+OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node $ranks pretrain_vlm.py \
+  --recipe examples/demo/demo.yaml --pipeline-model-parallel-size $ranks \
   --data "$out/data/meta.json" --valid-data "$out/data/meta_val.json" \
   --tokenizer-model "$out/data/tokenizer" \
   --save "$out/checkpoints" \

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def patch_torch() -> None:
     """Apply the patches of torch; must run before Megatron is imported."""
     if "OMP_NUM_THREADS" not in os.environ:
         _share_cores()
+    _without_cuda_packages()
     _no_compilation()
     _allocate_on_cpu()
     _move_to_cpu()
@@ -62,6 +64,18 @@ def _share_cores() -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+
+def _without_cuda_packages() -> None:
+    """Transformer Engine and apex cannot be imported, where they are installed.
+
+    Megatron takes their fused Adam, gradient norms and scaling whenever it can import them, and those have no
+    kernels for the CPU. Without them it takes torch's.
+    """
+    for package in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            sys.modules[name] = None  # type: ignore[assignment]  # how Python marks what must not be imported
+        sys.modules[package] = None  # type: ignore[assignment]
 
 
 def _no_compilation() -> None:

@@ -1,6 +1,7 @@
 """The patches that let Megatron run without CUDA, and what they leave alone."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,31 @@ def test_torch_compiler_can_be_imported() -> None:
     """It checks all of torch's functions when imported, and refused some replacements."""
     code = "from megatron_internvlx import platform; platform.setup(); import torch._dynamo"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", ["", "import transformer_engine.pytorch.optimizers, apex; "])
+def test_megatron_takes_torchs_optimizer_where_fused_ones_are_installed(
+    tmp_path: Path, imported: str
+) -> None:
+    """As in a container for GPUs, whose kernels refuse tensors of the CPU; also if something imported them."""
+    refuse = "def __getattr__(name):\n    return name\n"
+    for package in ("transformer_engine", "transformer_engine/pytorch", "apex", "apex/optimizers"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(refuse)
+    (tmp_path / "transformer_engine" / "pytorch" / "optimizers.py").write_text(refuse)
+    code = (
+        f"{imported}from megatron_internvlx import platform; platform.setup(); "
+        "import torch; from megatron.core import optimizer; "
+        "from megatron.core.optimizer import clip_grads, distrib_optimizer as distributed; "
+        "assert optimizer.Adam is torch.optim.AdamW and optimizer.USING_PYTORCH_OPTIMIZER; "
+        "assert distributed.Adam is torch.optim.Adam and not distributed.HAVE_APEX_OR_TE; "
+        "assert clip_grads.l2_norm_impl.__module__ == 'megatron.core.utils', clip_grads.l2_norm_impl"
+    )
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], env=os.environ | paths
+    )
 
 
 def test_argument_defaults_are_arguments_of_megatron() -> None:
