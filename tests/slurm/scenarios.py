@@ -52,7 +52,9 @@ def demo(tmp_path_factory) -> Path:
 class Job:
     """One job of train.sbatch, and what it did."""
 
-    def __init__(self, cluster: dict, demo: Path, save: Path, **environment: str) -> None:
+    def __init__(
+        self, cluster: dict, demo: Path, save: Path, arguments: tuple[str, ...] = (), **environment: str
+    ) -> None:
         self.cluster, self.save = cluster, save
         self.log = save.parent / f"{save.name}.out"
         values = {
@@ -68,7 +70,7 @@ class Job:
             "SHUTDOWN_SECONDS": "10",
             **environment,
         }
-        arguments = (
+        settings = (
             "--loader-workers 0 --log-interval 1 --eval-iters 0 --micro-batch-size 1 --global-batch-size 4 "
             f"--max-tiles 2 --train-iters {STEPS} --lr-decay-iters {STEPS} --save-interval {EVERY}"
         ).split()
@@ -82,7 +84,7 @@ class Job:
             "examples/slurm/train.sbatch",
         ]
         done = subprocess.run(
-            [*command, *arguments],
+            [*command, *settings, *arguments],
             env=cluster | {key: str(value) for key, value in values.items()},
             cwd=REPOSITORY, capture_output=True, text=True, timeout=30,
         )  # fmt: skip
@@ -161,22 +163,44 @@ def test_cancelled_job_goes_on_when_submitted_again(cluster, demo, unbroken, tmp
     job.run("scancel", job.id)
     job.until_state("CANCELLED")
     job.until(lambda: not job.ranks(), "end of the ranks")
+    reached = resume.newest_complete(job.save)[0]
+    assert reached is not None and reached > EVERY  # saved on SIGTERM, after the last regular checkpoint
     again = Job(cluster, demo, tmp_path / "run")
     check(again, unbroken)
-    assert "resuming from" in again.text()
+    assert f"resuming from {resume.directory(job.save, reached)}" in again.text()
 
 
-def test_killed_rank_is_restarted(cluster, demo, unbroken, tmp_path):
-    job = Job(cluster, demo, tmp_path / "run")
+def test_killed_and_stopped_ranks_are_restarted(cluster, demo, unbroken, tmp_path):
+    job = Job(cluster, demo, tmp_path / "run", ("--stall-minutes", "0.5"))
     job.until_step(EVERY + 1)
     os.kill(job.ranks()[-1], signal.SIGKILL)
+    going_on = f"resuming from {resume.directory(job.save, EVERY)}"
+    again = re.compile(rf"{re.escape(going_on)}.* step +{EVERY + 1}/{STEPS} ", re.S)
+    job.until(lambda: again.search(job.text().replace("\n", " ")), "step after the restart")
+    victim = job.ranks()[0]
+    os.kill(victim, signal.SIGSTOP)
     check(job, unbroken)
-    assert f"resuming from {resume.directory(job.save, EVERY)}" in job.text()
-    assert job.shown("Restarts") == "0"  # torchrun's restart, not SLURM's
-    assert "exitcode: -9" in job.text()
+    said = job.text()
+    assert said.count(going_on) == 2
+    assert "exitcode: -9" in said and f"(pid {victim}) has given no sign of life" in said
+    assert job.shown("Restarts") == "0"  # torchrun's restarts, not SLURM's
 
 
-def test_drained_node_is_waited_for(cluster, demo, unbroken, tmp_path):
+def test_job_of_a_dead_node_is_requeued(cluster, demo, unbroken, tmp_path):
+    """SLURM gives the node up, as it does when its daemon does not answer."""
+    job = Job(cluster, demo, tmp_path / "run")
+    job.until_step(EVERY + 1)
+    job.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    job.until(lambda: job.shown("Restarts") == "1", "requeue by SLURM")
+    job.until(lambda: not job.ranks(), "end of the ranks")
+    job.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    check(job, unbroken)
+    # The other node's ranks are told to stop, and here those of the "dead" one can still save with them.
+    (reached,) = re.findall(r"resuming from .*/iter_(\d+)", job.text())
+    assert int(reached) >= EVERY
+
+
+def test_signalled_job_waits_for_a_drained_node(cluster, demo, unbroken, tmp_path):
     job = Job(cluster, demo, tmp_path / "run")
     job.until_step(1)
     job.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
