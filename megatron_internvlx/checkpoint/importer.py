@@ -38,14 +38,8 @@ from megatron_internvlx.checkpoint.target import (
     new_directory,
     run_units,
 )
-from megatron_internvlx.checkpoint.torch_dist import (
-    RELEASE,
-    TRACKER,
-    Written,
-    keys_for,
-    save_tensor,
-    write_metadata,
-)
+from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
+from megatron_internvlx.checkpoint.torch_dist_write import Written, keys_for, save_tensor, write_metadata
 from megatron_internvlx.config import check_projector
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints (`torch_dist`), read and written one tensor at a time.
+"""Megatron's distributed checkpoints (`torch_dist`), read one tensor at a time; `torch_dist_write` writes them.
 
 The format is PyTorch's distributed checkpoint: data files, and `.metadata`, which says which bytes
 of which file hold which part of which tensor. Megatron adds `metadata.json` with the name of the
@@ -13,7 +13,6 @@ is not stored.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import pickle
@@ -319,130 +318,3 @@ def _load_piece(folder: Path, piece: Piece, device: str = "cpu") -> Tensor:
             raise ConversionError(
                 f"{folder / piece.file}: broken data at byte {piece.start}: {error}"
             ) from error
-
-
-# ----------------------------------------------------------------------------------------- writing
-
-
-def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
-    """All keys under which a written tensor is to be found, and its place along the leading dimension.
-
-    The second norm of a layer with experts has two: Megatron's local and Transformer Engine layers
-    disagree about it.
-    """
-    key, place = location(full_name)
-    both = has_experts and ".pre_mlp_layernorm." in full_name
-    return ([key, full_name] if both else [key]), place
-
-
-def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
-    """Append a tensor as the format wants it; returns (start, length) in bytes."""
-    if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    start, sink = file.tell(), _Sink(file)
-    try:
-        torch.save(tensor, cast(IO[bytes], sink))
-    except RuntimeError as error:
-        # torch's archive writer hides why it could not write, such as a full disk.
-        raise sink.failure or error from error
-    return start, file.tell() - start
-
-
-class _Sink:
-    """A file that remembers why it could not be written."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a writer has put where: one entry per tensor, or slice of a stacked tensor."""
-
-    keys: tuple[str, ...]
-    place: int | None
-    """Along the leading dimension of a stacked tensor."""
-    count: int
-    """Size of that dimension; 0: not stacked."""
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-    start: int
-    length: int
-
-
-def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str, Any]) -> None:
-    """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
-
-    Args:
-        folder: holds the data files.
-        written: every tensor in them.
-        common: what Megatron finds beside tensors ("args", "iteration", ...).
-    """
-    # Here, because it takes seconds, and an export needs none of it.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    modules: set[tuple[str, int | None, int]] = set()
-    for item in written:
-        info = _StorageInfo(item.file, item.start, item.length)
-        for key in item.keys:
-            offsets, sizes, size = [0] * len(item.shape), list(item.shape), list(item.shape)
-            if item.place is not None:
-                offsets, sizes, size = [item.place, *offsets], [1, *sizes], [item.count, *size]
-            entry = tensors.setdefault(
-                key,
-                TensorStorageMetadata(TensorProperties(getattr(torch, item.dtype)), torch.Size(size), []),
-            )
-            assert isinstance(entry, TensorStorageMetadata)
-            entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            storage[MetadataIndex(key, torch.Size(offsets))] = info
-            modules.add((key.rpartition(".")[0], item.place, item.count))
-    blobs = {COMMON_KEY: [dict(common)], "extra": [None]}
-    places = {}
-    with (folder / "__common.distcp").open("wb") as file:
-        for name, value in blobs.items():
-            start = file.tell()
-            torch.save(value, file)
-            places[name] = _StorageInfo("__common.distcp", start, file.tell() - start)
-    objects = {COMMON_KEY: places[COMMON_KEY]}
-    for module, place, count in modules:
-        for name in _modules_with_state(module):
-            shard = "shard_0_1" if place is None else f"shard_{place}_{count}"
-            objects[f"{name}._extra_state/{shard}"] = places["extra"]
-    for key, info in objects.items():
-        tensors[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = info
-    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, planner_data={}, storage_data=storage)))
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(config))
-
-
-def _modules_with_state(module: str) -> Iterable[str]:
-    """Modules that ask for a (here empty) extra state: linear layers, and TE's attention and norms.
-
-    Megatron refuses a checkpoint that lacks one its model asks for, and ignores those it does not.
-    """
-    yield module
-    if module.endswith(".self_attention.linear_qkv"):
-        yield module.replace(".linear_qkv", ".core_attention")

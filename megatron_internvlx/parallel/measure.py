@@ -53,7 +53,10 @@ def reduce_to_kinds(args: argparse.Namespace, kinds: list[str]) -> None:
     args.virtual_pipeline_model_parallel_size = args.num_layers_per_virtual_pipeline_stage = None
     if args.recompute_granularity == "full":
         args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
-    args.micro_batch_size, args.global_batch_size = 1, max(args.world_size // args.tensor_model_parallel_size, 1)
+    args.micro_batch_size, args.global_batch_size = (
+        1,
+        max(args.world_size // args.tensor_model_parallel_size, 1),
+    )
     args.use_distributed_optimizer = args.overlap_grad_reduce = args.overlap_param_gather = False
     args.dry_run = False
 

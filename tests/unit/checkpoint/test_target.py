@@ -112,14 +112,14 @@ def test_full_disk_under_an_archive() -> None:
         open("/dev/full", "wb", buffering=0) as file,
         pytest.raises(OSError, match="No space left") as caught,
     ):
-        torch_dist.save_tensor(file, torch.zeros(1 << 16))
+        torch_dist_write.save_tensor(file, torch.zeros(1 << 16))
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     def full(_: Any) -> None:
         with open("/dev/full", "wb", buffering=0) as file:
-            torch_dist.save_tensor(file, torch.zeros(1 << 16))
+            torch_dist_write.save_tensor(file, torch.zeros(1 << 16))
 
     target_of = new_directory(tmp_path / "final", "mark", 1)
     with pytest.raises(ConversionError, match="the disk is full"), target_of as made:

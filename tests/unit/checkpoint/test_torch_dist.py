@@ -11,7 +11,8 @@ import torch
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.safetensors_io import copy_bytes
-from megatron_internvlx.checkpoint.torch_dist import Piece, Stored, read_stored, save_tensor, stored_runs
+from megatron_internvlx.checkpoint.torch_dist import Piece, Stored, read_stored, stored_runs
+from megatron_internvlx.checkpoint.torch_dist_write import save_tensor
 
 WHOLE = torch.arange(6 * 5 * 4, dtype=torch.float32).view(6, 5, 4)
 
