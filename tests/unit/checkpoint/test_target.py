@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_internvlx.checkpoint import exporter, target, torch_dist
+from megatron_internvlx.checkpoint import exporter, target, torch_dist_write
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import new_directory, run_units
 from tests.converting import FAMILIES, differences, make_directory
