@@ -3,7 +3,7 @@
     python -m benchmarks.convert --work FOLDER      # writes benchmarks/results/convert-DATE.md
 
 The released InternVL-X-2B configuration in bf16 with random weights. Every run starts with its input out of
-the page cache and ends when its output is on the disk; `cp` copies the same directory. Needs 14 GB in
+the page cache and ends when its output is on the disk; `cp` copies the same directory. Needs 19 GB in
 FOLDER, which are removed.
 """
 
@@ -37,7 +37,9 @@ from megatron_internvlx.checkpoint.safetensors_io import (
 )
 
 CONFIGS = ROOT / "tests" / "golden" / "real_configs.json"
-REPETITIONS = 5
+ROUNDS = 6
+# Seconds before every run: a disk that was written to is slow for a while.
+REST = 10
 
 
 class _Released:
@@ -111,6 +113,7 @@ def evict(folder: Path) -> None:
 def timed(command: list[str], source: Path, result: Path) -> tuple[float, int]:
     """(seconds until the result is on the disk, peak bytes) of a command."""
     evict(source)
+    time.sleep(REST)
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     peak = peak_of(process)
@@ -129,19 +132,26 @@ def measure(work: Path) -> tuple[int, dict[str, list[tuple[float, int]]]]:
     source, checkpoint, copy, back = (work / name for name in ("hf", "ck", "copy", "back"))
     total = make_model(source)
     tool = [sys.executable, "tools/convert_checkpoint.py"]
-    found: dict[str, list[tuple[float, int]]] = {"cp": [], "import": [], "export": []}
-    for _ in range(REPETITIONS):
-        found["cp"].append(timed(["cp", "-r", str(source), str(copy)], source, copy))
-        shutil.rmtree(copy)
-        command = [*tool, "import", "--hf", str(source), "--save", str(checkpoint), "--quiet"]
-        found["import"].append(timed(command, source, checkpoint))
-        command = [*tool, "export", "--load", str(checkpoint), "--hf", str(back), "--quiet"]
-        found["export"].append(timed(command, checkpoint, back))
+    commands = {
+        "cp": (["cp", "-r", str(source), str(copy)], source, copy),
+        "import": (
+            [*tool, "import", "--hf", str(source), "--save", str(checkpoint), "--quiet"], source, checkpoint
+        ),
+        "export": (
+            [*tool, "export", "--load", str(checkpoint), "--hf", str(back), "--quiet"], checkpoint, back
+        ),
+    }  # fmt: skip
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    for number in range(ROUNDS):
+        order = ["import", "export"]
+        order.insert(number % 3, "cp")  # first, second and third in turn
+        for name in order:
+            found[name].append(timed(*commands[name]))
         compared = subprocess.run(["cmp", source / SINGLE, back / SINGLE], check=False)
         if compared.returncode:
             raise SystemExit("the model did not come back bit for bit")
-        shutil.rmtree(checkpoint)
-        shutil.rmtree(back)
+        for folder in (copy, checkpoint, back):
+            shutil.rmtree(folder)
     return total, found
 
 
@@ -166,9 +176,8 @@ def report(total: int, found: dict[str, list[tuple[float, int]]]) -> list[str]:
     memory = psutil.virtual_memory().total
     return [
         f"InternVL-X-2B, bf16, {total / 1e9:.2f} GB in one file; {memory / 1e9:.0f} GB of memory. Input not in the "
-        "page cache; until the output is on the disk. "
-        f"{REPETITIONS} interleaved repetitions; the speed beside cp is the median of the ratios within a round, the "
-        "peak is that of all processes together, in the worst run.",
+        f"page cache; until the output is on the disk. {ROUNDS} rounds, {REST} s of rest before every run; the speed "
+        "beside cp is the median of the ratios within a round, the peak is that of all processes together, in the worst run.",
         "",
         *common.table(rows),
     ]

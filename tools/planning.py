@@ -261,7 +261,8 @@ def measure(own: argparse.Namespace) -> None:
     arguments.check_arguments(args)
     arguments.validate(args)
     set_global_variables(args)
-    if "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+    grouped = torch.distributed.is_initialized()
+    if not grouped and "MASTER_ADDR" not in os.environ:  # one process, without torchrun
         torch.distributed.init_process_group(
             platform.backend(), store=torch.distributed.HashStore(), rank=0, world_size=1
         )
@@ -279,4 +280,5 @@ def measure(own: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         replace(profile, about=about).save(own.measure)
         print(f"profile: {own.measure}")
-    torch.distributed.destroy_process_group()
+    if not grouped:
+        torch.distributed.destroy_process_group()
