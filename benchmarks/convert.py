@@ -177,7 +177,7 @@ def report(total: int, found: dict[str, list[tuple[float, int]]]) -> list[str]:
     return [
         f"InternVL-X-2B, bf16, {total / 1e9:.2f} GB in one file; {memory / 1e9:.0f} GB of memory. Input not in the "
         f"page cache; until the output is on the disk. {ROUNDS} rounds, {REST} s of rest before every run; the speed "
-        "beside cp is the median of the ratios within a round, the peak is that of all processes together, in the worst run.",
+        "beside cp is the median of the ratios within a round, the peak that of all processes, in the worst run.",
         "",
         *common.table(rows),
     ]
