@@ -109,7 +109,7 @@ def main() -> int:
             one, two = block(first), block(not first)
             return (two, one) if first else (one, two)
 
-        rng, everything = np.random.default_rng(0), []
+        everything = []
         for state in ("answers", "is dead", "is back"):
             if state == "is dead":
                 server.kill()
@@ -118,22 +118,22 @@ def main() -> int:
             pairs = [pair(first=bool(number % 2)) for number in range(rounds)]
             without, with_ = (statistics.median(side) for side in zip(*pairs, strict=True))
             ratios = np.array([b / a for a, b in pairs])
-            medians = np.median(rng.choice(ratios, (4000, rounds)), axis=1)
-            low, high = np.quantile(medians, (0.025, 0.975))
             everything.append(ratios)
-            rows.append(
-                [state, f"{without:.1f}", f"{with_:.1f}", f"{np.median(ratios):.3f} ({low:.3f}-{high:.3f})"]
-            )
-        joined = np.concatenate(everything)
-        medians = np.median(rng.choice(joined, (4000, len(joined))), axis=1)
-        low, high = np.quantile(medians, (0.025, 0.975))
-        rows.append(["all three", "", "", f"{np.median(joined):.3f} ({low:.3f}-{high:.3f})"])
+            rows.append([state, f"{without:.1f}", f"{with_:.1f}", middle(ratios)])
+        rows.append(["all three", "", "", middle(np.concatenate(everything))])
         sink.close("FINISHED", seconds=120)
         found = count(server.uri, sink.run_id)
         server.kill()
     text = f"{logged} intervals with {KEYS} metrics each; {found} of {logged * KEYS} are in the server at the end."
     write("tracking", "Tracking", "python -m benchmarks.tracking", [*table(rows), "", text])
     return int(found != logged * KEYS)
+
+
+def middle(ratios: np.ndarray) -> str:
+    """Median, and the interval that holds 95 % of the medians of as many ratios drawn from these."""
+    drawn = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return f"{np.median(ratios):.3f} ({low:.3f}-{high:.3f})"
 
 
 def count(uri: str, run_id: str) -> int:
