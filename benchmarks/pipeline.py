@@ -3,9 +3,11 @@
     python -m benchmarks.pipeline            # quick: fewer repetitions
     python -m benchmarks.pipeline --full
 
-Real: two ranks, one core each, the costs from `measure` on one core of this machine. Emulated: four ranks
-share two cores, so computing would measure the sharing; there every layer sleeps its cost instead, forward
-and backward, and what is tested is the schedule (Megatron's own), the messages and their order, not the costs.
+Real: two ranks, one core each. Each round measures the layers' costs anew, on both ranks at the same time since
+they share caches and memory in the steps too, simulates every split with them, and times the splits; an error
+compares the two within its round. Emulated: four ranks share two cores, so computing would measure the
+sharing; there every layer sleeps its cost instead, forward and backward, and what is tested is the schedule
+(Megatron's own), the messages and their order, not the costs.
 Timed is Megatron's forward_backward_func, without the optimizer; the slowest rank counts.
 """
 
@@ -16,6 +18,8 @@ import itertools
 import statistics
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +31,7 @@ from megatron_internvlx import platform
 
 platform.setup()
 
-from benchmarks.common import ROOT, spread, table, write  # noqa: E402
+from benchmarks.common import ROOT, ratio, spread, table, write  # noqa: E402
 from benchmarks.step_time import argv as model_arguments  # noqa: E402
 from megatron_internvlx.parallel.costs import Cost, LayerCosts  # noqa: E402
 from megatron_internvlx.parallel.planner import (  # noqa: E402
@@ -48,53 +52,96 @@ SAMPLES = [(4, 64)]
 TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
 # Seconds that layers sleep: shallow layers a third of deep ones, an encoder of two deep layers.
 SLEEP = {"shallow": 0.02, "deep": 0.06, "expand": 0.08, "first": 0.12, "last": 0.04}
+BATCHES = 8  # micro-batches per step
+HEAD = [
+    "PP x VPP", "split", "layout", "simulated bubble", "simulated ms, median (range)",
+    "measured ms, median (range)", "error", "of the planned, simulated", "measured",
+]  # fmt: skip
 
 
-class Nap(torch.autograd.Function):
-    """A copy that takes its time in both directions: twice as long backward."""
+class Pace:
+    """A module takes `seconds` forward and twice that backward, what it computes included."""
+
+    def __init__(self, module: torch.nn.Module, seconds: float) -> None:
+        self.seconds = seconds
+        self.pass_: dict[str, float] = {}
+        module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        module.register_forward_hook(self._leave)
+
+    def _enter(self, _module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # One record per pass: other forward passes come between this one and its backward pass.
+        self.pass_ = {"forward": time.perf_counter(), "for": 2 * self.seconds}
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": Entry.apply(kwargs["hidden_states"], self.pass_)}
+        return (Entry.apply(args[0], self.pass_), *args[1:]), kwargs
+
+    def _leave(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        wait_until(self.pass_["forward"] + self.seconds)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        first = Exit.apply(first, self.pass_)
+        return (first, *rest) if isinstance(output, tuple) else first
+
+
+def wait_until(moment: float) -> None:
+    """Sleep until the performance counter shows this."""
+    time.sleep(max(moment - time.perf_counter(), 0))
+
+
+class Entry(torch.autograd.Function):
+    """Where a module's forward pass begins and its backward pass ends."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        """Sleep and hand on."""
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        # Not a view: Megatron's loss works in place on the logits.
+    def forward(ctx: Any, x: Tensor, pass_: dict[str, float]) -> Tensor:
+        """Hand on."""
+        ctx.pass_, pass_["learns"] = pass_, ctx.needs_input_grad[0]
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Sleep twice as long."""
-        time.sleep(2 * ctx.seconds)
+        """Sleep what is left of the backward pass."""
+        wait_until(ctx.pass_["backward"] + ctx.pass_["for"])
         return gradient, None
 
 
-def _with_naps(model: list) -> None:
-    """Every layer, the encoder and the loss sleep after what little they compute."""
+class Exit(torch.autograd.Function):
+    """Where a module's forward pass ends and its backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pass_: dict[str, float]) -> Tensor:
+        """Hand on a copy: Megatron's loss works in place on the logits."""
+        ctx.pass_ = pass_
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Note the time. Pixels have no gradient, so their Entry sees no backward pass: sleep here instead."""
+        ctx.pass_["backward"] = time.perf_counter()
+        if not ctx.pass_["learns"]:
+            time.sleep(ctx.pass_["for"])
+        return gradient, None
+
+
+def _pace(model: list) -> None:
+    """Give every layer, the encoder and the loss their time."""
     from megatron.core.utils import unwrap_model
 
     for stage in unwrap_model(model):
         for layer in stage.language_model.decoder.layers:
             kind = "expand" if layer.injection is not None else "deep" if layer.is_deep else "shallow"
-            layer.register_forward_hook(partial(_nap_after, SLEEP[kind]))
+            Pace(layer, SLEEP[kind])
         if stage.pre_process:
-            stage.vision_model.register_forward_hook(partial(_nap_after, SLEEP["first"]))
+            Pace(stage.vision_model, SLEEP["first"])
         if stage.post_process:
-            stage.language_model.output_layer.register_forward_hook(partial(_nap_after, SLEEP["last"]))
+            Pace(stage.language_model.output_layer, SLEEP["last"])
 
 
-def _nap_after(seconds: float, _module: Any, _inputs: Any, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (Nap.apply(output[0], seconds), *output[1:])
-    return Nap.apply(output, seconds)
-
-
-def run(arguments: list[str], micro_batches: list, steps: int, naps: bool) -> list[float]:
+def run(arguments: list[str], micro_batches: list, steps: int, paced: bool) -> list[float]:
     """On a rank: seconds of forward_backward_func, step by step."""
     from benchmarks.trainer import Trainer, training
 
     trainer = Trainer(arguments, micro_batches)
-    if naps:
-        _with_naps(trainer.model)
+    if paced:
+        _pace(trainer.model)
     seconds: list[float] = []
     function = training.get_forward_backward_func()
 
@@ -110,8 +157,8 @@ def run(arguments: list[str], micro_batches: list, steps: int, naps: bool) -> li
             trainer.forward_step, trainer.iterator, trainer.model, trainer.optimizer, trainer.scheduler,
             trainer.config, timed, step, pg_collection=trainer.groups, p2p_communicator=trainer.communicator,
         )  # fmt: skip
-    # The first two take memory that later ones use again.
-    return seconds[2:]
+    # The first takes memory that later ones use again.
+    return seconds[1:]
 
 
 def profile(arguments: list[str]) -> dict[str, tuple[float, float]]:
@@ -191,35 +238,57 @@ def message(rows: int, repeats: int = 40) -> float:
 
 def compare(
     pool: Pool,
-    costs: LayerCosts,
+    rounds: Iterable[LayerCosts],
     schedule: Schedule,
     arguments: list[str],
-    rounds: int,
     steps: int,
-    naps: bool,
+    paced: bool,
 ) -> list[list[str]]:
-    """Rows: simulated and measured time of every split, rounds interleaved."""
-    chosen = splits(costs, schedule)
-    micro_batches = [SAMPLES if not naps else [(1, 8)]] * schedule.micro_batches
-    measured: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in range(rounds):
+    """Rows: simulated and measured time of every split; `rounds` gives each round's costs when it begins.
+
+    The first round of the real model is not counted: memory that a process takes for the first time costs it some
+    5 % of a step.
+    """
+    micro_batches = [SAMPLES if not paced else [(1, 8)]] * schedule.micro_batches
+    chosen: dict[str, tuple[int, ...]] = {}
+    simulated: dict[str, list[float]] = defaultdict(list)
+    measured: dict[str, list[float]] = defaultdict(list)
+    for costs in rounds:
+        chosen = chosen or splits(costs, schedule)
         for name, counts in chosen.items():
             layout = ["--pipeline-model-parallel-size", str(schedule.pipeline)]
             layout += ["--pipeline-model-parallel-layout", layout_string(counts)]
-            job = partial(run, [*arguments, *layout], micro_batches, steps, naps)
+            job = partial(run, [*arguments, *layout], micro_batches, steps, paced)
             ranks = pool.run(schedule.pipeline, job, timeout=500)
-            measured[name] += [max(step) for step in zip(*ranks, strict=True)]
+            measured[name].append(statistics.median(max(step) for step in zip(*ranks, strict=True)))
+            simulated[name].append(evaluate(costs, schedule, counts).seconds)
     rows = []
     for name, counts in chosen.items():
-        simulated = evaluate(costs, schedule, counts)
-        median = statistics.median(measured[name])
+        if not paced and len(measured[name]) > 1:
+            del measured[name][0], simulated[name][0]
+        errors = [s / m - 1 for s, m in zip(simulated[name], measured[name], strict=True)]
         rows.append(
             [
-                f"{schedule.pipeline} x {schedule.chunks}", name, layout_string(counts), f"{simulated.bubble:.1%}",
-                f"{simulated.seconds * 1e3:.0f}", spread(measured[name]), f"{simulated.seconds / median - 1:+.1%}",
+                f"{schedule.pipeline} x {schedule.chunks}", name, layout_string(counts),
+                f"{evaluate(costs, schedule, counts).bubble:.1%}", spread(simulated[name]), spread(measured[name]),
+                f"{statistics.median(errors):+.1%} ({min(errors):+.1%} to {max(errors):+.1%})",
+                f"{ratio(simulated[name], simulated['planned']):.2f}",
+                f"{ratio(measured[name], measured['planned']):.2f}",
             ]
         )  # fmt: skip
     return rows
+
+
+def measured_costs(pool: Pool, arguments: list[str], message: float, rounds: int) -> Iterator[LayerCosts]:
+    """Costs of the real model, measured when they are asked for."""
+    for _ in range(rounds):
+        ranks = pool.run(2, partial(profile, arguments), timeout=500)
+        parts = {
+            name: tuple(statistics.mean(rank[name][way] for rank in ranks) for way in (0, 1))
+            for name in ranks[0]
+        }
+        print(", ".join(f"{name} {f * 1e3:.0f}+{b * 1e3:.0f}" for name, (f, b) in parts.items()), flush=True)
+        yield layer_costs(parts, SIZE["layers"], SIZE["expand"], message)
 
 
 def main() -> None:
@@ -229,53 +298,41 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="more repetitions")
     full = parser.parse_args().full
-    rounds, steps = (3, 6) if full else (1, 3)
-    head = [
-        "PP x VPP",
-        "split",
-        "layout",
-        "simulated bubble",
-        "simulated ms",
-        "measured ms, median (range)",
-        "error",
-    ]
+    rounds, steps = (6, 3) if full else (1, 2)
     pool = Pool()
     try:
-        batches = 8
-        real = [*model_arguments(SIZE, "pvtc", 1, TOKENIZER), "--global-batch-size", str(batches)]
-        parts = pool.run(1, profile, real)[0]
+        real = [*model_arguments(SIZE, "pvtc", 1, TOKENIZER), "--global-batch-size", str(BATCHES)]
         # The rows of the deep phase: 16 patches per side, halved. Shallow ones are fewer, and cheaper to send.
         moving = max(pool.run(2, partial(message, sum(tiles * 64 + text for tiles, text in SAMPLES))))
-        costs = layer_costs(parts, SIZE["layers"], SIZE["expand"], moving)
-        real_rows = compare(pool, costs, Schedule(2, 1, batches), real, rounds, steps, naps=False)
-        print("\n".join(table([head, *real_rows])), flush=True)
+        costs = measured_costs(pool, real, moving, rounds)
+        real_rows = compare(pool, costs, Schedule(2, 1, BATCHES), real, steps, paced=False)
+        print("\n".join(table([HEAD, *real_rows])), flush=True)
         tiny = {**SIZE, "image": 56, "vision_hidden": 32, "vision_layers": 1, "vision_ffn": 32, "hidden": 32}
         tiny |= {"layers": 12, "heads": 4, "kv_heads": 4, "ffn": 32, "vocab": 64}
-        emulated = [*model_arguments(tiny, "pvtc", 1, TOKENIZER), "--global-batch-size", str(batches)]
+        emulated = [*model_arguments(tiny, "pvtc", 1, TOKENIZER), "--global-batch-size", str(BATCHES)]
         asleep = {name: (seconds, 2 * seconds) for name, seconds in SLEEP.items()}
-        sleeping = layer_costs(asleep, tiny["layers"], tiny["expand"], moving)
+        sleeping = [layer_costs(asleep, tiny["layers"], tiny["expand"], moving)] * min(rounds, 2)
         emulated_rows = []
-        for schedule in (Schedule(4, 1, batches), Schedule(4, 2, batches), Schedule(2, 2, batches)):
-            emulated_rows += compare(pool, sleeping, schedule, emulated, min(rounds, 2), 4, naps=True)
-            print("\n".join(table([head, *emulated_rows])), flush=True)
+        for schedule in (Schedule(4, 1, BATCHES), Schedule(4, 2, BATCHES), Schedule(2, 2, BATCHES)):
+            emulated_rows += compare(pool, sleeping, schedule, emulated, steps, paced=True)
+            print("\n".join(table([HEAD, *emulated_rows])), flush=True)
     finally:
         pool.close()
-    profiled = ", ".join(f"{name} {f * 1e3:.0f}+{b * 1e3:.0f}" for name, (f, b) in parts.items())
     lines = [
-        f"{batches} micro-batches; {rounds} interleaved rounds of {steps - 2} steps, emulated {min(rounds, 2)} of 2. "
-        f"A message takes {moving * 1e3:.1f} ms (measured alone). Worst: of all splits without an empty "
-        "stage.",
+        f"{BATCHES} micro-batches per step; {rounds} rounds (of several the first is not counted), emulated "
+        f"{min(rounds, 2)}, in which the splits take turns; a time is the median of {steps - 1} steps. A message takes {moving * 1e3:.1f} ms (measured alone). "
+        "Worst: of all splits without an empty stage. Error: simulated over measured, less 1, median and range of the "
+        "rounds.",
         "",
-        f"## Real: two ranks, one core each; profile in ms, forward+backward: {profiled}",
+        "## Real: two ranks, one core each",
         "",
-        *table([head, *real_rows]),
+        *table([HEAD, *real_rows]),
         "",
-        "## Emulated: layers sleep their cost ("
+        "## Emulated: layers take "
         + ", ".join(f"{k} {v * 1e3:.0f}" for k, v in SLEEP.items())
-        + " ms"
-        " forward, twice backward), two cores for all ranks",
+        + " ms forward, twice backward, asleep; two cores for all ranks",
         "",
-        *table([head, *emulated_rows]),
+        *table([HEAD, *emulated_rows]),
     ]
     command = f"python -m benchmarks.pipeline{' --full' if full else ''}"
     write(f"pipeline{'' if full else '-quick'}", "Pipeline: measured against simulated", command, lines)
