@@ -319,10 +319,10 @@ def main() -> None:
     finally:
         pool.close()
     lines = [
-        f"{BATCHES} micro-batches per step; {rounds} rounds (of several the first is not counted), emulated "
-        f"{min(rounds, 2)}, in which the splits take turns; a time is the median of {steps - 1} steps. A message takes {moving * 1e3:.1f} ms (measured alone). "
-        "Worst: of all splits without an empty stage. Error: simulated over measured, less 1, median and range of the "
-        "rounds.",
+        f"{BATCHES} micro-batches per step. {rounds} rounds (of several the first is not counted), emulated "
+        f"{min(rounds, 2)}, in which the splits take turns; a time is the median of {steps - 1} steps. "
+        f"A message takes {moving * 1e3:.1f} ms (measured alone). Worst: of all splits without an empty stage. "
+        "Error: simulated over measured, less 1, median and range of the rounds.",
         "",
         "## Real: two ranks, one core each",
         "",
