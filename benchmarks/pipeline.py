@@ -46,7 +46,7 @@ from tests.distributed import Pool  # noqa: E402
 
 SIZE = {
     "image": 224, "patch": 14, "vision_hidden": 256, "vision_layers": 4, "vision_heads": 4, "vision_ffn": 1024,
-    "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 1024, "expand": 4,
+    "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 1024, "expand": 2,
 }  # fmt: skip
 SAMPLES = [(4, 64)]
 TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
