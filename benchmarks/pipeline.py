@@ -308,7 +308,7 @@ def main() -> None:
         real_rows = compare(pool, costs, Schedule(2, 1, BATCHES), real, steps, paced=False)
         print("\n".join(table([HEAD, *real_rows])), flush=True)
         tiny = {**SIZE, "image": 56, "vision_hidden": 32, "vision_layers": 1, "vision_ffn": 32, "hidden": 32}
-        tiny |= {"layers": 12, "heads": 4, "kv_heads": 4, "ffn": 32, "vocab": 64}
+        tiny |= {"layers": 12, "expand": 4, "heads": 4, "kv_heads": 4, "ffn": 32, "vocab": 64}
         emulated = [*model_arguments(tiny, "pvtc", 1, TOKENIZER), "--global-batch-size", str(BATCHES)]
         asleep = {name: (seconds, 2 * seconds) for name, seconds in SLEEP.items()}
         sleeping = [layer_costs(asleep, tiny["layers"], tiny["expand"], moving)] * min(rounds, 2)
