@@ -30,6 +30,8 @@ import yaml
 
 from benchmarks.common import RESULTS, ROOT, Worker, interleaved, table, write
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
+from megatron_internvlx.model.internvit_config import internvit_preset
+from megatron_internvlx.model.presets import preset
 
 LAYERS = 4  # of the preset internvlx_demo
 EXPANSIONS: dict[str, int | None] = {
@@ -94,6 +96,20 @@ def twins(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> dict[str, s
     return {rule: next(other for other in RULES if cut[other] == cut[rule]) for rule in RULES}
 
 
+def compression(
+    sizes: list[tuple[int, int]], combination: tuple[str, str, str], settings: dict[str, Any]
+) -> tuple[float, float]:
+    """Tiles per image, thumbnails included, and visual tokens per image in the mean over the decoder's layers."""
+    rule = {"tile_size": 224, "max_tiles": settings["max_tiles"], "policy": combination[2]}
+    tiles = statistics.mean(tile_count(*tile_grid(*size, **rule), thumbnail=True) for size in sizes)
+    model = preset(settings["model_preset"])
+    vision = internvit_preset(model["vision_preset"])
+    side = vision.image_size // vision.patch_size
+    expand = EXPANSIONS[combination[1]] or 0
+    per_tile = (expand * (side // 4) ** 2 + (LAYERS - expand) * (side // 2) ** 2) / LAYERS
+    return tiles, tiles * per_tile
+
+
 def step_times(
     data: Path, wanted: list[tuple[str, str, str]], repeats: int
 ) -> dict[tuple[str, str, str], float]:
@@ -106,12 +122,13 @@ def step_times(
         samples = [(tile_count(*grid, thumbnail=True), 32) for grid in grids]
         size = settings["micro_batch_size"]
         micro_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        argv = []
-        for key, value in (settings | {"data": "none", "tokenizer_model": str(data / "tokenizer")}).items():
-            if value is not None:
-                argv += ["--" + key.replace("_", "-"), str(value)]
+        # A file, not flags: only there can `expand_layer: null` overrule the preset.
+        path = data / f"{'-'.join(combination).replace('/', '_')}.yaml"
+        path.write_text(
+            yaml.safe_dump(settings | {"data": "none", "tokenizer_model": str(data / "tokenizer")})
+        )
         workers["/".join(combination)] = Worker(
-            {"kind": "ours", "argv": argv, "micro_batches": micro_batches, "threads": 1}
+            {"kind": "ours", "argv": ["--recipe", str(path)], "micro_batches": micro_batches, "threads": 1}
         )
     try:
         seconds = interleaved(workers, repeats)
@@ -126,13 +143,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def summary(runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float]) -> list[list[str]]:
-    """Rows per combination: mean and range of accuracy over the seeds, step time."""
+def summary(
+    runs: list[dict[str, Any]],
+    ms: dict[tuple[str, str, str], float],
+    sizes: list[tuple[int, int]],
+    settings: dict[str, Any],
+) -> list[list[str]]:
+    """Rows per combination: compression, mean and range of accuracy over the seeds, step time."""
     rows = [
         [
             "projector",
             "LVTC k",
             "RVTC",
+            "tiles per image",
+            "visual tokens per image, mean of layers",
             "seeds",
             "answers right %, mean (range)",
             "ms per step",
@@ -144,7 +168,18 @@ def summary(runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float]) -
         if right:
             shown = f"{statistics.mean(right):.1f} ({min(right):.1f}-{max(right):.1f})"
             base = next(iter(ms.values()))
-            rows.append([*key, str(len(right)), shown, f"{ms[key]:.0f}", f"{ms[key] / base:.2f}"])
+            tiles, tokens = compression(sizes, key, settings)
+            rows.append(
+                [
+                    *key,
+                    f"{tiles:.2f}",
+                    f"{tokens:.1f}",
+                    str(len(right)),
+                    shown,
+                    f"{ms[key]:.0f}",
+                    f"{ms[key] / base:.2f}",
+                ]
+            )
     return rows
 
 
@@ -179,7 +214,7 @@ def plot(runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float], path
     axis.set_xlabel("ms per step")
     axis.set_ylabel("held-out answers right, %")
     axis.set_title(
-        "small and open: RVTC off (one tile); full: RVTC area; bars: deviation over seeds", fontsize=9
+        "small and open: RVTC off; large and full: RVTC area; bars: standard deviation over seeds", fontsize=9
     )
     axis.legend(fontsize=7)
     figure.tight_layout()
@@ -205,7 +240,8 @@ def main() -> None:
         data = Path(folder)
         command = [sys.executable, "tools/make_demo_data.py", "--out", folder]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        same = twins(images_of(data), recipe(*wanted[0], SEEDS[0], steps))
+        sizes, settings = images_of(data), recipe(*wanted[0], SEEDS[0], steps)
+        same = twins(sizes, settings)
         distinct = list(dict.fromkeys((p, k, same[rule]) for p, k, rule in wanted))
         done = {(*of(run), run["seed"]) for run in read(log)}
         # Seed by seed, so that an unfinished study covers all combinations.
@@ -240,7 +276,7 @@ def main() -> None:
         + "".join(f"{text}: the same tiles, so the same runs. " for text in alike)
         + f"![plot]({name}.png)",
         "",
-        *table(summary(runs, ms)),
+        *table(summary(runs, ms, sizes, settings)),
     ]
     write(
         name,
