@@ -124,11 +124,12 @@ def main() -> None:
     size = FULL if chosen.full else QUICK
     lines = [
         "Sizes: " + ", ".join(f"{key} {value}" for key, value in size.items()) + ".",
-        f"{chosen.repeats} interleaved repetitions; a ratio is the median of the ratios within a round. "
+        f"{2 * chosen.repeats} interleaved repetitions of equal lengths, {chosen.repeats} of mixed ones, whose steps are "
+        "twice as long; a ratio is the median of the ratios within a round. "
         "A step is forward, backward, clipping and AdamW.",
         "",
     ]
-    lines += compare(size, "Equal lengths", EQUAL, chosen.repeats)
+    lines += compare(size, "Equal lengths", EQUAL, 2 * chosen.repeats)
     lines += compare(size, "Mixed lengths", MIXED, chosen.repeats)
     flags = " --full" if chosen.full else ""
     write(

@@ -134,3 +134,23 @@ def test_projectors_stay_in_bf16_unless_named(reference) -> None:
         with torch.no_grad():
             model(batch(model), return_logits=True)
     assert torch.equal(seen["plain"], seen["low"])
+
+
+def test_deterministic_mode_repeats_every_bit(reference, monkeypatch) -> None:
+    """What --deterministic-mode sets, then the same step twice: logits, losses and gradients."""
+    from megatron.training.determinism import apply_determinism_env
+
+    environment: dict[str, str] = {}
+    apply_determinism_env(environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = build("transformer_engine", torch.bfloat16, deterministic_mode=True)
+        copy_weights(reference[0], model)
+        first = run(model, batch(model))
+        model.zero_grad()
+        second = run(model, batch(model))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

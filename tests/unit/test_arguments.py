@@ -9,7 +9,7 @@ from pathlib import Path
 from tests import single  # noqa: F401  # isort: skip  (sets Megatron up)
 import pytest
 import torch
-from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.arguments import parse_args
 
 from megatron_internvlx import arguments
@@ -282,6 +282,23 @@ def test_per_token_loss_cannot_be_switched_off(tmp_path: Path, monkeypatch: pyte
     recipe.write_text("calculate_per_token_loss: false\n")
     with pytest.raises(ValueError, match="the loss weights need Megatron's --calculate-per-token-loss"):
         parsed(monkeypatch, *TINY, *NEEDED, "--recipe", str(recipe))
+
+
+def test_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron sets torch and the libraries' variables itself; what cannot be deterministic is refused."""
+    names = ("NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "CUBLAS_WORKSPACE_CONFIG")
+    for name in names:  # set once, so that what Megatron sets is taken back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        args = parsed(monkeypatch, *TINY, *NEEDED, "--deterministic-mode")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert [os.environ[name] for name in names] == ["Ring", "0", ":4096:8"]
+        assert core_transformer_config_from_args(args).deterministic_mode
+        with pytest.raises(ValueError, match="deterministic-mode requires: cross_entropy_loss_fusion=False"):
+            parsed(monkeypatch, *TINY, *NEEDED, "--deterministic-mode", "--cross-entropy-loss-fusion")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_static_boundary_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

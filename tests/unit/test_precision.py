@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_internvlx import platform
 
@@ -15,7 +16,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.model.builder import compression_plan  # noqa: E402
+from megatron_internvlx.model.builder import ModelProvider, compression_plan  # noqa: E402
+from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
+from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
 from megatron_internvlx.precision import PRECISIONS, check_precision, precision_defaults  # noqa: E402
 
 BASE = ["--model-preset", "internvlx_2b", "--seq-length", "4096", "--lr", "1e-3", "--train-iters", "1"]
@@ -98,6 +101,33 @@ def test_parts(parsed) -> None:
     ).fp8
     static = ["--boundary", "static", "--shallow-seq-length", "2048", "--max-tiles-per-pack", "16"]
     parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "vision", *static)
+
+
+@pytest.mark.parametrize("parts", [("decoder",), ("decoder", "vision")])
+def test_the_vision_encoder_stays_in_bf16_unless_named(parsed, monkeypatch, parts: tuple[str, ...]) -> None:
+    """From the flags through the builder to the encoder's own config."""
+    static = ["--boundary", "static", "--shallow-seq-length", "2048", "--max-tiles-per-pack", "16"]
+    args = parsed("--precision", "fp8_delayed", "--fp8-parts", *parts, *static)
+    arguments.validate(args)
+    config = core_transformer_config_from_args(args)
+    asked = {}
+
+    def record(*_: object, **fields: object) -> None:
+        asked.update(fields)
+        raise InterruptedError("seen enough")
+
+    monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", record)
+    with pytest.raises(InterruptedError):
+        ModelProvider(args)(config=config)
+    encoder = internvit_transformer_config(
+        internvit_preset("internvit_300m"), config, fp8=asked["vision_fp8"]
+    )
+    found = (encoder.fp8, encoder.bf16, encoder.params_dtype)
+    assert found == ("hybrid" if "vision" in parts else None, True, torch.bfloat16)
+    if "vision" in parts:
+        fields = ("fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_margin")
+        assert [getattr(encoder, name) for name in fields] == [getattr(config, name) for name in fields]
+        assert encoder.fp8_amax_history_len == 1024
 
 
 @pytest.mark.parametrize(
