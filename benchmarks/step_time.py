@@ -124,8 +124,8 @@ def main() -> None:
     size = FULL if chosen.full else QUICK
     lines = [
         "Sizes: " + ", ".join(f"{key} {value}" for key, value in size.items()) + ".",
-        f"{2 * chosen.repeats} interleaved repetitions of equal lengths, {chosen.repeats} of mixed ones, whose steps are "
-        "twice as long; a ratio is the median of the ratios within a round. "
+        f"{2 * chosen.repeats} interleaved repetitions of equal lengths, {chosen.repeats} of mixed ones, whose steps "
+        "are twice as long; a ratio is the median of the ratios within a round. "
         "A step is forward, backward, clipping and AdamW.",
         "",
     ]
