@@ -243,11 +243,13 @@ def main() -> None:
         sizes, settings = images_of(data), recipe(*wanted[0], SEEDS[0], steps)
         same = twins(sizes, settings)
         distinct = list(dict.fromkeys((p, k, same[rule]) for p, k, rule in wanted))
-        done = {(*of(run), run["seed"]) for run in read(log)}
         # Seed by seed, so that an unfinished study covers all combinations.
         for seed, combination in itertools.product(seeds, distinct):
             key = (*combination, seed)
-            if key in done or chosen.report or chosen.only not in " ".join(combination):
+            if chosen.report or chosen.only not in " ".join(combination):
+                continue
+            # Read anew each time: a second process may work on another part of the study.
+            if key in {(*of(run), run["seed"]) for run in read(log)}:
                 continue
             right = train(data, recipe(*combination, seed, steps))
             names = dict(zip(("projector", "expansion", "rvtc", "seed"), key, strict=True))
