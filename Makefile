@@ -6,6 +6,7 @@
 # make bench      the quick benchmarks
 
 SHELL := bash
+# Another Python, such as an image's, is taken as it is: make test-gpu PYTHON=python3
 PYTHON := .venv/bin/python
 
 # Importing torch and Megatron takes 4 s with compiled files beside the sources and 18 s without them, so an
@@ -15,7 +16,11 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: setup demo test test-fast test-slurm test-gpu lint bench
 .DEFAULT_GOAL := setup
 
+ifneq ($(PYTHON),.venv/bin/python)
+setup: ;
+else
 setup: .venv/.installed
+endif
 
 .venv/.installed: setup.py constraints.txt tools/setup_env.sh
 	@bash tools/setup_env.sh

@@ -6,6 +6,7 @@ A small model on gloo ranks: what is sent does not depend on where it runs, and 
 constant. Messages are also counted at torch.distributed, so that shape messages (int64) would show.
 """
 
+import os
 import platform as machine
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo ranks, also where there is a GPU
 from tests import layouts  # isort: skip  (sets Megatron up)
 import torch
 from megatron.training import get_args

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -77,15 +79,25 @@ def spread(seconds: Sequence[float]) -> str:
     return f"{middle:.0f} ({low:.0f}-{high:.0f})"
 
 
-def about(command: str, arithmetic: str = "fp32, ") -> str:
-    """Hardware, versions, commit and command, for the head of a table."""
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # from a folder on the path, without metadata, or not there
+        return "-"
+
+
+def about(command: str, arithmetic: str = "fp32, ", more: Sequence[str] = ()) -> str:
+    """Hardware, versions, commit and command, for the head of a table; `more` packages with their versions."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
+    packages = ", ".join(
+        f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers", *more)
+    )
     load = os.getloadavg()[0]
+    gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), " if torch.cuda.is_available() else ""
     return (
-        f"`{command}`, commit {commit}, {packages}; {os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
+        f"`{command}`, commit {commit}, {packages}; {gpu}{os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
         f"load average {load:.1f} at the end; {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
     )
 
@@ -96,9 +108,16 @@ def table(rows: list[Sequence[Any]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def write(name: str, title: str, command: str, lines: list[str], arithmetic: str = "fp32, ") -> Path:
+def write(
+    name: str,
+    title: str,
+    command: str,
+    lines: list[str],
+    arithmetic: str = "fp32, ",
+    more: Sequence[str] = (),
+) -> Path:
     """Print the text and write it to results/NAME-DATE.md."""
-    text = "\n".join([f"# {title}, {date.today()}", "", about(command, arithmetic), "", *lines]) + "\n"
+    text = "\n".join([f"# {title}, {date.today()}", "", about(command, arithmetic, more), "", *lines]) + "\n"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{date.today()}.md"
     path.write_text(text)

@@ -26,6 +26,7 @@ import torch
 from benchmarks.common import ROOT, table, write
 from benchmarks.step_time import EQUAL, FULL, QUICK, argv
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory of processes on CPU, also where there is a GPU
 TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
 MIB = 1 << 20
 

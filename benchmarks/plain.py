@@ -73,11 +73,15 @@ def build(kind: str, size: dict[str, Any]) -> torch.nn.Module:
 
 
 class PlainTrainer:
-    """Model, AdamW, gradient clipping; every micro-batch is padded to its longest sample."""
+    """Model, AdamW, gradient clipping; every micro-batch is padded to its longest sample.
+
+    fp32 on CPU. On a GPU bf16 by autocast with fp32 weights, which is the arithmetic of this trainer's bf16.
+    """
 
     def __init__(self, kind: str, size: dict[str, Any], micro_batches: list[list[Sample]]) -> None:
         torch.manual_seed(1)
-        self.model = build(kind, size).train()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = build(kind, size).train().to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batches = [self._collate(samples, size) for samples in micro_batches]
 
@@ -101,10 +105,19 @@ class PlainTrainer:
 
     def step(self) -> dict[str, float]:
         """One training step."""
+        self._synchronize()
         start = time.perf_counter()
         for batch in self.batches:
-            (self.model(**batch).loss / len(self.batches)).backward()
+            rows = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = self.model(**rows).loss
+            (loss / len(self.batches)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._synchronize()
         return {"seconds": time.perf_counter() - start}
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()

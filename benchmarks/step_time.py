@@ -5,7 +5,8 @@
 
 a: PVTC + LVTC against the MLP projector at the same deep resolution, in this trainer; the speed-up
 against the ratio of counted FLOPs. b: both against the plain loop, same samples, same sizes: equal
-lengths, and mixed lengths, which we pack and the plain loop pads.
+lengths, and mixed lengths, which we pack and the plain loop pads. Where there is a GPU all of them run there in
+bf16, and `--full` takes the widths of the 2B model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.common import ROOT, Worker, interleaved, ratio, spread, table, write
 
@@ -26,6 +29,11 @@ QUICK = {
 FULL = {
     "image": 448, "patch": 14, "vision_hidden": 256, "vision_layers": 4, "vision_heads": 4, "vision_ffn": 1024,
     "hidden": 512, "layers": 24, "heads": 8, "kv_heads": 8, "ffn": 1408, "vocab": 16384, "expand": 12,
+}  # fmt: skip
+# On a GPU: InternViT-300M and a quarter of the 2B model's layers.
+GPU = {
+    "image": 448, "patch": 14, "vision_hidden": 1024, "vision_layers": 24, "vision_heads": 16, "vision_ffn": 4096,
+    "hidden": 2048, "layers": 6, "heads": 16, "kv_heads": 8, "ffn": 8192, "vocab": 92553, "expand": 2,
 }  # fmt: skip
 EQUAL = [[(1, 64), (1, 64)]]
 MIXED = [[(2, 32), (1, 32), (1, 96), (0, 160)]]
@@ -51,6 +59,7 @@ def argv(size: dict[str, Any], projector: str, samples: int, tokenizer: Path) ->
         "ffn_hidden_size": size["vision_ffn"],
     }
     words += ["--vision-overrides", json.dumps(overrides)]
+    words += ["--precision", "bf16"] if torch.cuda.is_available() else []
     return words + (["--expand-layer", str(size["expand"])] if projector == "pvtc" else [])
 
 
@@ -121,7 +130,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the size where matrix products dominate")
     parser.add_argument("--repeats", type=int, default=5)
     chosen = parser.parse_args()
-    size = FULL if chosen.full else QUICK
+    on_gpu = torch.cuda.is_available()
+    size = (GPU if on_gpu else FULL) if chosen.full else QUICK
     lines = [
         "Sizes: " + ", ".join(f"{key} {value}" for key, value in size.items()) + ".",
         f"{2 * chosen.repeats} interleaved repetitions of equal lengths, {chosen.repeats} of mixed ones, whose steps "
@@ -137,6 +147,7 @@ def main() -> None:
         "Step time",
         f"python -m benchmarks.step_time{flags}",
         lines,
+        "bf16, " if on_gpu else "fp32, ",
     )
 
 

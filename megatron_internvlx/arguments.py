@@ -74,7 +74,7 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _pretend_world_size(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
-    defaults = platform.cpu_args_defaults() | OUR_DEFAULTS | named | recipe
+    defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")

@@ -7,6 +7,7 @@ each, with its reason.
 """
 
 import argparse
+import importlib.util
 import os
 from typing import Any
 
@@ -17,8 +18,8 @@ from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_
 
 __all__ = [
     "LogRecord",
+    "args_defaults",
     "backend",
-    "cpu_args_defaults",
     "device",
     "device_name",
     "install_log_line",
@@ -93,12 +94,18 @@ def pretend_hopper() -> None:
     cpu.put(torch.cuda, get_device_capability=lambda *_args, **_kwargs: (9, 0))
 
 
-def cpu_args_defaults() -> dict[str, Any]:
-    """Values of Megatron arguments (argparse destinations) needed without CUDA; empty with CUDA."""
-    return {} if _CUDA else dict(cpu.ARGS_DEFAULTS)
+def args_defaults() -> dict[str, Any]:
+    """Values of Megatron arguments (argparse destinations) that this machine needs."""
+    if not _CUDA:
+        return dict(cpu.ARGS_DEFAULTS)
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # Megatron 0.19's output layer refuses to be built with its default, a kernel of apex, where that is
+        # not installed.
+        return {"gradient_accumulation_fusion": False}
+    return {}
 
 
 def set_args_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Make those values the parser's defaults; to be called from Megatron's `extra_args_provider`."""
-    parser.set_defaults(**cpu_args_defaults())
+    parser.set_defaults(**args_defaults())
     return parser

@@ -63,6 +63,17 @@ def test_names_become_megatrons_arguments(parsed, name: str, format_: str | None
         assert (args.fp8_amax_history_len, args.fp8_amax_compute_algo) == (1024, "max")
 
 
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_the_gpu_tests_have_valid_arguments(parsed, name: str) -> None:
+    """What tests/gpu runs in every precision passes all checks on any machine."""
+    from tests.gpu.production import arguments as production
+
+    args = parsed(*production(name))
+    arguments.validate(args)
+    assert ("vision" in (args.fp8_parts or ())) == bool(args.fp8)
+    assert compression_plan(args).injection_layers == (2, 3)
+
+
 def test_every_name_is_tested() -> None:
     marks = test_names_become_megatrons_arguments.pytestmark
     assert {case[0] for mark in marks for case in mark.args[1]} == set(PRECISIONS)

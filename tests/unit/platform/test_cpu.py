@@ -1,6 +1,7 @@
 """The patches that let Megatron run without CUDA, and what they leave alone."""
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -132,11 +133,20 @@ def test_megatron_takes_torchs_optimizer_where_fused_ones_are_installed(
 def test_argument_defaults_are_arguments_of_megatron() -> None:
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     known = {action.dest for action in parser._actions}
-    assert set(platform.cpu_args_defaults()) <= known
+    assert set(platform.args_defaults()) <= known
     platform.set_args_defaults(parser)
     assert parser.parse_args([]).transformer_impl == "local"
     chosen = parser.parse_args(["--transformer-impl", "transformer_engine"])
     assert chosen.transformer_impl == "transformer_engine"
+
+
+def test_a_gpu_without_apex_does_not_ask_for_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "_CUDA", True)
+    assert platform.args_defaults() == {"gradient_accumulation_fusion": False}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "fused_weight_gradient_mlp_cuda" or None
+    )
+    assert platform.args_defaults() == {}
 
 
 def test_fork_keeps_both_streams() -> None:
