@@ -34,13 +34,23 @@ def _localize(submodules, normalization: str):
     for name in ("q_layernorm", "k_layernorm"):
         if getattr(attention, name) is not IdentityOp:
             setattr(attention, name, norm)
+    if _experts(submodules) is not None:
+        # A router follows the second norm, so Transformer Engine cannot fuse it and keeps its name;
+        # Megatron's local layers rename it all the same.
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return submodules
+
+
+def _experts(submodules) -> MoESubmodules | None:
+    """What a layer's experts are made of; None: a dense layer."""
+    experts = getattr(submodules.mlp, "keywords", {}).get("submodules")
+    return experts if isinstance(experts, MoESubmodules) else None
 
 
 def _weigh_load_balancing(submodules):
     """Give an experts layer our router, and its recomputation."""
-    experts = getattr(submodules.mlp, "keywords", {}).get("submodules")
-    if isinstance(experts, MoESubmodules):
+    experts = _experts(submodules)
+    if experts is not None:
         ours = replace(experts, router=LossWeightedRouter)
         submodules.mlp = partial(LossWeightedMoELayer, **(submodules.mlp.keywords | {"submodules": ours}))
     return submodules
