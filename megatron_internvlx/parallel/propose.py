@@ -14,6 +14,11 @@ from megatron_internvlx.training.shape import ModelShape
 _FRONTIER = 3_000
 
 
+def _mark(plan: PipelinePlan) -> str:
+    """Of a plan whose search was cut: a better split may exist."""
+    return "" if plan.proven else "not proven"
+
+
 def with_expansion(shape: ModelShape, layer: int) -> ModelShape:
     """The model with its expansion at `layer`; later injections keep their distance to it.
 
@@ -34,6 +39,13 @@ class Expansion:
     plan: PipelinePlan
     work: float
     """Compute of a micro-batch, relative to the model as it is."""
+    fits: bool = True
+    """The plan fits the memory; if none was found that does, this is the plan without a limit."""
+
+    @property
+    def mark(self) -> str:
+        """What a table says of it: `does not fit`, `not proven` or nothing."""
+        return _mark(self.plan) if self.fits else "does not fit"
 
     @property
     def efficiency(self) -> float:
@@ -46,20 +58,28 @@ def propose_expansions(
     schedule: Schedule,
     costs: Callable[[ModelShape], LayerCosts],
     layers: Iterable[int] | None = None,
+    memory: Callable[[ModelShape], StageMemory] | None = None,
 ) -> list[Expansion]:
     """Every place for the expansion within an eighth of the depth around the model's, best balanced first.
 
-    A lower layer always costs more work; what is compared is how well the work spreads.
+    A lower layer always costs more work; what is compared is how well the work spreads. Places
+    where no split fits the memory come last; without `memory` every place fits.
     """
     here, reach = shape.shallow_layers, max(shape.layers // 8, 1)
     wanted = layers or range(max(here - reach, 1), min(here + reach, shape.layers - 1) + 1)
     base = costs(shape).total
     found = []
     for layer in wanted:
-        moved = costs(with_expansion(shape, layer))
-        plan = find_plan(moved, schedule, frontier=_FRONTIER)
-        found.append(Expansion(layer, plan, moved.total / base))
-    return sorted(found, key=lambda x: x.plan.bubble)
+        moved = with_expansion(shape, layer)
+        seconds, limited = costs(moved), memory(moved) if memory else None
+        try:
+            plan, fits = find_plan(seconds, schedule, limited, frontier=_FRONTIER), True
+        except ValueError:  # no split fits
+            assert limited is not None
+            free = replace(limited, limit=float("inf"))
+            plan, fits = find_plan(seconds, schedule, free, frontier=_FRONTIER), False
+        found.append(Expansion(layer, plan, seconds.total / base, fits))
+    return sorted(found, key=lambda x: (not x.fits, x.plan.bubble))
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,11 @@ class Parallelism:
     plan: PipelinePlan
     seconds: float
     """Of a step: the pipeline, and tensor-parallel communication on top."""
+
+    @property
+    def mark(self) -> str:
+        """What a table says of it: `not proven` or nothing."""
+        return _mark(self.plan)
 
 
 def layouts(
