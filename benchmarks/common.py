@@ -86,18 +86,22 @@ def _version(name: str) -> str:
         return "-"
 
 
+def commit() -> str:
+    """Short name of the checkout's commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def about(command: str, arithmetic: str = "fp32, ", more: Sequence[str] = ()) -> str:
     """Hardware, versions, commit and command, for the head of a table; `more` packages with their versions."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     packages = ", ".join(
         f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers", *more)
     )
     load = os.getloadavg()[0]
     gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), " if torch.cuda.is_available() else ""
     return (
-        f"`{command}`, commit {commit}, {packages}; {gpu}{os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
+        f"`{command}`, commit {commit()}, {packages}; "
+        f"{gpu}{os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
         f"load average {load:.1f} at the end; {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
     )
 

@@ -7,7 +7,8 @@
 
 {MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, area, edge} x 3 seeds, trained by the demo's recipe on
 the demo's drawn data, answers counted on its held-out questions. Each finished run is a line of
-results/quality.jsonl; runs that are there are not repeated, so it can be stopped and started again. A rule of
+results/quality.jsonl, with its commit and a digest of its recipe; runs that are there are not repeated, so it can
+be stopped and started again. A rule of
 RVTC that cuts every image of the data as another one does needs no run of its own: the same tiles and seed are
 the same run. Step times are taken at the end, all combinations in turns on the same 16 samples.
 """
@@ -15,6 +16,7 @@ the same run. Step times are taken at the end, all combinations in turns on the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -28,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import RESULTS, ROOT, Worker, interleaved, table, write
+from benchmarks.common import RESULTS, ROOT, Worker, commit, interleaved, table, write
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
 from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.model.presets import preset
@@ -43,6 +45,7 @@ EXPANSIONS: dict[str, int | None] = {
 RULES = ("off", "area", "edge")
 COMBINATIONS = list(itertools.product(("mlp", "pvtc"), EXPANSIONS, RULES))
 SEEDS = (1, 2, 3)
+TIMED = 16  # images per timed step
 RIGHT = re.compile(r"answers right ([\d.]+)%")
 
 
@@ -76,6 +79,11 @@ def train(data: Path, settings: dict[str, Any]) -> float:
     if done.returncode:
         raise RuntimeError(f"a run failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return float(RIGHT.findall(done.stdout)[-1])
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Names a recipe's content: a run of another recipe is another run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def images_of(data: Path) -> list[tuple[int, int]]:
@@ -113,12 +121,12 @@ def compression(
 def step_times(
     data: Path, wanted: list[tuple[str, str, str]], repeats: int
 ) -> dict[tuple[str, str, str], float]:
-    """Median milliseconds of a step of eight samples; the combinations take turns."""
+    """Median milliseconds of a step of the same 16 samples; the combinations take turns."""
     workers = {}
     for combination in wanted:
-        settings = recipe(*combination, SEEDS[0], 1000)
+        settings = recipe(*combination, SEEDS[0], 1000) | {"global_batch_size": TIMED}
         rule = {"tile_size": 224, "max_tiles": settings["max_tiles"], "policy": combination[2]}
-        grids = [tile_grid(*image, **rule) for image in images_of(data)[:16]]
+        grids = [tile_grid(*image, **rule) for image in images_of(data)[:TIMED]]
         samples = [(tile_count(*grid, thumbnail=True), 32) for grid in grids]
         size = settings["micro_batch_size"]
         micro_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -188,8 +196,10 @@ def of(run: dict[str, Any]) -> tuple[str, str, str]:
     return run["projector"], run["expansion"], run["rvtc"]
 
 
-def plot(runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float], path: Path) -> None:
-    """Accuracy over step time; colour: projector, marker: LVTC, size: RVTC."""
+def plot(
+    runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float], same: dict[str, str], path: Path
+) -> None:
+    """Accuracy over step time; colour: projector, marker: LVTC, filled: RVTC; rules that cut alike are one point."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,25 +207,26 @@ def plot(runs: list[dict[str, Any]], ms: dict[tuple[str, str, str], float], path
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
     markers = dict(zip(EXPANSIONS, "os^D", strict=True))
+    sizes = {"off": 5, "area": 9, "edge": 13}
     for projector, expansion, rvtc in COMBINATIONS:
         mine = [run["accuracy"] for run in runs if of(run) == (projector, expansion, rvtc)]
-        if not mine:
+        if not mine or same[rvtc] != rvtc:
             continue
         axis.errorbar(
             ms[projector, expansion, rvtc],
             statistics.mean(mine),
             yerr=statistics.pstdev(mine),
             fmt=markers[expansion],
-            markersize={"off": 5, "area": 9, "edge": 9}[rvtc],
+            markersize=sizes[rvtc],
             fillstyle="none" if rvtc == "off" else "full",
             color={"mlp": "tab:gray", "pvtc": "tab:blue"}[projector],
             label=f"{projector}, k {expansion}" if rvtc == "area" else None,
         )
+    alike = {rule: [twin for twin in RULES if same[twin] == rule] for rule in same.values()}
     axis.set_xlabel("ms per step")
     axis.set_ylabel("held-out answers right, %")
-    axis.set_title(
-        "small and open: RVTC off; large and full: RVTC area; bars: standard deviation over seeds", fontsize=9
-    )
+    filled = ", ".join(" = ".join(group) for rule, group in alike.items() if rule != "off")
+    axis.set_title(f"small and open: RVTC off; full: RVTC {filled}; bars: deviation over seeds", fontsize=9)
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -249,14 +260,15 @@ def main() -> None:
             if chosen.report or chosen.only not in " ".join(combination):
                 continue
             # Read anew each time: a second process may work on another part of the study.
-            if key in {(*of(run), run["seed"]) for run in read(log)}:
+            settings = recipe(*combination, seed, steps)
+            if key in {(*of(run), run["seed"]) for run in read(log) if run["recipe"] == digest(settings)}:
                 continue
-            right = train(data, recipe(*combination, seed, steps))
-            names = dict(zip(("projector", "expansion", "rvtc", "seed"), key, strict=True))
+            line = dict(zip(("projector", "expansion", "rvtc", "seed"), key, strict=True))
+            line |= {"accuracy": train(data, settings), "recipe": digest(settings), "commit": commit()}
             with log.open("a") as file:
-                file.write(json.dumps(names | {"accuracy": right}) + "\n")
-            print(names | {"accuracy": right}, flush=True)
-        runs = read(log)
+                file.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+        runs = [run for run in read(log) if run["recipe"] == digest(recipe(*of(run), run["seed"], steps))]
         missing = {(*key, seed) for key in distinct for seed in seeds} - {(*of(r), r["seed"]) for r in runs}
         if missing and not chosen.report:
             print(f"{len(missing)} runs are still to do; --report shows those that are there")
@@ -271,10 +283,11 @@ def main() -> None:
     ]
     ms |= {(p, k, rule): ms[p, k, same[rule]] for p, k, rule in wanted if (p, k, same[rule]) in ms}
     ms = {key: ms[key] for key in wanted if key in ms}
-    plot(runs, ms, RESULTS / f"{name}.png")
+    plot(runs, ms, same, RESULTS / f"{name}.png")
     alike = [f"`{rule}` cuts every image as `{other}` does" for rule, other in same.items() if rule != other]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     lines = [
-        f"{steps} steps of 8 samples per run, one rank; L = {LAYERS} layers. "
+        f"{steps} steps of 8 samples per run, one rank; L = {LAYERS} layers. The runs are of the commits {commits}. "
         + "".join(f"{text}: the same tiles, so the same runs. " for text in alike)
         + f"![plot]({name}.png)",
         "",
@@ -283,7 +296,7 @@ def main() -> None:
     write(
         name,
         "Quality against compression",
-        f"python -m benchmarks.quality{' --full' if chosen.full else ''}",
+        "python -m benchmarks.quality" + " --full" * chosen.full + " --report" * chosen.report,
         lines,
     )
 

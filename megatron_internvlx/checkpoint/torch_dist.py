@@ -44,8 +44,7 @@ def location(full_name: str) -> tuple[str, int | None]:
         return _VISION_LAYER.sub("vision_model.encoder.layers.", full_name), int(match[1])
     if full_name.startswith("language_model.decoder.layers."):
         name = full_name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-        # A router follows the second norm of a layer with experts, but Megatron's local layers rename
-        # it all the same; see `keys_for`.
+        # A router follows the second norm of a layer with experts, which keeps its name: see `keys_for`.
         return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"), None
     return full_name, None
 

@@ -18,8 +18,8 @@ from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, location
 def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
     """All keys under which a written tensor is to be found, and its place along the leading dimension.
 
-    The second norm of a layer with experts has two: Megatron's local and Transformer Engine layers
-    disagree about it.
+    The second norm of a layer has two in a model with experts: a dense layer stores it with the linear layer after
+    it, a layer with experts under its own name, and a tensor's name does not tell which it is in.
     """
     key, place = location(full_name)
     both = has_experts and ".pre_mlp_layernorm." in full_name
