@@ -93,13 +93,15 @@ class Task:
         profile = with_recomputation(cost.Profile.load(self.own.profile), bool(self.settings.full_layers))
         return cost.costs_from_profile(profile, shape, counted.boundaries)
 
-    def memory(self, tensor: int, pipeline: int, data: int) -> cost.StageMemory:
+    def memory(
+        self, tensor: int, pipeline: int, data: int, shape: ModelShape | None = None
+    ) -> cost.StageMemory:
         """Bytes per layer, and what a GPU has for them."""
         limit = self.args.gpu_memory_gib
         layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
         width = self.sizes.weight
         model = ActivationModel(
-            self.shape, layout, self.settings, width, self.args.transformer_impl == "local"
+            shape or self.shape, layout, self.settings, width, self.args.transformer_impl == "local"
         )
         bytes_limit = (limit - RESERVE_GIB) * GIB if limit else float("inf")
         return cost.stage_memory(model, self.stats, self.sizes, bytes_limit)
@@ -207,11 +209,18 @@ def _comparison(plans: dict[str, PipelinePlan]) -> list[str]:
 
 
 def _expansions(task: Task) -> list[str]:
-    found = propose_expansions(task.shape, task.schedule, lambda shape: task.costs(shape))
-    rows = [["expansion at", "work", "step ms", "bubble", "imbalance", "layout"]]
+    tensor, pipeline = task.args.tensor_model_parallel_size, task.schedule.pipeline
+    data = max(task.args.world_size // (tensor * pipeline), 1)
+    found = propose_expansions(
+        task.shape,
+        task.schedule,
+        lambda shape: task.costs(shape),
+        memory=lambda shape: task.memory(tensor, pipeline, data, shape),
+    )
+    rows = [["expansion at", "work", "step ms", "bubble", "imbalance", "layout", ""]]
     for one in found[:8]:
         cells = [f"{one.work:.2f}x", f"{one.plan.seconds * 1e3:.1f}", f"{one.plan.bubble:.1%}"]
-        rows.append([str(one.layer), *cells, f"{one.plan.imbalance:.1%}", one.plan.layout])
+        rows.append([str(one.layer), *cells, f"{one.plan.imbalance:.1%}", one.plan.layout, one.mark])
     return ["where the expansion balances best:", *_table(rows)]
 
 
@@ -233,11 +242,11 @@ def _parallelism(task: Task) -> list[str]:
     )
     if not found:
         return [f"no layout of {own.gpus} GPUs fits the model into {task.args.gpu_memory_gib} GiB"]
-    rows = [["TP", "PP", "VPP", "DP", "micro-batches", "step ms", "bubble", "fullest GiB"]]
+    rows = [["TP", "PP", "VPP", "DP", "micro-batches", "step ms", "bubble", "fullest GiB", ""]]
     for one in found[:8]:
         memory = max(one.plan.memory or (0,)) / GIB
         sizes = [str(x) for x in (one.tensor, one.pipeline, one.chunks, one.data, one.micro_batches)]
-        rows.append([*sizes, f"{one.seconds * 1e3:.0f}", f"{one.plan.bubble:.1%}", f"{memory:.1f}"])
+        rows.append([*sizes, f"{one.seconds * 1e3:.0f}", f"{one.plan.bubble:.1%}", f"{memory:.1f}", one.mark])
     return [f"for {own.gpus} GPUs, fastest first:", *_table(rows)]
 
 

@@ -82,8 +82,8 @@ class Problem:
         self.layers = len(costs.layers)
         self.forward = np.cumsum([0.0] + [cost.forward for cost in costs.layers])
         self.backward = np.cumsum([0.0] + [cost.backward for cost in costs.layers])
-        self.move_forward = np.array([cost.forward for cost in costs.boundaries])
-        self.move_backward = np.array([cost.backward for cost in costs.boundaries])
+        self.move_forward = np.array([cost.forward for cost in costs.boundaries], dtype=float)
+        self.move_backward = np.array([cost.backward for cost in costs.boundaries], dtype=float)
         working = memory.working if memory and memory.working else (0.0,) * self.layers
         self.most_working = np.zeros((self.layers + 1, self.layers + 1))
         """[first, end] Most bytes that recomputation brings back among layers first..end-1."""

@@ -44,6 +44,12 @@ def test_plan(command, tmp_path) -> None:
     assert layout.startswith("E") and layout.endswith("L") and layout.count("|") == 3
     assert "uniform" in out and "bubble" in out and "where the expansion balances best" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("planned", "uniform"))]
+    step = {words[0]: float(words[1]) for words in rows}
+    assert 0 < step["planned"] <= step["uniform"]
+    places = [line.split() for line in out.split("where the expansion balances best:")[1].splitlines()[2:]]
+    times = [float(words[2]) for words in places if words]
+    assert len(times) == 3 and times == sorted(times)  # layers 2 to 4: the injection at 5 stays above
 
 
 def test_one_stage_needs_no_layout(command) -> None:
