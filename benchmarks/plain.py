@@ -14,6 +14,7 @@ import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
 from benchmarks.trainer import Sample, tokens_of
+from megatron_internvlx import platform
 from megatron_internvlx.hf.configuration_internvlx import InternVLXConfig
 from megatron_internvlx.hf.modeling_internvlx import InternVLXForConditionalGeneration
 
@@ -80,7 +81,7 @@ class PlainTrainer:
 
     def __init__(self, kind: str, size: dict[str, Any], micro_batches: list[list[Sample]]) -> None:
         torch.manual_seed(1)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = platform.device()
         self.model = build(kind, size).train().to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batches = [self._collate(samples, size) for samples in micro_batches]
@@ -105,7 +106,7 @@ class PlainTrainer:
 
     def step(self) -> dict[str, float]:
         """One training step."""
-        self._synchronize()
+        platform.synchronize()
         start = time.perf_counter()
         for batch in self.batches:
             rows = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -115,9 +116,5 @@ class PlainTrainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._synchronize()
+        platform.synchronize()
         return {"seconds": time.perf_counter() - start}
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
