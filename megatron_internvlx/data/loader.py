@@ -18,8 +18,8 @@ from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
-from megatron_internvlx.data.sample import Sample, SampleEncoder
+from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
+from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
 
 # Samples of a micro-batch, each with its tiles: uint8 tensor [T, 3, S, S] on CPU.
 Items = list[tuple[Sample, torch.Tensor]]
@@ -53,9 +53,10 @@ class ConversationDataset(Dataset):
         """Item at ``position``; from ``attempt`` 1 on a replacement, drawn from (seed, position, attempt)."""
         number = self._number(position, attempt)
         try:
-            sample = self.encoder.encode(self.manifest.record(number))
-            sample.number = number
-            return sample, self._tiles(sample, random.Random(f"{self.seed}/{position}/{attempt}"))
+            with blamed_on(self.manifest.key(number)):
+                sample = self.encoder.encode(self.manifest.record(number))
+                sample.number = number
+                return sample, self._tiles(sample, random.Random(f"{self.seed}/{position}/{attempt}"))
         except BadSample as bad:
             return bad
 
@@ -71,18 +72,15 @@ class ConversationDataset(Dataset):
         size = self.encoder.settings.tile_size
         parts = [np.empty((0, 3, size, size), dtype=np.uint8)]
         for image in sample.images:
-            try:
-                tiles = load_tiles(
-                    image.path,
-                    image.cols,
-                    image.rows,
-                    tile_size=size,
-                    thumbnail=image.thumbnail,
-                    jpeg_augment=rng if sample.jpeg_augment else None,
-                    apply_exif=self.encoder.apply_exif,
-                )
-            except BadSample as bad:
-                raise bad.with_key(sample.key) from bad
+            tiles = load_tiles(
+                image.path,
+                image.cols,
+                image.rows,
+                tile_size=size,
+                thumbnail=image.thumbnail,
+                jpeg_augment=rng if sample.jpeg_augment else None,
+                apply_exif=self.encoder.apply_exif,
+            )
             parts.append(tiles)
         return np.concatenate(parts)
 
@@ -101,14 +99,20 @@ class _Slot(NamedTuple):
 
 
 class _Slots(Dataset):
-    """A ConversationDataset that replaces bad samples inside the worker."""
+    """A ConversationDataset that deals with bad samples inside the worker.
 
-    def __init__(self, dataset: ConversationDataset):
-        self.dataset = dataset
+    ``records`` None: positions have no end, and a bad sample is replaced. Otherwise only so many positions hold a
+    record, and nothing takes the place of a bad one.
+    """
+
+    def __init__(self, dataset: ConversationDataset, records: int | None = None):
+        self.dataset, self.records = dataset, records
 
     def __getitem__(self, position: int) -> _Slot:
         rejects: list[BadSample] = []
-        for attempt in range(MAX_ATTEMPTS):
+        if self.records is not None and position >= self.records:
+            return _Slot(None, rejects)
+        for attempt in range(MAX_ATTEMPTS if self.records is None else 1):
             item = self.dataset.attempt(position, attempt)
             if not isinstance(item, BadSample):
                 return _Slot(item, rejects)
@@ -129,28 +133,37 @@ class _Delivery(NamedTuple):
     """What a worker hands over for a micro-batch.
 
     ``content`` is None if a position has no sample, and a ValueError if the samples do not fit together: raised
-    in the worker, its message would drown in a traceback.
+    in the worker, its message would drown in a traceback. ``good`` samples are in it, which gave up ``cut`` (tiles,
+    tokens) to fit.
     """
 
     content: Any
     rejects: list[list[BadSample]]
+    good: int
+    cut: tuple[int, int]
 
 
 class _Finish:
-    """The last step inside the worker: the slots of a micro-batch become what the consumer wants."""
+    """The last step inside the worker: the slots of a micro-batch become what the consumer wants.
 
-    def __init__(self, finish: Finish):
-        self.finish = finish
+    ``filler`` stands in for a micro-batch without any sample; None: every position must have one.
+    """
+
+    def __init__(self, finish: Finish, filler: tuple[Sample, torch.Tensor] | None = None):
+        self.finish, self.filler = finish, filler
 
     def __call__(self, slots: list[_Slot]) -> _Delivery:
         items = [(slot.item[0], torch.from_numpy(slot.item[1])) for slot in slots if slot.item is not None]
-        content = None
-        if len(items) == len(slots):
+        cut = (sum(s.dropped_tiles for s, _ in items), sum(s.dropped_tokens for s, _ in items))
+        good, content = len(items), None
+        if self.filler is not None:
+            items = items or [self.filler]
+        if len(items) == len(slots) or self.filler is not None:
             try:
                 content = self.finish(items)
             except ValueError as error:
                 content = error
-        return _Delivery(content, [slot.rejects for slot in slots])
+        return _Delivery(content, [slot.rejects for slot in slots], good, cut)
 
 
 def planned(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
@@ -195,49 +208,97 @@ def batches(
 
     ``start``: consumed samples, over all ranks, of earlier runs. ``limit``: micro-batches to give, None for
     no end. A bad sample is counted in ``reject_log`` and replaced by one that only its own position
-    decides; so other positions and other ranks stay as they are. Rejects are counted in the order of the
-    batches, however far the workers are ahead.
+    decides; so other positions and other ranks stay as they are. Rejects, and what samples gave up to fit, are
+    counted in the order of the batches, however far the workers are ahead.
 
     Raises ValueError for an impossible split and TooManyRejects when ``reject_log`` is over its limit or
     no replacement can be found. Close the generator (or let it go) to stop the workers.
     """
     _check_split(start, micro_batch_size, dp_rank, dp_size)
+    positions = _positions(start, micro_batch_size, dp_rank, dp_size, limit)
+    loader = _loader(
+        _Slots(dataset), positions, _Finish(finish), num_workers, prefetch_factor, start_method
+    )
+    yield from _counted(loader, num_workers, reject_log)
+
+
+def held_out_batches(
+    dataset: ConversationDataset,
+    *,
+    records: int,
+    micro_batches: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    reject_log: RejectLog,
+    finish: Finish = list,
+) -> Iterator[Any]:
+    """One evaluation: this rank's share of the first ``records`` records, each exactly once over all ranks.
+
+    Every rank gives ``micro_batches`` of them. A bad record is counted in ``reject_log`` and left out, not
+    replaced; a micro-batch without any record is the filler of `sample.filler_sample`, which weighs nothing.
+
+    Raises ValueError if so many micro-batches do not hold all records.
+    """
+    _check_split(0, micro_batch_size, dp_rank, dp_size)
+    if micro_batches * micro_batch_size * dp_size < records:
+        raise ValueError(
+            f"{micro_batches} micro-batches of {micro_batch_size} on {dp_size} ranks do not hold {records} records"
+        )
+    size = dataset.encoder.settings.tile_size
+    filler = (filler_sample(), torch.empty((0, 3, size, size), dtype=torch.uint8))
+    positions = _positions(0, micro_batch_size, dp_rank, dp_size, micro_batches)
+    loader = _loader(_Slots(dataset, records), positions, _Finish(finish, filler), num_workers)
+    yield from _counted(loader, num_workers, reject_log)
+
+
+def _loader(
+    slots: _Slots,
+    positions: Iterator[list[int]],
+    finish: _Finish,
+    num_workers: int,
+    prefetch_factor: int = 2,
+    start_method: str = "forkserver",
+) -> DataLoader:
     options: dict[str, Any] = {}
     if num_workers:
         context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload([__name__])  # imports once, not once per worker
         options = {"multiprocessing_context": context, "prefetch_factor": prefetch_factor}
-    loader = DataLoader(
-        _Slots(dataset),
-        batch_sampler=_positions(start, micro_batch_size, dp_rank, dp_size, limit),
-        collate_fn=_Finish(finish),
+    return DataLoader(
+        slots,
+        batch_sampler=positions,
+        collate_fn=finish,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         **options,
     )
+
+
+def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Iterator[Any]:
+    """Contents in order, each after its rejects."""
     # Receiving from a worker takes milliseconds, which a thread takes while the model computes.
     deliveries = Ahead(iter(loader), depth=1) if num_workers else iter(loader)
     try:
-        yield from _counted(deliveries, reject_log)
+        for delivery in deliveries:
+            yield _checked(delivery, reject_log)
     finally:
         if isinstance(deliveries, Ahead):
             deliveries.close()
 
 
-def _counted(deliveries: Iterator[_Delivery], reject_log: RejectLog) -> Iterator[Any]:
-    """Contents in order, each after its rejects."""
-    for content, per_position in deliveries:
-        for rejects in per_position:
-            reject_log.saw(len(rejects) + 1)
-            for bad in rejects:
-                reject_log.add(bad)
-        if content is None:
-            last = next(rejects[-1] for rejects in per_position if len(rejects) == MAX_ATTEMPTS)
-            raise TooManyRejects(
-                f"{MAX_ATTEMPTS} records in a row are bad, the last: {last} "
-                f"(so far: {reject_log.summary()}); check the data set"
-            )
-        if isinstance(content, ValueError):
-            raise content
-        yield content
+def _checked(delivery: _Delivery, reject_log: RejectLog) -> Any:
+    """The content of a delivery, after its samples are counted; raises what stands in its place."""
+    bad = [reject for rejects in delivery.rejects for reject in rejects]
+    for reject in bad:
+        reject_log.add(reject)
+    reject_log.saw(delivery.good + len(bad), len(bad))
+    reject_log.shortened(*delivery.cut)
+    if delivery.content is None:
+        last = next(rejects[-1] for rejects in delivery.rejects if len(rejects) == MAX_ATTEMPTS)
+        raise TooManyRejects(f"{reject_log.nothing_found(MAX_ATTEMPTS)}. The last: {last}")
+    if isinstance(delivery.content, ValueError):
+        raise delivery.content
+    return delivery.content

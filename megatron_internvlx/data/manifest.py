@@ -214,13 +214,22 @@ class Manifest:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def record(self, position: int) -> Record:
-        """Record at ``position`` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
+    def _place(self, position: int) -> tuple[DatasetEntry, int]:
+        """Set and number in its file of the record at ``position``."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of an epoch of {len(self)} records")
         number = int(np.searchsorted(self._ends, position, side="right"))
         entry = self.entries[number]
-        index = entry.select(position - (int(self._ends[number - 1]) if number else 0))
+        return entry, entry.select(position - (int(self._ends[number - 1]) if number else 0))
+
+    def key(self, position: int) -> str:
+        """Name (file:line) of the record at ``position`` of the unshuffled epoch, which is not read."""
+        entry, index = self._place(position)
+        return entry.file.key(index)
+
+    def record(self, position: int) -> Record:
+        """Record at ``position`` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
+        entry, index = self._place(position)
         return Record(
             entry.file.key(index), entry.file[index], entry.root, entry.data_augment, entry.max_tiles
         )

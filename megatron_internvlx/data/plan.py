@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 IGNORE = -100
+FILLER = -1
+"""Number of a sample that only fills a micro-batch: its tokens weigh nothing and nothing is reported of it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class SequencePlan:
     sample_of_loss_row: Int32
     """[n] which sample of the micro-batch the target belongs to."""
     sample_ids: Int32
-    """[samples] number of each sample in its data set, for messages and predictions."""
+    """[samples] number of each sample in its data set, for messages and predictions; FILLER for none."""
 
     @property
     def entry(self) -> PhasePlan:

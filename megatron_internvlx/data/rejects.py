@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CAUSES = (
@@ -20,6 +22,8 @@ CAUSES = (
     "answer_truncated",
     "image_truncated",
     "too_many_images",
+    "too_long",
+    "unexpected_error",
 )
 """Every cause a `BadSample` may have; a fixed order lets ranks add up their counts."""
 
@@ -36,6 +40,7 @@ class BadSample(Exception):
     """
 
     def __init__(self, key: str, cause: str, detail: str):
+        key, detail = printable(key), printable(detail)
         super().__init__(key, cause, detail)
         self.key, self.cause, self.detail = key, cause, detail
 
@@ -45,6 +50,27 @@ class BadSample(Exception):
     def with_key(self, key: str) -> "BadSample":
         """The same finding under the name of the record it belongs to."""
         return BadSample(key, self.cause, self.detail)
+
+
+def printable(text: str) -> str:
+    """`text` with what no file or terminal takes (half of a surrogate pair) written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextmanager
+def blamed_on(key: str) -> Iterator[None]:
+    """Whatever the work on the record `key` raises becomes a `BadSample` of that name.
+
+    Tokenizers, codecs and storage clients raise nearly every class there is on odd input; a list of kinds
+    would always lack one, and an error that passes ends the run at the same record after every restart. A
+    mistake of ours or of the machine is not hidden: all records are bad then, which ends the run with it.
+    """
+    try:
+        yield
+    except BadSample as bad:
+        raise bad.with_key(key) from bad
+    except Exception as error:
+        raise BadSample(key, "unexpected_error", f"{type(error).__name__}: {error}"[:500]) from error
 
 
 class TooManyRejects(ValueError):
@@ -60,6 +86,7 @@ class RejectLog:
     knows only its own records: give each data-parallel rank its own path to keep lines distinct.
     ``max_rate`` is the share of bad records among the samples reported by ``saw`` that is still accepted,
     judged from 200 samples on; None accepts any.
+    Samples that were shortened to fit are counted too: see ``shortened``.
     """
 
     def __init__(self, path: str | Path | None, max_rejects: int | None, max_rate: float | None = None):
@@ -69,8 +96,10 @@ class RejectLog:
             raise ValueError(f"max_rate is {max_rate}; it is a share between 0 and 1, or None for no limit")
         self.path = Path(path) if path is not None else None
         self.max_rejects, self.max_rate = max_rejects, max_rate
-        self.samples = 0
+        self.samples = self.good = 0
         self.counts: Counter[str] = Counter()
+        self.cut_tiles = self.cut_tokens = 0
+        """Given up so far by samples over the sequence length or a budget."""
         self._seen: set[tuple[str, str]] = set()
         self._written = self._read_back()
 
@@ -107,9 +136,10 @@ class RejectLog:
         if self.max_rejects is not None and self.total > self.max_rejects:
             raise TooManyRejects(self._verdict()) from bad
 
-    def saw(self, samples: int) -> None:
-        """Count samples that came up, bad ones included; TooManyRejects if too many of them were bad."""
+    def saw(self, samples: int, bad: int = 0) -> None:
+        """Count samples that came up, `bad` of them; TooManyRejects if too many different ones were bad."""
         self.samples += samples
+        self.good += samples - bad
         if self.max_rate is None or self.samples < RATE_AFTER:
             return
         if self.total > self.max_rate * self.samples:
@@ -118,6 +148,21 @@ class RejectLog:
                 f"is {self.max_rate:.1%} ({self.summary()}); {self._where()}. Repair or remove them, or "
                 "raise the accepted rate"
             )
+
+    def shortened(self, tiles: int, tokens: int) -> None:
+        """Count what samples gave up to fit the sequence length and the budgets."""
+        self.cut_tiles += tiles
+        self.cut_tokens += tokens
+
+    def nothing_found(self, tries: int) -> str:
+        """Why `tries` draws in a row gave no usable sample, and what to do about it."""
+        records = f"{self.total} different record" + "s" * (self.total != 1)
+        text = f"{tries} tries in a row found no usable record ({records} bad so far: {self.summary()})"
+        if self.good:
+            return f"{text}; {self._where()}"
+        if self.counts.keys() == {"missing_image"}:
+            return f"{text}; not one image was found: `root` in meta.json is probably wrong"
+        return f"{text}; there was no usable one at all; {self._where()}"
 
     def _where(self) -> str:
         return f"they are listed in {self.path}" if self.path else "give a rejects file to have them listed"

@@ -18,6 +18,7 @@ from megatron_internvlx.data.conversation import (
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import Budget, Cost
+from megatron_internvlx.data.plan import FILLER, IGNORE
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 
@@ -119,6 +120,13 @@ class EncoderSettings:
             raise ValueError(
                 f"max_length is {self.max_length} tokens; it must be at least 2, or None for no limit"
             )
+
+
+def filler_sample() -> Sample:
+    """Two text tokens, one of them supervised, for a micro-batch that has no sample; see `plan.FILLER`."""
+    ids = np.zeros(2, np.int64)
+    labels = np.asarray([IGNORE, 0], np.int64)
+    return Sample("filler", ids, labels, (), np.zeros(2, bool), jpeg_augment=False, number=FILLER)
 
 
 def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:

@@ -138,7 +138,8 @@ def test_training_stops_after_the_allowed_number(dataset):
 
 def test_a_data_set_without_a_good_record_stops(disk, encoder):
     hopeless = disk.add("b", [record("gone.png", "What?", "A")]).manifest()
-    with pytest.raises(TooManyRejects, match=r"64 records in a row are bad.*missing_image"):
+    said = r"64 tries in a row .* \(1 different record bad so far: missing_image 1\); not one image .*`root`"
+    with pytest.raises(TooManyRejects, match=said):
         take(ConversationDataset(hopeless, encoder(), seed=0), limit=1)
 
 
