@@ -28,12 +28,12 @@ def main() -> int:
     from megatron_internvlx.model.builder import ModelProvider
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.training import dryrun
-    from megatron_internvlx.training.answers import settle_validation
     from megatron_internvlx.training.data import DataProvider
     from megatron_internvlx.training.log import TrainingLog
     from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.run import Run
     from megatron_internvlx.training.step import ForwardStep
+    from megatron_internvlx.training.validation import settle_validation
 
     try:
         args = arguments.parse()
@@ -46,7 +46,7 @@ def main() -> int:
     except ValueError as error:
         return arguments.complain(error)
     log = TrainingLog(args, data)
-    step = ForwardStep(args.loss_weighting, on_answers=log.answers)
+    step = ForwardStep(args.loss_weighting, args.loss_average, on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
     run = Run(args, step, log.close_sinks, log.keep_curve)
@@ -56,7 +56,7 @@ def main() -> int:
             data,
             ModelType.encoder_or_decoder,
             step,
-            run.before(ModelProvider(args, communicator)),
+            run.before(ModelProvider(args, communicator, step.weights)),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )

@@ -92,17 +92,17 @@ class Trainer:
         initialize_megatron()
         data = SampleData(args)
         data.micro_batches = micro_batches
+        self.forward_step = ForwardStep(args.loss_weighting, args.loss_average)
         self.communicator, self.groups = boundary_communicator(args, data), MegatronGroups()
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
-            model_provider_func=ModelProvider(args, self.communicator),
+            model_provider_func=ModelProvider(args, self.communicator, self.forward_step.weights),
             cfg_container=pretrain_cfg_container_from_args(args),
             pg_collection=self.groups,
         )
         chunks = args.virtual_pipeline_model_parallel_size
         iterators = [RerunDataIterator(data(None, vp_stage=i)[0]) for i in range(chunks or 1)]
         self.iterator: Any = iterators if chunks else iterators[0]
-        self.forward_step = ForwardStep(args.loss_weighting)
         shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
         self.forward_step.meter = StepMeter(shape, BackwardSettings.from_args(args))
         self.config = get_model_config(self.model[0])

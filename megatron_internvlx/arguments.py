@@ -191,7 +191,7 @@ def _check_positive(args: argparse.Namespace) -> None:
     for name in (
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
         *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "shallow_seq_length"),
-        *("max_tiles_per_pack", "micro_batch_size", "global_batch_size"),
+        *("max_tiles_per_pack", "micro_batch_size", "global_batch_size", "valid_records"),
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -292,6 +292,7 @@ def _check_static(
         train,
         deep=args.seq_length,
         alignment=row_alignment(args),
+        samples=max(args.micro_batch_size, (args.eval_micro_batch_size or 1) if data.valid_data else 1),
         sample_tiles=1 if data.static_image_size else tiles,
         low_rows=low**2,
         high_rows=high**2,

@@ -80,6 +80,8 @@ class TrainSettings:
     """Do not train the projectors (PVTC or MLP, LVTC injections included)."""
     loss_weighting: Literal["token", "sample", "square"] = "token"
     """Weight of an answer token: token 1; sample 1/n; square 1/sqrt(n), n = answer tokens of its sample."""
+    loss_average: Literal["global", "micro-batch"] = "global"
+    """Over what the loss is averaged: all tokens of a step, or each micro-batch alone and then those, as InternVL."""
     boundary: Literal["variable", "static"] = "variable"
     """Row counts between pipeline stages: exchanged per message, or padded to fixed budgets."""
     shallow_seq_length: int | None = None
@@ -109,7 +111,9 @@ class DataSettings:
     restart_data: bool = False
     """On resume, start the data anew, in another order, instead of where the checkpoint left it."""
     valid_data: str | None = None
-    """InternVL meta.json of held-out data, --eval-iters global batches of it. Unset: no validation."""
+    """InternVL meta.json of held-out data; each evaluation sees every record once. Unset: no validation."""
+    valid_records: int | None = None
+    """Evaluate on the first so many records of --valid-data only. Unset: on all."""
     conversation_template: str = "internvl2_5"
     """Prompt template: internlm2-chat, Hermes-2, internvl2_5 or phi3-chat."""
     rvtc: Literal["area", "edge", "off"] = "area"
@@ -227,6 +231,7 @@ def check_static_budgets(
     *,
     deep: int,
     alignment: int,
+    samples: int,
     sample_tiles: int,
     low_rows: int,
     high_rows: int,
@@ -238,6 +243,7 @@ def check_static_budgets(
         train: the settings that hold the shallow and tile budgets.
         deep: --seq-length, the deep budget.
         alignment: rows per phase must be a multiple of it.
+        samples: of a micro-batch, each of which has an equal share of the budgets.
         sample_tiles: most tiles that one sample's image is cut into, thumbnail included.
         low_rows, high_rows: visual rows per tile in the shallow and the deep phase.
         lvtc: whether there is a shallow phase.
@@ -261,17 +267,18 @@ def check_static_budgets(
                 f"{name} {rows} is not a multiple of {alignment}, which the precision and sequence "
                 f"parallelism of this layout need: use {-(-rows // alignment) * alignment}"
             )
-    if tiles < sample_tiles:
+    shared = f" for each of {samples} samples of a micro-batch" if samples > 1 else ""
+    if tiles // samples < sample_tiles:
         raise ValueError(
-            f"--max-tiles-per-pack {tiles} does not hold one image of {sample_tiles} tiles: raise it to "
-            f"{sample_tiles}, or lower --max-tiles"
+            f"--max-tiles-per-pack {tiles} does not hold one image of {sample_tiles} tiles{shared}: raise it to "
+            f"{samples * sample_tiles}, or lower --max-tiles"
         )
     wanted = {"--seq-length": sample_tiles * high_rows, "--shallow-seq-length": sample_tiles * low_rows}
     for name, rows in sizes.items():
-        if rows <= wanted[name]:
+        if rows // samples <= wanted[name]:
             raise ValueError(
                 f"{name} {rows} does not hold the {wanted[name]} visual rows of one image of {sample_tiles} "
-                "tiles and some text: raise it, or lower --max-tiles"
+                f"tiles and some text{shared}: raise it, or lower --max-tiles"
             )
     if lvtc and shallow is not None and shallow > deep:
         raise ValueError(

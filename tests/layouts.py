@@ -135,9 +135,10 @@ def train(
     data = SyntheticData(args)
     communicator = boundary_communicator(args, data)
     groups = MegatronGroups()
+    step = ForwardStep(args.loss_weighting, args.loss_average)
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
-        model_provider_func=ModelProvider(args, communicator),
+        model_provider_func=ModelProvider(args, communicator, step.weights),
         cfg_container=pretrain_cfg_container_from_args(args),
         pg_collection=groups,
     )
@@ -163,7 +164,7 @@ def train(
     train_data, valid_data = _iterators(data, args.virtual_pipeline_model_parallel_size)
     args.do_valid, args.do_test = data.has_validation, False
     training.train(
-        ForwardStep(args.loss_weighting), model, optimizer, scheduler, train_data, valid_data,
+        step, model, optimizer, scheduler, train_data, valid_data,
         None, get_model_config(model[0]), {}, None, p2p_communicator=communicator, pg_collection=groups,
     )  # fmt: skip
     result["traffic"] = {key: (t.messages, t.bytes) for key, t in communicator.traffic.items()}

@@ -135,10 +135,10 @@ def run_rank(request: Request) -> None:
     initialize_megatron()
     case = load_case(Path(request.inputs))
     batches = CaseBatches(case, args, request.image_token)
-    communicator, groups = batches.communicator(), MegatronGroups()
+    communicator, groups, step = batches.communicator(), MegatronGroups(), ForwardStep("token")
     try:
         model = get_model(
-            ModelProvider(args, communicator), ModelType.encoder_or_decoder,
+            ModelProvider(args, communicator, step.weights), ModelType.encoder_or_decoder,
             wrap_with_ddp=request.gradients, pg_collection=groups,
         )  # fmt: skip
     except AssertionError as error:
@@ -147,7 +147,7 @@ def run_rank(request: Request) -> None:
     load_full(stages, ConvertedWeights(request))
     found = features_of(stages[0], case)
     found |= logits_of(model, batches, args, communicator, groups)
-    loss = loss_of(model, batches, args, communicator, groups, backward=request.gradients)
+    loss = loss_of(model, batches, args, communicator, groups, step, backward=request.gradients)
     found |= loss
     if found and mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
         parts = {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
@@ -229,7 +229,14 @@ def logits_of(
 
 
 def loss_of(
-    model: list, batches: CaseBatches, args: Any, communicator: Any, groups: Any, *, backward: bool
+    model: list,
+    batches: CaseBatches,
+    args: Any,
+    communicator: Any,
+    groups: Any,
+    step: ForwardStep,
+    *,
+    backward: bool,
 ) -> dict[str, Tensor]:
     """[1] mean loss over supervised tokens, on the last stage; gradients too with `backward`."""
     for chunk in model:
@@ -238,7 +245,7 @@ def loss_of(
             chunk.zero_grad_buffer()
     reports = _schedule(
         model, batches, args, communicator, groups,
-        forward_step_func=ForwardStep("token"), forward_only=not backward,
+        forward_step_func=step, forward_only=not backward,
     )  # fmt: skip
     if not reports:
         return {}

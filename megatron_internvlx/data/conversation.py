@@ -145,6 +145,21 @@ def _messages(
     return system, turns
 
 
+def questions(template: str, conversations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each answer that is learnt from answers: the human text before it; "" where there is none.
+
+    Raises ValueError for an unknown template, BadSample for unusable turns.
+    """
+    _, turns = _messages(get_template(template), conversations, "?")
+    asked, found = "", []
+    for role, text in turns:
+        if role == "human":
+            asked = text
+        elif text:
+            found.append(asked.replace(IMAGE, "").strip())
+    return found
+
+
 def render_prompt(
     template: str,
     conversations: Sequence[Mapping[str, Any]],

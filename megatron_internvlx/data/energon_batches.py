@@ -105,7 +105,7 @@ class EnergonBatches:
             raise ValueError("a decoding thread needs worker processes that leave the decoding to it")
         self.directory, self.encoder, self.plan = Path(directory), encoder, plan
         self.settings, self.reject_log, self.decode = settings, reject_log, decode
-        self.taken = self.dropped_tiles = self.dropped_tokens = 0
+        self.taken = 0
         self._in_worker, self._depth, self._stream = in_worker, ahead, stream
         self._pending: list[Any] = []
         self._ahead: Ahead | None = None
@@ -183,15 +183,12 @@ class EnergonBatches:
             batch = self._take()
             for bad in batch.rejects:
                 self.reject_log.add(bad)
-            self.reject_log.saw(batch.seen)
-            self.dropped_tiles += batch.dropped_tiles
-            self.dropped_tokens += batch.dropped_tokens
+            self.reject_log.saw(batch.seen, len(batch.rejects))
+            self.reject_log.shortened(batch.dropped_tiles, batch.dropped_tokens)
             if batch.plan is not None:
                 self.taken += 1
                 return batch
-        raise TooManyRejects(
-            f"{MAX_EMPTY} packs in a row have no usable sample ({self.reject_log.summary()}); check the data"
-        )
+        raise TooManyRejects(self.reject_log.nothing_found(f"{MAX_EMPTY} packs"))
 
     def _take(self) -> Batch:
         if self._packs is None:

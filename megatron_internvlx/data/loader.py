@@ -216,9 +216,7 @@ def batches(
     """
     _check_split(start, micro_batch_size, dp_rank, dp_size)
     positions = _positions(start, micro_batch_size, dp_rank, dp_size, limit)
-    loader = _loader(
-        _Slots(dataset), positions, _Finish(finish), num_workers, prefetch_factor, start_method
-    )
+    loader = _loader(_Slots(dataset), positions, _Finish(finish), num_workers, prefetch_factor, start_method)
     yield from _counted(loader, num_workers, reject_log)
 
 
@@ -298,7 +296,7 @@ def _checked(delivery: _Delivery, reject_log: RejectLog) -> Any:
     reject_log.shortened(*delivery.cut)
     if delivery.content is None:
         last = next(rejects[-1] for rejects in delivery.rejects if len(rejects) == MAX_ATTEMPTS)
-        raise TooManyRejects(f"{reject_log.nothing_found(MAX_ATTEMPTS)}. The last: {last}")
+        raise TooManyRejects(f"{reject_log.nothing_found(f'{MAX_ATTEMPTS} tries')}. The last: {last}")
     if isinstance(delivery.content, ValueError):
         raise delivery.content
     return delivery.content

@@ -7,7 +7,7 @@ stay on disk; only their byte offsets are held in memory (16 bytes each).
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +184,14 @@ class Manifest:
     """All datasets of a ``meta.json``, concatenated with their repeats; ``len`` is the size of an epoch.
 
     Relative paths that do not exist as given are taken from the folder of ``meta.json``, as is an empty
-    root. ``repeat_time`` 0 leaves a dataset out. ``length`` is not needed and not read.
+    root. ``repeat_time`` 0 leaves a dataset out. ``length`` is not needed and not read. ``each_once``, for
+    held-out data: any other ``repeat_time`` counts as 1.
 
     Raises ValueError naming the file and dataset: unreadable JSON, missing keys, missing annotation, values
     out of range, no record at all.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, each_once: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"no meta file {self.path}")
@@ -206,6 +207,8 @@ class Manifest:
             self.entries = [_entry(name, entry, self.path.parent) for name, entry in meta.items()]
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        if each_once:
+            self.entries = [replace(e, repeat_time=float(e.repeat_time > 0)) for e in self.entries]
         self._ends = np.cumsum([entry.epoch_size for entry in self.entries], dtype=np.int64)
         if not len(self):
             held = ", ".join(f"{e.name}: {len(e.file)} records x {e.repeat_time}" for e in self.entries)

@@ -39,6 +39,11 @@ class Budget:
             if value is not None and value < 1:
                 raise ValueError(f"the packing budget of {name} is {value}; it must be at least 1")
 
+    def share(self, samples: int) -> "Budget":
+        """What each of `samples` may take so that all of them fit. Raises ValueError if one of them gets nothing."""
+        tiles = None if self.tiles is None else self.tiles // samples
+        return Budget(self.shallow // samples, self.deep // samples, tiles)
+
     def limits(self) -> Int64:
         """int64 [3] in the order of `Cost`."""
         tiles = np.iinfo(np.int64).max if self.tiles is None else self.tiles

@@ -154,10 +154,10 @@ class RejectLog:
         self.cut_tiles += tiles
         self.cut_tokens += tokens
 
-    def nothing_found(self, tries: int) -> str:
-        """Why `tries` draws in a row gave no usable sample, and what to do about it."""
+    def nothing_found(self, tries: str) -> str:
+        """Why `tries` ("64 tries") in a row gave no usable sample, and what to do about it."""
         records = f"{self.total} different record" + "s" * (self.total != 1)
-        text = f"{tries} tries in a row found no usable record ({records} bad so far: {self.summary()})"
+        text = f"{tries} in a row found no usable record ({records} bad so far: {self.summary()})"
         if self.good:
             return f"{text}; {self._where()}"
         if self.counts.keys() == {"missing_image"}:

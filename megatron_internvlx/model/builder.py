@@ -13,7 +13,7 @@ from megatron_internvlx.model.decoder import CompressionPlan
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.boundary import Budget
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator
-from megatron_internvlx.training.gradients import finalize_hook
+from megatron_internvlx.training.gradients import WeightSum, finalize_hook
 from megatron_internvlx.training.step import loss_weights
 
 
@@ -65,10 +65,16 @@ class ModelProvider:
     Args:
         args: parsed arguments.
         communicator: is told of every stage; needed with more than one pipeline stage.
+        weights: the forward step's, by which gradients are divided; needed for training.
     """
 
-    def __init__(self, args: argparse.Namespace, communicator: BoundaryCommunicator | None = None) -> None:
-        self.args, self.communicator = args, communicator
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        communicator: BoundaryCommunicator | None = None,
+        weights: WeightSum | None = None,
+    ) -> None:
+        self.args, self.communicator, self.weights = args, communicator, weights
 
     def __call__(
         self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None, **_: Any
@@ -95,7 +101,7 @@ class ModelProvider:
             freeze_vision=train.freeze_vision,
             vision_recompute=args.vision_recompute,
             vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-            loss_weight=lambda plan: loss_weights(plan, train.loss_weighting)[1],
+            loss_weight=lambda plan: loss_weights(plan, train.loss_weighting, train.loss_average)[1],
             budget=static_budget(args),
             pre_process=pre_process,
             post_process=post_process,
@@ -103,7 +109,7 @@ class ModelProvider:
             pg_collection=pg_collection,
         )
         freeze(stage, train)
-        config.finalize_model_grads_func = finalize_hook(stage.tp_group)
+        config.finalize_model_grads_func = finalize_hook(stage.tp_group, self.weights)
         if self.communicator is not None:
             self.communicator.add(stage)
         return stage

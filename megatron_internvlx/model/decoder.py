@@ -85,7 +85,7 @@ class DecoderInputs:
     shallow: PhaseInputs
     deep: PhaseInputs
     frozen_features: Tensor | None = None
-    loss_weight: int = 0
+    loss_weight: float = 0
     """Total loss weight of the micro-batch; see `router.py`."""
 
 

@@ -75,7 +75,7 @@ class InternVLX(MegatronModule):
         freeze_vision: bool = False,
         vision_recompute: bool = False,
         vision_fp8: bool = False,
-        loss_weight: Callable[[SequencePlan], int] = supervised_tokens,
+        loss_weight: Callable[[SequencePlan], float] = supervised_tokens,
         budget: Budget | None = None,
         pre_process: bool = True,
         post_process: bool = True,

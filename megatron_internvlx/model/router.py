@@ -23,7 +23,7 @@ from torch import Tensor
 class LossWeightedRouter(TopKRouter):
     """Megatron's top-k router; the decoder layer sets `loss_weight` before each use."""
 
-    loss_weight: int = 0
+    loss_weight: float = 0
     """Total loss weight of the micro-batch that is routed."""
 
     def attach_and_log_load_balancing_loss(

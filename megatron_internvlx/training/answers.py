@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,11 @@ from megatron.core import parallel_state as mpu
 
 from megatron_internvlx.arguments import settings_from
 from megatron_internvlx.config import DataSettings
-from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.data.conversation import questions
+from megatron_internvlx.data.plan import FILLER, SequencePlan
+from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.tokenizer import load_tokenizer
-from megatron_internvlx.training.data import DataProvider, build_encoder
-
-
-def settle_validation(args: argparse.Namespace) -> None:
-    """Make the settings of validation fit each other, before a run. Raises ValueError if they cannot.
-
-    A recipe says how much to validate, and the user on what: without data there is no validation. With them
-    answers and picture go beside the checkpoints, unless told otherwise.
-    """
-    if not args.valid_data:
-        if args.eval_iters and os.environ.get("RANK", "0") == "0":
-            print("no --valid-data: this run is not validated", flush=True)
-        args.eval_iters = 0
-        return
-    if not (args.eval_iters or args.full_validation):
-        raise ValueError(
-            f"--valid-data {args.valid_data} with --eval-iters 0 validates nothing: say how many global batches "
-            f"(of {args.eval_global_batch_size} samples) to validate on, or leave --valid-data out"
-        )
-    if args.save and "://" not in args.save:
-        args.predictions_file = args.predictions_file or str(Path(args.save) / "predictions.jsonl")
-        args.report_file = args.report_file or str(Path(args.save) / "report.png")
+from megatron_internvlx.training.data import DataProvider
 
 
 class AnswerBook:
@@ -87,7 +67,9 @@ class AnswerBook:
 
     def _rows(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
         tokenizer = load_tokenizer(self.args.tokenizer_model)
-        rows = []
+        rows: list[dict[str, Any]] = []
+        if (plan.sample_ids == FILLER).any():
+            return rows
         spans: dict[int, int] = {}
         for answer in range(int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0):
             at = np.flatnonzero(plan.answer_ids == answer)
@@ -108,20 +90,29 @@ class AnswerBook:
     def _source(self, number: int, turn: int) -> dict[str, Any]:
         """Question, image and grid of the `turn`-th answer of a validation record."""
         assert self.data.valid_manifest is not None
-        record = self.data.valid_manifest.record(number)
-        asked = [t["value"] for t in record.data["conversations"] if t["from"] == "human"]
-        sample = build_encoder(self.args).encode(record)
-        first = sample.images[0] if sample.images else None
-        kinds = record.data.get("kinds") or [record.data.get("kind", "")]
-        return {
-            "key": record.key,
-            "kind": kinds[min(turn, len(kinds) - 1)],
-            "question": asked[min(turn, len(asked) - 1)].replace("<image>", "").strip(),
-            "image": first.path if first else None,
-            "cols": first.cols if first else 0,
-            "rows": first.rows if first else 0,
-            "thumbnail": first.thumbnail if first else False,
+        key, encoder = self.data.valid_manifest.key(number), self.data.validation_encoder
+        row = {
+            "key": key,
+            "kind": "",
+            "question": "",
+            "image": None,
+            "cols": 0,
+            "rows": 0,
+            "thumbnail": False,
         }
+        try:
+            with blamed_on(key):
+                record = self.data.valid_manifest.record(number)
+                sample = encoder.encode(record)
+                asked = questions(encoder.settings.template, record.data["conversations"])
+                row |= {"kind": kind_of(record.data, turn), "question": asked[turn]}
+        except BadSample as bad:  # it was read a moment ago by another rank, and its answer counts
+            print(f"{bad}: its answer is listed without question and image", file=sys.stderr, flush=True)
+            return row
+        if sample.images:
+            first = sample.images[0]
+            row |= {"image": first.path, "cols": first.cols, "rows": first.rows, "thumbnail": first.thumbnail}
+        return row
 
     def predictions(self) -> list[Any]:
         """The last evaluation's answers as the report wants them."""
@@ -134,12 +125,22 @@ class AnswerBook:
         from megatron_internvlx.training.report import accuracy_by_kind, most_common_baseline
 
         rows = self.predictions()
+        if not rows:
+            return "no held-out answer was usable"
         right = sum(row.correct for row in rows)
         lines = [f"held-out answers entirely right: {right}/{len(rows)} = {right / len(rows):.1%}"]
         baseline = most_common_baseline([row.expected for row in rows])
         lines.append(f"always the commonest answer: {baseline:.1%}")
         lines += [f"  {kind:<14} {a:>4}/{b}" for kind, (a, b) in sorted(accuracy_by_kind(rows).items())]
         return "\n".join(lines)
+
+
+def kind_of(record: dict[str, Any], turn: int) -> str:
+    """The kind of question that a record names: `kinds`, one for each answer, or `kind` for all; "" if none."""
+    kinds = record.get("kinds")
+    if isinstance(kinds, list) and kinds:
+        return str(kinds[min(turn, len(kinds) - 1)])
+    return str(record.get("kind", ""))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

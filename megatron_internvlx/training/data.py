@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from megatron.core import parallel_state as mpu
 from megatron_internvlx.arguments import row_alignment, settings_from
 from megatron_internvlx.config import DataSettings, TrainSettings
 from megatron_internvlx.data.conversation import ReleasedQuirks
-from megatron_internvlx.data.loader import ConversationDataset, batches, planned
+from megatron_internvlx.data.loader import ConversationDataset, batches, held_out_batches, planned
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepare import MARK, prepared_sets
-from megatron_internvlx.data.rejects import RejectLog
+from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
 from megatron_internvlx.model.builder import compression_plan
@@ -33,6 +33,10 @@ from megatron_internvlx.parallel.batch import (
     HostBatch,
     SharedBatches,
 )
+from megatron_internvlx.training.validation import ValidationCounts, held_out, held_out_records
+
+# Held-out records that are tried before training starts.
+FIRST_RECORDS = 64
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
@@ -53,12 +57,18 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
     )
 
 
-def pack_budget(args: argparse.Namespace) -> Budget | None:
-    """What a pack may hold; None without --packing."""
-    if not settings_from(args, DataSettings).packing:
-        return None
+def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | None:
+    """What one sample may hold; None where only --seq-length limits it.
+
+    With packing a sample must fit a pack, with static boundaries the sizes that every micro-batch is padded to,
+    of which each of its samples then has an equal share.
+    """
     train = settings_from(args, TrainSettings)
-    return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
+    static = train.boundary == "static"
+    if not (static or settings_from(args, DataSettings).packing):
+        return None
+    whole = Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
+    return whole.share(micro_batch_size) if static else whole
 
 
 def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> SampleEncoder:
@@ -101,10 +111,10 @@ class DataProvider:
         self.args = args
         self.data = settings_from(args, DataSettings)
         self.rejects: RejectLog | None = None
-        self.cut = lambda: (0, 0)
-        """Tiles and tokens given up so far, on this rank, by samples over a packing budget."""
+        """Unusable and shortened training samples so far; None where this rank does not load."""
         self.valid_manifest: Manifest | None = None
         self._train_manifest: Manifest | None = None
+        self._evaluation: RejectLog | None = None
         self.open_files()
         self._groups: tuple[list[list[int]], Any, Any] | None = None
         self._shared: dict[str, SharedBatches] = {}
@@ -125,7 +135,42 @@ class DataProvider:
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.data.valid_data:
-            self.valid_manifest = Manifest(self.data.valid_data)
+            self.valid_manifest = held_out(self.data.valid_data)
+            if os.environ.get("RANK", "0") == "0":
+                self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """Raises ValueError if none of the first held-out records is usable: training would learn it hours later."""
+        assert self.valid_manifest is not None
+        dataset, log = self._held_out_dataset(), RejectLog(None, None)
+        tries = min(FIRST_RECORDS, held_out_records(self.args, self.valid_manifest))
+        for position in range(tries):
+            item = dataset[position]
+            if not isinstance(item, BadSample):
+                return
+            log.add(item)
+            log.saw(1, 1)
+        raise ValueError(
+            f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}. The last: {item}"
+        )
+
+    def _held_out_dataset(self) -> ConversationDataset:
+        assert self.valid_manifest is not None
+        return ConversationDataset(
+            self.valid_manifest, self.validation_encoder, seed=self.args.seed, shuffle=False
+        )
+
+    @cached_property
+    def validation_encoder(self) -> SampleEncoder:
+        """Held-out record -> sample, under the limits that training samples have."""
+        return build_encoder(self.args, sample_budget(self.args, self.args.eval_micro_batch_size))
+
+    def evaluated(self) -> ValidationCounts:
+        """What the latest evaluation saw on this rank; nothing where it does not load."""
+        log = self._evaluation
+        if log is None:
+            return ValidationCounts()
+        return ValidationCounts(log.good, dict(log.counts), log.cut_tiles, log.cut_tokens)
 
     @property
     def is_loading_rank(self) -> bool:
@@ -164,44 +209,57 @@ class DataProvider:
         return BatchChannel(stages, group, stage_group, self.args.image_size)
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
-        args = self.args
-        if self.rejects is None:
-            path = self.data.rejects_file
-            if path is None and args.save:
-                path = str(Path(args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
-            self.rejects = RejectLog(path, self.data.max_rejects, self.data.max_reject_rate)
-        train = split == "train"
-        if train and self.data.loader == "energon":
-            from megatron_internvlx.training.loaders import energon_loader
+        return self._training_loader() if split == "train" else self._evaluations()
 
-            encoder = build_encoder(args, pack_budget(args))
-            loader = energon_loader(args, encoder, plan_settings(args), self.rejects)
-            self.cut = loader.cut
-            return loader
-        manifest = self._train_manifest or Manifest(self.data.data or "") if train else self.valid_manifest
-        assert manifest is not None
-        dataset = ConversationDataset(manifest, build_encoder(args), seed=args.seed, shuffle=train)
-        size = args.micro_batch_size if train else args.eval_micro_batch_size
-        split_args = {
-            "micro_batch_size": size,
+    def _rejects_file(self) -> str | None:
+        if self.data.rejects_file is None and self.args.save:
+            return str(Path(self.args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
+        return self.data.rejects_file
+
+    def _share(self) -> dict[str, Any]:
+        """This rank's part of the simple loader's work."""
+        return {
             "dp_rank": mpu.get_data_parallel_rank(),
             "dp_size": mpu.get_data_parallel_world_size(),
             "num_workers": self.data.loader_workers,
-            "reject_log": self.rejects,
-            "finish": partial(planned, settings=plan_settings(args)),
+            "finish": partial(planned, settings=plan_settings(self.args)),
         }
-        if train:
-            planned_batches = batches(dataset, start=args.consumed_train_samples, **split_args)
-            return itertools.starmap(HostBatch, planned_batches)
-        per_rank = args.eval_global_batch_size // (size * split_args["dp_size"]) * args.eval_iters
-        return self._evaluations(dataset, split_args, per_rank)
 
-    @staticmethod
-    def _evaluations(dataset, split_args, micro_batches: int) -> Iterator[HostBatch]:
-        """Every evaluation sees the same held-out samples, from the first on."""
+    def _training_loader(self) -> Iterator[HostBatch]:
+        args = self.args
+        self.rejects = RejectLog(self._rejects_file(), self.data.max_rejects, self.data.max_reject_rate)
+        encoder = build_encoder(args, sample_budget(args, args.micro_batch_size))
+        if self.data.loader == "energon":
+            from megatron_internvlx.training.loaders import energon_loader
+
+            return energon_loader(args, encoder, plan_settings(args), self.rejects)
+        manifest = self._train_manifest or Manifest(self.data.data or "")
+        planned_batches = batches(
+            ConversationDataset(manifest, encoder, seed=args.seed),
+            start=args.consumed_train_samples,
+            micro_batch_size=args.micro_batch_size,
+            reject_log=self.rejects,
+            **self._share(),
+        )
+        return itertools.starmap(HostBatch, planned_batches)
+
+    def _evaluations(self) -> Iterator[HostBatch]:
+        """Every evaluation sees every held-out record once."""
+        args = self.args
+        per_rank = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
         while True:
+            # Its own: a broken held-out record is counted and named, and does not end training.
+            self._evaluation = RejectLog(self._rejects_file(), None)
             yield from itertools.starmap(
-                HostBatch, batches(dataset, start=0, limit=micro_batches, **split_args)
+                HostBatch,
+                held_out_batches(
+                    self._held_out_dataset(),
+                    records=held_out_records(args, self.valid_manifest),
+                    micro_batches=args.eval_iters * per_rank,
+                    micro_batch_size=args.eval_micro_batch_size,
+                    reject_log=self._evaluation,
+                    **self._share(),
+                ),
             )
 
 

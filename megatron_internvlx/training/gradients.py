@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -28,17 +29,47 @@ def sum_vision_gradients(model: list[torch.nn.Module], group: torch.distributed.
             grad.copy_(summed.view_as(grad))
 
 
-def finalize_gradients(model, *args, group: torch.distributed.ProcessGroup, **kwargs) -> None:
+class WeightSum:
+    """Sum of the loss weights of a global batch on this rank, by which its gradients are divided.
+
+    Megatron counts in a 32-bit integer, which holds neither square roots nor their sum. Nothing here waits for
+    the device: weights are known from the plan.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def add(self, weight: float) -> None:
+        """Count a micro-batch; on the last stage."""
+        self.total += weight
+
+    def take(self, device: torch.device) -> torch.Tensor:
+        """The sum since the last call, fp32 scalar; 0 on all stages but the last."""
+        total, self.total = self.total, 0.0
+        return torch.tensor(total, dtype=torch.float32, device=device)
+
+
+def finalize_gradients(
+    model: list[torch.nn.Module],
+    num_tokens: torch.Tensor | None = None,
+    *args: Any,
+    group: torch.distributed.ProcessGroup,
+    weights: WeightSum | None,
+    **kwargs: Any,
+) -> None:
     """Megatron's finalize_model_grads, then the sum over TP of the vision encoder's gradients.
 
     Both are linear, so the order does not matter; after Megatron's data-parallel reduction the
     buffers are complete (or, with the distributed optimizer, complete in this rank's shard, which
-    is the same shard on every TP rank).
+    is the same shard on every TP rank). Megatron sends the last stage's divisor to the other stages and adds up
+    those of the data-parallel ranks.
     """
-    finalize_model_grads(model, *args, **kwargs)
+    assert num_tokens is not None, "--calculate-per-token-loss is off"
+    assert weights is not None, "the model provider was made without the forward step's weights"
+    finalize_model_grads(model, weights.take(num_tokens.device), *args, **kwargs)
     sum_vision_gradients(model, group)
 
 
-def finalize_hook(group: torch.distributed.ProcessGroup):
-    """The function to install as `config.finalize_model_grads_func`."""
-    return partial(finalize_gradients, group=group)
+def finalize_hook(group: torch.distributed.ProcessGroup, weights: WeightSum | None):
+    """The function to install as `config.finalize_model_grads_func`; without `weights` it must not be called."""
+    return partial(finalize_gradients, group=group, weights=weights)

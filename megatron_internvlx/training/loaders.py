@@ -52,10 +52,6 @@ class EnergonLoader:
         assert batch.plan is not None and batch.tiles is not None
         return HostBatch(batch.plan, batch.tiles)
 
-    def cut(self) -> tuple[int, int]:
-        """Tiles and tokens that samples over a budget gave up so far."""
-        return self.batches.dropped_tiles, self.batches.dropped_tokens
-
     def save_state(self) -> LoaderState:
         """Position after the micro-batches given so far."""
         return self.batches.save_state()

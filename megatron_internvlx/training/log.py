@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,24 @@ from megatron_internvlx.training.metrics import TERA, StepMeter, mfu, peak_flops
 from megatron_internvlx.training.shape import ModelShape
 from megatron_internvlx.training.step import ForwardStep
 from megatron_internvlx.training.tracking import mark_failed, sinks
+from megatron_internvlx.training.validation import ValidationCounts
 
 GIB = 1 << 30
 
 
 def _number(value: float | None, digits: str) -> str:
-    return "-" if value is None else f"{value:{digits}}"
+    return "-" if value is None or math.isnan(value) else f"{value:{digits}}"
+
+
+def _causes(rejects: Mapping[str, int]) -> str:
+    """Unusable samples per cause, the most frequent first."""
+    counts = sorted(rejects.items(), key=lambda item: -item[1])
+    return ", ".join(f"{cause} {count}" for cause, count in counts)
+
+
+def _cut(tiles: float, tokens: float) -> list[str]:
+    """What samples gave up to fit --seq-length and the budgets, as a part of a log line; [] if nothing."""
+    return [f"cut to fit {tiles:.0f} tiles, {tokens:.0f} tokens"] if tiles or tokens else []
 
 
 class TrainingLog:
@@ -88,10 +102,8 @@ class TrainingLog:
             f"memory {totals['memory']:.2f} GiB",
         ]
         if totals["rejects"]:
-            parts.append(f"unusable samples {totals['rejects']:.0f} ({self._causes()})")
-        if totals["cut_tiles"] or totals["cut_tokens"]:
-            cut = f"{totals['cut_tiles']:.0f} tiles, {totals['cut_tokens']:.0f} tokens"
-            parts.append(f"cut to the packing budgets {cut}")
+            parts.append(f"unusable samples {totals['rejects']:.0f} ({_causes(self.rejects)})")
+        parts += _cut(totals["cut_tiles"], totals["cut_tokens"])
         if record.skipped or record.nan:
             parts.append(f"skipped {record.skipped} nan {record.nan}")
         for sink in self.sinks:
@@ -117,13 +129,14 @@ class TrainingLog:
         counters = self.step.take()
         flops = self.step.meter.take().model_flops if self.step.meter else 0
         replicas = dist.get_world_size() // mpu.get_data_parallel_world_size()
-        counts = self.data.rejects.counts if self.data.rejects else {}
+        rejects = self.data.rejects
+        counts = rejects.counts if rejects else {}
         sums = torch.tensor(
             [
                 flops / TERA / replicas,
                 counters.rows / replicas,
                 counters.padding / replicas,
-                *self.data.cut(),
+                *((rejects.cut_tiles, rejects.cut_tokens) if rejects else (0, 0)),
                 *(counts.get(c, 0) for c in CAUSES),
             ],
             device=platform.device(),
@@ -174,11 +187,6 @@ class TrainingLog:
             **{f"rejects_{cause}": float(count) for cause, count in self.rejects.items()},
         }
 
-    def _causes(self) -> str:
-        """Unusable samples of all ranks per cause, the most frequent first."""
-        counts = sorted(self.rejects.items(), key=lambda item: -item[1])
-        return ", ".join(f"{cause} {count}" for cause, count in counts)
-
     def _shown(self, line: str, record: platform.LogRecord, loss, tokens_per_s: float) -> str | None:
         """The line for the log; at a terminal, print it above the progress bar instead."""
         if not (is_last_rank() and sys.stderr.isatty()):
@@ -200,6 +208,7 @@ class TrainingLog:
         self.step.take()
         if self.book is not None:
             self.book.finish()
+        counts = self._evaluated()
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if "accuracy" in values:
             self._points().accuracies.append((iteration, values["accuracy"]))
@@ -210,8 +219,25 @@ class TrainingLog:
             for path in (self.settings.predictions_file, self.settings.report_file):
                 if path:
                     sink.artifact(path)
-        shown = f"validation at step {iteration} | loss {_number(values.get('loss'), '.4f')}"
-        return shown + f" | answers right {_number(values.get('accuracy'), '.1%')}"
+        parts = [
+            f"validation at step {iteration}",
+            f"loss {_number(values.get('loss'), '.4f')}",
+            f"answers right {_number(values.get('accuracy'), '.1%')}",
+            f"{counts.records} records",
+        ]
+        if counts.rejects:
+            parts.append(f"unusable {sum(counts.rejects.values())} ({_causes(counts.rejects)})")
+        return " | ".join(parts + _cut(counts.cut_tiles, counts.cut_tokens))
+
+    def _evaluated(self) -> ValidationCounts:
+        """What the evaluation saw over all ranks; called on every rank."""
+        mine = self.data.evaluated()
+        counts = [mine.records, mine.cut_tiles, mine.cut_tokens, *(mine.rejects.get(c, 0) for c in CAUSES)]
+        sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())
+        dist.all_reduce(sums)
+        records, tiles, tokens, *rejected = sums.tolist()
+        causes = {cause: count for cause, count in zip(CAUSES, rejected, strict=True) if count}
+        return ValidationCounts(records, causes, tiles, tokens)
 
     def close(self) -> None:
         """Write the report and end the progress bar; after `pretrain`."""

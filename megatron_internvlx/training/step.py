@@ -1,12 +1,12 @@
 """One forward step: micro-batch -> stage output, and the loss with its weights.
 
-With Megatron's `--calculate-per-token-loss` the gradient of a global batch is
-sum(weight * loss) / sum(weight), over all micro-batches and data-parallel ranks. Megatron adds up
-the weights as integers, so each scheme below makes a sample's total weight an integer:
+The gradient of a global batch is sum(weight * loss) / sum(weight), over all micro-batches and data-parallel
+ranks. Whatever number of supervised tokens n a sample has, it weighs
 
-    token   n      sample   1      square   round(1024 * sqrt(n))
+    token   n      sample   1      square   sqrt(n)
 
-where n is the number of supervised tokens of the sample; a token weighs its sample's total / n.
+in all, and each of its tokens an n-th of that. With `average` "micro-batch" every micro-batch weighs 1 instead,
+shared out in the same proportions: the mean of the means of micro-batches, as InternVL's trainer has it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.platform.transfer import to_device
+from megatron_internvlx.training.gradients import WeightSum
 from megatron_internvlx.training.metrics import StepMeter
-
-SQUARE_SCALE = 1024
 
 
 @dataclass
@@ -41,33 +40,39 @@ class Counters:
 
 
 def sample_weight(answer_tokens: np.ndarray, weighting: str) -> np.ndarray:
-    """Integer weight of a sample with so many supervised tokens: int64, same shape."""
+    """Weight of a sample with so many supervised tokens: float64, same shape."""
     if weighting == "token":
-        return answer_tokens.astype(np.int64)
+        return answer_tokens.astype(np.float64)
     if weighting == "sample":
-        return np.ones_like(answer_tokens, dtype=np.int64)
+        return np.ones(answer_tokens.shape)
     if weighting == "square":
-        return np.rint(SQUARE_SCALE * np.sqrt(answer_tokens)).astype(np.int64)
+        return np.sqrt(answer_tokens)
     raise ValueError(f"unknown loss weighting {weighting!r}: token, sample or square")
 
 
-def loss_weights(plan: SequencePlan, weighting: str) -> tuple[np.ndarray, int]:
-    """Weight of each supervised row [n] (fp32), and their sum as an integer."""
+def loss_weights(plan: SequencePlan, weighting: str, average: str = "global") -> tuple[np.ndarray, float]:
+    """Weight of each supervised row [n] (fp32), and their sum before rounding."""
     if not len(plan.sample_of_loss_row):
-        return np.zeros(0, np.float32), 0
+        return np.zeros(0, np.float32), 0.0
     samples, counts = np.unique(plan.sample_of_loss_row, return_counts=True)
     totals = sample_weight(counts, weighting)
+    totals[plan.sample_ids[samples] == FILLER] = 0
+    total = float(totals.sum())
+    if average == "micro-batch" and total:
+        totals, total = totals / total, 1.0
     per_token = (totals / counts).astype(np.float32)
-    return per_token[np.searchsorted(samples, plan.sample_of_loss_row)], int(totals.sum())
+    return per_token[np.searchsorted(samples, plan.sample_of_loss_row)], total
 
 
 def answers_right(plan: SequencePlan, predicted: Tensor) -> Tensor:
-    """Per answer span, whether every token was predicted: int [answers]."""
+    """Per answer span that is not a filler's, whether every token was predicted: float 0 or 1, [answers]."""
     wrong = (predicted != to_device(torch.from_numpy(plan.targets))).to(torch.float32)
     answers = int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0
     misses = torch.zeros(answers, device=wrong.device)
     misses.index_add_(0, to_device(torch.from_numpy(plan.answer_ids)), wrong)
-    return (misses == 0).to(torch.float32)
+    asked = np.zeros(answers, bool)
+    asked[plan.answer_ids] = plan.sample_ids[plan.sample_of_loss_row] != FILLER
+    return (misses[to_device(torch.from_numpy(asked))] == 0).to(torch.float32)
 
 
 class ForwardStep:
@@ -75,11 +80,14 @@ class ForwardStep:
 
     Args:
         weighting: token, sample or square.
+        average: global or micro-batch.
         on_answers: called on the last stage in evaluation with (plan, predicted ids [n]).
     """
 
-    def __init__(self, weighting: str, on_answers=None) -> None:
-        self.weighting, self.on_answers = weighting, on_answers
+    def __init__(self, weighting: str, average: str = "global", on_answers=None) -> None:
+        self.weighting, self.average, self.on_answers = weighting, average, on_answers
+        self.weights = WeightSum()
+        """Of the training micro-batches since the last optimizer step; for `gradients.finalize_hook`."""
         self.counters = Counters()
         self.meter: StepMeter | None = None
         """Counts the floating-point work of training micro-batches, if set."""
@@ -118,17 +126,23 @@ class ForwardStep:
             self.meter.add(plan)
 
     def loss(self, plan: SequencePlan, training: bool, output: Tensor):
-        """Weighted loss sum, its integer weight, and what to report (each [sum, weight])."""
-        weights, total = loss_weights(plan, self.weighting)
+        """Weighted loss sum, how many tokens it is of, and what to report (each [sum, weight]).
+
+        Megatron adds up the second in an integer. The gradients are divided by `weights` instead.
+        """
+        weights, total = loss_weights(plan, self.weighting, self.average)
         losses = output if training else output[0]
         weighted = (losses.float() * to_device(torch.from_numpy(weights))).sum()
-        count = torch.tensor(total, dtype=torch.int, device=losses.device)
-        report = {"loss": torch.stack([weighted.detach(), count.to(weighted.dtype)])}
-        if not training:
+        tokens = torch.tensor(len(weights), dtype=torch.int, device=losses.device)
+        weight = torch.tensor(total, dtype=weighted.dtype, device=losses.device)
+        report = {"loss": torch.stack([weighted.detach(), weight])}
+        if training:
+            self.weights.add(total)
+        else:
             predicted = output[1].to(torch.int32)
             right = answers_right(plan, predicted)
             asked = torch.tensor(float(len(right)), device=right.device)
             report["accuracy"] = torch.stack([right.sum(), asked])
             if self.on_answers is not None:
                 self.on_answers(plan, predicted)
-        return weighted, count, report
+        return weighted, tokens, report

@@ -106,7 +106,10 @@ def test_projector() -> None:
 
 
 # One image of 3 tiles with 4 shallow and 16 deep rows each: 12 and 48 rows.
-BUDGETS = {"deep": 64, "alignment": 16, "sample_tiles": 3, "low_rows": 4, "high_rows": 16, "lvtc": True}
+BUDGETS = {
+    **{"deep": 64, "alignment": 16, "samples": 1, "sample_tiles": 3},
+    **{"low_rows": 4, "high_rows": 16, "lvtc": True},
+}
 
 
 def static(**changes: int | None) -> TrainSettings:
@@ -118,12 +121,25 @@ def test_static_budgets_that_work() -> None:
     check_static_budgets(static(), **BUDGETS)
     check_static_budgets(static(max_tiles_per_pack=3, shallow_seq_length=64), **BUDGETS)
     check_static_budgets(static(shallow_seq_length=None), **BUDGETS | {"lvtc": False})
+    two = static(shallow_seq_length=64, max_tiles_per_pack=6)
+    check_static_budgets(two, **BUDGETS | {"samples": 2, "deep": 128})
 
 
 @pytest.mark.parametrize(
     ("train", "budgets", "message"),
     [
         (static(max_tiles_per_pack=None), {}, "--boundary static needs --max-tiles-per-pack:"),
+        (
+            static(max_tiles_per_pack=5),
+            {"samples": 2, "deep": 128},
+            "--max-tiles-per-pack 5 does not hold one image of 3 tiles for each of 2 samples of a micro-batch: "
+            "raise it to 6",
+        ),
+        (
+            static(max_tiles_per_pack=6),
+            {"samples": 2, "deep": 96},
+            "--seq-length 96 does not hold the 48 visual",
+        ),
         (static(shallow_seq_length=None), {}, "--boundary static needs --shallow-seq-length:"),
         (
             static(max_tiles_per_pack=None, shallow_seq_length=None),
