@@ -292,7 +292,10 @@ def _check_static(
         train,
         deep=args.seq_length,
         alignment=row_alignment(args),
-        samples=max(args.micro_batch_size, (args.eval_micro_batch_size or 1) if data.valid_data else 1),
+        samples=max(
+            1 if data.packing else args.micro_batch_size,
+            (args.eval_micro_batch_size or args.micro_batch_size) if data.valid_data else 1,
+        ),
         sample_tiles=1 if data.static_image_size else tiles,
         low_rows=low**2,
         high_rows=high**2,

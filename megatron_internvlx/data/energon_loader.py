@@ -26,7 +26,7 @@ from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages
 from megatron_internvlx.data.manifest import Record, is_url
 from megatron_internvlx.data.packing import pack
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
 from megatron_internvlx.data.shards import META
 
@@ -95,9 +95,10 @@ def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.nda
     for sample, blobs, seed in zip(raw.samples, raw.blobs, raw.seeds, strict=True):
         rng = random.Random(seed) if sample.jpeg_augment else None
         try:
-            tiles = [decode(blob, image, rng) for blob, image in zip(blobs, sample.images, strict=True)]
+            with blamed_on(sample.key):
+                tiles = [decode(blob, image, rng) for blob, image in zip(blobs, sample.images, strict=True)]
         except BadSample as bad:
-            rejects.append(bad.with_key(sample.key))
+            rejects.append(bad)
             continue
         good.append(sample)
         parts += tiles
@@ -213,10 +214,11 @@ class PackEncoder(TaskEncoder):
         images: ImageStore = sample.images
         result, reject = None, None
         try:
-            result = self.encoder.encode(sample.record, lambda name: images.size(name, apply_exif=exif))
-            result.number = int(sample.__key__.rsplit("/", 1)[-1].split(".")[0])
+            with blamed_on(sample.record.key):
+                result = self.encoder.encode(sample.record, lambda name: images.size(name, apply_exif=exif))
+                result.number = int(sample.__key__.rsplit("/", 1)[-1].split(".")[0])
         except BadSample as bad:
-            reject = bad.with_key(sample.record.key)
+            result, reject = None, bad
         config = WorkerConfig.active_worker_config
         assert config is not None
         # The number of this sample in its worker, whatever rank the worker belongs to.
@@ -250,9 +252,10 @@ class PackEncoder(TaskEncoder):
                 raw.rejects.append(item.reject)
                 continue
             try:
-                blobs = [item.images.read(image.path) for image in item.sample.images]
+                with blamed_on(item.sample.key):
+                    blobs = [item.images.read(image.path) for image in item.sample.images]
             except BadSample as bad:
-                raw.rejects.append(bad.with_key(item.sample.key))
+                raw.rejects.append(bad)
                 continue
             raw.samples.append(item.sample)
             raw.blobs.append(blobs)

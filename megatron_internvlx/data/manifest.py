@@ -1,12 +1,13 @@
 """InternVL's training set description: ``meta.json`` naming JSONL files of conversations.
 
-``meta.json`` is ``{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}``. Records
-stay on disk; only their byte offsets are held in memory (16 bytes each).
+``meta.json`` is ``{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}``; keys that begin
+with ``_`` are comments. Records stay on disk; only their byte offsets are held in memory (16 bytes each).
 """
 
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,30 @@ from typing import Any
 import numpy as np
 
 from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.recipe import similar
 
 _CHUNK_BYTES = 1 << 24
+_KEYS = ("root", "annotation", "data_augment", "repeat_time", "max_dynamic_patch", "length")
+MAX_REPEAT = 1000
+"""Most repeats of a data set in an epoch; how long a run is, --train-iters says."""
+MAX_EPOCH = 1 << 28
+"""Most records of an epoch: their order is a permutation held in memory, 8 bytes each."""
+
+
+def read_json(text: str | bytes) -> Any:
+    """`json.loads` that refuses a key given twice in an object, of which it would silently keep the last.
+
+    Raises ValueError, and RecursionError for too many brackets.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,10 +104,14 @@ class JsonlFile:
             return None
         return np.append(self._starts, self.path.stat().st_size)
 
+    def line(self, index: int) -> bytes:
+        """Record ``index`` as it is in the file, without white space around it."""
+        return self._read(self._starts[index], self._lengths[index]).strip()
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        line = self._read(self._starts[index], self._lengths[index])
+        line = self.line(index)
         try:
-            data = json.loads(line)
+            data = read_json(line)
         except (ValueError, RecursionError) as error:
             raise BadSample(self.key(index), "malformed_json", f"not valid JSON: {error}") from error
         if not isinstance(data, dict):
@@ -143,7 +170,9 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def _number(name: str, entry: dict[str, Any], key: str, default: Any, least: float) -> Any:
+def _number(
+    name: str, entry: dict[str, Any], key: str, default: Any, least: float, most: float = 1 << 31
+) -> Any:
     value = entry.get(key, default)
     if value is None and default is None:
         return None
@@ -151,9 +180,11 @@ def _number(name: str, entry: dict[str, Any], key: str, default: Any, least: flo
         isinstance(value, bool)
         or not isinstance(value, int | float)
         or not math.isfinite(value)
-        or value < least
+        or not least <= value <= most
     ):
-        raise ValueError(f"dataset {name!r}: {key} is {value!r}; it must be a number of at least {least}")
+        raise ValueError(
+            f"dataset {name!r}: {key} is {value!r}; it must be a number between {least} and {most}"
+        )
     return value
 
 
@@ -164,18 +195,29 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     for key in ("root", "annotation"):
         if not isinstance(entry[key], str):
             raise ValueError(f"dataset {name!r}: {key} must be a path, found {entry[key]!r}")
+    if unknown := [key for key in entry if key not in _KEYS and not key.startswith("_")]:
+        named = ", ".join(f"{key!r}{similar(key, _KEYS)}" for key in unknown)
+        raise ValueError(
+            f"dataset {name!r}: unknown keys {named}; known are {', '.join(_KEYS)}, and a comment begins with '_'"
+        )
+    if not isinstance(entry.get("data_augment", False), bool):
+        raise ValueError(
+            f"dataset {name!r}: data_augment is {entry['data_augment']!r}; it must be true or false"
+        )
     annotation = _resolve(entry["annotation"], folder)
     if not annotation.is_file():
         raise ValueError(
             f"dataset {name!r}: no annotation file {entry['annotation']!r}, neither as given nor in {folder}"
         )
     max_tiles = _number(name, entry, "max_dynamic_patch", None, 1)
+    if max_tiles is not None and max_tiles != int(max_tiles):
+        raise ValueError(f"dataset {name!r}: max_dynamic_patch is {max_tiles}; it must be a whole number")
     return DatasetEntry(
         name=name,
         file=JsonlFile(annotation, entry["annotation"]),
         root=entry["root"] if is_url(entry["root"]) else str(_resolve(entry["root"], folder)),
-        data_augment=bool(entry.get("data_augment", False)),
-        repeat_time=_number(name, entry, "repeat_time", 1, 0),
+        data_augment=entry.get("data_augment", False),
+        repeat_time=_number(name, entry, "repeat_time", 1, 0, MAX_REPEAT),
         max_tiles=None if max_tiles is None else int(max_tiles),
     )
 
@@ -196,8 +238,8 @@ class Manifest:
         if not self.path.is_file():
             raise ValueError(f"no meta file {self.path}")
         try:
-            meta = json.loads(self.path.read_bytes())
-        except ValueError as error:
+            meta = read_json(self.path.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} is not valid JSON: {error}") from error
         if not isinstance(meta, dict):
             raise ValueError(
@@ -209,6 +251,10 @@ class Manifest:
             raise ValueError(f"{self.path}: {error}") from error
         if each_once:
             self.entries = [replace(e, repeat_time=float(e.repeat_time > 0)) for e in self.entries]
+        if (records := sum(entry.epoch_size for entry in self.entries)) > MAX_EPOCH:
+            raise ValueError(
+                f"{self.path}: an epoch would hold {records:,} records, at most {MAX_EPOCH:,} can be: lower repeat_time"
+            )
         self._ends = np.cumsum([entry.epoch_size for entry in self.entries], dtype=np.int64)
         if not len(self):
             held = ", ".join(f"{e.name}: {len(e.file)} records x {e.repeat_time}" for e in self.entries)

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_image
-from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url
-from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
+from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import parse_record
 
 VERSION = 1
@@ -89,8 +89,8 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
     """``meta.json``, its annotations copied to ``out`` where they are URLs; images stay where they are."""
     path = Path(meta_path)
     try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        meta = read_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable JSON: {error}") from error
     entries = meta.values() if isinstance(meta, dict) else ()
     remote = [e for e in entries if isinstance(e, dict) and is_url(str(e.get("annotation")))]
@@ -117,9 +117,10 @@ def _scan(entry: DatasetEntry) -> _Scan:
     """Read every line: which records have the right shape, and which images they name."""
     found = _Scan()
     for index in _bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
+        key = entry.file.key(index)
         try:
-            record = Record(entry.file.key(index), entry.file[index], "", False, None)
-            paths, _ = parse_record(record)
+            with blamed_on(key):
+                paths, _ = parse_record(Record(key, entry.file[index], "", False, None))
         except BadSample as bad:
             found.bad.append(bad)
             continue
@@ -131,12 +132,13 @@ def _scan(entry: DatasetEntry) -> _Scan:
 
 def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
     try:
-        path = os.path.join(root, name)  # noqa: PTH118 (keeps URLs as written)
-        # Headers are read in place; only remote images and verification need the whole file.
-        source: str | bytes = read_image(root, name) if is_url(root) else path
-        entry = measure(source, name)
-        if verify and entry["format"] != BROKEN:
-            load_tiles(source, 1, 1, thumbnail=False)
+        with blamed_on(name):
+            path = os.path.join(root, name)  # noqa: PTH118 (keeps URLs as written)
+            # Headers are read in place; only remote images and verification need the whole file.
+            source: str | bytes = read_image(root, name) if is_url(root) else path
+            entry = measure(source, name)
+            if verify and entry["format"] != BROKEN:
+                load_tiles(source, 1, 1, thumbnail=False)
     except BadSample as bad:
         entry = {"width": 0, "height": 0, "format": BROKEN, "mode": f"{bad.cause}: {bad.detail}"[:500]}
     return name, entry
@@ -183,7 +185,7 @@ def _copy_lines(entry: DatasetEntry, indices: Iterable[int], path: Path) -> None
     offsets, lines = [0], []
     with path.open("wb") as out:
         for index in indices:
-            data = json.dumps(entry.file[index], ensure_ascii=False).encode() + b"\n"
+            data = entry.file.line(index) + b"\n"
             out.write(data)
             offsets.append(offsets[-1] + len(data))
             lines.append(int(entry.file.key(index).rsplit(":", 1)[1]))
@@ -394,6 +396,10 @@ def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -
     for entry, report in zip(manifest.entries, reports, strict=True):
         if report.validation:
             root = entry.root if is_url(entry.root) else str(Path(entry.root).absolute())
-            count = report.validation
-            meta[entry.name] = {"root": root, "annotation": f"{entry.name}.jsonl", "length": count}
+            meta[entry.name] = {
+                "root": root,
+                "annotation": f"{entry.name}.jsonl",
+                "length": report.validation,
+                **({"max_dynamic_patch": entry.max_tiles} if entry.max_tiles else {}),
+            }
     (out / "validation" / "meta.json").write_text(json.dumps(meta, indent=1))

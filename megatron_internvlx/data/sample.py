@@ -19,11 +19,15 @@ from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import Budget, Cost
 from megatron_internvlx.data.plan import FILLER, IGNORE
-from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# A text with more characters than this for each token that fits is refused unread. English has four per token.
+MOST_CHARACTERS_PER_TOKEN = 64
+SHORT_TEXT = 65_536  # characters, which are tokenized in a fifth of a second whatever the limit
 
 # Width and height of an image, upright, from its path; BadSample if there is none.
 SizeOf = Callable[[str], tuple[int, int]]
@@ -134,13 +138,19 @@ def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
     data, key = record.data, record.key
     turns = data.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadSample(key, "missing_key", "the record needs 'conversations', a list of {from, value}")
+        detail = "the record needs 'conversations', a list of {from, value}"
+        if "messages" in data:
+            detail += "; it has OpenAI's 'messages': tools/convert_messages.py writes one as the other"
+        raise BadSample(key, "missing_key", detail)
     if data.get("video"):
         raise BadSample(key, "video", "videos are not supported; cut them into images first")
     named = data.get("image") or []
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
+    for text in (*names, *(turn.get("value") for turn in turns)):
+        if isinstance(text, str) and not _is_unicode(text):
+            raise BadSample(key, "bad_message", "a text holds half of a surrogate pair (\\ud800 to \\udfff)")
     # The released loader does this for an image given as a string, and not for a list.
     if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
         first = next((i for i, turn in enumerate(turns) if turn.get("from") == "human"), None)
@@ -148,6 +158,15 @@ def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
             turns = list(turns)
             turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
     return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8; JSON can escape what no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class SampleEncoder:
@@ -179,13 +198,13 @@ class SampleEncoder:
         over it first gives up tiles: its images share one tile less, until it fits or each has one; then its
         text is cut after the last whole answer that fits.
         """
+        with blamed_on(record.key):
+            return self._encode(record, size_of)
+
+    def _encode(self, record: Record, size_of: SizeOf | None) -> Sample:
         paths, turns = parse_record(record)
-        try:
-            sizes = [
-                size_of(path) if size_of else image_size(path, apply_exif=self.apply_exif) for path in paths
-            ]
-        except BadSample as bad:
-            raise bad.with_key(record.key) from bad
+        self._check_length(record.key, turns)
+        sizes = [size_of(path) if size_of else image_size(path, apply_exif=self.apply_exif) for path in paths]
         # A dataset may set its own maximum, which several images share, one tile each at least.
         max_tiles = max(1, (record.max_tiles or self.settings.max_tiles) // max(1, len(paths)))
         images = self._cut(paths, sizes, max_tiles)
@@ -196,6 +215,19 @@ class SampleEncoder:
         if budget.fits(self.cost(sample)):
             return sample
         return self._reduced(record, turns, sizes, max_tiles, sample, budget)
+
+    def _check_length(self, key: str, turns: Sequence[dict[str, Any]]) -> None:
+        """Refuse a text of which nearly nothing would be kept, before tokenizing it takes half a minute."""
+        budget = self.settings.budget
+        limit = budget.deep if budget else self.settings.max_length
+        length = sum(len(turn["value"]) for turn in turns if isinstance(turn.get("value"), str))
+        if limit is not None and length > max(MOST_CHARACTERS_PER_TOKEN * limit, SHORT_TEXT):
+            raise BadSample(
+                key,
+                "too_long",
+                f"{length:,} characters for {limit:,} tokens, over {MOST_CHARACTERS_PER_TOKEN} for each: nearly "
+                "all would be cut; split the record",
+            )
 
     def _reduced(
         self,

@@ -107,8 +107,13 @@ def test_projector() -> None:
 
 # One image of 3 tiles with 4 shallow and 16 deep rows each: 12 and 48 rows.
 BUDGETS = {
-    **{"deep": 64, "alignment": 16, "samples": 1, "sample_tiles": 3},
-    **{"low_rows": 4, "high_rows": 16, "lvtc": True},
+    "deep": 64,
+    "alignment": 16,
+    "samples": 1,
+    "sample_tiles": 3,
+    "low_rows": 4,
+    "high_rows": 16,
+    "lvtc": True,
 }
 
 
