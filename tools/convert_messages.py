@@ -1,0 +1,79 @@
+"""Write OpenAI chat records (`messages`) as InternVL's (`conversations`), one JSON object a line.
+
+    python tools/convert_messages.py IN.jsonl OUT.jsonl [--images FOLDER]
+
+Images that lie in a record (data: addresses) are written to FOLDER, which is the `root` of the set in meta.json;
+paths are taken over as they are. Records that cannot be used are named with file and line, and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # a checkout that was not installed runs too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_internvlx.data.manifest import JsonlFile
+from megatron_internvlx.data.messages import conversation_of
+from megatron_internvlx.data.rejects import BadSample, blamed_on
+
+SHOWN = 20  # bad records that are named one by one
+
+
+def convert(source: Path, out: Path, images: Path) -> tuple[int, list[BadSample]]:
+    """Convert a file; returns how many records were written, and those that were left out.
+
+    Raises ValueError if nothing can be converted; `out` is then not written.
+    """
+    if not source.is_file():
+        raise ValueError(f"no such file: {source}")
+    file, written, bad = JsonlFile(source, source.name), 0, []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for index in range(len(file)):
+            key = file.key(index)
+            try:
+                with blamed_on(key):
+                    line = json.dumps(conversation_of(file[index], key, images), ensure_ascii=False)
+                    lines.write(line.encode().decode() + "\n")
+            except BadSample as reject:
+                bad.append(reject)
+                continue
+            written += 1
+    if not written:
+        partial.unlink()
+        why = f"; the first: {bad[0]}" if bad else ""
+        raise ValueError(f"{source}: none of its {len(file)} records can be converted{why}")
+    partial.replace(out)
+    return written, bad
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, help="JSONL file with OpenAI's messages")
+    parser.add_argument("out", type=Path, help="JSONL file to write, an annotation for meta.json")
+    parser.add_argument(
+        "--images", type=Path, help="folder for images in data: addresses (default: OUT's folder)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        written, bad = convert(args.source, args.out, args.images or args.out.parent)
+    except (ValueError, OSError) as error:
+        print(f"convert_messages: {error}", file=sys.stderr)
+        return 2
+    for reject in bad[:SHOWN]:
+        print(reject, file=sys.stderr)
+    if len(bad) > SHOWN:
+        print(f"... and {len(bad) - SHOWN} more", file=sys.stderr)
+    print(f"{written} records written to {args.out}, {len(bad)} left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
