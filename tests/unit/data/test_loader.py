@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import subprocess
 import sys
 from functools import partial
@@ -9,9 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_internvlx.data.loader import ConversationDataset, batches, planned
-from megatron_internvlx.data.plan import PlanSettings
+from megatron_internvlx.data.loader import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.plan import FILLER, PlanSettings
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
+from megatron_internvlx.data.sample import filler_sample
 from tests.unit.data.conftest import record
 
 GOOD, BAD = 13, 4
@@ -174,3 +176,124 @@ def test_micro_batches_are_planned_in_the_worker(dataset):
         with pytest.raises(ValueError, match="over the static budget of 8") as caught:
             list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
         assert "Traceback" not in str(caught.value)
+
+
+def held_out(dataset, *, records=GOOD + BAD, size=2, ranks=1, micro_batches=None, log=None, workers=0):
+    """Per rank, what one evaluation gives."""
+    needed = -(-records // (size * ranks))
+    return [
+        list(
+            held_out_batches(
+                dataset,
+                records=records,
+                micro_batches=micro_batches or needed,
+                micro_batch_size=size,
+                dp_rank=rank,
+                dp_size=ranks,
+                num_workers=workers,
+                reject_log=log or RejectLog(None, None),
+            )
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize(("size", "ranks", "more"), [(1, 1, 0), (2, 1, 3), (3, 2, 0), (1, 4, 0), (5, 4, 2)])
+def test_an_evaluation_sees_every_record_once(dataset, size, ranks, more):
+    plain = ConversationDataset(dataset.manifest, dataset.encoder, seed=0, shuffle=False)
+    log = RejectLog(None, None)
+    count = -(-(GOOD + BAD) // (size * ranks)) + more
+    given = held_out(plain, size=size, ranks=ranks, micro_batches=count, log=log)
+    assert all(len(rank) == count for rank in given)
+    samples = [sample for rank in given for batch in rank for sample, _ in batch]
+    real = [sample for sample in samples if sample.number != FILLER]
+    assert sorted(sample.key for sample in real) == sorted(f"a.jsonl:{i + 1}" for i in range(GOOD))
+    assert sorted(sample.number for sample in real) == list(range(GOOD))
+    assert (log.good, log.total, log.samples) == (GOOD, BAD, GOOD + BAD)
+    for rank in given:
+        for batch in rank:  # a filler only where nothing else is
+            assert len(batch) == 1 or all(sample.number != FILLER for sample, _ in batch)
+
+
+def test_an_evaluation_can_be_of_the_first_records_only(dataset):
+    plain = ConversationDataset(dataset.manifest, dataset.encoder, seed=0, shuffle=False)
+    (given,) = held_out(plain, records=5)
+    assert [sample.key for batch in given for sample, _ in batch] == [f"a.jsonl:{i}" for i in (1, 2, 3, 4, 5)]
+    with pytest.raises(ValueError, match="2 micro-batches of 2 on 1 ranks do not hold 5 records"):
+        held_out(plain, records=5, micro_batches=2)
+
+
+def test_a_filler_can_be_planned(dataset):
+    """The last micro-batches of an evaluation may have no record; they have a plan all the same."""
+    sample, tiles = filler_sample(), torch.empty((0, 3, 32, 32), dtype=torch.uint8)
+    for settings in (PlanSettings(1, 2), PlanSettings(1, 2, shallow_length=8, deep_length=16, tile_budget=2)):
+        plan, cut = planned([(sample, tiles)], settings)
+        assert (plan.num_tiles, len(cut), plan.sample_ids.tolist(), len(plan.loss_rows)) == (
+            0,
+            0,
+            [FILLER],
+            1,
+        )
+
+
+def test_what_samples_give_up_is_counted_in_the_order_of_the_batches(disk, encoder):
+    records = [record(None, "What?", "It is. ", "And?", f"That too, {'very ' * (8 * i)}.") for i in range(6)]
+    short = ConversationDataset(disk.add("a", records).manifest(), encoder(max_length=180), seed=5)
+    lost = [short[position][0].dropped_tokens for position in range(6)]
+    assert 0 in lost and sum(lost) > 50
+    for workers in (0, 2):
+        log, seen = RejectLog(None, None), []
+        options = {"micro_batch_size": 1, "dp_rank": 0, "dp_size": 1, "num_workers": workers, "limit": 6}
+        for _ in batches(short, start=0, reject_log=log, **options):
+            seen.append(log.cut_tokens)
+        assert seen == list(itertools.accumulate(lost))
+
+
+NASTY = [
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ud83d"}]},
+    {"conversations": [{"from": "human", "value": "\x00"}, {"from": "gpt", "value": "\x00"}]},
+    {"image": "a\x00b.png", **record(None, "<image>", "A")},
+    {"image": "../" * 3000, **record(None, "<image>", "A")},
+    {"image": ".", **record(None, "<image>", "A")},
+    {"image": ["x"] * 3000, **record(None, "<image>" * 3000, "A")},
+    {"conversations": {"from": "human"}},
+    {"conversations": [[], {}]},
+    {"conversations": [{"from": ["human"], "value": "a"}]},
+    {"conversations": [{"from": {"a": 1}, "value": {"b": 2}}]},
+    {"conversations": []},
+    {"conversations": None, "image": {"a": 1}},
+    {"conversations": [{"from": "gpt", "value": "<image>"}], "image": ""},
+    record(None, "<|im_end|>", "A"),
+    record(None, "a", "B" * 200_000),
+    {**record(None, "a", "A"), "kinds": "odd", "kind": [1]},
+    "[]",
+    "null",
+    "1e999",
+    "[" * 20_000,
+    '{"conversations": 1, "conversations": 2}',
+    "\ufeff{}",
+]
+
+
+def test_no_record_ends_the_run(disk, encoder):
+    """Each either trains or is named; nothing that a record holds gets out as another exception."""
+    lines = [json.dumps(entry) if isinstance(entry, dict) else entry for entry in NASTY]
+    dataset = ConversationDataset(disk.add("a", lines).manifest(), encoder(), seed=0, shuffle=False)
+    items = [dataset[number] for number in range(len(lines))]
+    bad = {item.key for item in items if isinstance(item, BadSample)}
+    assert bad == {f"a.jsonl:{i + 1}" for i in range(len(lines))} - {"a.jsonl:2", "a.jsonl:16"}
+
+
+def test_an_unforeseen_error_costs_its_own_record_only(dataset, monkeypatch):
+    encode = dataset.encoder.encode
+
+    def odd(record):
+        if record.key == "a.jsonl:3":
+            raise ZeroDivisionError("a codec's own idea")
+        return encode(record)
+
+    log = RejectLog(None, None)
+    monkeypatch.setattr(dataset.encoder, "encode", odd)
+    given = take(dataset, size=1, limit=34, log=log)
+    assert "a.jsonl:3" not in {sample.key for batch in given for sample, _ in batch}
+    assert log.counts["unexpected_error"] == 1 and log.total == BAD + 1

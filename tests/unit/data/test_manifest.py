@@ -82,7 +82,10 @@ def test_relative_paths_resolve_beside_meta_json_unless_found_as_given(disk, mon
     assert Manifest(disk.folder / "meta.json").record(0).root == "images"
 
 
-@pytest.mark.parametrize("line", ["{broken", '"text"', "\ufffd{", '{"a": 1} x'])
+@pytest.mark.parametrize(
+    "line",
+    ["{broken", '"text"', "\ufffd{", '{"a": 1} x', '{"n": 1, "n": 2}', '{"a": {"b": 1, "b": 1}}', "[" * 9999],
+)
 def test_malformed_line_names_file_and_line(disk, line):
     manifest = disk.add("a", [json.dumps({"n": 0}), line]).manifest()
     assert manifest.record(0).data == {"n": 0}
@@ -99,6 +102,12 @@ def test_malformed_line_names_file_and_line(disk, line):
         ({"repeat_time": "2"}, "repeat_time is '2'"),
         ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0"),
         ({"root": 3}, "root must be a path"),
+        ({"repeat": 3}, r"unknown keys 'repeat'; known are root, annotation, .*repeat_time"),
+        ({"repeat_tme": 3}, r"unknown keys 'repeat_tme' \(do you mean repeat_time\?\)"),
+        ({"data_augment": "false"}, "data_augment is 'false'; it must be true or false"),
+        ({"max_dynamic_patch": 2.5}, "max_dynamic_patch is 2.5; it must be a whole number"),
+        ({"repeat_time": 1e15}, r"repeat_time is 1000000000000000.0; it must be a number between 0 and 1000"),
+        ({"repeat_time": float("nan")}, "repeat_time is nan"),
     ],
 )
 def test_bad_entries_are_refused_by_name(disk, entry, message):
@@ -127,5 +136,30 @@ def test_json_array_and_broken_meta_are_refused(disk):
     (disk.folder / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         Manifest(disk.folder / "meta.json")
+    (disk.folder / "meta.json").write_text('{"a": {"root": ""}, "b": {}, "a": {"root": "x"}}')
+    with pytest.raises(ValueError, match=r"meta.json is not valid JSON: the key 'a' is given twice"):
+        Manifest(disk.folder / "meta.json")
+    (disk.folder / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        Manifest(disk.folder / "meta.json")
     with pytest.raises(ValueError, match="no meta file"):
         Manifest(disk.folder / "other.json")
+
+
+def test_a_key_with_an_underscore_is_a_comment(disk):
+    assert len(disk.add("a", numbered(2), _note="from the archive").manifest()) == 2
+
+
+def test_an_epoch_that_no_memory_holds_is_refused(disk, monkeypatch):
+    monkeypatch.setattr("megatron_internvlx.data.manifest.MAX_EPOCH", 20)
+    assert len(disk.add("a", numbered(4), repeat_time=5).manifest()) == 20
+    with pytest.raises(ValueError, match=r"an epoch would hold 24 records, at most 20 .*lower repeat_time"):
+        disk.add("a", numbered(4), repeat_time=6).manifest()
+
+
+def test_held_out_records_count_once_whatever_their_repeats(disk):
+    disk.add("a", numbered(4), repeat_time=2.5).add("b", numbered(3), repeat_time=0.1)
+    disk.add("off", numbered(2), repeat_time=0).manifest()
+    manifest = Manifest(disk.folder / "meta.json", each_once=True)
+    assert keys(manifest) == [*(f"a.jsonl:{i}" for i in (1, 2, 3, 4)), *(f"b.jsonl:{i}" for i in (1, 2, 3))]
+    assert [manifest.key(i) for i in range(7)] == keys(manifest)

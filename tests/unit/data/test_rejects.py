@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
+from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 
 
 def test_bad_sample_survives_pickling():
@@ -49,3 +49,48 @@ def test_too_many_stop_with_counts_and_remedy(tmp_path):
     assert isinstance(caught.value, ValueError)
     with pytest.raises(ValueError, match="max_rejects is -1"):
         RejectLog(None, -1)
+
+
+def test_what_no_file_takes_is_escaped(tmp_path):
+    log = RejectLog(tmp_path / "rejects.jsonl", None)
+    log.add(BadSample("a\udc80.jsonl:1", "bad_message", "half \ud800"))
+    (line,) = (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["detail"] == "half \\ud800"
+
+
+def test_whatever_work_on_a_record_raises_is_blamed_on_it():
+    for error in (ValueError("x"), RecursionError("x"), MemoryError(), UnicodeError("\ud800"), KeyError("k")):
+        with pytest.raises(BadSample) as caught, blamed_on("a:1"):
+            raise error
+        assert (caught.value.key, caught.value.cause) == ("a:1", "unexpected_error")
+        assert type(error).__name__ in caught.value.detail
+    with pytest.raises(BadSample) as caught, blamed_on("a:1"):
+        raise BadSample("picture.jpg", "bomb", "too large")
+    assert (caught.value.key, caught.value.cause) == ("a:1", "bomb")
+    with pytest.raises(KeyboardInterrupt), blamed_on("a:1"):
+        raise KeyboardInterrupt
+
+
+def test_what_to_do_when_nothing_is_usable():
+    log = RejectLog(None, None)
+    for number in range(19):
+        log.add(BadSample(f"a:{number}", "missing_image", "x"))
+        log.saw(2, 2)
+    said = log.nothing_found("64 tries")
+    assert said.startswith(
+        "64 tries in a row found no usable record (19 different records bad so far: missing_image 19)"
+    )
+    assert "`root` in meta.json is probably wrong" in said
+    log.saw(1)  # one is usable, so the root is not to blame
+    assert "root" not in log.nothing_found("64 tries")
+    log = RejectLog(None, None)
+    log.add(BadSample("a:1", "missing_key", "x"))
+    log.saw(1, 1)
+    assert "root" not in log.nothing_found("64 tries")
+
+
+def test_what_samples_gave_up_is_added_up():
+    log = RejectLog(None, None)
+    log.shortened(2, 30)
+    log.shortened(0, 5)
+    assert (log.cut_tiles, log.cut_tokens) == (2, 35)

@@ -1,5 +1,8 @@
 """From records to samples: tile counts, several images, text only, and refused records."""
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 
@@ -123,6 +126,31 @@ def test_dropped_rounds_are_reported(encode):
     entry = record(None, "a", "A", "b", "B " * 200)
     assert encode(entry, max_length=300).dropped_tokens > 100
     assert encode(entry, max_length=None).dropped_tokens == 0
+
+
+def test_a_text_that_would_be_cut_to_nearly_nothing_is_refused_unread(encode, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it was tokenized")
+
+    entry = record(None, "a", "A", "b", "B" * 70_000)
+    assert encode(entry, max_length=2000).dropped_tokens > 1000  # 35 characters for each token: cut as ever
+    monkeypatch.setattr("megatron_internvlx.data.sample.encode", never)
+    detail = refused("too_long", encode, entry, max_length=1000)
+    assert "70,003 characters for 1,000 tokens" in detail
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfffb"])
+def test_half_a_surrogate_pair_is_refused_and_can_be_printed(encode, half):
+    for entry in (record(None, "a", half), record(None, half, "A"), record(f"{half}.png", "a", "A")):
+        with pytest.raises(BadSample, match="bad_message") as caught:
+            encode(json.dumps(entry))
+        str(caught.value).encode()
+        pickle.dumps(caught.value)
+
+
+def test_openai_records_are_told_what_converts_them(encode):
+    entry = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}]}
+    assert "tools/convert_messages.py" in refused("missing_key", encode, entry)
 
 
 @pytest.mark.parametrize(
