@@ -55,7 +55,7 @@ def prepared(tmp_path_factory):
 def loader(encoder):
     opened = []
 
-    def make(directory, *, log=None, packing=True, ahead=0, late=0.0, **settings):
+    def make(directory, *, log=None, packing=True, ahead=0, late=0.0, decoder=decode, **settings):
         budget = BUDGET if packing else None
         tool = encoder(tokens_per_tile=16, shallow_tokens_per_tile=4, max_length=600, budget=budget)
         given = {"pack_buffer": 16, "shuffle_buffer": 4, "sequence": 4, "seed": 3, **settings}
@@ -65,7 +65,7 @@ def loader(encoder):
             PlanSettings(2, 4),
             LoaderSettings(**given),
             reject_log=log or RejectLog(None, None),
-            decode=decode,
+            decode=decoder,
             in_worker=not ahead,
             ahead=ahead,
         )
@@ -339,3 +339,30 @@ def test_500_corrupted_files_are_each_reported_once_and_stop_nothing(tmp_path, l
     with pytest.raises(TooManyRejects, match="samples are bad"):
         for _ in loader(tmp_path / "out", log=at_once, pack_buffer=100):
             pass
+
+
+def test_an_unforeseen_error_costs_its_own_record_only(tmp_path, loader, monkeypatch):
+    disk = DiskSet(tmp_path)
+    records = [record(disk.image(f"{i}.png", 30 + i, 40), f"What is {i}?", "It.") for i in range(12)]
+    disk.add("a", records).manifest()
+    prepare(tmp_path / "meta.json", tmp_path / "out", PrepareSettings())
+    log = RejectLog(None, None)
+
+    def broken_codec(blob, image, rng):
+        if image.path == "4.png":
+            raise SystemError("a codec's own idea")
+        return decode(blob, image, rng)
+
+    batches, seen = loader(tmp_path / "out", log=log, decoder=broken_codec), Counter()
+    encode = batches.encoder.encode
+
+    def odd(entry, size_of):
+        if entry.key == "a.jsonl:3":
+            raise ZeroDivisionError("a tokenizer's own idea")
+        return encode(entry, size_of)
+
+    monkeypatch.setattr(batches.encoder, "encode", odd)
+    while sum(seen.values()) < 30:
+        seen.update(next(batches).keys)
+    assert len(seen) == 10
+    assert dict(log.counts) == {"unexpected_error": 2}

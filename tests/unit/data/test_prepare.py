@@ -209,3 +209,33 @@ def test_an_unwritable_directory_is_one_line(disk, capsys):
     disk.add("a", [record(None, "What?", "It.")]).manifest()
     assert prepare_data.main([str(disk.folder / "meta.json"), "/proc/out"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_hostile_records_are_listed_and_the_others_prepared(disk, tmp_path):
+    """Half a surrogate pair, a key given twice, a null byte and a path of 10,000 characters."""
+    good = record(disk.image("0.png", 30, 40), "What? \u00e9", "It.")
+    half = json.dumps(record(None, "What?", "\ud800"))
+    twice = '{"conversations": [], "conversations": []}'
+    odd = [{"image": name, **record(None, "<image>", "A")} for name in ("a\x00.png", "x" * 10_000)]
+    disk.add("a", [good, half, twice, *map(json.dumps, odd)], max_dynamic_patch=4).manifest()
+    out = tmp_path / "out"
+    (report,) = prepare(disk.folder / "meta.json", out, PrepareSettings())
+    assert (report.train, report.broken_records, report.broken_images) == (3, 2, 2)
+    broken = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["cause"]) for row in broken] == [
+        ("a.jsonl:2", "bad_message"),
+        ("a.jsonl:3", "malformed_json"),
+        ("a.jsonl:4", "missing_image"),
+        ("a.jsonl:5", "missing_image"),
+    ]
+    source = (disk.folder / "a.jsonl").read_bytes().splitlines()
+    copied = (out / "a" / "records.jsonl").read_bytes().splitlines()
+    assert copied == [source[0], *source[3:]]  # byte for byte
+
+
+def test_held_out_records_keep_the_tile_limit_of_their_set(meta, tmp_path, disk):
+    disk.add("few", [record(None, f"{i}?", "A.") for i in range(4)], max_dynamic_patch=3).manifest()
+    prepare(disk.folder / "meta.json", tmp_path / "out", PrepareSettings(validation=0.5))
+    manifest = Manifest(tmp_path / "out" / "validation" / "meta.json")
+    limits = {entry.name: entry.max_tiles for entry in manifest.entries}
+    assert limits == {"clean": None, "dirty": None, "few": 3}
