@@ -189,7 +189,7 @@ def demo_wait(folder: Path, steps: int) -> Iterator[str]:
     energon += ["--pack-buffer", "200", "--data", str(folder / "prepared")]
     for name, more in (("simple", ["--data", str(folder / "meta.json")]), ("energon, packed", energon)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["pretrain_vlm.py", "--recipe", "examples/demo/demo.yaml", "--eval-iters", "0"]
+        command += ["pretrain_vlm.py", "--recipe", "examples/demo/demo.yaml"]
         command += ["--tokenizer-model", str(folder / "tokenizer"), "--log-interval", "10"]
         command += ["--train-iters", str(steps), "--lr-decay-iters", str(steps), *more]
         # Any seed of data: the loader's workers are forked from a process that has the model.

@@ -49,7 +49,7 @@ def start(data: Path, save: Path, restarts: int) -> subprocess.Popen:
         *("pretrain_vlm.py", "--recipe", "examples/demo/demo.yaml", "--data", str(data / "meta.json")),
         *("--tokenizer-model", str(data / "tokenizer"), "--save", str(save), "--loader-workers", "1"),
         *("--train-iters", str(STEPS), "--lr-decay-iters", str(STEPS), "--save-interval", str(EVERY)),
-        *("--micro-batch-size", "1", "--global-batch-size", "4", "--max-tiles", "2", "--eval-iters", "0"),
+        *("--micro-batch-size", "1", "--global-batch-size", "4", "--max-tiles", "2"),
         *("--log-interval", "1", "--auto-resume", "--max-tries", str(restarts + 1)),
         "--exit-signal-handler",
     ]
