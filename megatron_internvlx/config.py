@@ -110,8 +110,8 @@ class DataSettings:
     """On resume, start the data anew, in another order, instead of where the checkpoint left it."""
     valid_data: str | None = None
     """InternVL meta.json of held-out data, --eval-iters global batches of it. Unset: no validation."""
-    conversation_template: str = "internvl2_5"
-    """Prompt template: internlm2-chat, Hermes-2, internvl2_5 or phi3-chat."""
+    conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
+    """Prompt template of data/conversation.py."""
     rvtc: Literal["area", "edge", "off"] = "area"
     """Rule that picks the tile grid from the image size (RVTC); off is InternVL's search."""
     min_tiles: int = 1
