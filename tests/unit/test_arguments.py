@@ -79,6 +79,14 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("rvtc: sideways\n", "rvtc: 'sideways' is not one of area, edge, off"),
         ("freeze_llm: maybe\n", "freeze_llm: 'maybe' is neither true nor false"),
         ("lr: {start: 1}\n", "lr: {'start': 1} is a mapping; a recipe is flat"),
+        ("train_iters: .inf\n", "train_iters: inf is no whole number"),
+        ("inject_layers: [.nan]\n", r"inject_layers: \[nan\] is no whole number"),
+        ("lr: .nan\n", "lr: nan is no finite number"),
+        ("lr: 2024-01-01\n", r"lr: datetime.date\(2024, 1, 1\) is no number"),
+        ("clip_grad: null\n", "clip_grad: None is no value: give one, or leave the line out for 1.0"),
+        ("data: 5\n", "data: 5 is no text: put it into quotes"),
+        ("lr: 1\nseed: 1\nlr: 2\n", "lr is set twice, in lines 1 and 3: keep one"),
+        ("conversation_template: phi3-chat\n", "conversation_template: 'phi3-chat' is not one of internlm2"),
     ],
 )
 def test_bad_recipes(
@@ -113,8 +121,8 @@ def test_recipe_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--expand-laier", "3"], "unknown arguments --expand-laier (do you mean --expand-layer?) 3; --help"),
-        (["--expand-layer", "x"], "argument --expand-layer: invalid int value: 'x'; --help lists"),
+        (["--expand-laier", "3"], "unknown arguments --expand-laier (do you mean --expand-layer?) 3; --help shows"),
+        (["--expand-layer", "x"], "argument --expand-layer: invalid int value: 'x'; --help shows"),
         (["--rvtc", "sideways"], "argument --rvtc: invalid choice: 'sideways'"),
     ],
 )
