@@ -282,11 +282,6 @@ def check_static_budgets(
 
 def check_packing(data: DataSettings, train: TrainSettings, *, micro_batch_size: int) -> None:
     """Check that packs can be made, and that a pack is a micro-batch."""
-    for flag, value in (("--pack-buffer", data.pack_buffer), ("--shuffle-buffer", data.shuffle_buffer + 1)):
-        if value < 1:
-            raise ValueError(f"{flag} is too small")
-    if not 0 <= data.max_reject_rate <= 1:
-        raise ValueError(f"--max-reject-rate {data.max_reject_rate} is no share between 0 and 1")
     if not data.packing:
         return
     if data.loader != "energon":
