@@ -42,6 +42,7 @@ from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
 from megatron_internvlx.refusals import refusals
 from megatron_internvlx.training.start import check_start
+from megatron_internvlx.usage import Formatter
 
 # What every run of ours needs from Megatron, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
@@ -66,6 +67,8 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     parser.add_argument(
         "--without", nargs="+", metavar="NAME", help="leave these settings of the recipe out, such as packing"
     )
+    parser.add_argument("--help-all", action="help", help="list all arguments, Megatron's too, and exit")
+    parser.formatter_class = Formatter
     raise_errors(parser)
     known = {action.dest for action in parser._actions}
     chosen = _peek(sys.argv[1:])

@@ -14,7 +14,7 @@ MODEL = """
 --swiglu --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
 --vision-preset internvit_tiny --image-size 56 --patch-size 14 --vocab-size 64
 --make-vocab-size-divisible-by 1 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1
---global-batch-size 8 --lr 1e-3 --train-iters 1 --expand-layer 3 --inject-layers 5 --max-tiles 6
+--global-batch-size 8 --expand-layer 3 --inject-layers 5 --max-tiles 6
 """
 
 
