@@ -55,6 +55,8 @@ OUR_DEFAULTS: dict[str, Any] = {
     "eval_interval": 1000,
     "rerun_mode": "disabled",
     "log_interval": 10,
+    # What a resumed run is told counts, as its first start's did; equal arguments change nothing.
+    "override_opt_param_scheduler": True,
 }
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
@@ -309,6 +311,8 @@ def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
 
 def validate(args: argparse.Namespace) -> None:
     """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
+    if args.use_checkpoint_opt_param_scheduler:
+        args.override_opt_param_scheduler = False
     with refusals(args):
         validate_args(args)
 
