@@ -9,6 +9,11 @@ crosses a pipeline boundary in parallel/boundary.py, the plan of a micro-batch i
 
 import sys
 
+from megatron_internvlx import usage
+
+if __name__ == "__main__" and usage.wanted(sys.argv[1:]):  # before the seconds that torch takes to import
+    sys.exit(usage.show())
+
 from megatron_internvlx import platform
 from megatron_internvlx.training import signals
 

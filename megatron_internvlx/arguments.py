@@ -11,9 +11,7 @@ import json
 import os
 import socket
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,8 +38,11 @@ from megatron_internvlx.model.internvit_config import InternViTConfig, internvit
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
+from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
+from megatron_internvlx.refusals import refusals
 from megatron_internvlx.training.start import check_start
+from megatron_internvlx.usage import Formatter
 
 # What every run of ours needs from Megatron, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
@@ -54,6 +55,8 @@ OUR_DEFAULTS: dict[str, Any] = {
     "eval_interval": 1000,
     "rerun_mode": "disabled",
     "log_interval": 10,
+    # What a resumed run is told counts, as its first start's did; equal arguments change nothing.
+    "override_opt_param_scheduler": True,
 }
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
@@ -66,6 +69,8 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     parser.add_argument(
         "--without", nargs="+", metavar="NAME", help="leave these settings of the recipe out, such as packing"
     )
+    parser.add_argument("--help-all", action="help", help="list all arguments, Megatron's too, and exit")
+    parser.formatter_class = Formatter
     raise_errors(parser)
     known = {action.dest for action in parser._actions}
     chosen = _peek(sys.argv[1:])
@@ -170,12 +175,11 @@ def row_alignment(args: argparse.Namespace) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Stop before anything is built if the combination cannot run. Raises ValueError."""
-    _check_positive(args)
+    check_numbers(args)
+    check_given(args)
+    check_schedule(args)
     vision = vision_config(args)
     compression = settings_from(args, CompressionSettings)
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is not set: give it, or a --model-preset")
     check_compression(compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers)
     check_projector(
         compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
@@ -185,17 +189,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_precision(args, compression)
     _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
     _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
-
-
-def _check_positive(args: argparse.Namespace) -> None:
-    for name in (
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"),
-        *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "shallow_seq_length"),
-        *("max_tiles_per_pack", "micro_batch_size", "global_batch_size", "valid_records"),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def _check_world(args: argparse.Namespace) -> None:
@@ -311,13 +304,6 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
     if not args.calculate_per_token_loss:
         raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
     check_packing(data, train, micro_batch_size=args.micro_batch_size)
-    if settings_from(args, RunSettings).dry_run:
-        return
-    if not data.data:
-        what = "the meta.json" if data.loader == "simple" else "the directory of tools/prepare_data.py"
-        raise ValueError(f"--data is not set: {what} of the training data")
-    if not args.tokenizer_model:
-        raise ValueError("--tokenizer-model is not set: a Hugging Face tokenizer directory")
 
 
 def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
@@ -329,28 +315,22 @@ def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
 
 def validate(args: argparse.Namespace) -> None:
     """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
-    with _refusals():
+    if args.use_checkpoint_opt_param_scheduler:
+        args.override_opt_param_scheduler = False
+    with refusals(args):
         validate_args(args)
 
 
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except (AssertionError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
-        condition = traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses the arguments: {error or condition}") from error
-
-
-def parse() -> argparse.Namespace:
-    """Parse sys.argv, check, and fill Megatron's global variables. Raises ValueError."""
+def parse(prepare: Callable[[argparse.Namespace], None] = lambda args: None) -> argparse.Namespace:
+    """Parse sys.argv, `prepare` and check, and fill Megatron's global variables. Raises ValueError."""
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
+    prepare(args)
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
     validate(args)
-    with _refusals():
+    with refusals(args):
         set_global_variables(args)
     return args
 

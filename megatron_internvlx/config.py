@@ -114,8 +114,8 @@ class DataSettings:
     """InternVL meta.json of held-out data; each evaluation sees every record once. Unset: no validation."""
     valid_records: int | None = None
     """Evaluate on the first so many records of --valid-data only. Unset: on all."""
-    conversation_template: str = "internvl2_5"
-    """Prompt template: internlm2-chat, Hermes-2, internvl2_5 or phi3-chat."""
+    conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
+    """Prompt template of data/conversation.py."""
     rvtc: Literal["area", "edge", "off"] = "area"
     """Rule that picks the tile grid from the image size (RVTC); off is InternVL's search."""
     min_tiles: int = 1
@@ -172,7 +172,7 @@ def grid_side(patches: int, ratio: float, name: str) -> int:
 
     Raises ValueError when `ratio` is not 1/n with n a divisor of `patches`.
     """
-    block = round(1 / ratio) if ratio > 0 else 0
+    block = round(1 / ratio) if 1e-9 < ratio <= 1 else 0  # false for nan, too
     if block < 1 or abs(block * ratio - 1) > 1e-9 or patches % block:
         raise ValueError(
             f"{name} {ratio} does not fit {patches}x{patches} patches per tile: "
@@ -289,11 +289,6 @@ def check_static_budgets(
 
 def check_packing(data: DataSettings, train: TrainSettings, *, micro_batch_size: int) -> None:
     """Check that packs can be made, and that a pack is a micro-batch."""
-    for flag, value in (("--pack-buffer", data.pack_buffer), ("--shuffle-buffer", data.shuffle_buffer + 1)):
-        if value < 1:
-            raise ValueError(f"{flag} is too small")
-    if not 0 <= data.max_reject_rate <= 1:
-        raise ValueError(f"--max-reject-rate {data.max_reject_rate} is no share between 0 and 1")
     if not data.packing:
         return
     if data.loader != "energon":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+from megatron_internvlx.yaml_files import load_yaml
 
 
 def read_recipe(path: str, parser: argparse.ArgumentParser, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -20,13 +20,9 @@ def read_recipe(path: str, parser: argparse.ArgumentParser, without: Iterable[st
     value that its argument cannot have.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--recipe {path}: not YAML: it is not text ({error.reason})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"--recipe {path}: not YAML: {error}") from error
+        content = load_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"--recipe {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--recipe {path}: a recipe is a flat mapping of argument names to values")
     flat = {str(key).replace("-", "_"): value for key, value in content.items()}
@@ -48,6 +44,8 @@ def read_recipe(path: str, parser: argparse.ArgumentParser, without: Iterable[st
 def _misfit(action: argparse.Action, value: Any) -> str:
     """Why a YAML value does not fit an argument; argparse itself looks at single strings only. "": it fits."""
     if value is None:
+        if action.default is not None:
+            return f"is no value: give one, or leave the line out for {action.default!r}"
         return ""
     if action.nargs == 0:
         return "" if isinstance(value, bool) else "is neither true nor false"
@@ -73,8 +71,14 @@ def _wrong_value(action: argparse.Action, value: Any) -> str:
             value = kind(value) if isinstance(value, str) else value  # YAML reads 2e-5 as a string
         except ValueError:
             return "is no number"
-        if kind is int and value != int(value):
+        if not isinstance(value, int | float):
+            return "is no number"
+        if kind is int and isinstance(value, float) and not value.is_integer():
             return "is no whole number"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "is no finite number"
+    elif kind is str and not isinstance(value, str):
+        return "is no text: put it into quotes"
     if (
         action.choices is not None
         and value not in action.choices
@@ -101,6 +105,6 @@ def raise_errors(parser: argparse.ArgumentParser) -> None:
                 word + similar(word.partition("=")[0], flags) * word.startswith("-") for word in words.split()
             )
             message = "unknown arguments " + " ".join(hints)
-        raise ValueError(f"{message}; --help lists all arguments")
+        raise ValueError(f"{message}; --help shows the usual arguments, --help-all lists all")
 
     parser.error = error  # type: ignore[method-assign]

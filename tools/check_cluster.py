@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_internvlx import platform
+from tools.values import real, whole
 
 GIB = 1 << 30
 MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
@@ -239,21 +240,23 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--node", action="store_true", help="this node alone, also under torchrun")
-    parser.add_argument("--gpus", type=int, default=os.environ.get("GPUS_PER_NODE", "0"), help="GPUs wanted")
+    parser.add_argument(
+        "--gpus", type=whole(0, 65_536), default=os.environ.get("GPUS_PER_NODE", "0"), help="GPUs wanted"
+    )
     parser.add_argument("--scratch", type=Path, default=Path(os.environ.get("NODE_SCRATCH", "/tmp")))
     parser.add_argument(
         "--shared", type=Path, help="directory that all nodes must see, of --save for instance"
     )
-    parser.add_argument("--megabytes", type=int, default=256, help="size of the all-reduce and of the file")
+    parser.add_argument(
+        "--megabytes", type=whole(1, 1 << 20), default=256, help="size of the all-reduce and of the file"
+    )
     parser.add_argument(
         "--min-bandwidth",
-        type=float,
+        type=real(0),
         help=f"GB/s below which all-reduce is slow; default {SLOW_LINK:.0f} with GPUs, 0 without",
     )
     parser.add_argument("--strict", action="store_true", help="slow counts as missing")
     asked = parser.parse_args(argv)
-    if asked.megabytes < 1:
-        parser.error(f"--megabytes {asked.megabytes}: want at least 1")
     alone = asked.node or "RANK" not in os.environ
     if alone and (asked.shared or asked.min_bandwidth):
         parser.error(

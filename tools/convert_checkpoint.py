@@ -28,6 +28,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import warm_up
+from tools.values import real, whole
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -78,13 +79,21 @@ def _import_parser(commands: Any) -> None:
         "--init-missing", action="store_true",
         help="initialise projectors that the directory lacks or has of another kind, and list them",
     )  # fmt: skip
-    it.add_argument("--seed", type=int, default=1234, help="of what is initialised (default: 1234)")
+    it.add_argument("--seed", type=whole(0), default=1234, help="of what is initialised (default: 1234)")
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
     model.add_argument("--projector", choices=("pvtc", "mlp"))
-    model.add_argument("--expand-layer", type=int, help="LVTC: 0-based decoder layer of the expansion")
-    model.add_argument("--inject-layers", type=int, nargs="*", help="LVTC: further layers with a projection")
-    model.add_argument("--low-ratio", type=float, help="side ratio of tokens to patches before the expansion")
-    model.add_argument("--high-ratio", type=float, help="the same from the expansion on")
+    model.add_argument(
+        "--expand-layer", type=whole(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
+    )
+    model.add_argument(
+        "--inject-layers", type=whole(0, 65_536), nargs="*", help="LVTC: further layers with a projection"
+    )
+    model.add_argument(
+        "--low-ratio",
+        type=real(0, 1, above=True),
+        help="side ratio of tokens to patches before the expansion",
+    )
+    model.add_argument("--high-ratio", type=real(0, 1, above=True), help="the same from the expansion on")
     model.add_argument("--upsample", choices=("bilinear", "nearest"))
     _common(it)
 
@@ -134,10 +143,10 @@ def _verify_parser(commands: Any) -> None:
         "--grads", action="store_true", help="gradients of the loss too, under Hugging Face names"
     )
     it.add_argument(
-        "--image-token-id", type=int, help="id of the image placeholder (default: found in the ids)"
+        "--image-token-id", type=whole(0), help="id of the image placeholder (default: found in the ids)"
     )
     it.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)"
+        "--tolerance", type=real(0), default=1e-4, help="largest absolute difference (default: 1e-4)"
     )
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 

@@ -35,6 +35,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_picture, shape_picture
+from tools.values import whole
 
 # ------------------------------------------------------------------------------------------------ knobs
 
@@ -334,15 +335,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; exits with a message on values that make no data set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--train", type=int, default=2400, help="number of training samples")
-    parser.add_argument("--val", type=int, default=320, help="number of held-out samples")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocab-size", type=int, default=512, help="tokens, the special ones included")
+    parser.add_argument("--train", type=whole(1, 10_000_000), default=2400, help="number of training samples")
+    parser.add_argument("--val", type=whole(1, 10_000_000), default=320, help="number of held-out samples")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument(
+        "--vocab-size", type=whole(1, 10_000_000), default=512, help="tokens, the special ones included"
+    )
     parser.add_argument("--force", action="store_true", help="draw again over a directory this tool made")
     args = parser.parse_args(argv)
     floor = len(SPECIAL_TOKENS) + 256
-    if args.train < 1 or args.val < 1:
-        parser.error("--train and --val must be at least 1")
     if args.vocab_size < floor:
         parser.error(f"--vocab-size {args.vocab_size}: at least {floor} (256 bytes and the special tokens)")
     return args

@@ -19,6 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_internvlx import platform
+from tools.values import real, whole
+
+MOST = 65_536
 
 
 def own_arguments() -> argparse.ArgumentParser:
@@ -27,39 +30,49 @@ def own_arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--pipeline", type=int, help="pipeline ranks; default: --pipeline-model-parallel-size")
-    add("--virtual", type=int, default=None, help="model chunks per rank; default: the arguments' own, or 1")
-    add("--micro-batches", type=int, help="per step and replica; default: from the batch sizes")
-    add("--tflops", type=float, help="sustained TFLOP/s of one GPU; default 400, with FP8 600 (assumed)")
-    add("--bandwidth", type=float, help="GB/s between stages, per GPU; default 50 (400 Gbit/s)")
-    add("--latency", type=float, help="microseconds per message; default 20")
+    add("--pipeline", type=whole(1, MOST), help="pipeline ranks; default: --pipeline-model-parallel-size")
+    add(
+        "--virtual",
+        type=whole(1, MOST),
+        default=None,
+        help="model chunks per rank; default: the arguments' own, or 1",
+    )
+    add("--micro-batches", type=whole(1, MOST), help="per step and replica; default: from the batch sizes")
+    add(
+        "--tflops",
+        type=real(0, 1e9, above=True),
+        help="sustained TFLOP/s of one GPU; default 400, with FP8 600 (assumed)",
+    )
+    add(
+        "--bandwidth",
+        type=real(0, 1e9, above=True),
+        help="GB/s between stages, per GPU; default 50 (400 Gbit/s)",
+    )
+    add("--latency", type=real(0, 1e9), help="microseconds per message; default 20")
     add("--profile", metavar="JSON", help="measured seconds instead of FLOPs")
     add("--measure", metavar="JSON", help="time the layers on this machine and write them; plans nothing")
-    add("--repeats", type=int, default=5, help="with --measure; default 5")
+    add("--repeats", type=whole(1, MOST), default=5, help="with --measure; default 5")
     add("--timeline", metavar="PNG", help="draw the simulated step, planned and uniform")
     add("--expansions", action="store_true", help="also compare places for the expansion (LVTC)")
-    add("--gpus", type=int, help="also propose TP, PP and DP for so many GPUs")
-    add("--gpus-per-node", type=int, default=8, help="tensor parallelism stays inside a node; default 8")
+    add("--gpus", type=whole(1, 1_000_000), help="also propose TP, PP and DP for so many GPUs")
+    add(
+        "--gpus-per-node",
+        type=whole(1, MOST),
+        default=8,
+        help="tensor parallelism stays inside a node; default 8",
+    )
     return parser
 
 
 def main() -> int:
     """Plan or measure; returns 2 after saying what is wrong with the arguments."""
-    own, rest = own_arguments().parse_known_args()
-    for name in (
-        "pipeline",
-        "virtual",
-        "micro_batches",
-        "tflops",
-        "bandwidth",
-        "repeats",
-        "gpus",
-        "gpus_per_node",
-    ):
-        value = getattr(own, name)
-        if value is not None and value <= 0:
-            print(f"plan_pipeline.py: --{name.replace('_', '-')} {value}: must be above 0", file=sys.stderr)
-            return 2
+    parser = own_arguments()
+    parser.exit_on_error = False
+    try:
+        own, rest = parser.parse_known_args()
+    except argparse.ArgumentError as error:
+        print(f"plan_pipeline.py: {error}", file=sys.stderr)
+        return 2
     sys.argv = [sys.argv[0], *rest] + ([] if own.measure else ["--dry-run"])
     platform.setup()
     from tools import planning

@@ -32,11 +32,18 @@ GIB = 1 << 30
 NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
 
 
+def stand_in(args: argparse.Namespace) -> None:
+    """Nothing is trained: what only the optimizer and the loader need may be left out."""
+    args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
+    args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
+    args.data, args.tokenizer_model = args.data or "none", args.tokenizer_model or "none"
+
+
 class Task:
     """A run's arguments, seen by the planner."""
 
     def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.args = own, arguments.parse()
+        self.own, self.args = own, arguments.parse(stand_in)
         args = self.args
         try:
             self.layout = Layout.from_args(args, core_transformer_config_from_args(args))
@@ -259,14 +266,13 @@ def measure(own: argparse.Namespace) -> None:
 
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
+    stand_in(args)
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     args.padded_vocab_size = None
     whole = ModelShape.from_args(args, vision_config(args), compression_plan(args))
     stats = full_micro_batch(args, whole)
     kinds = kinds_of(whole)
     reduce_to_kinds(args, kinds)
-    args.data = args.data or "none"
-    args.tokenizer_model = args.tokenizer_model or "none"
     arguments.check_arguments(args)
     arguments.validate(args)
     set_global_variables(args)

@@ -39,6 +39,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 from megatron_internvlx.training import resume
 from megatron_internvlx.training.mlflow_sink import mark_failed
+from megatron_internvlx.yaml_files import load_yaml
 from tools import scaling_report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -95,18 +96,23 @@ class Grid:
 
 def read_grid(path: Path) -> Grid:
     """A grid file. Raises ValueError naming what is wrong with it."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    missing = [key for key in ("name", "axes", "base") if not isinstance(content, dict) or key not in content]
+    content = _mapping(path)
+    missing = [key for key in ("name", "axes", "base") if key not in content]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
     out = Path(content.get("out") or f"runs/scaling/{content['name']}")
-    base = dict(content["base"])
+    for key in ("axes", "base", "slurm"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} is no mapping")
+    base = dict(content["base"] or {})
     if recipe := base.pop("recipe", None):
-        base = yaml.safe_load(Path(recipe).read_text()) | base
-    axes = {axis: _entries(axis, entries) for axis, entries in content["axes"].items()}
+        base = _mapping(Path(str(recipe))) | base
+    slurm = content.get("slurm")
+    for where, key in ((content, "ranks"), (slurm or {}, "nodes"), (slurm or {}, "parallel")):
+        value = where.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+            raise ValueError(f"{path}: {key} is {value!r}: want a whole number of at least 1")
+    axes = {axis: _entries(axis, entries) for axis, entries in (content["axes"] or {}).items()}
     points = []
     for labels in itertools.product(*axes.values()):
         settings = dict(base)
@@ -115,7 +121,18 @@ def read_grid(path: Path) -> Grid:
         named = dict(zip(axes, labels, strict=True))
         folder = out / "_".join(f"{axis}-{label}" for axis, label in named.items())
         points.append(Point(named, settings, folder))
-    return Grid(content["name"], out, points, int(content.get("ranks", 1)), content.get("slurm"))
+    return Grid(str(content["name"]), out, points, content.get("ranks", 1), slurm)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; an empty one holds none."""
+    try:
+        content = load_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: want a mapping of names to values")
+    return content
 
 
 def _entries(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
@@ -124,6 +141,9 @@ def _entries(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
         return {str(value): {axis: value} for value in entries}
     if not isinstance(entries, dict):
         raise ValueError(f"axis {axis}: a list of values, or a mapping of labels to settings")
+    for label, settings in entries.items():
+        if not isinstance(settings or {}, dict):
+            raise ValueError(f"axis {axis}: {label} is {settings!r}, want a mapping of settings")
     return {str(label): dict(settings or {}) for label, settings in entries.items()}
 
 
@@ -151,6 +171,8 @@ def _plan_point(grid: Grid, point: Point) -> str | None:
     """Dry-run one point; returns why it cannot run."""
     settings = dict(point.settings)
     budget = settings.pop(BUDGET, None)
+    if budget is not None and not _is_count(budget):
+        return f"{BUDGET} is {budget!r}: want a number of tokens"
     # Steps from a budget need the tokens of a step, which a first dry run tells.
     for _ in range(1 if budget is None else 2):
         if budget is not None:
@@ -170,6 +192,13 @@ def _plan_point(grid: Grid, point: Point) -> str | None:
         if done.returncode:
             return (done.stderr or done.stdout).strip().split("\n")[-1]
     return None
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return 1 <= float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
 
 
 def submit(grid: Grid) -> int:
@@ -258,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         grid = read_grid(asked.grid)
         missing = {"plan": plan, "submit": submit, "report": report}[asked.action](grid)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2
     return int(missing > 0)

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
+from tools.values import real, whole
 
 MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
 PICTURE_WIDTH = 560  # pixels at most for one policy's resized image
@@ -146,6 +147,10 @@ def open_image(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read") from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb?"
+        ) from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: the image is damaged: {error}") from None
 
@@ -155,12 +160,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("image", type=Path)
     parser.add_argument("--out", type=Path, default=Path("tiles.png"), help="PNG to write")
-    parser.add_argument("--tile-size", type=int, default=448, help="pixels")
-    parser.add_argument("--min-tiles", type=int, default=1)
-    parser.add_argument("--max-tiles", type=int, default=12, help="tiles at most, the thumbnail not counted")
-    parser.add_argument("--patch", type=int, default=14, help="patch size of the vision model, in pixels")
-    parser.add_argument("--low-ratio", type=float, default=0.25, help="tokens per patch side, shallow layers")
-    parser.add_argument("--high-ratio", type=float, default=0.5, help="tokens per patch side, deep layers")
+    parser.add_argument("--tile-size", type=whole(1, 65_536), default=448, help="pixels")
+    parser.add_argument("--min-tiles", type=whole(0, 4096), default=1)
+    parser.add_argument(
+        "--max-tiles", type=whole(0, 4096), default=12, help="tiles at most, the thumbnail not counted"
+    )
+    parser.add_argument(
+        "--patch", type=whole(0, 4096), default=14, help="patch size of the vision model, in pixels"
+    )
+    parser.add_argument(
+        "--low-ratio", type=real(0, 1), default=0.25, help="tokens per patch side, shallow layers"
+    )
+    parser.add_argument(
+        "--high-ratio", type=real(0, 1), default=0.5, help="tokens per patch side, deep layers"
+    )
     parser.add_argument("--thumbnail", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_internvlx.arguments import settings_from, vision_config
@@ -59,6 +61,44 @@ def static_budget(args: argparse.Namespace) -> Budget | None:
     return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
 
 
+def build_stage(
+    args: argparse.Namespace,
+    config: TransformerConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> InternVLX:
+    """One (virtual) pipeline stage of the model that validated arguments describe, frozen parts frozen.
+
+    Training and the planner's measurement both build here: what is timed is what trains.
+    """
+    train = settings_from(args, TrainSettings)
+    stage = InternVLX(
+        config,
+        vision_config(args),
+        compression_plan(args),
+        vocab_size=args.padded_vocab_size,
+        real_vocab_size=args.vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        rotary_base=args.rotary_base,
+        rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        freeze_vision=train.freeze_vision,
+        vision_recompute=args.vision_recompute,
+        vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
+        loss_weight=lambda plan: loss_weights(plan, train.loss_weighting, train.loss_average)[1],
+        budget=static_budget(args),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+    freeze(stage, train)
+    return stage
+
+
 class ModelProvider:
     """Builds the stage that Megatron asks for.
 
@@ -80,35 +120,20 @@ class ModelProvider:
         self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None, **_: Any
     ) -> InternVLX:
         """One (virtual) pipeline stage, frozen parts included."""
-        args = self.args
-        train = settings_from(args, TrainSettings)
-        config = config or core_transformer_config_from_args(args)
+        config = config or core_transformer_config_from_args(self.args)
         # Makes Megatron ask our communicator for the shape of every message, in both boundary modes.
         # Its validate_args resets the argument; the config is where schedules look.
         config.variable_seq_lengths = config.pipeline_model_parallel_size > 1
         # Injection layers have parameters that others lack: keys of a checkpoint are per layer.
         config.hetereogenous_dist_checkpoint = True
-        stage = InternVLX(
+        stage = build_stage(
+            self.args,
             config,
-            vision_config(args),
-            compression_plan(args),
-            vocab_size=args.padded_vocab_size,
-            real_vocab_size=args.vocab_size,
-            max_sequence_length=args.max_position_embeddings,
-            rotary_base=args.rotary_base,
-            rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            freeze_vision=train.freeze_vision,
-            vision_recompute=args.vision_recompute,
-            vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-            loss_weight=lambda plan: loss_weights(plan, train.loss_weighting, train.loss_average)[1],
-            budget=static_budget(args),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
-        freeze(stage, train)
         config.finalize_model_grads_func = finalize_hook(stage.tp_group, self.weights)
         if self.communicator is not None:
             self.communicator.add(stage)

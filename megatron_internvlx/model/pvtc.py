@@ -3,7 +3,8 @@
 Shapes: T tiles, P patches per tile side, c ViT width, h LLM width, b block side (1/ratio),
 g = P/b token grid side, N = T*g*g windows, w = b*b patches per window, a heads, d = h/a.
 
-Source: class VisionProjector of the released InternVL-X code; golden/SEMANTICS items 1-11.
+Source: class VisionProjector of the released InternVL-X code, whose arithmetic tests/parity/test_pvtc.py
+repeats against its recorded outputs.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ class PVTC(MegatronModule):
         vision_hidden_size: c.
         grid: g, tokens per tile side.
         patches: P, patches per tile side.
-        pixel_shuffle_version: "v1" transposes the query grid only (SEMANTICS item 3).
+        pixel_shuffle_version: "v1" transposes the grid of the pixel-shuffle queries, and neither
+            the windows nor the output: the released code does so.
         drop_path_rate: probability that a window's branch is dropped in training.
     """
 

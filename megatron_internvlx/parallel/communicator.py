@@ -7,7 +7,7 @@ shape message is ever sent.
 
 For a frozen vision encoder the carried features have no gradient. They then travel in the same message
 but outside of autograd: Megatron's schedule sees a tensor of decoder rows, whose gradient has those rows
-only, and nothing is padded or sent back for the features. See `boundary.Carried`.
+only, and nothing is padded or sent back for the features. See `boundary.attach_carried`.
 
 The receiver reads the plan before the message comes. That cannot block the pipeline: the loading rank
 sends a micro-batch's plan when it starts its forward pass, which comes before anything that a sender

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_internvlx import platform
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan
-from megatron_internvlx.model.builder import compression_plan, freeze
+from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan
 from megatron_internvlx.parallel.costs import Cost, Profile, layer_kind
@@ -105,27 +105,18 @@ class Stopwatch:
         return time.perf_counter()
 
 
+def reduced_model(args: argparse.Namespace) -> InternVLX:
+    """The model that validated arguments describe, on this device, as training builds it."""
+    config = core_transformer_config_from_args(args)
+    model = build_stage(args, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    model.to(device=platform.device(), dtype=config.params_dtype)
+    model.train()
+    return model
+
+
 def measure(args: argparse.Namespace, batch: MicroBatch, kinds: list[str], repeats: int = 5) -> Profile:
     """Time the parts of the reduced model that validated arguments describe; Megatron is initialized."""
-    from megatron_internvlx.arguments import settings_from, vision_config
-    from megatron_internvlx.config import TrainSettings
-
-    config = core_transformer_config_from_args(args)
-    model = InternVLX(
-        config,
-        vision_config(args),
-        compression_plan(args),
-        vocab_size=args.padded_vocab_size,
-        real_vocab_size=args.vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        rotary_base=args.rotary_base,
-        freeze_vision=args.freeze_vision,
-        vision_recompute=args.vision_recompute,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    model.to(device=platform.device(), dtype=config.params_dtype)
-    freeze(model, settings_from(args, TrainSettings))
-    model.train()
+    model = reduced_model(args)
     watch, plan = Stopwatch(repeats), batch.plan
     assert batch.tiles is not None
     first = watch.time(lambda: _first(model, batch))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_internvlx.platform import cpu, shared
+from megatron_internvlx.platform import cpu, schedule, shared
 from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_logs, quiet_prints
 
 __all__ = [
@@ -85,6 +85,8 @@ def setup() -> str:
 
             cpu_megatron.patch_megatron()
         shared.use_shipped_index_helper()
+        schedule.let_learning_rates_change()
+        schedule.announce_schedule_changes()
         _done = "cuda" if _CUDA else "cpu"
     return _done
 

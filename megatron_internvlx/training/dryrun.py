@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.arguments import settings_from, vision_config
+from megatron_internvlx.arguments import row_alignment, settings_from, vision_config
 from megatron_internvlx.config import DataSettings, RunSettings, TrainSettings
 from megatron_internvlx.model.builder import compression_plan
 from megatron_internvlx.parallel.costs import Machine, costs_from_flops
@@ -180,8 +180,11 @@ def _check_division(args: argparse.Namespace, shape: ModelShape, layout: Layout)
         )
         if value % by
     ]  # fmt: skip
-    if args.fp8 and args.seq_length % (16 * (t if layout.sequence_parallel else 1)):
-        wrong.append(f"--seq-length {args.seq_length} is not a multiple of FP8's 16 rows times TP {t}")
+    if args.fp8 and args.seq_length % (rows := row_alignment(args)):
+        wrong.append(
+            f"--seq-length {args.seq_length} is not a multiple of {rows}, which the precision and sequence "
+            f"parallelism of this layout need: use {-(-args.seq_length // rows) * rows}"
+        )
     if wrong:
         raise ValueError("; ".join(wrong))
 

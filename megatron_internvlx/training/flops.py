@@ -140,7 +140,10 @@ def _vision(vit: InternViTConfig, tiles: int) -> Iterator[Work]:
 
 
 def _projector(shape: ModelShape, grid: int, part: str, layer: int | None, tiles: int) -> Iterator[Work]:
-    """One projector; formulas of SEMANTICS items 1-9, released class VisionProjector."""
+    """One projector: PVTC's three projection MLPs and two window attentions, or the MLP's two layers.
+
+    The released class VisionProjector does the same products; tests/parity/test_flops.py counts them.
+    """
     h, c = shape.hidden, shape.vision.hidden_size
     patches, cells = shape.compression.patches**2, grid * grid
     shuffled = patches * c * h  # every patch enters a cell's shuffled channels once

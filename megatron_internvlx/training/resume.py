@@ -2,8 +2,9 @@
 
     python -m megatron_internvlx.training.resume SAVE_DIRECTORY --since SECONDS
 
-prints why the run ended and exits with 0 (finished), 75 (start it again) or 76 (stop: it does not get
-any further). The state is in `run_state.json` beside the checkpoints.
+prints why the run ended and exits with 0 (finished), 75 (start it again), 76 (stop: it does not get any
+further) or 2 (a mistake of the caller, such as a directory that is not there: the launcher makes it before the
+first start, so that only a mistyped path is missing). The state is in `run_state.json` beside the checkpoints.
 
 A checkpoint is complete when its `metadata.json` is there (Megatron writes it last), and every file holds
 as many bytes as the index in `.metadata` says. Megatron's `--verify-integrity` compares contents too.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -222,7 +224,7 @@ def launcher_risk(environment: Mapping[str, str]) -> str | None:
     )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The launcher's question; see the module."""
     parser = argparse.ArgumentParser(description="why a run ended, and whether to start it again")
     parser.add_argument("save", type=Path, help="the run's --save directory")
@@ -230,7 +232,13 @@ def main() -> int:
         "--since", type=float, default=0.0, help="when it was started, in seconds of the epoch"
     )
     parser.add_argument("--max-tries", type=int, default=3, help="starts without progress")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
+    if not 0 <= asked.since < math.inf:
+        parser.error(f"--since {asked.since}: want seconds of the epoch, as `date +%s` prints them")
+    if asked.max_tries < 1:
+        parser.error(f"--max-tries {asked.max_tries}: want at least 1")
+    if not asked.save.is_dir():
+        parser.error(f"{asked.save}: no such directory; a launcher makes it before the first start")
     code, reason = verdict(asked.save, asked.since, asked.max_tries)
     print(reason)
     if code != FINISHED and RunState.read(asked.save).status != "preempted":

@@ -1,6 +1,8 @@
 """The entry script from arguments to checkpoint: determinism, resume, bad data, refused combinations."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +85,35 @@ def test_resumed_run_gives_the_same_losses_bit_for_bit(
     assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]  # of both starts
     assert losses(resumed) == {step: unbroken[-1]["losses"][step] for step in (4, 5, 6)}
     assert resumed[-1]["evaluations"] == unbroken[-1]["evaluations"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--use-distributed-optimizer"]], ids=["plain", "distributed optimizer"]
+)
+def test_a_run_is_extended_with_another_schedule(
+    pool: Pool, demo: Path, tmp_path: Path, more: list[str]
+) -> None:
+    save = ["--save", str(tmp_path), "--save-interval", "2", "--auto-resume", *more, *PIPELINE]
+    first = ["--train-iters", "2", "--lr-decay-iters", "2", "--lr-warmup-fraction", "0.25"]
+    begun = pool.run(2, entry.run, arguments(demo, *save, *first))
+    assert [r["code"] for r in begun] == [0, 0], begun[0]["err"]
+    longer = ["--train-iters", "5", "--lr-decay-iters", "5", "--lr", "3e-3", "--lr-warmup-fraction", "0.25"]
+    extended = pool.run(2, entry.run, arguments(demo, *save, *longer))
+    assert [r["code"] for r in extended] == [0, 0], extended[0]["err"]
+    assert sorted(losses(extended)) == [3, 4, 5]
+    (line,) = [line for line in extended[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
+    assert line == (
+        "learning-rate schedule, checkpoint -> arguments: --lr 0.0015 -> 0.003, samples of warm-up 4.0 -> 10.0, "
+        "samples until the learning rate has decayed 16 -> 40; the arguments count"
+    )
+    assert not [line for line in begun[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
+    # The new schedule is in use, not only said: 3e-3 after 10 of 40 samples of warm-up, then a cosine to 7.5e-5.
+    lines = [re.search(r"step (\d).* lr (\S+)", line) for line in extended[-1]["out"].splitlines()]
+    rates = {int(found[1]): float(found[2]) for found in lines if found}
+    for step in (3, 4, 5):
+        share = (8 * step - 10) / 30
+        wanted = 7.5e-5 + (3e-3 - 7.5e-5) * (math.cos(math.pi * share) + 1) / 2
+        assert rates[step] == pytest.approx(wanted, rel=5e-3), step
 
 
 def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_path: Path) -> None:

@@ -79,6 +79,14 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("rvtc: sideways\n", "rvtc: 'sideways' is not one of area, edge, off"),
         ("freeze_llm: maybe\n", "freeze_llm: 'maybe' is neither true nor false"),
         ("lr: {start: 1}\n", "lr: {'start': 1} is a mapping; a recipe is flat"),
+        ("train_iters: .inf\n", "train_iters: inf is no whole number"),
+        ("inject_layers: [.nan]\n", r"inject_layers: \[nan\] is no whole number"),
+        ("lr: .nan\n", "lr: nan is no finite number"),
+        ("lr: 2024-01-01\n", r"lr: datetime.date\(2024, 1, 1\) is no number"),
+        ("clip_grad: null\n", "clip_grad: None is no value: give one, or leave the line out for 1.0"),
+        ("data: 5\n", "data: 5 is no text: put it into quotes"),
+        ("lr: 1\nseed: 1\nlr: 2\n", "lr is set twice, in lines 1 and 3: keep one"),
+        ("conversation_template: phi3-chat\n", "conversation_template: 'phi3-chat' is not one of internlm2"),
     ],
 )
 def test_bad_recipes(
@@ -113,8 +121,11 @@ def test_recipe_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--expand-laier", "3"], "unknown arguments --expand-laier (do you mean --expand-layer?) 3; --help"),
-        (["--expand-layer", "x"], "argument --expand-layer: invalid int value: 'x'; --help lists"),
+        (
+            ["--expand-laier", "3"],
+            "unknown arguments --expand-laier (do you mean --expand-layer?) 3; --help shows",
+        ),
+        (["--expand-layer", "x"], "argument --expand-layer: invalid int value: 'x'; --help shows"),
         (["--rvtc", "sideways"], "argument --rvtc: invalid choice: 'sideways'"),
     ],
 )
@@ -158,7 +169,7 @@ EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
             "1 rank cannot be divided into TP 1 x PP 2 = 2: start 2",
         ),
         (3, ["--tensor-model-parallel-size", "2"], "3 ranks cannot be divided into TP 2 x PP 1 = 2: start 4"),
-        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
+        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: want at least 1"),
         (
             6,
             ["--global-batch-size", "16", "--tensor-model-parallel-size", "2"],
@@ -207,8 +218,15 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ([*TINY, "--image-size", "225"], "image_size 225 is not a multiple of patch_size 28"),
         ([*TINY, "--vision-preset", "clip"], "unknown vision encoder 'clip'"),
         ([*TINY, "--select-layer", "9"], "select_layer 9 is outside -4..3"),
-        ([], "--num-layers is not set: give it, or a --model-preset"),
-        (["--num-layers", "4", "--hidden-size", "64"], "--num-attention-heads is not set"),
+        (
+            [],
+            "not set: --num-layers (or a --model-preset), --hidden-size (or a --model-preset), "
+            "--num-attention-heads (or a --model-preset); give them on the command line or in a --recipe",
+        ),
+        (
+            ["--num-layers", "4", "--hidden-size", "64"],
+            "not set: --num-attention-heads (or a --model-preset); give",
+        ),
         ([*TINY, "--expand-layer", "6"], "--expand-layer 6 is outside 1..5"),
         ([*TINY, "--high-ratio", "0.3"], "--high-ratio 0.3 does not fit 8x8 patches"),
         ([*TINY, "--hidden-size", "136"], "--hidden-size 136 is not a multiple of 16"),
@@ -231,14 +249,29 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
             [*TINY, "--freeze-vision", "--freeze-llm", "--freeze-projectors"],
             "--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train",
         ),
-        ([*TINY, "--min-tiles", "0"], "--min-tiles 0 --max-tiles 12: want 1 <= min <= max"),
+        ([*TINY, "--min-tiles", "0"], "--min-tiles 0: want at least 1 and at most 65,536 (tiles)"),
         ([*TINY, "--min-tiles", "7", "--max-tiles", "6"], "--min-tiles 7 --max-tiles 6: want"),
-        ([*TINY, "--data", ""], "--data is not set: the meta.json of the training data"),
+        ([*TINY, "--data", ""], "not set: --data (meta.json of the training data); give"),
         (
             [*TINY, "--tokenizer-model", ""],
-            "--tokenizer-model is not set: a Hugging Face tokenizer directory",
+            "not set: --tokenizer-model (a Hugging Face tokenizer directory); give",
         ),
-        ([*TINY, "--train-samples", "3"], "Megatron refuses the arguments: "),
+        ([*TINY, "--train-samples", "3"], "--train-iters 1 and --train-samples 3: one of them"),
+        (
+            [*TINY, "--data", "", "--tokenizer-model", "", "--save", "x"],
+            "not set: --save-interval (steps between two checkpoints), --data (meta.json of the training data), "
+            "--tokenizer-model (a Hugging Face tokenizer directory); give",
+        ),
+        # Megatron's own checks: with a text, and without one.
+        (
+            [*TINY, "--overlap-param-gather"],
+            "Megatron refuses the arguments: --overlap-param-gather only supported with distributed optimizer",
+        ),
+        (
+            [*TINY, "--log-memory-interval", "3", "--log-interval", "2"],
+            "Megatron refuses the arguments: it wants log_memory_interval % log_interval == 0 "
+            "(--log-memory-interval is 3, --log-interval is 2)",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,17 +1,24 @@
 """Every combination of settings that cannot work is refused with a message that names the flag."""
 
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_internvlx.config import (
     CompressionSettings,
+    DataSettings,
     TrainSettings,
     check_compression,
     check_projector,
     check_static_budgets,
     grid_side,
 )
+from megatron_internvlx.data.conversation import TEMPLATES
+
+
+def test_the_templates_that_are_offered_are_there() -> None:
+    assert set(get_args(get_type_hints(DataSettings)["conversation_template"])) == set(TEMPLATES)
 
 
 @pytest.mark.parametrize(("ratio", "side"), [(1.0, 32), (0.5, 16), (0.25, 8), (1 / 32, 1), (1 / 16, 2)])

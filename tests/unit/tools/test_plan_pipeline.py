@@ -14,7 +14,7 @@ MODEL = """
 --swiglu --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
 --vision-preset internvit_tiny --image-size 56 --patch-size 14 --vocab-size 64
 --make-vocab-size-divisible-by 1 --seq-length 64 --max-position-embeddings 64 --micro-batch-size 1
---global-batch-size 8 --lr 1e-3 --train-iters 1 --expand-layer 3 --inject-layers 5 --max-tiles 6
+--global-batch-size 8 --expand-layer 3 --inject-layers 5 --max-tiles 6
 """
 
 
@@ -86,7 +86,7 @@ def test_mistakes_are_one_line(command, tmp_path) -> None:
         ),
         (("--profile", str(tmp_path / "none.json")), "No such file"),
         (("--pipeline", "4"), "1 GPUs cannot be divided into TP 1 x PP 4"),
-        (("--pipeline", "0"), "--pipeline 0: must be above 0"),
+        (("--pipeline", "0"), "--pipeline: 0: want a whole number in 1.."),
         (("--pipelin", "4"), "unknown arguments --pipelin"),
         (("--pipeline", "2", "--micro-batches", "2", "--timeline", "/proc/none.png"), "No such file"),
         (("--gpu-memory-gib", "6.001"), "no split found that fits"),

@@ -127,6 +127,27 @@ def test_verdict_is_an_exit_code(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (75, "stopped by a signal, after a checkpoint")
 
 
+def test_a_launchers_mistake_is_no_reason_to_start_again(tmp_path, capsys):
+    """A start that ended before it wrote anything is tried again; a mistyped path is not."""
+    for arguments, message in (
+        ([str(tmp_path / "nope")], "nope: no such directory"),
+        ([str(tmp_path), "--since", "nan"], "--since nan: want seconds of the epoch"),
+        ([str(tmp_path), "--since", "inf"], "--since inf"),
+        ([str(tmp_path), "--since", "-5"], "--since -5.0"),
+        ([str(tmp_path), "--since", "yesterday"], "invalid float value"),
+        ([str(tmp_path), "--max-tries", "0"], "--max-tries 0: want at least 1"),
+        ([str(tmp_path), "--max-tries", "-1"], "--max-tries -1"),
+        ([], "required: save"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            resume.main(arguments)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []  # nothing was asked of the file system
+    assert resume.main([str(tmp_path), "--since", str(time.time())]) == resume.AGAIN
+    assert "it ended before training began" in capsys.readouterr().out
+
+
 def test_state_survives_a_torn_file(tmp_path):
     (tmp_path / resume.STATE).write_text('{"status": "runn')
     assert resume.RunState.read(tmp_path).status == "new"

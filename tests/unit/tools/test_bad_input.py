@@ -1,0 +1,118 @@
+"""Missing files, directories in a file's place and numbers that mean nothing: one message, exit code 2."""
+
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tools import (
+    check_cluster,
+    convert_checkpoint,
+    evaluate,
+    make_demo_data,
+    plan_pipeline,
+    prepare_data,
+    scaling,
+    show_tiles,
+)
+
+
+def bomb(path: Path) -> None:
+    """A PNG that claims 30,000 x 30,000 pixels."""
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"), (b"IDAT", b"x")):
+        content += len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+GRID = "name: a\naxes: {seed: [1]}\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    bomb(tmp_path / "bomb.png")
+    (tmp_path / "no_recipe.yaml").write_text(GRID + "base: {recipe: none.yaml}\n")
+    (tmp_path / "list.yaml").write_text("[1]\n")
+    (tmp_path / "base.yaml").write_text(GRID + "base: {recipe: list.yaml}\n")
+    (tmp_path / "twice.yaml").write_text(GRID + "base: {}\nbase: {}\n")
+    (tmp_path / "ranks.yaml").write_text(GRID + "base: {}\nranks: .nan\n")
+    (tmp_path / "nodes.yaml").write_text(GRID + "base: {}\nslurm: {nodes: -1}\n")
+    (tmp_path / "axes.yaml").write_text("name: a\nbase: {}\naxes: {seed: {one: 1}}\n")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CASES: list[tuple[ModuleType, str, str]] = [
+    (show_tiles, "bomb.png", "bomb.png: more than 178,956,970 pixels"),
+    (show_tiles, "none.png", "no such file"),
+    (show_tiles, ".", "a directory, not an image"),
+    (show_tiles, "bomb.png --low-ratio nan", "nan: want a number at least 0 and at most 1"),
+    (show_tiles, f"bomb.png --tile-size {10**30}", "want a whole number in 1..65,536"),
+    (show_tiles, "bomb.png --max-tiles -1", "-1: want a whole number"),
+    (scaling, "plan none.yaml", "none.yaml: No such file"),
+    (scaling, "plan .", ".: Is a directory"),
+    (scaling, "plan no_recipe.yaml", "none.yaml: No such file"),
+    (scaling, "plan base.yaml", "list.yaml: want a mapping"),
+    (scaling, "plan list.yaml", "list.yaml: want a mapping"),
+    (scaling, "plan twice.yaml", "base is set twice, in lines 3 and 4"),
+    (scaling, "plan ranks.yaml", "ranks is nan: want a whole number of at least 1"),
+    (scaling, "submit nodes.yaml", "nodes is -1: want a whole number of at least 1"),
+    (scaling, "plan axes.yaml", "axis seed: one is 1, want a mapping of settings"),
+    (scaling, "plan deep.yaml", "more than 20 levels of nesting"),
+    (plan_pipeline, "--bandwidth nan", "--bandwidth: nan: want a number above 0 and at most 1e+09"),
+    (plan_pipeline, "--tflops inf", "--tflops: inf: want a number above 0"),
+    (plan_pipeline, "--latency -1", "--latency: -1: want a number at least 0"),
+    (plan_pipeline, f"--gpus {10**30}", "want a whole number in 1..1,000,000"),
+    (plan_pipeline, "--virtual x", "--virtual: x: want a whole number"),
+    (check_cluster, "--megabytes 0", "--megabytes: 0: want a whole number in 1..1,048,576"),
+    (check_cluster, "--gpus -1", "--gpus: -1: want a whole number"),
+    (check_cluster, "--min-bandwidth nan", "--min-bandwidth: nan: want a number at least 0"),
+    (make_demo_data, f"--out x --train {10**30}", "want a whole number in 1..10,000,000"),
+    (make_demo_data, "--out x --seed -1", "--seed: -1: want a whole number"),
+    (prepare_data, "none.json out", "none.json"),
+    (prepare_data, ". out", "."),
+    (prepare_data, "none.json out --validation nan", "--validation: nan: want a number"),
+    (prepare_data, "none.json out --threads 0", "--threads: 0: want a whole number"),
+    (prepare_data, "stats none --tokenizer-model none --low-ratio nan", "--low-ratio: nan: want a number"),
+    (prepare_data, "stats none --tokenizer-model none --max-tiles 0", "--max-tiles: 0: want a whole number"),
+    (prepare_data, "stats none --tokenizer-model none", "none"),
+    (convert_checkpoint, "import --hf none --save x", "none"),
+    (convert_checkpoint, "import --hf bomb.png --save x", "bomb.png"),
+    (convert_checkpoint, "import --hf . --save x --high-ratio nan", "--high-ratio: nan: want a number"),
+    (convert_checkpoint, "import --hf . --save x --seed -1", "--seed: -1: want a whole number"),
+    (convert_checkpoint, "export --load none --hf x", "none"),
+    (convert_checkpoint, "export --load bomb.png --hf x", "bomb.png"),
+    (convert_checkpoint, "verify --hf . --inputs . --out x --tolerance nan", "--tolerance: nan: want"),
+    (convert_checkpoint, "verify --hf none --inputs none --out x", "none"),
+    (evaluate, "--hf none --data none.json", "none"),
+    (evaluate, "--hf . --data .", "."),
+    (evaluate, "--hf . --data . --limit -1", "not a whole number of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("tool", "command", "message"), CASES, ids=lambda value: str(value)[-60:])
+def test_refused(
+    tool: ModuleType,
+    command: str,
+    message: str,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    before = sorted(os.listdir(files))
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *command.split()])
+    main: Callable[..., int] = tool.main
+    try:
+        code = main() if tool is plan_pipeline else main(command.split())
+    except SystemExit as ended:  # argparse
+        code = int(ended.code or 0)
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert message in shown[-1] and "Traceback" not in "\n".join(shown)
+    left = sorted(set(os.listdir(files)) - {"out"})  # prepare_data.py makes its directory first
+    assert left == before  # nothing half-written

@@ -1,0 +1,40 @@
+"""Argument types of the tools: numbers that are finite and in range, refused by argparse with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+LARGE = 2**31 - 1
+
+
+def whole(low: int, high: int = LARGE) -> Callable[[str], int]:
+    """A whole number in low..high."""
+
+    def value(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: want a whole number in {low:,}..{high:,}")
+        return number
+
+    return value
+
+
+def real(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
+    """A number in low..high, `above` low itself; never nan or infinite."""
+
+    def value(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high or (above and number == low):
+            bounds = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: want a number {bounds}")
+        return number
+
+    return value
