@@ -39,6 +39,7 @@ from megatron_internvlx.config import (
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
+from megatron_internvlx.parallel.split import settle_split
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
 from megatron_internvlx.training.start import check_start
@@ -345,6 +346,7 @@ def parse() -> argparse.Namespace:
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
+    settle_split(args)
     validate(args)
     with _refusals():
         set_global_variables(args)

@@ -201,13 +201,20 @@ def run_verify(args: argparse.Namespace) -> int:
         hf=str(args.hf) if args.hf else None, load=str(args.load) if args.load else None,
         allow_pickle=args.allow_pickle,
     )  # fmt: skip
-    found = verify(request, args.out, ranks=args.nproc)
+    results = verify(request, args.out, ranks=args.nproc)
+    found = results.tensors
     print(f"{args.out}: {len(found)} tensors")
     if "loss" in found:
         print(f"loss {float(found['loss'][0]):.6f}")
+    if results.no_gradient:
+        print(
+            f"{len(results.no_gradient)} weights get no gradient: they are in layers of the vision encoder above "
+            f"its selected hidden state, which do not run ({results.no_gradient[0]}, ...)"
+        )
     case = load_case(args.inputs)
-    differences = compare(case, found)
-    left = sorted(name for name in case.expected if name not in found)
+    differences = compare(case, found, results.no_gradient)
+    compared = {difference.name for difference in differences}
+    left = sorted(name for name in case.expected if name not in compared)
     if left:
         grads = "" if args.grads else "; gradients need --grads"
         print(f"{len(left)} expected tensors are not computed here: {', '.join(left[:5])}{grads}")

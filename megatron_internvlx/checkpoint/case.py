@@ -5,7 +5,7 @@ Shapes: B rows, n tokens of a row (right- or left-padded), T tiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,14 @@ class Difference:
     """Largest expected value."""
 
 
-def compare(case: Case, found: Mapping[str, Tensor]) -> list[Difference]:
-    """Every expected tensor that was computed; logits only where the attention mask is 1."""
+def compare(case: Case, found: Mapping[str, Tensor], no_gradient: Collection[str] = ()) -> list[Difference]:
+    """Every expected tensor that was computed; logits only where the attention mask is 1.
+
+    Of `no_gradient` a gradient of zeros is as good as none, which is what some optimizers leave; any other
+    is a difference.
+    """
     differences = []
+    found = {**found, **{n: torch.zeros_like(case.expected[n]) for n in no_gradient if n in case.expected}}
     for name, wanted in case.expected.items():
         if name not in found:
             continue

@@ -119,6 +119,13 @@ def output_names(family: str, layout: str) -> tuple[str, str]:
 _VISION_LAYER = "vision_model.encoder.layers."
 
 
+def vision_layer(ours: str) -> int | None:
+    """The 0-based layer of the vision encoder that a tensor of ours belongs to, or None."""
+    if not ours.startswith(_VISION_LAYER):
+        return None
+    return int(ours.removeprefix(_VISION_LAYER).partition(".")[0])
+
+
 def _embeddings(vit: InternViTConfig, names: tuple[str, str, str]) -> Iterator[Entry]:
     c, p = vit.hidden_size, vit.patch_size
     ours = "vision_model.embeddings."
