@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_internvlx.checkpoint.counts import check_counts
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import (
     ModelConfig,
@@ -105,7 +106,8 @@ def plan_import(
         compression = compression_from(config.arguments)
         check_projector(compression, hidden_size=sizes.hidden, tensor_parallel=1)
     except ValueError as error:
-        raise ConversionError(str(error)) from error
+        raise ConversionError(f"{'' if changes else 'config.json: '}{error}") from error
+    check_counts(sizes, config.layout, weights.names)
     sources: list[Source] = []
     missing: list[Entry] = []
     mismatched: list[Entry] = []
@@ -163,7 +165,10 @@ def _refuse(
                     lines.append(
                         f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}"
                     )
-        raise ConversionError(f"{directory}: {len(lines)} tensors have other shapes:\n  " + _lines(lines))
+        raise ConversionError(
+            f"{directory}: config.json: {len(lines)} tensors have other shapes than it says; correct it, or bring the "
+            "weights that belong to it:\n  " + _lines(lines, 10)
+        )
     absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
     if absent:
         raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _lines(absent))
