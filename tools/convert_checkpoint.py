@@ -26,6 +26,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     # Megatron says at import which optional packages it does without; nothing here needs them.
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
+from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import warm_up
 
@@ -77,6 +78,10 @@ def _import_parser(commands: Any) -> None:
     it.add_argument(
         "--init-missing", action="store_true",
         help="initialise projectors that the directory lacks or has of another kind, and list them",
+    )  # fmt: skip
+    it.add_argument(
+        "--list-tensors", action="store_true",
+        help="name every tensor that was initialised or not taken over (they are in CKPT/hf/conversion.json, too)",
     )  # fmt: skip
     it.add_argument("--seed", type=int, default=1234, help="of what is initialised (default: 1234)")
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
@@ -145,6 +150,7 @@ def _verify_parser(commands: Any) -> None:
 def run_import(args: argparse.Namespace) -> int:
     """The subcommand `import`."""
     from megatron_internvlx.checkpoint.importer import import_checkpoint
+    from megatron_internvlx.checkpoint.summary import import_summary
 
     names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -152,20 +158,8 @@ def run_import(args: argparse.Namespace) -> int:
         args.hf, args.save, changes=changes, init_missing=args.init_missing, allow_pickle=args.allow_pickle,
         seed=args.seed, processes=args.processes, quiet=args.quiet,
     )  # fmt: skip
-    for title, listed in (
-        (
-            "initialised (norms 1, biases 0, cls_scale normal, matrices uniform in 1/sqrt(columns))",
-            plan.initialised,
-        ),
-        ("not used", plan.unused),
-        ("not stored, because they follow from the configuration", plan.derived),
-    ):
-        if listed:
-            print(f"{len(listed)} tensors {title}:\n  " + "\n  ".join(listed))
-    for remark in plan.config.remarks:
-        print(remark)
-    print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
-    print(f"train with: pretrain_vlm.py --recipe {args.save}/recipe.yaml")
+    lines = import_summary(plan, args.save, everything=args.list_tensors, compressed=bool(changes))
+    print("\n".join(lines))
     return 0
 
 
@@ -236,13 +230,35 @@ def _report(differences: list, tolerance: float) -> int:
     return 1 if over else 0
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """What is read is there and what is made is not, before PyTorch is loaded. Raises ConversionError."""
+    made = {"import": "save", "export": "hf", "verify": "out"}[args.command]
+    target = getattr(args, made)
+    if os.path.lexists(target):
+        raise ConversionError(f"{target} exists already; remove it, or choose another name")
+    if args.command != "export" and args.hf:
+        check_model_directory("--hf", args.hf)
+    if args.command != "import" and args.load and not args.load.is_dir():
+        what = "a file, not a directory" if args.load.exists() else "no such directory"
+        raise ConversionError(f"--load {args.load}: {what}")
+    if args.command == "verify" and not args.inputs.is_file():
+        what = "not a file" if args.inputs.exists() else "no such file"
+        raise ConversionError(f"--inputs {args.inputs}: {what}")
+    if args.command == "export" and args.like is not None and not args.like.is_dir():
+        raise ConversionError(f"--like {args.like}: no such directory")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
-    if argv is None and args.command != "verify" and args.processes > 1:
-        warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
     run = {"import": run_import, "export": run_export, "verify": run_verify}[args.command]
     try:
+        check_paths(args)
+        if argv is None and not getattr(args, "quiet", False):
+            loading = "PyTorch and Megatron" if args.command == "verify" else "PyTorch"
+            print(f"convert_checkpoint.py {args.command}: loading {loading} ...", file=sys.stderr, flush=True)
+        if argv is None and args.command != "verify" and args.processes > 1:
+            warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
         return run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)

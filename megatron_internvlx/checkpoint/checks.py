@@ -36,6 +36,25 @@ _COMPRESSION_RULES = {
 _COMPRESSION = (*_COMPRESSION_RULES, "expand_layer", "inject_layers", "low_ratio", "high_ratio")
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has the files of a tokenizer; whether they can be read is another matter."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def check_model_directory(flag: str, directory: Path) -> None:
+    """What costs nothing to see, before seconds of imports: raises ConversionError.
+
+    `flag` is how the user named it.
+    """
+    if not directory.is_dir():
+        what = "a file, not a directory" if directory.exists() else "no such directory"
+        raise ConversionError(f"{flag} {directory}: {what}")
+    read_object(directory / "config.json")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ConversionError when it is missing or something else."""
     try:

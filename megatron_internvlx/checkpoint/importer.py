@@ -17,7 +17,6 @@ from threading import Thread
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatron_internvlx.checkpoint.counts import check_counts
@@ -29,6 +28,7 @@ from megatron_internvlx.checkpoint.hf_config import (
     model_config,
     read_config,
 )
+from megatron_internvlx.checkpoint.import_recipe import recipe_text
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
@@ -307,8 +307,8 @@ def import_checkpoint(
         write_metadata(folder, written, _common(plan))
         (target.partial / TRACKER).write_text(RELEASE)
         write_side_files(directory, target.partial / SIDE, weights, plan)
-        recipe = recipe_of(plan, save.resolve())
-        (target.partial / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=True))
+        recipe = recipe_text(recipe_of(plan, save.resolve()), directory.resolve())
+        (target.partial / RECIPE).write_text(recipe, encoding="utf-8")
     return plan
 
 
@@ -323,7 +323,7 @@ def _common(plan: ImportPlan) -> dict[str, Any]:
 
 
 def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:
-    """Arguments to train the imported model with: `pretrain_vlm.py --recipe recipe.yaml --data ...`."""
+    """Arguments of the imported model and of a run that begins with it; `import_recipe` adds how to train."""
     arguments = dict(plan.config.arguments)
     arguments["seq_length"] = min(arguments["max_position_embeddings"], 4096)
     arguments["tokenizer_model"] = str(save / SIDE)
@@ -345,6 +345,8 @@ def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: Im
         "family": plan.config.family,
         "arguments": plan.config.arguments,
         "initialised": list(plan.initialised),
+        "unused": list(plan.unused),
+        "derived": list(plan.derived),
         "has_index": (directory / INDEX).is_file(),
         "tied_copy": tied if plan.dims.tied and tied in weights.names else None,
         "tensors": {
