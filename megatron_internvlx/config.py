@@ -168,7 +168,7 @@ def grid_side(patches: int, ratio: float, name: str) -> int:
 
     Raises ValueError when `ratio` is not 1/n with n a divisor of `patches`.
     """
-    block = round(1 / ratio) if ratio > 0 else 0
+    block = round(1 / ratio) if ratio > 1e-9 else 0  # of less the inverse may be infinite
     if block < 1 or abs(block * ratio - 1) > 1e-9 or patches % block:
         raise ValueError(
             f"{name} {ratio} does not fit {patches}x{patches} patches per tile: "

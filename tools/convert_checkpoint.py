@@ -14,6 +14,7 @@ files, after one message and with nothing half-written.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -46,6 +47,26 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 to 2**31 - 1."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
+def tolerance(text: str) -> float:
+    """A finite number of at least 0: everything agrees within nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no tolerance: write a number of at least 0, such as 1e-4"
+        )
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +104,7 @@ def _import_parser(commands: Any) -> None:
         "--list-tensors", action="store_true",
         help="name every tensor that was initialised or not taken over (they are in CKPT/hf/conversion.json, too)",
     )  # fmt: skip
-    it.add_argument("--seed", type=int, default=1234, help="of what is initialised (default: 1234)")
+    it.add_argument("--seed", type=seed, default=1234, help="of what is initialised (default: 1234)")
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
     model.add_argument("--projector", choices=("pvtc", "mlp"))
     model.add_argument("--expand-layer", type=int, help="LVTC: 0-based decoder layer of the expansion")
@@ -142,7 +163,7 @@ def _verify_parser(commands: Any) -> None:
         "--image-token-id", type=int, help="id of the image placeholder (default: found in the ids)"
     )
     it.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest absolute difference (default: 1e-4)"
+        "--tolerance", type=tolerance, default=1e-4, help="largest absolute difference (default: 1e-4)"
     )
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 

@@ -91,8 +91,8 @@ def load_case(path: Path) -> Case:
     whole = [n for n in INPUTS[1:] if n in held and (held[n].is_floating_point() or held[n].is_complex())]
     if whole:
         raise ConversionError(f"{path}: {', '.join(whole)} must hold whole numbers")
-    if "input_ids" not in held or held["input_ids"].dim() != 2:
-        raise ConversionError(f"{path}: it needs input_ids [rows, tokens]")
+    if "input_ids" not in held or held["input_ids"].dim() != 2 or not held["input_ids"].numel():
+        raise ConversionError(f"{path}: it needs input_ids [rows, tokens], at least one of each")
     ids = held["input_ids"]
     mask = held.get("attention_mask", torch.ones_like(ids))
     labels = held.get("labels", torch.full_like(ids, -100))

@@ -36,6 +36,7 @@ _COMPRESSION_RULES = {
 _COMPRESSION = (*_COMPRESSION_RULES, "expand_layer", "inject_layers", "low_ratio", "high_ratio")
 
 
+MODEL_TYPES = ("internvl_chat", "internvlx", "internvl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -52,7 +53,19 @@ def check_model_directory(flag: str, directory: Path) -> None:
     if not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "no such directory"
         raise ConversionError(f"{flag} {directory}: {what}")
-    read_object(directory / "config.json")
+    config = read_object(directory / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise unknown_model(config)
+
+
+def unknown_model(config: Mapping[str, Any]) -> ConversionError:
+    """For a config.json of another kind of model."""
+    named = config.get("architectures")
+    names = ", ".join(map(str, named)) if isinstance(named, list) and named else "none"
+    return ConversionError(
+        f"config.json: model_type {config.get('model_type')!r} (architectures {names}) is not a model that can be "
+        f"imported: {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]} is"
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_internvlx.model.internvit_config import InternViTConfig
 PVTC_MLP_RATIO = 4  # model/pvtc.py, which imports Megatron
 
 Shape = tuple[int, ...]
+LAYOUTS = ("chat", "internvlx", "native", "native_old")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
 
+MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
 RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
 
 
@@ -176,6 +177,8 @@ def _rank_process(request: Request, rank: int, ranks: int, port: int, report: An
 
 def check_ranks(layout: Layout, ranks: int) -> None:
     """Raises ConversionError when a layout does not fit so many processes."""
+    if ranks > MOST_RANKS:
+        raise ConversionError(f"{ranks} processes on this machine are too many: {MOST_RANKS} at most")
     if ranks < layout.ranks or ranks % (layout.tensor * layout.pipeline):
         raise ConversionError(
             f"--nproc {ranks} does not fit TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: "

@@ -245,6 +245,13 @@ def test_inputs_that_do_not_fit_the_model(tmp_path: Path, change, message: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["case.safetensors"]
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0)])
+def test_inputs_without_rows_or_tokens(tmp_path: Path, shape: tuple[int, int]) -> None:
+    save_file({"input_ids": torch.ones(*shape, dtype=torch.int64)}, tmp_path / "case.safetensors")
+    with pytest.raises(ConversionError, match=r"it needs input_ids \[rows, tokens\], at least one of each"):
+        load_case(tmp_path / "case.safetensors")
+
+
 def test_rows_longer_than_the_model_takes(tmp_path: Path) -> None:
     save_file({"input_ids": torch.ones(1, 2049, dtype=torch.int64)}, tmp_path / "case.safetensors")
     request = Request(

@@ -219,6 +219,14 @@ def broken_checkpoint(ck: Path, what: str) -> None:
         (ck / "release" / ".metadata").write_bytes(pickle.dumps(Harm(ck.parent / "harm")))
     elif what == "notes":
         (ck / "hf" / "conversion.json").write_text('{"tensors": {"a": {"file": "../a", "dtype": "float32"}}}')
+    elif what == "notes of another kind":
+        notes = json.loads((ck / "hf" / "conversion.json").read_text())
+        (ck / "hf" / "conversion.json").write_text(json.dumps(notes | {"layout": "sideways"}))
+    elif what == "arguments of notes":
+        notes = json.loads((ck / "hf" / "conversion.json").read_text())
+        (ck / "hf" / "conversion.json").write_text(json.dumps(notes | {"arguments": [1]}))
+    elif what == "long tracker":
+        (ck / "latest_checkpointed_iteration.txt").write_text("9" * 5000)
     elif what == "config":
         (ck / "hf" / "config.json").unlink()
     elif what == "arguments":
@@ -234,6 +242,9 @@ def broken_checkpoint(ck: Path, what: str) -> None:
     [
         ("harm", "has no place in it"),
         ("notes", "conversion.json: not as an import writes it"),
+        ("notes of another kind", "conversion.json: not as an import writes it; remove it"),
+        ("arguments of notes", "conversion.json: not as an import writes it; remove it"),
+        ("long tracker", "is neither an iteration nor 'release'"),
         ("config", "config.json: No such file"),
         ("arguments", "the arguments of the checkpoint cannot be read"),
         ("no arguments", "data files are missing: __common.distcp"),

@@ -41,6 +41,8 @@ def test_the_printed_command_runs(tmp_path: Path, capsys, monkeypatch) -> None:
     said = imported(tmp_path, capsys)
     args = parsed(monkeypatch, shlex.split(said[-1]), save=str(tmp_path / "c k-trained"))
     assert {name: getattr(args, name) for name in fine_tune_settings()} == fine_tune_settings()
+    # Without these Megatron stops, some of them only when it builds the optimizer.
+    assert min(args.lr, args.train_iters, args.global_batch_size, args.save_interval) > 0
     assert args.load == str(tmp_path / "c k")
     assert args.tokenizer_model == str(tmp_path / "c k" / "hf")
     assert args.data == "meta.json"
