@@ -187,6 +187,7 @@ def run_import(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """The subcommand `export`."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
+    from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
 
     plan = export_checkpoint(
         args.load, args.hf, like=args.like, dtype=args.dtype, max_shard_size=args.max_shard_size,
@@ -195,8 +196,11 @@ def run_export(args: argparse.Namespace) -> int:
     kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
-    if not any((args.hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        print("no tokenizer was found; --like names a directory with one")
+    if problem := tokenizer_problem(args.hf):
+        print(
+            f"{args.hf} cannot be used yet, {problem}: export again with --like, which names a directory with a "
+            "fitting one, or put its files into it"
+        )
     print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0
 
