@@ -37,6 +37,7 @@ from megatron_internvlx.config import (
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
+from megatron_internvlx.parallel.split import settle_split
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
@@ -329,6 +330,7 @@ def parse(prepare: Callable[[argparse.Namespace], None] = lambda args: None) -> 
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
+    settle_split(args)
     validate(args)
     with refusals(args):
         set_global_variables(args)

@@ -26,6 +26,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     # Megatron says at import which optional packages it does without; nothing here needs them.
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
+from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import warm_up
 from tools.values import real, whole
@@ -39,13 +40,6 @@ def size(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 800MB")
     return int(match[1]) * _UNITS[match[2]]
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--processes", type=positive, default=min(4, os.cpu_count() or 1),
+        "--processes", type=whole(1), default=min(4, os.cpu_count() or 1),
         help="processes that convert (default: one per core, four at most)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -78,6 +72,10 @@ def _import_parser(commands: Any) -> None:
     it.add_argument(
         "--init-missing", action="store_true",
         help="initialise projectors that the directory lacks or has of another kind, and list them",
+    )  # fmt: skip
+    it.add_argument(
+        "--list-tensors", action="store_true",
+        help="name every tensor that was initialised or not taken over (they are in CKPT/hf/conversion.json, too)",
     )  # fmt: skip
     it.add_argument("--seed", type=whole(0), default=1234, help="of what is initialised (default: 1234)")
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
@@ -132,13 +130,13 @@ def _verify_parser(commands: Any) -> None:
         "(or CASE.outputs.safetensors and CASE.grads.safetensors beside CASE.inputs.safetensors)",
     )  # fmt: skip
     it.add_argument("--out", type=Path, required=True, help="safetensors file to be made")
-    it.add_argument("--tensor-model-parallel-size", type=positive, default=1)
-    it.add_argument("--pipeline-model-parallel-size", type=positive, default=1)
-    it.add_argument("--expert-model-parallel-size", type=positive, default=1)
+    it.add_argument("--tensor-model-parallel-size", type=whole(1), default=1)
+    it.add_argument("--pipeline-model-parallel-size", type=whole(1), default=1)
+    it.add_argument("--expert-model-parallel-size", type=whole(1), default=1)
     it.add_argument("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
-    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=positive)
+    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=whole(1))
     it.add_argument("--sequence-parallel", action="store_true")
-    it.add_argument("--nproc", type=positive, help="processes (default: as many as the layout needs)")
+    it.add_argument("--nproc", type=whole(1), help="processes (default: as many as the layout needs)")
     it.add_argument(
         "--grads", action="store_true", help="gradients of the loss too, under Hugging Face names"
     )
@@ -154,6 +152,7 @@ def _verify_parser(commands: Any) -> None:
 def run_import(args: argparse.Namespace) -> int:
     """The subcommand `import`."""
     from megatron_internvlx.checkpoint.importer import import_checkpoint
+    from megatron_internvlx.checkpoint.summary import import_summary
 
     names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -161,26 +160,15 @@ def run_import(args: argparse.Namespace) -> int:
         args.hf, args.save, changes=changes, init_missing=args.init_missing, allow_pickle=args.allow_pickle,
         seed=args.seed, processes=args.processes, quiet=args.quiet,
     )  # fmt: skip
-    for title, listed in (
-        (
-            "initialised (norms 1, biases 0, cls_scale normal, matrices uniform in 1/sqrt(columns))",
-            plan.initialised,
-        ),
-        ("not used", plan.unused),
-        ("not stored, because they follow from the configuration", plan.derived),
-    ):
-        if listed:
-            print(f"{len(listed)} tensors {title}:\n  " + "\n  ".join(listed))
-    for remark in plan.config.remarks:
-        print(remark)
-    print(f"{args.save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
-    print(f"train with: pretrain_vlm.py --recipe {args.save}/recipe.yaml")
+    lines = import_summary(plan, args.save, everything=args.list_tensors, compressed=bool(changes))
+    print("\n".join(lines))
     return 0
 
 
 def run_export(args: argparse.Namespace) -> int:
     """The subcommand `export`."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
+    from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
 
     plan = export_checkpoint(
         args.load, args.hf, like=args.like, dtype=args.dtype, max_shard_size=args.max_shard_size,
@@ -189,8 +177,11 @@ def run_export(args: argparse.Namespace) -> int:
     kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
-    if not any((args.hf / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        print("no tokenizer was found; --like names a directory with one")
+    if problem := tokenizer_problem(args.hf):
+        print(
+            f"{args.hf} cannot be used yet, {problem}: export again with --like, which names a directory with a "
+            "fitting one, or put its files into it"
+        )
     print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0
 
@@ -210,13 +201,20 @@ def run_verify(args: argparse.Namespace) -> int:
         hf=str(args.hf) if args.hf else None, load=str(args.load) if args.load else None,
         allow_pickle=args.allow_pickle,
     )  # fmt: skip
-    found = verify(request, args.out, ranks=args.nproc)
+    results = verify(request, args.out, ranks=args.nproc)
+    found = results.tensors
     print(f"{args.out}: {len(found)} tensors")
     if "loss" in found:
         print(f"loss {float(found['loss'][0]):.6f}")
+    if results.no_gradient:
+        print(
+            f"{len(results.no_gradient)} weights get no gradient: they are in layers of the vision encoder above "
+            f"its selected hidden state, which do not run ({results.no_gradient[0]}, ...)"
+        )
     case = load_case(args.inputs)
-    differences = compare(case, found)
-    left = sorted(name for name in case.expected if name not in found)
+    differences = compare(case, found, results.no_gradient)
+    compared = {difference.name for difference in differences}
+    left = sorted(name for name in case.expected if name not in compared)
     if left:
         grads = "" if args.grads else "; gradients need --grads"
         print(f"{len(left)} expected tensors are not computed here: {', '.join(left[:5])}{grads}")
@@ -238,13 +236,35 @@ def _report(differences: list, tolerance: float) -> int:
     return 1 if over else 0
 
 
+def check_paths(args: argparse.Namespace) -> None:
+    """What is read is there and what is made is not, before PyTorch is loaded. Raises ConversionError."""
+    made = {"import": "save", "export": "hf", "verify": "out"}[args.command]
+    target = getattr(args, made)
+    if os.path.lexists(target):
+        raise ConversionError(f"{target} exists already; remove it, or choose another name")
+    if args.command != "export" and args.hf:
+        check_model_directory("--hf", args.hf)
+    if args.command != "import" and args.load and not args.load.is_dir():
+        what = "a file, not a directory" if args.load.exists() else "no such directory"
+        raise ConversionError(f"--load {args.load}: {what}")
+    if args.command == "verify" and not args.inputs.is_file():
+        what = "not a file" if args.inputs.exists() else "no such file"
+        raise ConversionError(f"--inputs {args.inputs}: {what}")
+    if args.command == "export" and args.like is not None and not args.like.is_dir():
+        raise ConversionError(f"--like {args.like}: no such directory")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
-    if argv is None and args.command != "verify" and args.processes > 1:
-        warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
     run = {"import": run_import, "export": run_export, "verify": run_verify}[args.command]
     try:
+        check_paths(args)
+        if argv is None and not getattr(args, "quiet", False):
+            loading = "PyTorch and Megatron" if args.command == "verify" else "PyTorch"
+            print(f"convert_checkpoint.py {args.command}: loading {loading} ...", file=sys.stderr, flush=True)
+        if argv is None and args.command != "verify" and args.processes > 1:
+            warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
         return run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)

@@ -11,25 +11,15 @@ Exit codes: 0 done; 2 a mistake of the caller or of the files, after one message
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_internvlx import platform
-from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rejects import BadSample
-from megatron_internvlx.evaluation.answers import Answerer, questions, summary
-from megatron_internvlx.evaluation.hf_model import load_model
-from megatron_internvlx.evaluation.page import write_page
-
-RESULTS = ("predictions.jsonl", "scores.json", "page.html")
 
 
 def positive(text: str) -> int:
@@ -57,43 +47,19 @@ def parser() -> argparse.ArgumentParser:
     return it
 
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """Generate, score, write; returns the scores. Raises ValueError (ConversionError, BadSample)."""
-    manifest = Manifest(args.data)
-    model, processor, template = load_model(args.hf, getattr(torch, args.dtype))
-    answerer = Answerer(model.to(platform.device()), processor, args.max_new_tokens)
-    asked = list(questions(manifest, template, args.limit))
-    if not asked:
-        raise ValueError(f"{args.data}: none of its records has an answer to compare with")
-    for path in dict.fromkeys(path for question in asked for path in question.images):
-        image_size(path)  # a missing image is told before hours of generation
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for start in tqdm(range(0, len(asked), args.batch_size), desc="answers", unit="batch"):
-        batch = asked[start : start + args.batch_size]
-        rows += [answerer.row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)]
-    scores = summary(rows)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    title = f"{args.hf.resolve().name} on {args.data.stem}"
-    parts = [args.out / f"{name}.partial" for name in RESULTS]
-    try:
-        parts[0].write_text(lines, encoding="utf-8")
-        parts[1].write_text(json.dumps(scores, indent=2) + "\n")
-        write_page(parts[2], title, scores, rows, args.page_limit)
-    except OSError:
-        for part in parts:
-            part.unlink(missing_ok=True)
-        raise
-    for part in parts:
-        part.replace(part.with_suffix(""))
-    return scores
-
-
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        scores = evaluate(args)
+        check_model_directory("--hf", args.hf)
+        manifest = Manifest(args.data)
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out}: a file, not a directory")
+        print("evaluate.py: loading PyTorch and the model ...", file=sys.stderr, flush=True)
+        # Not before: this takes seconds, on a busy machine half a minute.
+        from megatron_internvlx.evaluation.run import evaluate
+
+        scores = evaluate(args, manifest)
     except (BadSample, OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2

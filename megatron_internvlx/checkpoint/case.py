@@ -5,7 +5,7 @@ Shapes: B rows, n tokens of a row (right- or left-padded), T tiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ def load_case(path: Path) -> Case:
     whole = [n for n in INPUTS[1:] if n in held and (held[n].is_floating_point() or held[n].is_complex())]
     if whole:
         raise ConversionError(f"{path}: {', '.join(whole)} must hold whole numbers")
-    if "input_ids" not in held or held["input_ids"].dim() != 2:
-        raise ConversionError(f"{path}: it needs input_ids [rows, tokens]")
+    if "input_ids" not in held or held["input_ids"].dim() != 2 or not held["input_ids"].numel():
+        raise ConversionError(f"{path}: it needs input_ids [rows, tokens], at least one of each")
     ids = held["input_ids"]
     mask = held.get("attention_mask", torch.ones_like(ids))
     labels = held.get("labels", torch.full_like(ids, -100))
@@ -150,9 +150,14 @@ class Difference:
     """Largest expected value."""
 
 
-def compare(case: Case, found: Mapping[str, Tensor]) -> list[Difference]:
-    """Every expected tensor that was computed; logits only where the attention mask is 1."""
+def compare(case: Case, found: Mapping[str, Tensor], no_gradient: Collection[str] = ()) -> list[Difference]:
+    """Every expected tensor that was computed; logits only where the attention mask is 1.
+
+    Of `no_gradient` a gradient of zeros is as good as none, which is what some optimizers leave; any other
+    is a difference.
+    """
     differences = []
+    found = {**found, **{n: torch.zeros_like(case.expected[n]) for n in no_gradient if n in case.expected}}
     for name, wanted in case.expected.items():
         if name not in found:
             continue

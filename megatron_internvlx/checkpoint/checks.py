@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ _SIZES = (
 )  # fmt: skip
 _SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
 _SIZES_OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
+# Numbers that end up in the arithmetic, the positive ones first; and switches.
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+_NUMBERS = (
+    "initializer_range", "initializer_factor", "layer_scale_init_value", "drop_path_rate", "router_aux_loss_coef",
+)  # fmt: skip
+_SWITCHES = (
+    "qkv_bias", "qk_normalization", "use_qk_norm", "attention_bias", "tie_word_embeddings", "use_thumbnail",
+    "dynamic_image_size", "norm_topk_prob", "bias", "mlp_bias", "use_sliding_window",
+)  # fmt: skip
+MOST_TILES = 1024  # of an image: a released model has 40 at most, and the search for a grid looks at all
 _RULES = {"ps_version": ("v1", "v2"), "rvtc": ("area", "edge", "off")}
 _COMPRESSION_RULES = {
     "projector": ("pvtc", "mlp"),
@@ -25,12 +36,46 @@ _COMPRESSION_RULES = {
 _COMPRESSION = (*_COMPRESSION_RULES, "expand_layer", "inject_layers", "low_ratio", "high_ratio")
 
 
+MODEL_TYPES = ("internvl_chat", "internvlx", "internvl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has the files of a tokenizer; whether they can be read is another matter."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def check_model_directory(flag: str, directory: Path) -> None:
+    """What costs nothing to see, before seconds of imports: raises ConversionError.
+
+    `flag` is how the user named it.
+    """
+    if not directory.is_dir():
+        what = "a file, not a directory" if directory.exists() else "no such directory"
+        raise ConversionError(f"{flag} {directory}: {what}")
+    config = read_object(directory / "config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise unknown_model(config)
+
+
+def unknown_model(config: Mapping[str, Any]) -> ConversionError:
+    """For a config.json of another kind of model."""
+    named = config.get("architectures")
+    names = ", ".join(map(str, named)) if isinstance(named, list) and named else "none"
+    return ConversionError(
+        f"config.json: model_type {config.get('model_type')!r} (architectures {names}) is not a model that can be "
+        f"imported: {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]} is"
+    )
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ConversionError when it is missing or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConversionError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConversionError(f"{path}: its brackets are nested too deeply to be read") from error
     except ValueError as error:
         raise ConversionError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -55,18 +100,31 @@ def model_part(config: Mapping[str, Any], key: str) -> dict[str, Any]:
             raise ConversionError(
                 f"config.json: {key}.{name} is {value!r}; it must be a whole number of at least 1"
             )
-    for name in ("rms_norm_eps", "layer_norm_eps", "rope_theta"):
-        if name in part and not (_is_number(part[name]) and part[name] > 0):
-            raise ConversionError(
-                f"config.json: {key}.{name} is {part[name]!r}; it must be a positive number"
-            )
+    _check_numbers(part, f"{key}.")
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(part.get(name) or {}, dict):
+        rope = part.get(name) or {}
+        if not isinstance(rope, dict):
             raise ConversionError(
                 f"config.json: {key}.{name} is {part[name]!r}; it must be an object or null"
             )
+        _check_numbers(rope, f"{key}.{name}.")
     _check_heads(part, key)
     return part
+
+
+def _check_numbers(part: Mapping[str, Any], where: str) -> None:
+    """Numbers and switches of an object are such. Raises ConversionError."""
+    for name in (*_POSITIVE, "factor"):
+        if part.get(name) is not None and not (_is_number(part[name]) and part[name] > 0):
+            raise ConversionError(
+                f"config.json: {where}{name} is {part[name]!r}; it must be a positive number"
+            )
+    for name in _NUMBERS:
+        if part.get(name) is not None and not _is_number(part[name]):
+            raise ConversionError(f"config.json: {where}{name} is {part[name]!r}; it must be a number")
+    for name in _SWITCHES:
+        if part.get(name) is not None and not isinstance(part[name], bool):
+            raise ConversionError(f"config.json: {where}{name} is {part[name]!r}; it must be true or false")
 
 
 def _check_heads(part: Mapping[str, Any], key: str) -> None:
@@ -88,16 +146,19 @@ def check_images(config: Mapping[str, Any]) -> None:
         if name in config and config[name] not in fine:
             raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be {' or '.join(fine)}")
     least, most = config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 12)
-    if not (_is_size(least) and _is_size(most) and least <= most):
+    if not (_is_size(least) and _is_size(most) and least <= most <= MOST_TILES):
         raise ConversionError(
             f"config.json: min_dynamic_patch is {least!r} and max_dynamic_patch {most!r}; both must be whole "
-            "numbers of at least 1, the first not above the second"
+            f"numbers from 1 to {MOST_TILES}, the first not above the second"
         )
     ratio = config.get("downsample_ratio", 0.5)
-    if not _is_number(ratio):
-        raise ConversionError(f"config.json: downsample_ratio is {ratio!r}; it must be a number, such as 0.5")
+    if not _is_ratio(ratio):
+        raise ConversionError(
+            f"config.json: downsample_ratio is {ratio!r}; it must be a number above 0, at most 1, such as 0.5"
+        )
+    _check_numbers(config, "")
     for name in ("select_layer", "vision_feature_layer"):
-        if not isinstance(config.get(name, -1), int):
+        if type(config.get(name, -1)) is not int:
             raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be a whole number")
 
 
@@ -116,10 +177,10 @@ def compression_part(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     layers = [part.get("expand_layer") or 0, *_list(part.get("inject_layers"))]
     ratios = [part.get("low_ratio", 0.25), part.get("high_ratio", 0.5)]
-    if not all(type(layer) is int for layer in layers) or not all(map(_is_number, ratios)):
+    if not all(type(layer) is int for layer in layers) or not all(map(_is_ratio, ratios)):
         raise ConversionError(
-            "config.json: compression needs whole numbers as expand_layer and inject_layers, and numbers as "
-            f"low_ratio and high_ratio, not {part}"
+            "config.json: compression needs whole numbers as expand_layer and inject_layers, and numbers above 0, at "
+            f"most 1, as low_ratio and high_ratio, not {part}"
         )
     return part
 
@@ -133,4 +194,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value == value
+    """Neither nan nor infinite, nor a whole number that no float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_ratio(value: Any) -> bool:
+    return _is_number(value) and 1e-6 <= value <= 1

@@ -10,9 +10,11 @@ from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.hf_write import chat_config, image_settings
 from megatron_internvlx.checkpoint.importer import NOTES
 from megatron_internvlx.checkpoint.remote_code import (
+    has_chat_template,
     model_card,
     write_chat_template,
     write_json,
+    write_processor,
     write_remote_code,
 )
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, PICKLES
@@ -48,23 +50,27 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
     else:
         config = chat_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype)
         write_json(partial / "config.json", config)
-    if not (same and _keeps_template(plan)):
+    if not (same and _keeps_template(plan, partial)):
         write_chat_template(plan, partial)
+    write_processor(plan, partial)
     if (plan.iteration or not same) and not (partial / "README.md").exists():
-        (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(plan, partial), encoding="utf-8")
 
 
-def _keeps_template(plan: ExportPlan) -> bool:
+def _keeps_template(plan: ExportPlan, partial: Path) -> bool:
     """Whether the chat template of the original is that of the model.
 
     Until it is trained that is so unless another one was asked for. Training used the one of its settings: the
-    original's only if its config.json names it, which the native format never does.
+    original's only if its config.json names it, which the native format never does. Files that have none of a
+    named template do not keep it: the released code has it in Python, where no processor finds it.
     """
     assert plan.side is not None
-    named = plan.notes.get("arguments", {}).get("conversation_template")
-    if plan.iteration:
-        named = read_object(plan.side / "config.json").get("template")
-    return named == plan.arguments.get("conversation_template", "internvl2_5")
+    ours = plan.arguments.get("conversation_template", "internvl2_5")
+    said = read_object(plan.side / "config.json").get("template")
+    if said == ours and not has_chat_template(partial):
+        return False
+    named = said if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
+    return named == ours
 
 
 def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:

@@ -17,9 +17,9 @@ from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
+from megatron_internvlx.checkpoint.hf_config import DTYPES, FAMILIES, dims, family_of
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
-from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.mapping import LAYOUTS, Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.remote_code import check_tokenizer
 from megatron_internvlx.checkpoint.safetensors_io import (
@@ -95,6 +95,10 @@ def read_notes(side: Path | None) -> dict[str, Any]:
     if side is None or not (side / NOTES).is_file():
         return {}
     notes = read_object(side / NOTES)
+    get = notes.get
+    kinds = get("layout") in (*LAYOUTS, None) and get("family") in (*FAMILIES, None)
+    if not (kinds and isinstance(get("arguments", {}), dict) and isinstance(get("tied_copy") or "", str)):
+        raise ConversionError(f"{side / NOTES}: not as an import writes it; remove it to export without it")
     tensors = notes.get("tensors")
     for entry in tensors.values() if isinstance(tensors, dict) else [None]:
         file, dtype = (entry.get("file"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_internvlx.checkpoint import checks
 from megatron_internvlx.checkpoint.checks import check_images, compression_part, model_part, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.mapping import Dims, output_names
@@ -202,11 +203,7 @@ def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
             raise
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConversionError(f"config.json: {reason}") from error
-    named = config.get("architectures") or ["none"]
-    raise ConversionError(
-        f"config.json: model_type {kind!r} (architectures {', '.join(map(str, named))}) is not a model that can be "
-        "imported: internvl_chat, internvlx or internvl is"
-    )
+    raise checks.unknown_model(config)
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:

@@ -17,9 +17,9 @@ from threading import Thread
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from megatron_internvlx.checkpoint.counts import check_counts
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import (
     ModelConfig,
@@ -28,6 +28,7 @@ from megatron_internvlx.checkpoint.hf_config import (
     model_config,
     read_config,
 )
+from megatron_internvlx.checkpoint.import_recipe import recipe_text
 from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
@@ -105,7 +106,8 @@ def plan_import(
         compression = compression_from(config.arguments)
         check_projector(compression, hidden_size=sizes.hidden, tensor_parallel=1)
     except ValueError as error:
-        raise ConversionError(str(error)) from error
+        raise ConversionError(f"{'' if changes else 'config.json: '}{error}") from error
+    check_counts(sizes, config.layout, weights.names)
     sources: list[Source] = []
     missing: list[Entry] = []
     mismatched: list[Entry] = []
@@ -163,7 +165,10 @@ def _refuse(
                     lines.append(
                         f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}"
                     )
-        raise ConversionError(f"{directory}: {len(lines)} tensors have other shapes:\n  " + _lines(lines))
+        raise ConversionError(
+            f"{directory}: config.json: {len(lines)} tensors have other shapes than it says; correct it, or bring the "
+            "weights that belong to it:\n  " + _lines(lines, 10)
+        )
     absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
     if absent:
         raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _lines(absent))
@@ -302,8 +307,8 @@ def import_checkpoint(
         write_metadata(folder, written, _common(plan))
         (target.partial / TRACKER).write_text(RELEASE)
         write_side_files(directory, target.partial / SIDE, weights, plan)
-        recipe = recipe_of(plan, save.resolve())
-        (target.partial / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=True))
+        recipe = recipe_text(recipe_of(plan, save.resolve()), directory.resolve())
+        (target.partial / RECIPE).write_text(recipe, encoding="utf-8")
     return plan
 
 
@@ -318,7 +323,7 @@ def _common(plan: ImportPlan) -> dict[str, Any]:
 
 
 def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:
-    """Arguments to train the imported model with: `pretrain_vlm.py --recipe recipe.yaml --data ...`."""
+    """Arguments of the imported model and of a run that begins with it; `import_recipe` adds how to train."""
     arguments = dict(plan.config.arguments)
     arguments["seq_length"] = min(arguments["max_position_embeddings"], 4096)
     arguments["tokenizer_model"] = str(save / SIDE)
@@ -340,6 +345,8 @@ def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: Im
         "family": plan.config.family,
         "arguments": plan.config.arguments,
         "initialised": list(plan.initialised),
+        "unused": list(plan.unused),
+        "derived": list(plan.derived),
         "has_index": (directory / INDEX).is_file(),
         "tied_copy": tied if plan.dims.tied and tied in weights.names else None,
         "tensors": {

@@ -20,6 +20,7 @@ from megatron_internvlx.model.internvit_config import InternViTConfig
 PVTC_MLP_RATIO = 4  # model/pvtc.py, which imports Megatron
 
 Shape = tuple[int, ...]
+LAYOUTS = ("chat", "internvlx", "native", "native_old")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,13 @@ def output_names(family: str, layout: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------ vision
 
 _VISION_LAYER = "vision_model.encoder.layers."
+
+
+def vision_layer(ours: str) -> int | None:
+    """The 0-based layer of the vision encoder that a tensor of ours belongs to, or None."""
+    if not ours.startswith(_VISION_LAYER):
+        return None
+    return int(ours.removeprefix(_VISION_LAYER).partition(".")[0])
 
 
 def _embeddings(vit: InternViTConfig, names: tuple[str, str, str]) -> Iterator[Entry]:

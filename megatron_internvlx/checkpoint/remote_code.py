@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_internvlx import hf
-from megatron_internvlx.checkpoint.checks import read_object
+from megatron_internvlx.checkpoint.checks import has_tokenizer, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.checkpoint.mapping import Dims
@@ -21,7 +21,8 @@ from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, g
 if TYPE_CHECKING:
     from megatron_internvlx.checkpoint.exporter import ExportPlan
 
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, PROCESSOR = "chat_template.jinja", "processor_config.json"
+PROCESSOR_CODE = "processing_internvlx.py"
 
 
 def write_remote_code(plan: ExportPlan, partial: Path) -> None:
@@ -36,9 +37,43 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
     ids = token_ids(partial, template)
     config = remote_code_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype, ids)
     write_json(partial / "config.json", config)
-    write_json(partial / "processor_config.json", processor_config(plan))
+    write_json(partial / PROCESSOR, processor_config(plan))
     write_json(partial / "generation_config.json", generation_config(ids))
-    (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(plan, partial), encoding="utf-8")
+
+
+def write_processor(plan: ExportPlan, partial: Path) -> None:
+    """Add our processor to a directory without LVTC, unless the original's is there.
+
+    transformers' InternVL may have its own. The released format has none: its preprocessor_config.json is that of
+    an image encoder alone.
+    """
+    if not has_our_processor(partial):
+        kept = (PROCESSOR, "preprocessor_config.json") if plan.layout.startswith("native") else (PROCESSOR,)
+        if any((partial / name).is_file() for name in kept):
+            return
+    shutil.copyfile(Path(hf.__file__).parent / PROCESSOR_CODE, partial / PROCESSOR_CODE)
+    write_json(partial / PROCESSOR, processor_config(plan))
+
+
+def has_our_processor(directory: Path) -> bool:
+    """Whether a directory's processor is that of hf/, which is code that it brings."""
+    path = directory / PROCESSOR
+    return path.is_file() and read_object(path).get("processor_class") == "InternVLXProcessor"
+
+
+def tokenizer_problem(directory: Path) -> str | None:
+    """Why no processor can be loaded from a directory, whatever its own files; None: nothing is seen to be wrong.
+
+    By the files' texts: what the tokenizer itself is may be code, which is not run.
+    """
+    if not has_tokenizer(directory):
+        return "it has no tokenizer"
+    names = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+    paths = [directory / name for name in names if (directory / name).is_file()]
+    if not any(IMG_CONTEXT in path.read_text(encoding="utf-8", errors="replace") for path in paths):
+        return f"its tokenizer has no token {IMG_CONTEXT}"
+    return None
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -120,6 +155,14 @@ def generation_config(ids: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if value is not None} | {"do_sample": False}
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Whether a processor of this directory has a chat template, in a file of its own or its tokenizer's."""
+    if any((directory / name).is_file() for name in (TEMPLATE_FILE, "chat_template.json")):
+        return True
+    settings = directory / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in read_object(settings)
+
+
 def write_chat_template(plan: ExportPlan, partial: Path) -> Template:
     """Make the template of training the only one of the directory, whose tokenizer may have brought another."""
     template = get_template(plan.arguments.get("conversation_template", "internvl2_5"))
@@ -178,8 +221,8 @@ _GENERATE = """```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(DIRECTORY{trust})
-processor = AutoProcessor.from_pretrained(DIRECTORY{trust})
+model = AutoModelForImageTextToText.from_pretrained(DIRECTORY{model_code})
+processor = AutoProcessor.from_pretrained(DIRECTORY{processor_code})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")
@@ -189,11 +232,30 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
 them. Megatron-InternVL-X answers questions with them, too: `tools/evaluate.py --hf DIRECTORY --data meta.json`.
+The processor makes the inputs, images cut as in training:
+
+```python
+from PIL import Image
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(DIRECTORY{processor_code})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")
+```
+"""
+# In front of code that does not work yet.
+_INCOMPLETE = """**This directory is not complete: {problem}.** Put the files of a tokenizer with the tokens `<img>`,
+`<IMG_CONTEXT>` and `</img>` into it, or export again with `--like`, a directory that has them. Then:
+
 """
 
 
-def model_card(plan: ExportPlan) -> str:
-    """README.md: how to use the model, its configuration, data and training facts."""
+def model_card(plan: ExportPlan, directory: Path) -> str:
+    """README.md: how to use the model, its configuration, data and training facts.
+
+    `directory` holds everything else already: only code that works with it is shown.
+    """
     get, dims = plan.arguments.get, plan.dims
     low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
     visual, injections = f"{high} tokens per tile", []
@@ -214,9 +276,17 @@ def model_card(plan: ExportPlan) -> str:
         ("Training", _training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    trust = ", trust_remote_code=True" if plan.layout == "internvlx" else ""
-    usage = _RELEASED if plan.layout == "chat" else _GENERATE.format(trust=trust)
-    return f"{_CARD.format(summary=_summary(plan), usage=usage)}| | |\n|---|---|\n{rows}\n"
+    return f"{_CARD.format(summary=_summary(plan), usage=_usage(plan, directory))}| | |\n|---|---|\n{rows}\n"
+
+
+def _usage(plan: ExportPlan, directory: Path) -> str:
+    code = ", trust_remote_code=True"
+    text = (_RELEASED if plan.layout == "chat" else _GENERATE).format(
+        model_code=code if plan.layout == "internvlx" else "",
+        processor_code=code if has_our_processor(directory) else "",
+    )
+    problem = tokenizer_problem(directory)
+    return (_INCOMPLETE.format(problem=problem) if problem else "") + text
 
 
 def _summary(plan: ExportPlan) -> str:

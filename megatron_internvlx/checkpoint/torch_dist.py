@@ -77,8 +77,8 @@ def checkpoint_folder(path: Path) -> Path:
     if not tracker.is_file():
         raise ConversionError(f"{path}: no checkpoint ({TRACKER} and .metadata are both missing)")
     latest = tracker.read_text(errors="replace").strip()
-    if latest != RELEASE and not latest.isdecimal():
-        raise ConversionError(f"{tracker}: {latest!r} is neither an iteration nor '{RELEASE}'")
+    if latest != RELEASE and not (latest.isdecimal() and len(latest) < 19):
+        raise ConversionError(f"{tracker}: {latest[:40]!r} is neither an iteration nor '{RELEASE}'")
     folder = path / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
     if not (folder / ".metadata").is_file():
         raise ConversionError(f"{folder}: not a torch_dist checkpoint (no .metadata)")

@@ -28,10 +28,11 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.exporter import plan_export
 from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
-from megatron_internvlx.checkpoint.mapping import Entry
+from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
 
+MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
 RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
 
 
@@ -176,6 +177,8 @@ def _rank_process(request: Request, rank: int, ranks: int, port: int, report: An
 
 def check_ranks(layout: Layout, ranks: int) -> None:
     """Raises ConversionError when a layout does not fit so many processes."""
+    if ranks > MOST_RANKS:
+        raise ConversionError(f"{ranks} processes on this machine are too many: {MOST_RANKS} at most")
     if ranks < layout.ranks or ranks % (layout.tensor * layout.pipeline):
         raise ConversionError(
             f"--nproc {ranks} does not fit TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: "
@@ -183,8 +186,18 @@ def check_ranks(layout: Layout, ranks: int) -> None:
         )
 
 
-def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool) -> dict[str, Tensor]:
-    """What the ranks left, under the names of the golden cases."""
+@dataclass(frozen=True)
+class Results:
+    """What a model computed from a case."""
+
+    tensors: dict[str, Tensor]
+    """Outputs, and gradients under their Hugging Face names."""
+    no_gradient: tuple[str, ...] = ()
+    """Weights that get no gradient: the vision encoder's layers above the selected hidden state."""
+
+
+def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool, *, vision_layers: int) -> Results:
+    """What the ranks left, under the names of the golden cases; `vision_layers` of the encoder run."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("part*.safetensors")):
         found |= load_file(path)
@@ -193,15 +206,19 @@ def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool) -> d
         logits = torch.zeros((*case.input_ids.shape, rows.shape[-1]))
         logits[case.attention_mask.bool()] = rows
         found["logits"] = logits
+    none: list[str] = []
     if gradients:
         ours = load_file(folder / GRADIENTS)
         for entry in entries:
+            if (layer := vision_layer(entry.ours)) is not None and layer >= vision_layers:
+                none += entry.theirs
+                continue
             parts = entry.op.to_theirs(ours[entry.ours])
             found |= {name: part.contiguous() for name, part in zip(entry.theirs, parts, strict=True)}
-    return found
+    return Results(found, tuple(none))
 
 
-def verify(request: Request, out: Path, *, ranks: int | None = None, start=start_ranks) -> dict[str, Tensor]:
+def verify(request: Request, out: Path, *, ranks: int | None = None, start=start_ranks) -> Results:
     """Run the model on a case and write its outputs; returns them.
 
     Args:
@@ -221,14 +238,14 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
     arguments, entries, family = model_of(request)
     check_case(case, arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid = dims(arguments, family).high_grid
-    token = case.image_token(grid * grid, request.image_token)
+    sizes = dims(arguments, family)
+    token = case.image_token(sizes.high_grid**2, request.image_token)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         write_recipe(arguments, Path(folder))
         changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
-        found = gather(Path(folder), case, entries, request.gradients)
+        found = gather(Path(folder), case, entries, request.gradients, vision_layers=sizes.vision.layers_run)
     partial = out.with_name(f"{out.name}.partial")
-    save_file(found, partial, metadata={"format": "pt"})
+    save_file(found.tensors, partial, metadata={"format": "pt"})
     partial.replace(out)
     return found

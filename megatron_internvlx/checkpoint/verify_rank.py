@@ -153,10 +153,15 @@ def run_rank(request: Request) -> None:
         parts = {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
         save_file(parts, Path(request.folder) / f"part{torch.distributed.get_rank()}.safetensors")
     if request.gradients:
-        gradients = full_tensors(stages, lambda p: p.main_grad)  # type: ignore[attr-defined]
+        gradients = full_tensors(stages, gradient_of)
         if torch.distributed.get_rank() == 0:
             ours = {_GROUPED.sub(r".experts.local_experts.\2.\1", n): g for n, g in gradients.items()}
             save_file({n: g.contiguous() for n, g in ours.items()}, Path(request.folder) / GRADIENTS)
+
+
+def gradient_of(parameter: Any) -> Tensor | None:
+    """What the loss gives a parameter; None for one that is not trained: Megatron keeps no buffer for it."""
+    return parameter.main_grad if parameter.requires_grad else None
 
 
 def _data_parallel(request: Request) -> int:

@@ -55,6 +55,9 @@ def upright(image):
 class InternVLXProcessor(ProcessorMixin):
     """Text with `<image>` placeholders, and images, to model inputs.
 
+    `<IMG_CONTEXT>` is a placeholder too, which the chat template of transformers' own InternVL writes, in a
+    prompt that has neither `<image>` nor an image's tokens already.
+
     Settings (processor_config.json): tile_size in pixels, tokens_per_tile, min_tiles, max_tiles (shared by
     the images of one prompt), use_thumbnail, dynamic_image_size (False: one tile per image), rvtc.
     """
@@ -122,16 +125,18 @@ class InternVLXProcessor(ProcessorMixin):
         if text is None or return_tensors != "pt":
             raise ValueError("the processor needs text, and returns PyTorch tensors")
         prompts = [text] if isinstance(text, str) else list(text)
-        dealt = self._deal(images, [prompt.count(IMAGE) for prompt in prompts])
+        marks = [IMAGE if IMAGE in prompt or START in prompt else CONTEXT for prompt in prompts]
+        counts = [prompt.count(mark) for prompt, mark in zip(prompts, marks, strict=True)]
+        dealt = self._deal(images, counts)
         pixels, filled = [], []
-        for prompt, own in zip(prompts, dealt, strict=True):
+        for prompt, mark, own in zip(prompts, marks, dealt, strict=True):
             limit = max(1, self.max_tiles // max(1, len(own)))
-            for image in own:
+            before, *rest = prompt.split(mark)
+            for image, after in zip(own, rest, strict=True):
                 tiles = self.tiles(image, limit)
-                block = START + CONTEXT * (self.tokens_per_tile * len(tiles)) + END
-                prompt = prompt.replace(IMAGE, block, 1)
+                before += START + CONTEXT * (self.tokens_per_tile * len(tiles)) + END + after
                 pixels.append(tiles)
-            filled.append(prompt)
+            filled.append(before)
         kwargs.pop("padding_side", None)
         data = dict(
             self.tokenizer(filled, padding=padding, padding_side="left", return_tensors="pt", **kwargs)

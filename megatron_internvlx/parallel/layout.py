@@ -23,9 +23,12 @@ def stage_layers(config: TransformerConfig, pp_rank: int, vp_stage: int | None) 
     """Layers that Megatron builds on this stage, under any of its ways to split them."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None and config.pipeline_model_parallel_size > 1:
-        stage = {"layer_type": LayerType.decoder, "vp_stage": vp_stage, "pp_rank": pp_rank}
-        first = layout.get_layer_offset(**stage)
-        return StageLayers(first, first + layout.get_num_layers_to_build(**stage))
+        # Not by the layout's own methods: without initialized groups, as in a dry run, they take every model chunk
+        # for the first one.
+        stages = [ranks[chunk] for chunk in range(len(layout.layout[0])) for ranks in layout.layout]
+        counts = [stage.count(LayerType.decoder) for stage in stages]
+        index = (vp_stage or 0) * len(layout.layout) + pp_rank
+        return StageLayers(sum(counts[:index]), sum(counts[: index + 1]))
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return StageLayers(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
 

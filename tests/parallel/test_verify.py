@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +21,8 @@ from megatron_internvlx.checkpoint import verify as verify_module
 from megatron_internvlx.checkpoint.case import compare, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.importer import import_checkpoint
-from megatron_internvlx.checkpoint.verify import Layout, Request, verify
+from megatron_internvlx.checkpoint.verify import Layout, Request, Results, verify
+from tests.converting import internvl, make_directory
 from tests.distributed import Pool
 from tests.golden_weights import GOLDEN
 from tools.convert_checkpoint import main
@@ -36,7 +38,11 @@ def rank_job(request: Request) -> None:
 
 
 def run(pool: Pool, request: Request, out: Path) -> dict:
-    """`verify` on the pool's ranks instead of new processes."""
+    """Tensors of `verify`, on the pool's ranks instead of new processes."""
+    return results(pool, request, out).tensors
+
+
+def results(pool: Pool, request: Request, out: Path) -> Results:
     return verify(request, out, start=lambda changed, ranks: pool.run(ranks, partial(rank_job, changed)))
 
 
@@ -89,6 +95,44 @@ def test_text_only_from_a_checkpoint(pool: Pool, tmp_path: Path) -> None:
     differences = compare(load_case(inputs), found)
     assert max(d.worst for d in differences) < TOLERANCE
     assert not found["vision_model.encoder.layers.0.attn.qkv.weight"].any()
+
+
+def test_layers_above_the_selected_state_and_uneven_stages(pool: Pool, tmp_path: Path) -> None:
+    """A select_layer of -2, as released models have; three decoder layers on two stages, on four virtual ones."""
+    config = internvl("Qwen2ForCausalLM", "qwen2", num_hidden_layers=3, vision={"num_hidden_layers": 3})
+    hf = make_directory(tmp_path / "hf", config | {"select_layer": -2})
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 600, (1, 12), generator=generator)
+    ids[0, 3:7] = 705
+    inputs = tmp_path / "case.safetensors"
+    pixels = torch.randn(1, 3, 16, 16, generator=generator)
+    save_file({"input_ids": ids, "labels": ids.clone(), "pixel_values": pixels}, inputs)
+    found = {}
+    for name, layout in {
+        "one": Layout(), "pp2": Layout(pipeline=2), "vpp2": Layout(pipeline=2, virtual=2)
+    }.items():  # fmt: skip
+        request = Request("", str(inputs), layout, True, 705, hf=str(hf))
+        found[name] = results(pool, request, tmp_path / f"{name}.safetensors")
+        assert ("split by work into" in pool.outputs[0]) is (name != "one")
+    one = found["one"]
+    weights = set(load_file(hf / "model.safetensors"))
+    assert set(one.no_gradient) == {n for n in weights if n.startswith("vision_model.encoder.layers.2.")}
+    outputs = {"logits", "loss", "vit_last_hidden_state", "projector_output"}
+    assert set(one.tensors) == weights - set(one.no_gradient) | outputs
+    assert one.tensors["vision_model.encoder.layers.1.attn.qkv.weight"].any()
+    for other in (found["pp2"], found["vpp2"]):
+        assert other.no_gradient == one.no_gradient
+        assert other.tensors.keys() == one.tensors.keys()
+        for name, tensor in one.tensors.items():
+            torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_is_a_gradient_of_zeros() -> None:
+    """What is expected of a layer that does not run: nothing, or zeros; anything else is a difference."""
+    case = load_case(MODELS / "qwen2_tiny" / "case_single.inputs.safetensors")
+    case = replace(case, expected={"a": torch.zeros(2), "b": torch.tensor([0.0, 0.5]), "c": torch.ones(1)})
+    found = {d.name: d.worst for d in compare(case, {}, ("a", "b", "d"))}
+    assert found == {"a": 0.0, "b": 0.5}
 
 
 def keys_for_values(folder: Path) -> Path:
@@ -199,6 +243,13 @@ def test_inputs_that_do_not_fit_the_model(tmp_path: Path, change, message: str) 
     with pytest.raises(ConversionError, match=message):
         verify(request, tmp_path / "out.safetensors", start=lambda *_: pytest.fail("ranks were started"))
     assert [path.name for path in tmp_path.iterdir()] == ["case.safetensors"]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0)])
+def test_inputs_without_rows_or_tokens(tmp_path: Path, shape: tuple[int, int]) -> None:
+    save_file({"input_ids": torch.ones(*shape, dtype=torch.int64)}, tmp_path / "case.safetensors")
+    with pytest.raises(ConversionError, match=r"it needs input_ids \[rows, tokens\], at least one of each"):
+        load_case(tmp_path / "case.safetensors")
 
 
 def test_rows_longer_than_the_model_takes(tmp_path: Path) -> None:

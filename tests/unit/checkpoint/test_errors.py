@@ -138,7 +138,7 @@ def test_projectors_are_initialised_only_when_asked_for(hf: Path, tmp_path: Path
     assert "lvtc_projectors.1.cls_scale" in message
     for name in ("ck", "ck2"):
         command = ["import", "--hf", str(hf), "--save", str(tmp_path / name), "--quiet", "--init-missing"]
-        assert main([*command, *wanted]) == 0
+        assert main([*command, *wanted, "--list-tensors"]) == 0
     listed = capsys.readouterr().out
     assert "language_model.decoder.layers.1.injection.projector.cls_scale" in listed
     assert "model.multi_modal_projector.linear_1.weight" in listed

@@ -1,17 +1,21 @@
 """Chat template and model card of exports without LVTC: the original's where they are right, else ours."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from megatron_internvlx.checkpoint.exporter import plan_export, write_files
+from megatron_internvlx.checkpoint.exporter import export_checkpoint, plan_export, write_files
 from megatron_internvlx.checkpoint.importer import import_checkpoint
-from megatron_internvlx.checkpoint.remote_code import load_tokenizer
+from megatron_internvlx.checkpoint.remote_code import load_tokenizer, tokenizer_problem
 from megatron_internvlx.data.conversation import render_prompt
-from tests.converting import FAMILIES, TOKENIZER, make_directory
+from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
+from tests.converting import FAMILIES, TOKENIZER, lvtc_config, make_directory
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 RENDERED = [{"from": "human", "value": "<image>\nWhat?"}]
@@ -82,6 +86,85 @@ def test_training_makes_its_template_that_of_an_original_with_one_unknown_here(t
     assert prompt(after) == render_prompt("internvl2_5", RENDERED, generation_prompt=True)
 
 
+def whole_export(kind: str, tmp_path: Path) -> Path:
+    """A trained model's directory, of an original that had no processor; `scratch`: of no original."""
+    config = {"lvtc": lvtc_config(), "native": FAMILIES["native"]}.get(kind, FAMILIES["llama"])
+    # Room for the system message, which this tokenizer spells in bytes.
+    part = config["text_config" if kind == "native" else "llm_config"] | {"max_position_embeddings": 2048}
+    config = config | {"text_config" if kind == "native" else "llm_config": part}
+    hf = make_directory(tmp_path / "hf", config, tokenizer=True)
+    import_checkpoint(hf, tmp_path / "ck", processes=1, quiet=True)
+    export_checkpoint(tmp_path / "ck", tmp_path / "out", processes=1, quiet=True)
+    out = exported(tmp_path / "ck", tmp_path / "files", iteration=5, scratch=kind == "scratch")
+    for weights in (tmp_path / "out").glob("*.safetensors"):
+        shutil.copyfile(weights, out / weights.name)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["lvtc", "native", "chat", "scratch"])
+def test_the_code_of_the_card_runs(tmp_path: Path, monkeypatch, capsys, kind: str) -> None:
+    """Copied from the README into Python, in a directory with a picture."""
+    out = whole_export(kind, tmp_path)
+    (code,) = re.findall(r"^```python\n(.+?)^```", (out / "README.md").read_text(), re.M | re.S)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"DIRECTORY": str(out)}
+    exec(code, names)
+    assert type(names["processor"]).__name__ == "InternVLXProcessor"
+    inputs = names["inputs"]
+    # Two tiles of the wide picture and the whole of it, each of 4 tokens.
+    image_token = names["processor"].tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert inputs["pixel_values"].shape == (3, 3, 16, 16)
+    assert (inputs["input_ids"] == image_token).sum() == 12
+    if kind in ("lvtc", "native"):
+        assert names["output"].shape[1] > inputs["input_ids"].shape[1]
+        assert capsys.readouterr().out.strip()
+
+
+def test_both_placeholders_stand_for_images(tmp_path: Path) -> None:
+    processor = InternVLXProcessor(load_tokenizer(TOKENIZER), tile_size=16, tokens_per_tile=2, max_tiles=1)
+    image = Image.new("RGB", (16, 16))
+    one = processor(images=[image, image], text="a<image>b<image>c")
+    other = processor(images=[image, image], text="a<IMG_CONTEXT>b<IMG_CONTEXT>c")
+    assert one["input_ids"].tolist() == other["input_ids"].tolist()
+    assert one["pixel_values"].shape == (2, 3, 16, 16)
+    filled = "a<img><IMG_CONTEXT><IMG_CONTEXT></img>b"
+    assert processor(text=filled)["input_ids"].tolist() == [processor.tokenizer(filled)["input_ids"]]
+
+
+def test_an_original_processor_stays(tmp_path: Path) -> None:
+    hf = make_directory(tmp_path / "hf", FAMILIES["native"], tokenizer=True)
+    (hf / "processor_config.json").write_text('{"processor_class": "InternVLProcessor"}')
+    import_checkpoint(hf, tmp_path / "ck", processes=1, quiet=True)
+    out = exported(tmp_path / "ck", tmp_path / "out", iteration=5)
+    assert (out / "processor_config.json").read_bytes() == (hf / "processor_config.json").read_bytes()
+    assert not (out / "processing_internvlx.py").exists()
+    assert "trust_remote_code" not in (out / "README.md").read_text()
+
+
+def test_our_processor_follows_the_training(tmp_path: Path) -> None:
+    """That of an earlier export has the tiles of that time."""
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    import_checkpoint(hf, tmp_path / "ck", processes=1, quiet=True)
+    export_checkpoint(tmp_path / "ck", tmp_path / "hf2", processes=1, quiet=True)
+    import_checkpoint(tmp_path / "hf2", tmp_path / "ck2", processes=1, quiet=True)
+    out = exported(tmp_path / "ck2", tmp_path / "out", iteration=5, max_tiles=3, rvtc="edge")
+    settings = json.loads((out / "processor_config.json").read_text())
+    assert (settings["max_tiles"], settings["rvtc"]) == (3, "edge")
+
+
+def test_a_card_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    import_checkpoint(
+        make_directory(tmp_path / "hf", FAMILIES["native"]), tmp_path / "ck", processes=1, quiet=True
+    )
+    card = (exported(tmp_path / "ck", tmp_path / "out", iteration=5) / "README.md").read_text()
+    assert "This directory is not complete: it has no tokenizer." in card
+    assert card.index("not complete") < card.index("```python")
+    assert (tmp_path / "out" / "processor_config.json").is_file()
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    assert tokenizer_problem(tmp_path / "out") == "its tokenizer has no token <IMG_CONTEXT>"
+
+
 def test_a_model_from_scratch_has_template_and_card(checkpoints: Path, tmp_path: Path) -> None:
     """Its tokenizer's directory has neither, or another model's."""
     given = {"conversation_template": "Hermes-2", "rvtc": "area"}
@@ -93,4 +176,6 @@ def test_a_model_from_scratch_has_template_and_card(checkpoints: Path, tmp_path:
     assert "| Visual tokens | 4 tokens per tile |" in card
     assert "| Chat template | Hermes-2 |" in card
     assert "LVTC" not in card
-    assert "trust_remote_code" not in card
+    assert "AutoProcessor.from_pretrained(DIRECTORY, trust_remote_code=True)" in card
+    assert "AutoModel" not in card
+    assert "not complete" not in card

@@ -59,7 +59,7 @@ def test_model_card_says_configuration_data_and_training(checkpoints, tmp_path: 
         "freeze_vision": True,
     }  # fmt: skip
     plan = plan_export(checkpoints["lvtc"])
-    card = model_card(replace(plan, arguments=plan.arguments | facts, iteration=12))
+    card = model_card(replace(plan, arguments=plan.arguments | facts, iteration=12), tmp_path)
     for said in (
         "qwen2, 4 layers, width 64",
         "1 tokens per tile before layer 1, 4 from it on",
@@ -70,8 +70,10 @@ def test_model_card_says_configuration_data_and_training(checkpoints, tmp_path: 
         assert said in card
     assert str(tmp_path) not in card
     meta.write_text("[]")
-    assert "| Data | meta.json |" in model_card(replace(plan, arguments=plan.arguments | facts, iteration=12))
-    assert "none after import" in model_card(plan)
+    assert "| Data | meta.json |" in model_card(
+        replace(plan, arguments=plan.arguments | facts, iteration=12), tmp_path
+    )
+    assert "none after import" in model_card(plan, tmp_path)
 
 
 def test_model_card_names_the_sets_of_a_prepared_directory(checkpoints, tmp_path: Path) -> None:
@@ -87,10 +89,14 @@ def test_model_card_names_the_sets_of_a_prepared_directory(checkpoints, tmp_path
     prepare(tmp_path / "meta.json", prepared, PrepareSettings(validation=0.25))
     plan = plan_export(checkpoints["lvtc"])
     for data in (prepared, tmp_path / "meta.json"):
-        card = model_card(replace(plan, arguments=plan.arguments | {"data": str(data)}, iteration=12))
+        card = model_card(
+            replace(plan, arguments=plan.arguments | {"data": str(data)}, iteration=12), tmp_path
+        )
         counts = (3, 2) if data == prepared else (4, 3)
         said = f"charts ({counts[0]} records), scenes ({counts[1]} records, 2.5 times)"
         assert f"| Data | {data.name}: {said} |" in card
     (prepared / "prepared.json").write_text('{"sets": [{"name": "charts"}]}')
-    card = model_card(replace(plan, arguments=plan.arguments | {"data": str(prepared)}, iteration=12))
+    card = model_card(
+        replace(plan, arguments=plan.arguments | {"data": str(prepared)}, iteration=12), tmp_path
+    )
     assert "| Data | prepared |" in card

@@ -74,6 +74,30 @@ def run_import(hf: Path, save: Path, capsys: pytest.CaptureFixture, *arguments: 
         ("lvtc", "compression.inject_layers", "2", "compression needs whole numbers as expand_layer"),
         ("lvtc", "compression.depth", 3, "compression has depth, which is no setting of it"),
         ("moe", "llm_config.num_experts_per_tok", 9, "num_experts_per_tok 9 is more than 4 experts"),
+        ("chat", "llm_config.num_hidden_layers", 10**9, "is 1000000000, and 4 decoder layers are among the weights:"),
+        ("native", "text_config.num_hidden_layers", 5, "is 5, and 4 decoder layers are among the weights (number 4 is"),
+        ("chat", "vision_config.num_hidden_layers", 10**9, "is 1000000000, and 2 layers of the vision encoder are"),
+        ("native", "vision_config.num_hidden_layers", 1, "is 1, and 2 layers of the vision encoder are"),
+        ("moe", "llm_config.num_experts", 10**9, "llm_config.num_experts is 1000000000, and 4 experts are"),
+        ("moe", "llm_config.moe_intermediate_size", 10**30, f"config.json wants [{10**30}, 64]"),
+        ("chat", "llm_config.hidden_size", 64 * 10**30, "tensors have other shapes than it says; correct it, or bring"),
+        ("chat", "llm_config.vocab_size", 10**30, f"is [713, 64], config.json wants [{10**30}, 64]"),
+        ("chat", "llm_config.vocab_size", True, "vocab_size is True; it must be a whole number of at least 1"),
+        ("chat", "llm_config.rms_norm_eps", float("nan"), "rms_norm_eps is nan; it must be a positive number"),
+        ("chat", "llm_config.rope_theta", float("inf"), "rope_theta is inf; it must be a positive number"),
+        ("chat", "llm_config.rope_theta", 10**400, "it must be a positive number"),
+        ("chat", "llm_config.rope_parameters", {"rope_theta": "x"}, "rope_parameters.rope_theta is 'x'; it must be"),
+        ("chat", "vision_config.initializer_range", "x", "vision_config.initializer_range is 'x'; it must be a number"),
+        ("chat", "vision_config.drop_path_rate", 1.5, "drop_path_rate 1.5 is not in [0, 1)"),
+        ("chat", "vision_config.qkv_bias", "false", "vision_config.qkv_bias is 'false'; it must be true or false"),
+        ("chat", "llm_config.tie_word_embeddings", "no", "tie_word_embeddings is 'no'; it must be true or false"),
+        ("chat", "use_thumbnail", "no", "config.json: use_thumbnail is 'no'; it must be true or false"),
+        ("chat", "max_dynamic_patch", 10**9, "max_dynamic_patch 1000000000; both must be whole numbers from 1 to 1024"),
+        ("chat", "downsample_ratio", 1e-320, "downsample_ratio is 1e-320; it must be a number above 0"),
+        ("chat", "downsample_ratio", float("inf"), "downsample_ratio is inf; it must be a number above 0"),
+        ("chat", "select_layer", 10**9, "select_layer 1000000000 is outside -3..2"),
+        ("lvtc", "compression.low_ratio", 1e-320, "numbers above 0, at most 1, as low_ratio and high_ratio"),
+        ("lvtc", "compression.expand_layer", 10**9, "--expand-layer 1000000000 is outside 1..3"),
     ],
 )  # fmt: skip
 def test_config_values(made, tmp_path: Path, capsys, kind: str, key: str, value: Any, message: str) -> None:
@@ -101,6 +125,28 @@ def test_weight_index(made, tmp_path: Path, capsys, change: Any, message: str) -
     hf = Path(shutil.copytree(made["native"], tmp_path / "hf"))
     (hf / INDEX).write_text(json.dumps(change(json.loads((hf / INDEX).read_text()))))
     assert message in run_import(hf, tmp_path / "ck", capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("{}", "model_type None (architectures none) is not a model that can be imported"),
+        ('{"a":' * 100_000, "its brackets are nested too deeply to be read"),
+        (
+            '{"model_type": "internvl_chat", "select_layer": ' + "9" * 5000 + "}",
+            "not JSON: Exceeds the limit",
+        ),
+    ],
+    ids=["empty", "list", "empty object", "brackets", "digits"],
+)
+def test_config_that_is_no_configuration(made, tmp_path: Path, capsys, content: str, message: str) -> None:
+    hf = Path(shutil.copytree(made["chat"], tmp_path / "hf"))
+    (hf / "config.json").write_text(content)
+    found = run_import(hf, tmp_path / "ck", capsys)
+    assert message in found
+    assert found.count("\n") == 1
 
 
 def test_types_that_cannot_be_converted(made, tmp_path: Path, capsys) -> None:
@@ -173,6 +219,14 @@ def broken_checkpoint(ck: Path, what: str) -> None:
         (ck / "release" / ".metadata").write_bytes(pickle.dumps(Harm(ck.parent / "harm")))
     elif what == "notes":
         (ck / "hf" / "conversion.json").write_text('{"tensors": {"a": {"file": "../a", "dtype": "float32"}}}')
+    elif what == "notes of another kind":
+        notes = json.loads((ck / "hf" / "conversion.json").read_text())
+        (ck / "hf" / "conversion.json").write_text(json.dumps(notes | {"layout": "sideways"}))
+    elif what == "arguments of notes":
+        notes = json.loads((ck / "hf" / "conversion.json").read_text())
+        (ck / "hf" / "conversion.json").write_text(json.dumps(notes | {"arguments": [1]}))
+    elif what == "long tracker":
+        (ck / "latest_checkpointed_iteration.txt").write_text("9" * 5000)
     elif what == "config":
         (ck / "hf" / "config.json").unlink()
     elif what == "arguments":
@@ -188,6 +242,9 @@ def broken_checkpoint(ck: Path, what: str) -> None:
     [
         ("harm", "has no place in it"),
         ("notes", "conversion.json: not as an import writes it"),
+        ("notes of another kind", "conversion.json: not as an import writes it; remove it"),
+        ("arguments of notes", "conversion.json: not as an import writes it; remove it"),
+        ("long tracker", "is neither an iteration nor 'release'"),
         ("config", "config.json: No such file"),
         ("arguments", "the arguments of the checkpoint cannot be read"),
         ("no arguments", "data files are missing: __common.distcp"),
@@ -245,4 +302,4 @@ def test_an_unknown_chat_template_is_told(made, tmp_path: Path, capsys) -> None:
 def test_an_export_without_tokenizer_is_told(made, tmp_path: Path, capsys) -> None:
     command = ["export", "--load", str(made["ck"]), "--hf", str(tmp_path / "out"), "--quiet"]
     assert main(command) == 0
-    assert "no tokenizer was found; --like names a directory with one" in capsys.readouterr().out
+    assert "cannot be used yet, it has no tokenizer: export again with --like" in capsys.readouterr().out

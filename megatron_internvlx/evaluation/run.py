@@ -1,0 +1,56 @@
+"""An evaluation from the model to the page: what `tools/evaluate.py` does once PyTorch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from tqdm import tqdm
+
+from megatron_internvlx import platform
+from megatron_internvlx.data.decode_pil import image_size
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.evaluation.answers import Answerer, questions, summary
+from megatron_internvlx.evaluation.hf_model import load_model
+from megatron_internvlx.evaluation.page import write_page
+
+RESULTS = ("predictions.jsonl", "scores.json", "page.html")
+
+
+def evaluate(args: argparse.Namespace, manifest: Manifest) -> dict:
+    """Generate, score, write; returns the scores.
+
+    Args:
+        args: of `tools/evaluate.py`.
+        manifest: the data's records.
+
+    Raises ValueError (ConversionError, BadSample).
+    """
+    model, processor, template = load_model(args.hf, getattr(torch, args.dtype))
+    answerer = Answerer(model.to(platform.device()), processor, args.max_new_tokens)
+    asked = list(questions(manifest, template, args.limit))
+    if not asked:
+        raise ValueError(f"{args.data}: none of its records has an answer to compare with")
+    for path in dict.fromkeys(path for question in asked for path in question.images):
+        image_size(path)  # a missing image is told before hours of generation
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for start in tqdm(range(0, len(asked), args.batch_size), desc="answers", unit="batch"):
+        batch = asked[start : start + args.batch_size]
+        rows += [answerer.row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)]
+    scores = summary(rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    title = f"{args.hf.resolve().name} on {args.data.stem}"
+    parts = [args.out / f"{name}.partial" for name in RESULTS]
+    try:
+        parts[0].write_text(lines, encoding="utf-8")
+        parts[1].write_text(json.dumps(scores, indent=2) + "\n")
+        write_page(parts[2], title, scores, rows, args.page_limit)
+    except OSError:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for part in parts:
+        part.replace(part.with_suffix(""))
+    return scores
