@@ -16,14 +16,14 @@ STEPS = 20  # of a loss curve
 
 # A step of Adam is lr * m / (sqrt(v) + eps). With the usual eps of 1e-8 it turns a gradient of 1e-9 (rounding
 # noise where the true gradient is zero) into a tenth of a full step; with eps 1e-4 a weight differs by
-# lr / eps = 10 times what its gradient differs by, so 1e-5 admits no wrong gradient above 1e-6.
+# lr / eps = 10 times what its gradient differs by, so 2e-6 admits no wrong gradient above 2e-7.
 ALWAYS = "--adam-eps 1e-4"
 
 EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall "
     "--qk-layernorm --moe-router-load-balancing-type"
 )
-STATIC = "--boundary static --seq-length 80 --shallow-seq-length 56 --max-tiles-per-pack 8 --max-tiles 4"
+STATIC = "--boundary static --seq-length 160 --shallow-seq-length 80 --max-tiles-per-pack 8 --max-tiles 4"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ SETTINGS = {
     "text": Setting(kind="text", same_weights="lvtc"),
     "tied": Setting("no=--untie-embeddings-and-output-weights"),
     "square": Setting("--loss-weighting square --projector mlp --upsample nearest"),
+    "drop": Setting("--projector-drop-path 0.3", same_weights="lvtc"),
     "bf16": Setting("--bf16", same_weights="lvtc", loose=True),
     "experts": Setting(f"{EXPERTS} none"),
     "balanced": Setting(f"{EXPERTS} aux_loss --moe-aux-loss-coeff 1e-2", same_weights="experts"),
@@ -147,6 +148,8 @@ CASES = [
     Case(2, "tied", "pp=2 per_stage=2"),
     Case(4, "tied", "tp=2 sp pp=2"),
     Case(2, "square", "tp=2 sp"),
+    Case(2, "drop", "tp=2 sp full"),
+    Case(4, "drop", "tp=2 sp pp=2 layers=Etttttt|ttL"),
     Case(2, "bf16", "pp=2"),
     Case(4, "bf16", "tp=2 sp pp=2 zero overlap"),
     Case(4, "experts", "ep=2 pp=2 zero overlap"),
@@ -168,20 +171,26 @@ CURVES = [
 class Difference:
     """Worst differences from one process. Gradients: of all tensors, each relative to its own size."""
 
+    loose: bool = False
+    """Limits of bf16."""
     loss: float = 0.0
     """Relative."""
+    norm: float = 0.0
+    """Of the gradient norm that Megatron reports and clips by; relative."""
     gradient: float = 0.0
     """Norm of the difference by the norm of the gradient."""
     element: float = 0.0
     """Largest difference of an element by the largest element of the gradient."""
     weight: float = 0.0
     """Largest difference of an element, absolute."""
+    replicas: float = 0.0
+    """Largest difference between TP ranks of a gradient that all have; see layouts._replica_difference."""
     worst: str = ""
     """The parameter whose gradient differs most."""
 
-    def exceeded(self, loose: bool = False) -> list[str]:
+    def exceeded(self) -> list[str]:
         """Which limits are broken."""
-        limits = LOOSE if loose else LIMITS
+        limits = LOOSE if self.loose else LIMITS
         return [
             f"{name} {getattr(self, name):.2e} > {limit} ({self.worst})"
             for name, limit in limits.items()
@@ -189,18 +198,36 @@ class Difference:
         ]
 
 
-LIMITS = {"loss": 1e-5, "gradient": 1e-4, "element": 1e-4, "weight": 1e-5}
-LOOSE = {"loss": 1e-2, "gradient": 5e-2, "element": 1e-1, "weight": 4e-3}
+# Measured: at most 3e-6 of gradients and elements (experts; else 2e-6), 2e-7 of all else, replicas bit-equal.
+# The mistakes of parallel/test_mutations.py change a gradient by more than 1e-2.
+LIMITS = {
+    "loss": 2e-6, "norm": 2e-6, "gradient": 2e-5, "element": 2e-5, "weight": 2e-6, "replicas": 0.0,
+}  # fmt: skip
+# bf16 keeps 8 bits, and tensor parallelism rounds partial sums: half of the gradients are 1e-2 off, those of
+# some norms of the vision encoder, which are sums of thousands of terms of both signs, 7e-2. So a gradient is
+# compared by its norm or by FLOOR of the whole gradient's, whichever is larger: measured 2e-2 at most, and an
+# error of 5 % in one layer shows. Measured of the others: 2e-4, 2e-3, element 8e-2, weight 1e-3.
+FLOOR = 0.01
+LOOSE = {
+    "loss": 5e-4, "norm": 4e-3, "gradient": 2.5e-2, "element": 0.12, "weight": 2e-3, "replicas": 0.0,
+}  # fmt: skip
 
 
-def compare(found: dict[str, Any], expected: dict[str, Any]) -> Difference:
-    """Results of `layouts.train` with grads and weights kept."""
+def compare(found: dict[str, Any], expected: dict[str, Any], loose: bool = False) -> Difference:
+    """Results of `layouts.train` with grads and weights kept; `loose`: see FLOOR."""
     assert found["grads"].keys() == expected["grads"].keys(), "not the same parameters have gradients"
     assert found["weights"].keys() == expected["weights"].keys(), "not the same parameters"
-    result = Difference(loss=relative(found["losses"][1], expected["losses"][1]))
+    result = Difference(
+        loose,
+        loss=relative(found["losses"][1], expected["losses"][1]),
+        norm=relative(found["norms"][1], expected["norms"][1]),
+        replicas=found["replicas"],
+    )
+    squares = sum(want.float().square().sum().item() for want in expected["grads"].values())
+    least = max(FLOOR * squares**0.5 if loose else 0.0, 1e-12)
     for name, want in expected["grads"].items():
         error = (found["grads"][name] - want).float()
-        norm = (error.norm() / want.norm().clamp(min=1e-12)).item()
+        norm = error.norm().item() / max(want.norm().item(), least)
         if not norm <= result.gradient:
             result.gradient, result.worst = norm, name
         element = (error.abs().max() / want.abs().max().clamp(min=1e-12)).item()
@@ -215,9 +242,15 @@ def relative(found: float, expected: float) -> float:
 
 
 def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What rank 0 kept, with the losses of the last stage."""
+    """What rank 0 kept, with the losses of the last stage and the worst difference of replicas."""
     ranks = [result for result in results if result["losses"]]
-    return {**results[0], "losses": ranks[-1]["losses"], "valid": ranks[-1]["valid"]}
+    replicas = max(result.get("replicas", 0.0) for result in results)
+    return {
+        **results[0],
+        "losses": ranks[-1]["losses"],
+        "valid": ranks[-1]["valid"],
+        "replicas": replicas,
+    }
 
 
 @dataclass
@@ -252,9 +285,8 @@ class Runner:
         """One step in the case's layout, against one process."""
         keep = ("grads", "weights")
         expected = self.reference(case.setting, keep=keep)
-        return compare(
-            self.run(case.ranks, case.setting, expand(case.layout), keep=keep, **options), expected
-        )
+        found = self.run(case.ranks, case.setting, expand(case.layout), keep=keep, **options)
+        return compare(found, expected, SETTINGS[case.setting].loose)
 
     def curve(self, case: Case) -> float:
         """Largest relative difference of a loss within STEPS steps."""

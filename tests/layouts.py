@@ -17,6 +17,7 @@ platform.setup()
 import megatron.training.training as training  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.rerun_state_machine import RerunDataIterator  # noqa: E402
 from megatron.core.utils import get_model_config, unwrap_model  # noqa: E402
@@ -34,13 +35,14 @@ from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: 
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 TOKENIZER = Path(__file__).parent / "golden" / "data" / "tokenizers" / "qwen2_fast"
-IMAGE, VOCABULARY, MICRO_BATCHES = 32, 67, 4
+IMAGE, VOCABULARY, MICRO_BATCHES = 64, 67, 4
 
-# 4x4 patches per tile: 1 shallow and 4 deep tokens (ratios 1/4 and 1/2). 8 decoder layers, so that
-# PP8 and PP4 x VPP2 have one layer per stage.
+# 8x8 patches per tile: 2x2 shallow and 4x4 deep tokens (ratios 1/4 and 1/2), so that upsampling mixes rows and
+# an order of rows can be wrong. Two query heads per key-value head, also on each of four TP ranks. 8 decoder
+# layers, so that PP8 and PP4 x VPP2 have one layer per stage.
 ARGUMENTS = f"""
---num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention
---num-query-groups 4 --kv-channels 8 --normalization RMSNorm --swiglu --disable-bias-linear
+--num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 8 --group-query-attention
+--num-query-groups 4 --kv-channels 4 --normalization RMSNorm --swiglu --disable-bias-linear
 --position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 --vision-preset internvit_tiny --image-size {IMAGE} --patch-size 8 --projector-drop-path 0
 --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 1 --tokenizer-model {TOKENIZER} --data none
@@ -90,8 +92,6 @@ class SyntheticData(DataProvider):
         """There are none."""
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
-        from megatron.core import parallel_state as mpu
-
         settings = plan_settings(self.args)
         number = mpu.get_data_parallel_rank() + (self.args.consumed_train_samples if split == "train" else 50)
         while True:
@@ -127,8 +127,9 @@ def train(
         keep: of "grads" (first step, full shape), "weights" (at the end), "start" (before training).
 
     Returns:
-        losses by iteration and of evaluations (last stage only), gradient norms, what each boundary
-        carried, and what `keep` names (on rank 0 only).
+        losses by iteration and of evaluations (last stage only), gradient norms by iteration as Megatron
+        reports them, what each boundary carried, and what `keep` names (on rank 0 only; "replicas", which
+        comes with "grads", on every rank: see `_replica_difference`).
     """
     args = parse(changes)
     initialize_megatron()
@@ -196,6 +197,7 @@ def _capture_gradients(
                 _gather_gradients(chunk)
             grads = full_tensors(stages, lambda p: p.main_grad if p.requires_grad else None)
             result["grads"] = grads if first else None
+            result["replicas"] = _replica_difference(stages)
         return step()
 
     optimizer.step = captured
@@ -210,6 +212,32 @@ def _gather_gradients(chunk: Any) -> None:
         for bucket in bucket_group.buckets:
             mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def _replica_difference(stages: list) -> float:
+    """Largest difference, between TP ranks, of the gradient of a weight that all of them hold.
+
+    Relative to the largest element of that gradient. `full_tensors` shows one rank's copy only.
+    """
+    group = mpu.get_tensor_model_parallel_group()
+    grads = [
+        p.main_grad.float()
+        for stage in stages
+        for p in stage.parameters()
+        if p.requires_grad
+        and not getattr(p, "tensor_model_parallel", False)
+        and getattr(p, "allreduce", True)
+    ]
+    if group.size() == 1 or not grads:
+        return 0.0
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    sizes, least = [grad.numel() for grad in grads], flat.clone()
+    torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.MAX, group=group)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+    return max(
+        ((high - low).max() / torch.maximum(high, -low).max().clamp(min=1e-30)).item()
+        for high, low in zip(flat.split(sizes), least.split(sizes), strict=True)
+    )
 
 
 def save_start(changes: list[str], path: str) -> None:

@@ -15,7 +15,7 @@ from tests import layouts
 from tests.single import single  # noqa: F401
 
 WIDE = """
---hidden-size 128 --ffn-hidden-size 320 --kv-channels 32 --vision-preset internvit_tiny --patch-size 4
+--hidden-size 128 --ffn-hidden-size 320 --num-attention-heads 4 --kv-channels 32
 --seq-length 512 --max-position-embeddings 512 --train-iters 2 --vocab-size 500
 """
 

@@ -17,7 +17,7 @@ import pytest
 from tests import layouts  # isort: skip  (sets Megatron up)
 import torch
 
-from megatron_internvlx.model import internvlx, pvtc
+from megatron_internvlx.model import drop_path, internvlx, pvtc
 from megatron_internvlx.model.decoder import InternVLXLayer
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.batch import DevicePhase
@@ -111,6 +111,11 @@ def expansion_one_layer_late() -> Patch:
     return mock.patch.object(InternVLXLayer, "forward", forward)
 
 
+def windows_dropped_by_each_rank() -> Patch:
+    """Drop path draws from the generator in use, which inside a sequence-parallel decoder is each rank's own."""
+    return mock.patch.object(drop_path, "get_data_parallel_rng_tracker_name", lambda: "of no generator")
+
+
 ERRORS = {
     carry_dropped_one_stage_early: Case(4, "lvtc", "pp=4"),
     segments_of_the_other_phase: Case(2, "lvtc", "pp=2"),
@@ -118,6 +123,7 @@ ERRORS = {
     vision_gradient_not_summed: Case(2, "lvtc", "tp=2"),
     positions_of_the_other_phase: Case(2, "lvtc", "pp=2"),
     expansion_one_layer_late: Case(2, "lvtc", "pp=2"),
+    windows_dropped_by_each_rank: Case(2, "drop", "tp=2 sp full"),
 }
 
 

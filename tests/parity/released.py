@@ -4,16 +4,20 @@ Written for the tests alone: the product's checkpoint converter has a table of i
 one of them shows as a difference.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_internvlx.model.internvit import InternViT
 from megatron_internvlx.model.internvit_config import InternViTConfig
+
+if TYPE_CHECKING:  # tests of the converter do without Megatron
+    from megatron_internvlx.model.internvit import InternViT
 
 PREFIX = "vision_model."
 
@@ -140,7 +144,7 @@ class ReleasedModel:
     """InternLM2's names and fused wqkv; else Qwen2's."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ReleasedModel":
+    def from_config(cls, config: Mapping[str, Any]) -> ReleasedModel:
         """Reads a released `config.json`."""
         llm = config["llm_config"]
         return cls(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_internvlx.checkpoint.hf_config import dims, model_config
@@ -15,6 +16,7 @@ from megatron_internvlx.checkpoint.mapping import output_names, table
 from megatron_internvlx.checkpoint.torch_dist import location
 from tests.converting import FAMILIES, MARKS, Named, native
 from tests.golden_weights import GOLDEN, MANIFEST
+from tests.parity.released import ReleasedModel
 
 
 def shapes_of(config: dict[str, Any], *marks: str) -> dict[str, tuple[int, ...]]:
@@ -29,6 +31,28 @@ def test_released_names_and_shapes(model: str) -> None:
     golden = json.loads(MANIFEST.read_text())[f"models/{model}/model.safetensors"]["shapes"]
     expected = {name: tuple(shape) for name, shape in golden.items()}
     assert shapes_of(config, "projector.cls_scale") == expected
+
+
+@pytest.mark.parametrize("model", ["internlm2_tiny", "qwen2_tiny"])
+def test_golden_tensors_go_where_the_parity_tests_put_them(model: str) -> None:
+    """Bit for bit, against a table of its own, with which `parity/test_model.py` gets the golden logits.
+
+    Names alone do not tell: w1 and w3, or ls1 and ls2, have the same shape, and a round trip undoes a swap.
+    """
+    folder = GOLDEN / "models" / model
+    config, golden = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
+    ours = model_config(config, Named(*golden))
+    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    found = {e.ours: e.op.to_ours([golden[name] for name in e.theirs]) for e in entries}
+    expected = ReleasedModel.from_config(config).to_ours(golden)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    back = {n: t for e in entries for n, t in zip(e.theirs, e.op.to_theirs(found[e.ours]), strict=True)}
+    assert back.keys() == golden.keys()
+    assert [name for name, tensor in golden.items() if not torch.equal(back[name], tensor)] == []
 
 
 @pytest.mark.parametrize("family", ["qwen2_tied", "qwen3", "llama"])

@@ -1,5 +1,7 @@
 """Labels, truncation, refused input and the released quirks of the chat templates."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -126,6 +128,32 @@ def test_long_conversation_is_cut_after_its_last_whole_answer(run, tokenizer):
     assert exact.dropped_tokens == 0
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answer_that_ends_exactly_at_the_limit_is_kept(run, tokenizer, template):
+    conversation = turns("<image>a", "One two three.", "b", "Four five six.", "c", "Seven.")
+    whole = run(conversation, [4], template=template)
+    ends = np.flatnonzero(whole.input_ids == tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    ends = [end + 1 for end in ends if whole.labels[end] != IGNORE_INDEX]
+    assert len(ends) == 3
+    for limit, kept in [(ends[0], ends[0]), (ends[1] - 1, ends[0]), (ends[1], ends[1])]:
+        cut = run(conversation, [4], template=template, max_length=int(limit))
+        assert len(cut.input_ids) == kept
+        assert tokenizer.decode(cut.labels[-3:]).endswith("<|im_end|>")
+    refused(run, "answer_truncated", conversation, [4], template=template, max_length=int(ends[0]) - 1)
+
+
+def test_token_across_header_and_answer_is_not_supervised(tokenizer):
+    """At inference the header ends the prompt, so the model never predicts a token that began in it."""
+    merging = copy.deepcopy(tokenizer)
+    merging.add_tokens(["\n\n"])  # as real vocabularies have it
+    encoded = encode(merging, "Hermes-2", turns("a", "\nYes."), image_tokens=[], max_length=None)
+    [straddling] = np.flatnonzero(encoded.input_ids == merging.convert_tokens_to_ids("\n\n"))
+    known = np.flatnonzero(encoded.labels != IGNORE_INDEX)
+    assert merging.decode(encoded.input_ids[: straddling + 1]).endswith("<|im_start|>assistant\n\n")
+    assert known[0] == straddling + 1
+    assert merging.decode(encoded.labels[known]) == "Yes.<|im_end|>"
+
+
 def test_cut_answer_and_cut_image_are_refused_with_the_numbers(run):
     length = len(run(turns("<image>a", "One two three."), [40]).input_ids)
     detail = refused(
@@ -138,6 +166,24 @@ def test_cut_answer_and_cut_image_are_refused_with_the_numbers(run):
     # The second image would fall behind the cut: it is not dropped in silence.
     two = turns("<image>a", "One two three.", "<image>b", "Four.")
     refused(run, "image_truncated", two, [4, 4], max_length=len(run(two, [4, 4]).input_ids) - 4)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_end_of_the_image_block_belongs_to_the_image(run, partial):
+    """A limit between the last context token and </img>; one more and the block is whole."""
+    conversation = turns("a", "One.", "<image>b", "Two three.")
+    whole = run(conversation, [4])
+    end = int(np.flatnonzero(whole.is_visual)[-1]) + 2
+    for limit in (end - 2, end - 1):
+        detail = refused(run, "image_truncated", conversation, [4], max_length=limit, partial_answers=partial)
+        assert f"the last ends at token {end})" in detail
+    if partial:
+        cut = run(conversation, [4], max_length=end, partial_answers=True)
+        assert len(cut.input_ids) == end and cut.is_visual.sum() == 4
+    only = turns("<image>b", "Two three.")
+    end = int(np.flatnonzero(run(only, [4]).is_visual)[-1]) + 2
+    refused(run, "image_truncated", only, [4], max_length=end - 1, partial_answers=partial)
+    refused(run, "answer_truncated", only, [4], max_length=end, partial_answers=partial)
 
 
 def test_quirk_tokens_with_id_zero_are_masked(run, tokenizer):

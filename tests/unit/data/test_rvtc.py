@@ -47,6 +47,23 @@ def test_released_example_of_the_tie_rule():
     assert tile_grid(634, 634) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "tile_size", "limits", "smaller", "larger"),
+    [
+        # As near to 1/4 as to 1/5, to 2/1 as to 5/2, to 3/1 as to 1/1.
+        ((81, 360), 108, (1, 5), (1, 4), (1, 5)),
+        ((306, 136), 102, (1, 10), (2, 1), (4, 2)),
+        ((896, 448), 448, (3, 4), (3, 1), (2, 2)),
+    ],
+)
+def test_exactly_half_of_a_grid_is_not_more_than_half(size, tile_size, limits, smaller, larger):
+    """The released comparison is strict; none of its golden rows fills exactly half of a tied grid."""
+    settings = {"min_tiles": limits[0], "max_tiles": limits[1], "policy": "off"}
+    assert 2 * size[0] * size[1] == tile_size**2 * larger[0] * larger[1]
+    assert tile_grid(*size, tile_size=tile_size, **settings) == smaller
+    assert tile_grid(*size, tile_size=tile_size - 1, **settings) == larger
+
+
 @pytest.mark.parametrize("sizes", [(0, 10), (10, -1)])
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueError, match="at least 1"):

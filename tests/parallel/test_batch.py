@@ -1,0 +1,90 @@
+"""Plans of every length reach every rank, whatever the longest before them was."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan, pack_plan
+from megatron_internvlx.parallel.batch import BatchChannel, HostBatch
+from tests.distributed import Pool
+
+TILE, WORLD_TILES = 2, 2
+SETTINGS = PlanSettings(low_grid=1, high_grid=2, tile_multiple=WORLD_TILES)
+
+
+def plan_of(rows: int, supervised: int) -> SequencePlan:
+    """One sample: so many rows of text and of them supervised, one tile at its end."""
+    visual = np.arange(rows + 4) >= rows
+    ids = np.where(visual, 0, 1 + np.arange(rows + 4) % 1000)
+    labels = np.where((np.arange(rows + 4) >= rows - supervised) & ~visual, ids, IGNORE)
+    return build_plan([ids], [labels], [visual], SETTINGS)
+
+
+def plan_with(size: int) -> SequencePlan:
+    """A plan of exactly so many packed integers: a row takes five of them, a supervised one four more."""
+    spare = size - len(pack_plan(plan_of(8, 0)))
+    supervised = next(n for n in range(5) if (spare - 4 * n) % 5 == 0)
+    plan = plan_of(8 + (spare - 4 * supervised) // 5, supervised)
+    assert len(pack_plan(plan)) == size
+    return plan
+
+
+def lengths() -> list[int]:
+    """Around the first capacity, around the one it grows to, far above, and short again."""
+    first = BatchChannel.START_CAPACITY
+    grown = 2 * (first + 1)
+    return [first - 2, first - 1, first, grown - 1, 100, grown, 5 * grown, grown, 100]
+
+
+# The first integer of a message is the length.
+BROADCASTS = [1, 1, 2, 1, 1, 2, 2, 1, 1]
+
+
+def receive_all(stages: list[list[int]], sizes: list[int]) -> list[tuple[bytes, list[float], int]]:
+    """What this rank has of each plan: its packed bytes, the values of its tiles, messages of its stage."""
+    everyone = dist.new_group(backend="gloo")
+    own = None
+    for stage in stages:
+        group = dist.new_group(stage, backend="gloo")
+        if dist.get_rank() in stage and len(stage) > 1:
+            own = group
+    channel = BatchChannel(stages, everyone, own, TILE)
+
+    def loader() -> Iterator[HostBatch]:
+        for number, size in enumerate(sizes):
+            plan = plan_with(size)
+            yield HostBatch(plan, torch.full((plan.num_tiles, 3, TILE, TILE), 1 + number, dtype=torch.uint8))
+
+    loaded, got = loader() if channel.is_source else None, []
+    for _ in sizes:
+        before = channel.broadcasts
+        batch = channel.receive(loaded)
+        tiles = [] if batch.tiles is None else batch.tiles.float().mean((1, 2, 3)).tolist()
+        got.append((pack_plan(batch.plan.host).tobytes(), tiles, channel.broadcasts - before))
+    for work, _ in channel._sending:
+        work.wait()
+    return got
+
+
+@pytest.mark.parametrize("stages", [[[0, 1]], [[0], [1]], [[0, 1], [2, 3]]], ids=str)
+def test_plans_over_the_capacity(pool: Pool, stages: list[list[int]]) -> None:
+    """A plan longer than any before comes in two messages, once; of the recipes, already the first does."""
+    sizes = lengths()
+    expected = [pack_plan(plan_with(size)).tobytes() for size in sizes]
+    world = sum(map(len, stages))
+    results = pool.run(world, partial(receive_all, stages), sizes)
+    for rank, got in enumerate(results):
+        assert [plan == want for (plan, _, _), want in zip(got, expected, strict=True)] == [True] * len(sizes)
+        counts = BROADCASTS if len(stages[0]) > 1 else [0] * len(sizes)
+        assert [count for _, _, count in got] == counts
+        own_tiles = [tiles for _, tiles, _ in got]
+        if rank not in stages[0]:
+            assert own_tiles == [[]] * len(sizes)
+        elif len(stages[0]) == 1 or rank == 0:
+            assert [tiles[0] for tiles in own_tiles] == [1.0 + n for n in range(len(sizes))]
+        else:
+            assert own_tiles == [[0.0]] * len(sizes)  # the blank tile beside the only real one
