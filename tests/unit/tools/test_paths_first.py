@@ -71,9 +71,9 @@ def test_paths_before_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["import", "--seed", str(2**70)], "is not a whole number from 0 to"),
-        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "nan"], "'nan' is no tolerance"),
-        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "-1"], "'-1' is no tolerance"),
+        (["import", "--seed", str(2**70)], "want a whole number in 0.."),
+        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "nan"], "nan: want a number at least 0"),
+        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "-1"], "-1: want a number at least 0"),
     ],
 )
 def test_numbers_that_make_no_sense(capsys, arguments: list[str], message: str) -> None:
