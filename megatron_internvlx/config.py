@@ -81,7 +81,7 @@ class TrainSettings:
     loss_weighting: Literal["token", "sample", "square"] = "token"
     """Weight of an answer token: token 1; sample 1/n; square 1/sqrt(n), n = answer tokens of its sample."""
     loss_average: Literal["global", "micro-batch"] = "global"
-    """Over what the loss is averaged: all tokens of a step, or each micro-batch alone and then those, as InternVL."""
+    """Mean of the loss: over all tokens of a step, or over the means of micro-batches (InternVL's)."""
     boundary: Literal["variable", "static"] = "variable"
     """Row counts between pipeline stages: exchanged per message, or padded to fixed budgets."""
     shallow_seq_length: int | None = None

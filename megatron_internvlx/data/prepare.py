@@ -24,9 +24,9 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
+from megatron_internvlx.data.annotations import copy_lines, write_index
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_image
 from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
@@ -175,24 +175,6 @@ def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings:
     return broken
 
 
-def _write_index(path: Path, offsets: np.ndarray) -> None:
-    """Energon's index of a JSONL file: uint64 starts of the records, and the size of the file."""
-    offsets.astype("<u8").tofile(path.with_suffix(".jsonl.idx"))
-
-
-def _copy_lines(entry: DatasetEntry, indices: Iterable[int], path: Path) -> None:
-    """Write these records to a JSONL file of its own, with its index and their original line numbers."""
-    offsets, lines = [0], []
-    with path.open("wb") as out:
-        for index in indices:
-            data = entry.file.line(index) + b"\n"
-            out.write(data)
-            offsets.append(offsets[-1] + len(data))
-            lines.append(int(entry.file.key(index).rsplit(":", 1)[1]))
-    _write_index(path, np.asarray(offsets))
-    np.save(path.with_suffix(".lines.npy"), np.asarray(lines, np.int64))
-
-
 def _relative(path: str, out: Path) -> str:
     """A path that stays right when the prepared directory and the data move together; URLs as they are."""
     return path if is_url(path) else os.path.relpath(Path(path).absolute(), out.absolute())
@@ -231,7 +213,7 @@ def _index_set(
     rest = int((entry.repeat_time - whole) * train + 1e-6)
     if rest:
         chosen = [good[i * train // rest] for i in range(rest)]
-        _copy_lines(entry, chosen, folder / "rest.jsonl")
+        copy_lines(entry, chosen, folder / "rest.jsonl")
         parts.append(_part(folder, out, entry, "rest.jsonl", 1, rest))
     return parts
 
@@ -243,9 +225,9 @@ def _link_or_copy(entry: DatasetEntry, good: list[int], records: Path) -> None:
     offsets = entry.file.offsets()
     if len(good) == len(entry.file) and offsets is not None:
         records.symlink_to(os.path.relpath(entry.file.path.absolute(), records.parent.absolute()))
-        _write_index(records, offsets)
+        write_index(records, offsets)
     else:
-        _copy_lines(entry, good, records)
+        copy_lines(entry, good, records)
 
 
 def _fingerprint(entry: DatasetEntry, settings: PrepareSettings) -> dict[str, Any]:
@@ -311,7 +293,7 @@ def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> S
             log.write(json.dumps({"key": bad.key, "cause": bad.cause, "detail": bad.detail}) + "\n")
     if kept_out:
         (out / "validation").mkdir(exist_ok=True)
-        _copy_lines(entry, found.good[train:], out / "validation" / f"{entry.name}.jsonl")
+        copy_lines(entry, found.good[train:], out / "validation" / f"{entry.name}.jsonl")
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps({"fingerprint": mark, "report": asdict(report)}))
     partial.replace(done)
@@ -371,11 +353,8 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
 
     blend = []
     for report in reports:
-        for part in report.parts:
-            entry = dict(part)
-            if not settings.to_webdataset:
-                entry["aux"] = {"sizes": f"filesystem://{report.name}/media"}
-            blend.append(entry)
+        aux = {} if settings.to_webdataset else {"aux": {"sizes": f"filesystem://{report.name}/media"}}
+        blend += [part | aux for part in report.parts]
     if not blend:
         records = sum(report.broken_records for report in reports)
         raise ValueError(
@@ -392,7 +371,7 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
 
 
 def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -> None:
-    meta = {}
+    meta: dict[str, dict[str, Any]] = {}
     for entry, report in zip(manifest.entries, reports, strict=True):
         if report.validation:
             root = entry.root if is_url(entry.root) else str(Path(entry.root).absolute())
@@ -400,6 +379,7 @@ def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -
                 "root": root,
                 "annotation": f"{entry.name}.jsonl",
                 "length": report.validation,
-                **({"max_dynamic_patch": entry.max_tiles} if entry.max_tiles else {}),
             }
+            if entry.max_tiles:
+                meta[entry.name]["max_dynamic_patch"] = entry.max_tiles
     (out / "validation" / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -191,8 +191,7 @@ def test_a_run_with_other_settings_takes_the_marks_away_first(disk, tmp_path, mo
     [
         (["--seq-length", "100"], "--seq-length 100 does not hold one tile of 256 tokens"),
         (["--shallow-seq-length", "4096"], "need --seq-length"),
-        (["--samples", "0"], "--samples 0: want at least 1"),
-        (["--patch-size", "0"], "--image-size 448 is not a multiple of --patch-size 0"),
+        (["--image-size", "450"], "--image-size 450 is not a multiple of --patch-size 14"),
         (["--png", "/proc/none.png"], "/proc/none.png"),
     ],
 )

@@ -17,7 +17,10 @@ from megatron_internvlx.parallel.split import even_work
 from megatron_internvlx.training import dryrun
 from megatron_internvlx.training.memory import Layout
 
-TINY = ["--model-preset", "internvlx_tiny", "--dry-run", "--seq-length", "256"]
+TINY = [
+    *("--model-preset", "internvlx_tiny", "--dry-run", "--seq-length", "256"),
+    *("--lr", "1e-4", "--train-iters", "10"),
+]
 
 
 def model(works: list[float], first: float, last: float) -> LayerCosts:
