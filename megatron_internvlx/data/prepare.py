@@ -353,8 +353,10 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
 
     blend = []
     for report in reports:
-        aux = {} if settings.to_webdataset else {"aux": {"sizes": f"filesystem://{report.name}/media"}}
-        blend += [part | aux for part in report.parts]
+        for part in report.parts:
+            # a dict each: the same one twice would become a YAML alias, which Energon does not read
+            sizes = {"sizes": f"filesystem://{report.name}/media"}
+            blend.append(part if settings.to_webdataset else part | {"aux": sizes})
     if not blend:
         records = sum(report.broken_records for report in reports)
         raise ValueError(
