@@ -16,8 +16,8 @@ from megatron_internvlx.training.complaint import complain
 
 def main() -> int:
     """Train; returns 2 for a mistake of the caller, after one message."""
-    signals.interrupts.arm()
     signals.hold()
+    signals.interrupts.arm()
     try:
         check_command_line(sys.argv[1:])
     except ValueError as error:

@@ -24,7 +24,7 @@ _LAST_ACTS = 10.0  # seconds for what a run does when it is ended
 
 
 class Interrupts:
-    """What Ctrl-C does to this process. `arm` is called once, before anything heavy is imported.
+    """What Ctrl-C does to this process. `arm` is called before anything heavy is imported.
 
     Args:
         told: called with SIGTERM, which the thread may take in the main thread's place.
@@ -62,6 +62,7 @@ class Interrupts:
             threading.Event().wait()
 
     def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are meant for the main thread
         # Where SIGTERM is not blocked, it ends the process and never comes here.
         while (number := signal.sigwait(_WATCHED)) == signal.SIGTERM:
             if complaint.said():

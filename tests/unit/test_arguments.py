@@ -335,16 +335,6 @@ def test_row_alignment(changes: dict, rows: int) -> None:
     assert arguments.row_alignment(argparse.Namespace(**defaults | changes)) == rows
 
 
-def test_complain_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert arguments.complain(ValueError("no such thing")) == 2
-    assert capsys.readouterr().err == ""
-    assert arguments.complain(ValueError("no such thing"), from_any_rank=True) == 2
-    monkeypatch.setenv("RANK", "0")
-    assert arguments.complain(ValueError("no such thing")) == 2
-    assert capsys.readouterr().err == "pretrain_vlm.py: no such thing\n" * 2
-
-
 def test_flags_stay() -> None:
     """Users' scripts and recipes hold these: do not rename or remove one without a word in the changelog."""
     parser = argparse.ArgumentParser(add_help=False)
