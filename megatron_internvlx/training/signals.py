@@ -28,13 +28,16 @@ interrupts = Interrupts(told=_caught.add)
 
 
 def hold() -> None:
-    """Keep the stop signals until they are asked for. Call it before any process is started."""
+    """Keep the stop signals until they are asked for. Call it before any process or thread is started."""
+    _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
 
 
 def let_go() -> None:
     """The signals do what they always do; for runs that do not want a checkpoint then."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
+        signal.raise_signal(number)
 
 
 def also_other_threads() -> None:

@@ -18,7 +18,9 @@ sys.exit(complaint.complain(ValueError(sys.argv[2])))
 """
 
 
-def start(folder: Path, rank: int, delay: float, text: str = "no such thing", **more: str) -> subprocess.Popen:
+def start(
+    folder: Path, rank: int, delay: float, text: str = "no such thing", **more: str
+) -> subprocess.Popen:
     place = folder / str(rank) / "error.json"
     environment = os.environ | {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(place)} | more
     return subprocess.Popen(

@@ -35,6 +35,10 @@ if case == "hung act":
 if case == "step":
     interrupts.can_finish_step = True
 print("up", worker.pid, flush=True)
+if case == "lets go":
+    while not signals.pending():
+        time.sleep(0.01)
+    signals.let_go()
 if case == "step":
     while not interrupts.asked:
         time.sleep(0.01)
@@ -92,8 +96,8 @@ def test_before_training_begins(tmp_path):
     rank = Rank(tmp_path, "start")
     rank.send()
     assert rank.end() == (130, "pretrain_vlm.py: interrupted: training has not begun\n")
-    time.sleep(0.2)
-    assert not rank.worker_lives()
+    while rank.worker_lives():  # it was killed, and is gone in a moment
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("case", ["training", "failing", "older thread"])
@@ -147,6 +151,13 @@ def test_sigterm_waits_unless_a_rank_has_named_a_mistake(tmp_path):
     rank.send(signal.SIGTERM)
     assert rank.end() == (143, "")
     os.killpg(rank.process.pid, signal.SIGKILL)  # its worker
+
+
+def test_a_run_without_checkpoints_on_signals_still_ends_of_one_that_came_early(tmp_path):
+    rank = Rank(tmp_path, "lets go")
+    rank.send(signal.SIGTERM)
+    assert rank.end() == (-signal.SIGTERM, "")
+    os.killpg(rank.process.pid, signal.SIGKILL)
 
 
 def test_what_is_left(tmp_path):
