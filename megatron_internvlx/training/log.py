@@ -234,8 +234,8 @@ class TrainingLog:
         """
         sinks, self.sinks = self.sinks, []
         for sink in sinks:
-            # A rank that failed has little time until its launcher ends it.
-            sink.close(status, seconds=15.0 if status in ("FAILED", "KILLED") else 60.0)
+            # A rank that failed has little time until its launcher ends it; after Ctrl-C a person waits.
+            sink.close(status, seconds={"FAILED": 15.0, "KILLED": 8.0}.get(status, 60.0))
         if alone and status == "FAILED" and not sinks:
             mark_failed(self.args)
 

@@ -17,7 +17,7 @@ case = sys.argv[1]
 if case == "older thread":  # does not block SIGINT, unlike later ones
     threading.Thread(target=threading.Event().wait, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-from megatron_internvlx.training import signals
+from megatron_internvlx.training import interrupt, signals
 from megatron_internvlx.training.interrupt import newest_checkpoint
 from pathlib import Path
 
@@ -31,6 +31,7 @@ if case != "start":
     interrupts.newest = lambda: newest_checkpoint(Path(sys.argv[2]))
     interrupts.last_acts.append(lambda: print("recorded", flush=True))
 if case == "hung act":
+    interrupt._LAST_ACTS = 1000
     interrupts.last_acts.append(lambda: time.sleep(60))
 if case == "step":
     interrupts.can_finish_step = True
@@ -96,7 +97,9 @@ def test_before_training_begins(tmp_path):
     rank = Rank(tmp_path, "start")
     rank.send()
     assert rank.end() == (130, "pretrain_vlm.py: interrupted: training has not begun\n")
-    while rank.worker_lives():  # it was killed, and is gone in a moment
+    end = time.monotonic() + 20  # it was killed, and is gone in a moment
+    while rank.worker_lives():
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
