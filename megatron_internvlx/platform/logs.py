@@ -39,6 +39,7 @@ _CHATTER = re.compile(
 _CHATTER_ABOUT_WEIGHTS = re.compile(
     r"could not find arguments in the checkpoint|WARNING: [TP]P size not found in checkpoint args"
     r"|\(TP, PP\) mismatch after resume .*RNG state will be ignored"
+    r"|Job sharding has changed: Rerun state will be ignored"
 )
 
 # True on every CPU run, and what the CPU patches are for.

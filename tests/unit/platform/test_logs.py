@@ -85,6 +85,7 @@ WEIGHTS_ALONE = [
     "WARNING: TP size not found in checkpoint args, using 1 as default.",
     "WARNING: PP size not found in checkpoint args, using 1 as default.",
     "(TP, PP) mismatch after resume ((2, 1) vs (1, 1) from checkpoint): RNG state will be ignored",
+    "Job sharding has changed: Rerun state will be ignored",
 ]
 
 
