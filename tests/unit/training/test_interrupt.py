@@ -1,5 +1,6 @@
 """Ctrl-C, in real processes that stand for a rank."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -55,6 +56,18 @@ lock.acquire()  # as in a collective: no Python code runs in this thread
 """
 
 
+started: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    yield
+    for group in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    started.clear()
+
+
 class Rank:
     """A process group of its own, as torchrun's ranks are."""
 
@@ -65,6 +78,7 @@ class Rank:
             stdout=subprocess.PIPE, stderr=self.error.open("w"), text=True, start_new_session=True,
             env=os.environ | {"RANK": "0"} | environment,
         )  # fmt: skip
+        started.append(self.process.pid)
         self.worker = int(self.line().split()[1])
 
     def line(self) -> str:
@@ -153,14 +167,12 @@ def test_sigterm_waits_unless_a_rank_has_named_a_mistake(tmp_path):
     (tmp_path / "attempt_0" / "said").touch()
     rank.send(signal.SIGTERM)
     assert rank.end() == (143, "")
-    os.killpg(rank.process.pid, signal.SIGKILL)  # its worker
 
 
 def test_a_run_without_checkpoints_on_signals_still_ends_of_one_that_came_early(tmp_path):
     rank = Rank(tmp_path, "lets go")
     rank.send(signal.SIGTERM)
     assert rank.end() == (-signal.SIGTERM, "")
-    os.killpg(rank.process.pid, signal.SIGKILL)
 
 
 def test_what_is_left(tmp_path):
