@@ -10,19 +10,26 @@ crosses a pipeline boundary in parallel/boundary.py, the plan of a micro-batch i
 import sys
 
 from megatron_internvlx import usage
-
-if __name__ == "__main__" and usage.wanted(sys.argv[1:]):  # before the seconds that torch takes to import
-    sys.exit(usage.show())
-
-from megatron_internvlx import platform
+from megatron_internvlx.paths import check_command_line
 from megatron_internvlx.training import signals
+from megatron_internvlx.training.complaint import complain
 
 
 def main() -> int:
     """Train; returns 2 for a mistake of the caller, after one message."""
-    # Before Megatron is imported: without CUDA it prepares torch for it. The imports stay in here
-    # because the loader's worker processes import this file again.
+    if usage.wanted(sys.argv[1:]):  # before the seconds that torch takes to import
+        return usage.show()
     signals.hold()
+    signals.interrupts.arm()
+    try:
+        check_command_line(sys.argv[1:])
+    except ValueError as error:
+        return complain(error)
+    signals.say("importing PyTorch and Megatron")
+    # The imports stay in here because the loader's worker processes import this file again. The platform comes
+    # before Megatron: without CUDA it prepares torch for it.
+    from megatron_internvlx import platform
+
     platform.setup()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -34,6 +41,7 @@ def main() -> int:
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.training import dryrun
     from megatron_internvlx.training.data import DataProvider
+    from megatron_internvlx.training.lock import lock_save
     from megatron_internvlx.training.log import TrainingLog
     from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.run import Run
@@ -46,15 +54,16 @@ def main() -> int:
             return dryrun.run(args)
         settle_validation(args)
         arguments.check_paths(args)
+        lock = lock_save(args)
         arguments.alone()
         data = DataProvider(args)
     except ValueError as error:
-        return arguments.complain(error)
+        return complain(error)
     log = TrainingLog(args, data)
     step = ForwardStep(args.loss_weighting, args.loss_average, on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
-    run = Run(args, step, log.close_sinks, log.keep_curve)
+    run = Run(args, step, log.close_sinks, log.keep_curve, lock)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
@@ -67,7 +76,7 @@ def main() -> int:
         )
     except TooManyRejects as error:
         run.failed(str(error))
-        return arguments.complain(error, from_any_rank=True)
+        return complain(error)
     except SystemExit as stop:  # how Megatron ends before the last step
         return int(stop.code) if stop.code else run.ended(early=True)
     except Exception as error:

@@ -38,6 +38,7 @@ from megatron_internvlx.model.internvit_config import InternViTConfig, internvit
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.parallel.split import settle_split
+from megatron_internvlx.paths import check_path
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
@@ -307,13 +308,6 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
     check_packing(data, train, micro_batch_size=args.micro_batch_size)
 
 
-def complain(error: ValueError, *, from_any_rank: bool = False) -> int:
-    """Print a caller's mistake, if all ranks see the same one on rank 0 only; returns the exit code."""
-    if from_any_rank or int(os.environ.get("RANK", "0")) == 0:
-        print(f"pretrain_vlm.py: {error}", file=sys.stderr)
-    return 2
-
-
 def validate(args: argparse.Namespace) -> None:
     """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
     if args.use_checkpoint_opt_param_scheduler:
@@ -345,8 +339,7 @@ def check_paths(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        if path and path != args.save and "://" not in path and not Path(path).is_dir():
-            raise ValueError(f"{flag} {path}: no such directory")
+        check_path(flag, path, args.save)
     check_start(args)
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
     files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}

@@ -12,7 +12,7 @@ rm -rf "$out/checkpoints"
 ranks=2
 if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then ranks=1; fi
 # One thread per rank: two ranks share two cores.
-OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --standalone --nproc-per-node $ranks pretrain_vlm.py \
+OMP_NUM_THREADS=1 "$python" -m megatron_internvlx.launch --standalone --nproc-per-node $ranks pretrain_vlm.py \
   --recipe examples/demo/demo.yaml --pipeline-model-parallel-size $ranks \
   --data "$out/data/meta.json" --valid-data "$out/data/meta_val.json" \
   --tokenizer-model "$out/data/tokenizer" \

@@ -30,8 +30,16 @@ _CHATTER = re.compile(
             r" *\[[^\]]*\] (saving|successfully saved) checkpoint| loading (distributed )?checkpoint",
             r" checkpoint version|WARNING: Setting args\.overlap_p2p_comm and args\.align_param_gather",
             r"(Storing|Loading) distributed optimizer sharded|torch distributed is already initialized",
+            r"sharded_state_dict metadata loaded|Checkpoint file not found in load directory None ",
         )
     )
+)
+
+# What it says when it takes weights alone from a checkpoint, as it was told to: of the rest it would be news.
+_CHATTER_ABOUT_WEIGHTS = re.compile(
+    r"could not find arguments in the checkpoint|WARNING: [TP]P size not found in checkpoint args"
+    r"|\(TP, PP\) mismatch after resume .*RNG state will be ignored"
+    r"|Job sharding has changed: Rerun state will be ignored"
 )
 
 # True on every CPU run, and what the CPU patches are for.
@@ -116,6 +124,7 @@ def quiet_logs(*, on_cpu: bool = False) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("torch.utils.cpp_extension").addFilter(log_filter)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Megatron lets every library say what it does
 
     original = warnings.showwarning
     ours = re.compile(r"/megatron/(core|training)/|/torch/")
@@ -132,9 +141,19 @@ def quiet_logs(*, on_cpu: bool = False) -> None:
 
 def _quiet_print(*values: Any, **kwargs: Any) -> None:
     lines = " ".join(str(value) for value in values).splitlines()
-    kept = [line for line in lines if line.strip() and not _CHATTER.match(line.strip("\n"))]
+    kept = [line for line in lines if line.strip() and not _CHATTER.match(line)]
+    if _takes_weights_alone():
+        kept = [line for line in kept if not _CHATTER_ABOUT_WEIGHTS.match(line)]
     if kept:
         builtins.print("\n".join(kept), **kwargs)
+
+
+def _takes_weights_alone() -> bool:
+    """Whether this start begins at step 0 with the weights of a checkpoint."""
+    from megatron.training import global_vars  # it is what prints
+
+    settings = global_vars._GLOBAL_ARGS
+    return settings is not None and bool(settings.finetune)
 
 
 def quiet_prints() -> None:
@@ -287,10 +306,19 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
 
 
 def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[..., str | None]) -> Any:
-    """Wrap `evaluate_and_print_results`, keeping what each of its calls of `evaluate` returned."""
+    """Wrap `evaluate_and_print_results`, keeping what each of its calls of `evaluate` returned.
+
+    Megatron evaluates at every --eval-interval and after the last step: where both fall together, once.
+    """
+    last = ""
 
     @functools.wraps(original)
     def evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> None:
+        nonlocal last
+        # "iteration 40" in training, "iteration 40 on validation set" after it
+        before, last = last, prefix
+        if prefix == f"{before} on validation set":
+            return
         found: list[dict[str, Any]] = []
         evaluate = training.evaluate
 

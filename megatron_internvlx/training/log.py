@@ -254,14 +254,14 @@ class TrainingLog:
                 sink.artifact(self.settings.report_file)
 
     def close_sinks(self, status: str, alone: bool = False) -> None:
-        """Tell the sinks how the run ends: FINISHED, FAILED, or SCHEDULED to go on later.
+        """Tell the sinks how the run ends: FINISHED, FAILED, KILLED, or SCHEDULED to go on later.
 
         `alone`: no other rank knows, so one without sinks writes to MLflow itself.
         """
         sinks, self.sinks = self.sinks, []
         for sink in sinks:
-            # A rank that failed has little time until its launcher ends it.
-            sink.close(status, seconds=15.0 if status == "FAILED" else 60.0)
+            # A rank that failed has little time until its launcher ends it; after Ctrl-C a person waits.
+            sink.close(status, seconds={"FAILED": 15.0, "KILLED": 8.0}.get(status, 60.0))
         if alone and status == "FAILED" and not sinks:
             mark_failed(self.args)
 

@@ -25,7 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_internvlx.training.lock import other_holder
+
 FINISHED, AGAIN, STOP = 0, 75, 76
+SAVE_FAILED = 74
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
@@ -157,7 +160,7 @@ class RunState:
     def begin(self, found: int | None, limit: int) -> bool:
         """Count a start from checkpoint `found`; False if it is one too many without progress."""
         reached = -1 if found is None else found
-        if reached > self.progress or self.status in ("preempted", "finished"):
+        if reached > self.progress or self.status in ("preempted", "stopped", "finished"):
             self.progress, self.tries = max(reached, self.progress), 0
         self.tries += 1
         start = {"time": time.time(), "host": socket.gethostname(), "from": found, "after": self.status}
@@ -179,6 +182,9 @@ class RunState:
 
 def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
     """What a launcher does after a run that it started at time `since` has ended: code and reason."""
+    if holder := other_holder(save):
+        # Not a start of the run there: its state and its number of tries are not touched.
+        return STOP, f"{save} belongs to {holder}, which is still training"
     state = RunState.read(save)
     if state.updated < since:
         # It ended before the first rank could write anything: a start all the same.
@@ -241,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{asked.save}: no such directory; a launcher makes it before the first start")
     code, reason = verdict(asked.save, asked.since, asked.max_tries)
     print(reason)
-    if code != FINISHED and RunState.read(asked.save).status != "preempted":
+    if code != FINISHED and not other_holder(asked.save) and RunState.read(asked.save).status != "preempted":
         # Processes that were killed could not say so themselves; a start that goes on takes it back.
         from megatron_internvlx.training.mlflow_sink import mark_failed
 

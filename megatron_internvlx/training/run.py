@@ -16,10 +16,11 @@ import torch.distributed as dist
 from megatron_internvlx.arguments import settings_from
 from megatron_internvlx.config import DataSettings, RunSettings
 from megatron_internvlx.training import resume, signals, stall
+from megatron_internvlx.training.interrupt import INTERRUPTED, newest_checkpoint
+from megatron_internvlx.training.lock import SaveLock
+from megatron_internvlx.training.resume import SAVE_FAILED
 from megatron_internvlx.training.stall import Position, StallClock
 from megatron_internvlx.training.step import ForwardStep
-
-SAVE_FAILED = 74
 
 
 class Run:
@@ -28,9 +29,10 @@ class Run:
     Args:
         args: Megatron's parsed arguments; `load` and what belongs to it are set when a checkpoint is found.
         step: knows what this rank does, for those who wait for it.
-        tell: called with FINISHED, FAILED or SCHEDULED (will go on) when the run ends, and whether this rank
-            alone knows; otherwise every rank calls it.
+        tell: called with FINISHED, FAILED, KILLED (by Ctrl-C) or SCHEDULED (will go on) when the run ends, and
+            whether this rank alone knows; otherwise every rank calls it.
         saved: called on every rank after a checkpoint was saved.
+        lock: of --save, on the rank that holds it.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Run:
         step: ForwardStep,
         tell: Callable[[str, bool], None] = lambda status, alone: None,
         saved: Callable[[], None] = lambda: None,
+        lock: SaveLock | None = None,
     ) -> None:
         import megatron.training.global_vars as global_vars
         import megatron.training.training as training
@@ -50,7 +53,7 @@ class Run:
         self.unsaved: tuple[int, str] | None = None
         """The last step to be saved and why it was not, if the disk had no room for it."""
         self.stop = signals.StopSignals()
-        self.step, self.tell, self.saved = step, tell, saved
+        self.step, self.tell, self.saved, self.lock = step, tell, saved, lock
         self.saving = False
         risk = resume.launcher_risk(os.environ)
         if risk and os.environ.get("RANK", "0") == "0":
@@ -62,6 +65,9 @@ class Run:
             self.stop.clock = self._clock()
         else:
             signals.let_go()
+        local = None if args.save and "://" in args.save else self.save
+        signals.interrupts.newest = lambda: newest_checkpoint(local)
+        signals.interrupts.last_acts.append(self._interrupted)
         # A second run of the same process (tests) wraps the original again.
         original = getattr(training.save_checkpoint, "__wrapped__", training.save_checkpoint)
         training.save_checkpoint = self._guarded(original)
@@ -94,6 +100,7 @@ class Run:
             if not chosen:
                 chosen = True
                 self._resume()
+                signals.say("building the model")
             return model_provider(*args, **kwargs)
 
         return provide
@@ -215,6 +222,7 @@ class Run:
         `unsaved`: the step of a checkpoint for which there was no room at the end, where all ranks end.
         Otherwise the others do not know, and may be killed before they can tell anyone.
         """
+        signals.interrupts.yield_to_end()
         alone = unsaved is None
         reason = f"rank {self.args.rank} on {socket.gethostname()}: {reason}"
         print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
@@ -228,9 +236,24 @@ class Run:
                 print(f"{self.save / resume.STATE} could not be written: {error}", file=sys.stderr)
         self.tell("FAILED", alone)
 
+    def _interrupted(self) -> None:
+        """Record that a person has ended the run at once; in the thread that waits for Ctrl-C."""
+        if self.args.rank == 0 and self.save is not None and self.settings.auto_resume:
+            state = resume.RunState.read(self.save)
+            state.status, state.reason = "stopped", "by Ctrl-C"
+            state.write(self.save)
+        self.tell("KILLED", False)
+
     def ended(self, *, early: bool) -> int:
         """Record the end of training: complete, or (`early`) told to stop; returns the exit code."""
         self.stop.release()
+        code = self._record_end(early)
+        signals.interrupts.last_acts.clear()
+        if self.lock is not None:
+            self.lock.release()
+        return code
+
+    def _record_end(self, early: bool) -> int:
         if self.args.exit_signal_handler:
             signals.end_children()
         if self.unsaved is not None:
@@ -243,19 +266,23 @@ class Run:
             return SAVE_FAILED
         status, outcome = "finished", "FINISHED"
         if early:
-            out_of_time = self.args.exit_duration_in_mins is not None
-            status = "preempted" if self.stop.received or out_of_time else "stopped"
+            told = self.stop.received and not self.stop.interrupted
+            status = "preempted" if told or self.args.exit_duration_in_mins is not None else "stopped"
             outcome = "SCHEDULED" if status == "preempted" else "FINISHED"
+        if self.stop.interrupted:
+            status, outcome = "stopped", "KILLED"
         self.tell(outcome, False)
         if dist.get_rank() == 0:
             if self.stop.received:
                 saved = "after a checkpoint" if self.save else "without --save, so without a checkpoint"
-                print(f"stopped by a signal, {saved}", flush=True)
+                saved = signals.interrupts.newest() if self.stop.interrupted else saved
+                print(f"stopped by {'Ctrl-C' if self.stop.interrupted else 'a signal'}, {saved}", flush=True)
             if self.save is not None and self.settings.auto_resume:
                 self.state = resume.RunState.read(self.save)
                 self.state.status = status
+                self.state.reason = "by Ctrl-C" if self.stop.interrupted else self.state.reason
                 self.state.write(self.save)
-        return 0
+        return INTERRUPTED if self.stop.interrupted else 0
 
 
 def root_cause(error: BaseException) -> BaseException:

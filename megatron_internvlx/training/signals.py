@@ -1,4 +1,4 @@
-"""SIGUSR1 and SIGTERM end a run after the current step, with a checkpoint.
+"""What ends a run from outside: SIGUSR1 and SIGTERM after the current step, with a checkpoint; Ctrl-C too, or at once.
 
 The signals are blocked rather than handled. SLURM sends them to every process of a job step, and a mask
 is inherited by everything that a rank starts (loader workers, Megatron's savers), while a handler is lost
@@ -8,26 +8,36 @@ in a new program: a worker that died of the signal would fail the step that has 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-
+from megatron_internvlx.training.interrupt import Interrupts
 from megatron_internvlx.training.stall import StallClock
 
+if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
+    import torch.distributed as dist
+
 STOP = (signal.SIGUSR1, signal.SIGTERM)
+_TOLD, _INTERRUPTED = 1, 2
 
 _caught: set[int] = set()
+interrupts = Interrupts(told=_caught.add)
+"""Of this process."""
 
 
 def hold() -> None:
-    """Keep the stop signals until they are asked for. Call it before any process is started."""
+    """Keep the stop signals until they are asked for. Call it before any process or thread is started."""
+    _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
 
 
 def let_go() -> None:
     """The signals do what they always do; for runs that do not want a checkpoint then."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
+        signal.raise_signal(number)
 
 
 def also_other_threads() -> None:
@@ -39,6 +49,12 @@ def also_other_threads() -> None:
 def pending() -> bool:
     """Whether this process was told to stop."""
     return bool(_caught or signal.sigpending().intersection(STOP))
+
+
+def say(text: str) -> None:
+    """A sign of life, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
 
 def end_children() -> None:
@@ -57,6 +73,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = False
+        self.interrupted = False
+        """Whether it was Ctrl-C."""
         self.clock: StallClock | None = None
         self.waiting = False
         """Whether this rank has ended its step, and waits for the others to do so."""
@@ -64,7 +82,10 @@ class StopSignals:
 
     def signals_received(self) -> list[bool]:
         """Whether any rank was told to stop, in a list as Megatron expects it."""
-        told = torch.tensor([int(pending())])
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor([_INTERRUPTED if interrupts.asked else _TOLD if pending() else 0])
         if dist.get_world_size() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")
@@ -74,9 +95,14 @@ class StopSignals:
         if self.clock is not None:
             self.clock.restart()
         self.received = bool(told.item())
+        self.interrupted = told.item() == _INTERRUPTED
+        # From now on Ctrl-C waits for the end of a step. All ranks are here at the same time, so it means the
+        # same to all of them.
+        interrupts.can_finish_step = True
         return [self.received]
 
     def release(self) -> None:
         """Stop the clock; the signals stay blocked, so that nothing disturbs the end."""
+        interrupts.can_finish_step = False
         if self.clock is not None:
             self.clock.release()

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,8 @@ def arguments(data: Path, *more: str) -> list[str]:
         *("--recipe", "examples/demo/demo.yaml", "--loader-workers", "0", "--log-interval", "1"),
         *("--data", str(data / "meta.json"), "--valid-data", str(data / "meta_val.json")),
         *("--tokenizer-model", str(data / "tokenizer"), "--lr-warmup-fraction", "0"),
-        *("--train-iters", "6", "--eval-iters", "1", "--eval-interval", "100", "--lr-decay-iters", "6"),
+        # The last step is one of those with an evaluation, and Megatron evaluates after it too.
+        *("--train-iters", "6", "--eval-iters", "1", "--eval-interval", "6", "--lr-decay-iters", "6"),
         *("--eval-global-batch-size", "12", "--eval-micro-batch-size", "4", *more),
     ]
 
@@ -53,6 +56,11 @@ def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> 
     assert losses(unbroken)[6] < losses(unbroken)[1]
     assert (unbroken[0]["save"] / "latest_checkpointed_iteration.txt").read_text() == "6"
     ((prefix, values),) = unbroken[-1]["evaluations"]
+    assert unbroken[-1]["out"].count("validation at step") == 1
+    # Nothing but lines of ours: what Megatron has to say of a good run is filtered.
+    said = [line for result in unbroken for line in result["out"].splitlines()]
+    ours = ("step ", "validation at step 6 ", "held-out ", "always ", "  ", "picture: ")
+    assert [line for line in said if not line.startswith(ours)] == []
     assert "6" in prefix
     rows = [json.loads(line) for line in unbroken[0]["answers"].read_text().splitlines()]
     assert values["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-6)
@@ -160,3 +168,23 @@ def test_empty_data_set_is_refused(pool: Pool, demo: Path, tmp_path: Path) -> No
     (result,) = pool.run(1, entry.run, arguments(data, *ALONE))
     assert result["code"] == 2
     assert "empty" in result["err"]
+
+
+def test_a_second_run_with_the_same_save_is_refused(pool: Pool, demo: Path, tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from megatron_internvlx.training.lock import SaveLock; "
+    )
+    hold += "held = SaveLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        command = arguments(demo, *ALONE, "--save", str(tmp_path), "--auto-resume")
+        (refused,) = pool.run(1, entry.run, command)
+        assert refused["code"] == 77
+        assert f"(pid {other.pid}, since " in refused["err"]
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    finally:
+        other.kill()
+        other.wait()
+    (trained,) = pool.run(1, entry.run, command)
+    assert trained["code"] == 0

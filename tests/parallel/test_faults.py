@@ -204,17 +204,27 @@ def test_a_run_without_progress_gives_up(launch, unbroken, tmp_path):
     assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
 
 
-def test_signal_saves_and_the_next_start_goes_on(pool, launch, unbroken, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "verdict", "said"),
+    [
+        (signal.SIGUSR1, 0, resume.AGAIN, "stopped by a signal, after a checkpoint"),
+        (signal.SIGINT, 130, resume.FINISHED, "stopped by Ctrl-C, the newest checkpoint is"),
+    ],
+)
+def test_signal_saves_and_the_next_start_goes_on(
+    pool, launch, unbroken, tmp_path, number, code, verdict, said
+):
     def act() -> None:
         while not resume.iterations(tmp_path):
             time.sleep(0.01)
-        os.kill(pool._workers[1].process.pid, signal.SIGUSR1)
+        os.kill(pool._workers[1].process.pid, number)
 
     threading.Thread(target=act, daemon=True).start()
     results = launch(tmp_path, "--exit-signal-handler", "--save-interval", "5")
-    assert [r["code"] for r in results] == [0, 0]
+    assert [r["code"] for r in results] == [code, code]
+    assert said in results[0]["out"]
     pool._discard(2)
-    assert resume.verdict(tmp_path, 0, 3)[0] == resume.AGAIN
+    assert resume.verdict(tmp_path, 0, 3)[0] == verdict
     reached = resume.iterations(tmp_path)[0]
     assert reached < STEPS
     more = launch(tmp_path, "--save-interval", "4")

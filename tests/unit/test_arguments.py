@@ -10,9 +10,9 @@ from tests import single  # noqa: F401  # isort: skip  (sets Megatron up)
 import pytest
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_args
 
-from megatron_internvlx import arguments
+from megatron_internvlx import arguments, paths
 from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.model.presets import PRESETS, preset
 from tests.golden_weights import GOLDEN
@@ -368,16 +368,6 @@ def test_row_alignment(changes: dict, rows: int) -> None:
     assert arguments.row_alignment(argparse.Namespace(**defaults | changes)) == rows
 
 
-def test_complain_once(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert arguments.complain(ValueError("no such thing")) == 2
-    assert capsys.readouterr().err == ""
-    assert arguments.complain(ValueError("no such thing"), from_any_rank=True) == 2
-    monkeypatch.setenv("RANK", "0")
-    assert arguments.complain(ValueError("no such thing")) == 2
-    assert capsys.readouterr().err == "pretrain_vlm.py: no such thing\n" * 2
-
-
 def test_flags_stay() -> None:
     """Users' scripts and recipes hold these: do not rename or remove one without a word in the changelog."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -386,6 +376,15 @@ def test_flags_stay() -> None:
     flags = {option for action in parser._actions for option in action.option_strings}
     lost = set(FLAGS.split()) - flags
     assert not lost
+
+
+def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    arguments.add_our_arguments(add_megatron_arguments(parser))
+    for flag in (*paths.PATHS, "--save"):
+        action = parser._option_string_actions[flag]
+        assert (action.nargs, action.type in (None, str), action.option_strings) == (None, True, [flag])
+        assert action.dest == flag[2:].replace("-", "_")
 
 
 FLAGS = """

@@ -1,5 +1,6 @@
 """What is filtered out of Megatron's output, and what must not be."""
 
+import argparse
 import logging
 import warnings
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def test_warnings_of_others_pass() -> None:
         "[Rank 0] (after 2 iterations) memory (MB) | allocated: 1.0",
         "time to initialize megatron (seconds): 1.978",
         "WARNING: Setting args.overlap_p2p_comm and args.align_param_gather to False since non-interleaved",
+        "sharded_state_dict metadata loaded from the checkpoint: {'singleton_local_shards': False}",
+        "Checkpoint file not found in load directory None attempting to finetune with checkpoint in /x",
     ],
 )
 def test_chatter_is_dropped(line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,3 +78,48 @@ def test_chatter_is_dropped(line: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_rest_passes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     logs._quiet_print(line)
     assert capsys.readouterr().out == line + "\n"
+
+
+WEIGHTS_ALONE = [
+    "could not find arguments in the checkpoint ...",
+    "WARNING: TP size not found in checkpoint args, using 1 as default.",
+    "WARNING: PP size not found in checkpoint args, using 1 as default.",
+    "(TP, PP) mismatch after resume ((2, 1) vs (1, 1) from checkpoint): RNG state will be ignored",
+    "Job sharding has changed: Rerun state will be ignored",
+]
+
+
+@pytest.mark.parametrize("line", WEIGHTS_ALONE)
+def test_what_weights_alone_do_not_have_is_news_of_other_checkpoints(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(finetune=True))
+    logs._quiet_print(line)
+    assert capsys.readouterr().out == ""
+    for settings in (None, argparse.Namespace(finetune=False)):
+        monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", settings)
+        logs._quiet_print(line)
+        assert capsys.readouterr().out == line + "\n"
+
+
+def test_the_last_evaluation_is_not_made_twice() -> None:
+    made: list[str] = []
+
+    def evaluate(prefix: str) -> None:
+        made.append(prefix)
+
+    training = argparse.Namespace(
+        evaluate=lambda: None,
+        print_rank_last=print,
+        get_args=lambda: argparse.Namespace(multiple_validation_sets=False),
+        is_last_rank=lambda: False,
+    )
+    evaluation = logs._with_eval_line(training, evaluate, lambda prefix, values: None)
+    ends = ["iteration 40", "iteration 40 on validation set", "iteration 40 on test set"]
+    for prefix in ["iteration 4", *ends]:
+        evaluation(prefix)
+    assert made == ["iteration 4", "iteration 40", "iteration 40 on test set"]
+    evaluation("iteration 50 on validation set")  # the last step was not one of --eval-interval
+    assert made[-1] == "iteration 50 on validation set"

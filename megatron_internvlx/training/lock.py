@@ -1,0 +1,146 @@
+"""One run at a time writes to a --save directory.
+
+The lock is one of the system's (fcntl) on `run.lock`, which says who holds it. It goes with the process that holds
+it, however that ends, and is not inherited: a loader worker that outlives its rank does not keep the next start out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE = "run.lock"
+IN_USE = 77
+
+_PATIENCE = 150.0  # seconds; a lock server forgets a node that died after 90 s or so
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+class SaveInUse(ValueError):
+    """Another run holds the directory."""
+
+    exit_code = IN_USE
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a directory."""
+
+    host: str = "an unknown host"
+    pid: int = 0
+    since: float = 0.0
+    """Seconds since the epoch."""
+    job: str | None = None
+    """SLURM's job or torchrun's run, whose starts follow each other."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return (
+            f"a run on {self.host} (pid {self.pid}, since {since}{f', job {self.job}' if self.job else ''})"
+        )
+
+
+def own_job() -> str | None:
+    """What stays the same over the starts of this job, and is no other job's; None if nothing is known."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return os.environ.get("SLURM_JOB_ID") or (run if run not in (None, "", "none") else None)
+
+
+class SaveLock:
+    """Holds a --save directory until `release`, or the end of this process.
+
+    Raises SaveInUse, naming the holder, if another run has it. An earlier start of the same job is waited for:
+    its node may have died without a word to the file system. Raises ValueError if the file cannot be opened.
+    """
+
+    def __init__(self, save: Path, patience: float = _PATIENCE) -> None:
+        self.path = save / FILE
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(f"--save: {self.path} cannot be written: {error.strerror}") from error
+        end = time.monotonic() + patience
+        waiting = False
+        while not self._taken():
+            holder = _read(self.path)
+            if holder.job is None or holder.job != own_job() or time.monotonic() > end:
+                os.close(self._file)
+                raise SaveInUse(
+                    f"--save {save} belongs to {holder}, which is still training: wait for it, end it, or choose "
+                    "another --save"
+                )
+            if not waiting:
+                print(f"pretrain_vlm.py: waiting for {holder} to end", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(1.0)
+        holder = Holder(socket.gethostname(), os.getpid(), time.time(), own_job())
+        self._write(json.dumps(asdict(holder)))
+
+    def release(self) -> None:
+        """Give the directory up; safe to repeat."""
+        if self._file >= 0:
+            self._write("")
+            os.close(self._file)
+            self._file = -1
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                return False
+            print(
+                f"pretrain_vlm.py: {self.path.parent} is on a file system without locks ({error.strerror}): nothing "
+                "keeps a second run from the same --save",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
+    def _write(self, text: str) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, text.encode(), 0)
+
+
+def lock_save(args: argparse.Namespace) -> SaveLock | None:
+    """The lock of --save, on the first rank; None on others, and where there is nothing to lock."""
+    if args.rank or not args.save or "://" in args.save:
+        return None
+    return SaveLock(Path(args.save))
+
+
+def other_holder(save: Path) -> Holder | None:
+    """Another run that trains into this directory; None if there is none, or only earlier starts of this job."""
+    try:
+        file = os.open(save / FILE, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        # Asking does not take the lock, so a run that starts at this moment finds it free.
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    holder = _read(save / FILE)
+    ours = holder.job is not None and holder.job == own_job()
+    return None if kind == fcntl.F_UNLCK or ours else holder
+
+
+def _read(path: Path) -> Holder:
+    """Who says to hold it; a holder is named a moment after it has taken the lock."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return Holder()

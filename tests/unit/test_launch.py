@@ -1,0 +1,88 @@
+"""torchrun that ends without a traceback of its own."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from megatron_internvlx import launch
+
+# Rank 0, which alone used to speak, is slow to start; it is ended before it has seen anything.
+RANK = """
+import os, sys, time
+from megatron_internvlx.training import complaint, signals
+signals.hold()
+signals.interrupts.arm()
+if sys.argv[1] == "mistake":
+    if os.environ["RANK"] == "0":
+        time.sleep(60)
+    sys.exit(complaint.complain(ValueError("no such thing")))
+open(os.environ["RANK"], "w").close()
+time.sleep(60)
+"""
+
+
+def start(folder: Path, case: str) -> subprocess.Popen:
+    (folder / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "megatron_internvlx.launch", "--standalone", "--nproc-per-node", "2"]
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [*command, "rank.py", case], cwd=folder, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_a_mistake_is_said_whichever_rank_ends_first(tmp_path):
+    process = start(tmp_path, "mistake")
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert said.splitlines() == ["launch: starting torchrun", "pretrain_vlm.py: no such thing"]
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    process = start(tmp_path, "wait")
+    while not all((tmp_path / rank).exists() for rank in "01"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130
+    interrupted = "pretrain_vlm.py: interrupted: training has not begun"
+    assert said.splitlines() == ["launch: starting torchrun", interrupted]
+
+
+@pytest.mark.parametrize(("codes", "ends"), [([-9, 77], 77), ([1, 2], 2), ([1], None), ([-11], None)])
+def test_what_no_rank_has_explained_is_left_to_torchrun(codes, ends, monkeypatch, tmp_path):
+    def fail(words):
+        assert words == ["rank.py"]
+        file = str(tmp_path / "error.json")
+        raise ChildFailedError(
+            "rank.py", {i: ProcessFailure(i, 7, code, file) for i, code in enumerate(codes)}
+        )
+
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    if ends is not None:
+        assert launch.main(["rank.py"]) == ends
+        return
+    with pytest.raises(ChildFailedError):
+        launch.main(["rank.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Sending process 12 closing signal SIGINT", False),
+        ("Received 2 death signal, shutting down workers", False),
+        ("failed (exitcode: 2) local_rank: 1 (pid: 7) of binary: python", False),
+        ("failed (exitcode: 1) local_rank: 1 (pid: 7) of binary: python", True),
+        ("failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python", True),
+        ("Unable to shutdown process 7 via SIGTERM, forcefully exiting via SIGKILL", True),
+    ],
+)
+def test_what_is_dropped(text, kept):
+    record = logging.LogRecord("x", logging.ERROR, "x", 1, text, None, None)
+    assert launch._Filter().filter(record) is kept
