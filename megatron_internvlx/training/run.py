@@ -117,6 +117,8 @@ class Run:
         found = answer[0]
         if found == resume.STOP:
             self.stop.release()
+            if self.lock is not None:
+                self.lock.release()
             sys.exit(resume.STOP)
         if isinstance(found, tuple):
             self._load(*found)

@@ -59,7 +59,15 @@ def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> 
     assert unbroken[-1]["out"].count("validation at step") == 1
     # Nothing but lines of ours: what Megatron has to say of a good run is filtered.
     said = [line for result in unbroken for line in result["out"].splitlines()]
-    ours = ("step ", "validation at step 6 ", "held-out ", "always ", "  ", "picture: ")
+    ours = (
+        "step ",
+        "validation: 12 held-out records",
+        "validation at step 6 ",
+        "held-out ",
+        "always ",
+        "  ",
+        "picture: ",
+    )
     assert [line for line in said if not line.startswith(ours)] == []
     assert "6" in prefix
     rows = [json.loads(line) for line in unbroken[0]["answers"].read_text().splitlines()]
@@ -152,7 +160,7 @@ def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_
         (["--pipeline-model-parallel-size", "3"], "1 rank cannot be divided into TP 1 x PP 3 = 3"),
         (["--data", "nowhere/meta.json", "--valid-data", "nowhere/meta.json"], "nowhere/meta.json"),
         (["--tokenizer-model", "nowhere"], "nowhere"),
-        (["--eval-iters", "0"], "--eval-iters 0 validates nothing"),
+        (["--valid-records", "0"], "--valid-records 0"),
     ],
 )
 def test_refused_before_anything_is_built(pool: Pool, demo: Path, more: list[str], said: str) -> None:
