@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import ROOT, table, write
-from megatron_internvlx.training import resume
+from megatron_internvlx.lifecycle import resume
 from tests.checkpoints import differing
 from tools import make_demo_data
 

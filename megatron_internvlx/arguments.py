@@ -34,16 +34,16 @@ from megatron_internvlx.config import (
     check_static_budgets,
     grid_side,
 )
+from megatron_internvlx.lifecycle.start import check_start
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.parallel.layout import check_layout
-from megatron_internvlx.parallel.split import settle_split
 from megatron_internvlx.paths import check_path
+from megatron_internvlx.planning.split import settle_split
 from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
 from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
 from megatron_internvlx.recipe import raise_errors, read_recipe, similar
 from megatron_internvlx.refusals import refusals
-from megatron_internvlx.training.start import check_start
 from megatron_internvlx.usage import Formatter
 
 # What every run of ours needs from Megatron, whatever the model.

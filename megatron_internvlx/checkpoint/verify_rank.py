@@ -31,13 +31,13 @@ from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
 from megatron_internvlx.checkpoint.verify import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan  # noqa: E402
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
 from megatron_internvlx.platform.transfer import to_device  # noqa: E402
-from megatron_internvlx.training.data import plan_settings  # noqa: E402
+from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
+from megatron_internvlx.training.provider import plan_settings  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 # Transformer Engine numbers grouped experts in the tensor's name.

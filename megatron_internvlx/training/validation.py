@@ -2,7 +2,7 @@
 
 Megatron counts an evaluation in iterations of global batches. How many are needed follows from the records here,
 so that none is left out or seen twice; places of the last batch without a record hold a filler that weighs
-nothing (`data/loader.py`).
+nothing (`data/order.py`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
-from megatron_internvlx.training import resume
+from megatron_internvlx.lifecycle import resume
 from tests import entry
 from tests.checkpoints import differing
 from tests.distributed import RankError
@@ -182,7 +182,7 @@ def test_weights_are_not_thrown_away_with_the_place_in_the_data(launch_packed, u
 
 
 def test_a_place_in_the_data_is_wanted_of_the_loader_that_has_one(unbroken, unbroken_packed, tmp_path):
-    from megatron_internvlx.training.loaders import position_fault  # imports Energon
+    from megatron_internvlx.training.loader_state import position_fault  # imports Energon
 
     def found(save: Path) -> str | None:
         return position_fault(Namespace(save=str(save), load=None, dataloader_save=None), STEPS)

@@ -18,7 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_internvlx.training import resume  # noqa: E402
+from megatron_internvlx.lifecycle import resume  # noqa: E402
 from tests.checkpoints import differing  # noqa: E402
 from tools import make_demo_data  # noqa: E402
 

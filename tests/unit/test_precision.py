@@ -16,10 +16,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider, compression_plan  # noqa: E402
 from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
 from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
 from megatron_internvlx.precision import PRECISIONS, check_precision, precision_defaults  # noqa: E402
+from megatron_internvlx.training.builder import ModelProvider, compression_plan  # noqa: E402
 
 BASE = ["--model-preset", "internvlx_2b", "--seq-length", "4096", "--lr", "1e-3", "--train-iters", "1"]
 BASE += ["--global-batch-size", "1", "--dry-run", "--transformer-impl", "transformer_engine"]
@@ -127,7 +127,7 @@ def test_the_vision_encoder_stays_in_bf16_unless_named(parsed, monkeypatch, part
         asked.update(fields)
         raise InterruptedError("seen enough")
 
-    monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", record)
+    monkeypatch.setattr("megatron_internvlx.training.builder.InternVLX", record)
     with pytest.raises(InterruptedError):
         ModelProvider(args)(config=config)
     encoder = internvit_transformer_config(
