@@ -12,6 +12,7 @@ import sys
 from megatron_internvlx import usage
 from megatron_internvlx.lifecycle import signals
 from megatron_internvlx.lifecycle.complaint import complain
+from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.paths import check_command_line
 
 
@@ -53,7 +54,7 @@ def main() -> int:
         if args.dry_run:
             return dryrun.run(args)
         settle_validation(args)
-        arguments.check_paths(args)
+        check_paths(args)
         lock = lock_save(args)
         arguments.alone()
         data = DataProvider(args)

@@ -14,7 +14,8 @@ from megatron.training.arguments import parse_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_internvlx import arguments, platform
-from megatron_internvlx.arguments import add_our_arguments, vision_config
+from megatron_internvlx.arguments import add_our_arguments
+from megatron_internvlx.model.settings import compression_plan, vision_config
 from megatron_internvlx.planning import costs as cost
 from megatron_internvlx.planning.activations import ActivationModel
 from megatron_internvlx.planning.dryrun import RESERVE_GIB, full_micro_batch
@@ -26,7 +27,6 @@ from megatron_internvlx.planning.propose import layouts, propose_expansions, pro
 from megatron_internvlx.planning.search import PipelinePlan, evaluate, find_plan, uniform_counts
 from megatron_internvlx.planning.simulate import Schedule
 from megatron_internvlx.planning.timeline import draw_timeline
-from megatron_internvlx.training.builder import compression_plan
 
 GIB = 1 << 30
 NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed

@@ -26,10 +26,10 @@ from torch import Tensor  # noqa: E402
 from megatron_internvlx import arguments  # noqa: E402
 from megatron_internvlx.checkpoint.case import Case, load_case  # noqa: E402
 from megatron_internvlx.checkpoint.importer import make_tensor, plan_import  # noqa: E402
+from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles  # noqa: E402
 from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
-from megatron_internvlx.checkpoint.verify import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan  # noqa: E402

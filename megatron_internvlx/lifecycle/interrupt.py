@@ -16,7 +16,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_internvlx.lifecycle import complaint, resume
+from megatron_internvlx import files
+from megatron_internvlx.lifecycle import complaint
 
 INTERRUPTED = 130  # what a shell reports after SIGINT
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
@@ -120,8 +121,8 @@ def newest_checkpoint(save: Path | None) -> str:
     """What is left of an interrupted run, from the directory alone: neither torch nor the run is asked."""
     if save is None:
         return "without --save there is no checkpoint"
-    for iteration in resume.iterations(save):
-        checkpoint = resume.directory(save, iteration)
+    for iteration in files.iterations(save):
+        checkpoint = files.checkpoint_directory(save, iteration)
         if (checkpoint / "metadata.json").is_file():  # Megatron writes it last
             return f"the newest checkpoint is {checkpoint}"
     return f"there is no checkpoint in {save} yet"

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import sys
@@ -25,25 +24,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_internvlx.files import checkpoint_directory, iterations, write_atomically
 from megatron_internvlx.lifecycle.lock import other_holder
 
 FINISHED, AGAIN, STOP = 0, 75, 76
 SAVE_FAILED = 74
 
-TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "run_state.json"
 _HISTORY = 50  # attempts that the state remembers
-
-
-def iterations(save: Path) -> list[int]:
-    """Iterations that have a checkpoint directory, newest first, complete or not."""
-    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in save.glob("iter_*"))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
-
-
-def directory(save: Path, iteration: int) -> Path:
-    """Where Megatron puts a checkpoint."""
-    return save / f"iter_{iteration:07d}"
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -89,7 +77,7 @@ def newest_complete(
     """
     broken: list[tuple[int, str]] = []
     for iteration in iterations(save):
-        reason = fault(directory(save, iteration)) or also(iteration)
+        reason = fault(checkpoint_directory(save, iteration)) or also(iteration)
         if reason is None:
             return iteration, broken
         broken.append((iteration, reason))
@@ -98,7 +86,7 @@ def newest_complete(
 
 def shortage(save: Path) -> str | None:
     """Why the disk does not hold another checkpoint as large as the last, in GB; None if it does."""
-    last = next((directory(save, iteration) for iteration in iterations(save)), None)
+    last = next((checkpoint_directory(save, iteration) for iteration in iterations(save)), None)
     if last is None:
         return None
     needed = 1.05 * sum(file.stat().st_size for file in last.iterdir())
@@ -113,17 +101,7 @@ def set_aside(save: Path, broken: list[tuple[int, str]]) -> None:
     for iteration, _ in broken:
         for old in save.glob("broken_*"):
             shutil.rmtree(old, ignore_errors=True)
-        directory(save, iteration).rename(save / f"broken_{iteration:07d}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of the text under the final name, or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+        checkpoint_directory(save, iteration).rename(save / f"broken_{iteration:07d}")
 
 
 @dataclass
@@ -210,9 +188,9 @@ def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
 def messages(save: Path, found: int | None, broken: list[tuple[int, str]]) -> Iterator[str]:
     """What a person should know before training goes on."""
     for iteration, reason in broken:
-        yield f"checkpoint {directory(save, iteration)} is not complete ({reason}): skipped"
+        yield f"checkpoint {checkpoint_directory(save, iteration)} is not complete ({reason}): skipped"
     if found is not None:
-        yield f"resuming from {directory(save, found)}"
+        yield f"resuming from {checkpoint_directory(save, found)}"
 
 
 def launcher_risk(environment: Mapping[str, str]) -> str | None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_internvlx.arguments import settings_from
-from megatron_internvlx.config import DataSettings, RunSettings
+from megatron_internvlx import files
+from megatron_internvlx.config import DataSettings, RunSettings, settings_from
 from megatron_internvlx.lifecycle import resume, signals, stall
 from megatron_internvlx.lifecycle.interrupt import INTERRUPTED, newest_checkpoint
 from megatron_internvlx.lifecycle.lock import SaveLock
@@ -146,7 +146,7 @@ class Run:
         if found is None:
             return None
         # A run killed while it wrote this file leaves it empty, and Megatron would stop.
-        resume.write_atomically(save / resume.TRACKER, str(found))
+        files.write_atomically(save / files.TRACKER, str(found))
         return (found,)
 
     def _stuck(self, reason: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.arguments import row_alignment, settings_from, vision_config
-from megatron_internvlx.config import DataSettings, RunSettings, TrainSettings
-from megatron_internvlx.parallel.layout import boundary_content
+from megatron_internvlx.config import DataSettings, RunSettings, TrainSettings, settings_from
+from megatron_internvlx.model.settings import compression_plan, vision_config
+from megatron_internvlx.parallel.layout import boundary_content, layout_name
 from megatron_internvlx.planning.activations import ActivationModel, rank_activations
 from megatron_internvlx.planning.costs import Machine, costs_from_flops
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats, forward_flops, training_flops
@@ -25,8 +25,7 @@ from megatron_internvlx.planning.memory import Layout, RankState, StateSizes, ra
 from megatron_internvlx.planning.parameters import ModelShape, parameters
 from megatron_internvlx.planning.search import PipelinePlan, evaluate
 from megatron_internvlx.planning.simulate import Schedule
-from megatron_internvlx.reporting.tracking import layout_name
-from megatron_internvlx.training.builder import compression_plan
+from megatron_internvlx.precision import row_alignment
 
 GIB = 1 << 30
 # CUDA context, NCCL buffers, Transformer Engine's and cuBLAS's workspaces, fragmentation.

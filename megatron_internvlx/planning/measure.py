@@ -23,13 +23,13 @@ from torch import Tensor
 
 from megatron_internvlx import platform
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan
+from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan
 from megatron_internvlx.planning.costs import Cost, Profile, layer_kind
 from megatron_internvlx.planning.flops import PlanStats
 from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.platform.transfer import to_device
-from megatron_internvlx.training.builder import build_stage
 
 
 def kinds_of(shape: ModelShape) -> list[str]:

@@ -63,7 +63,7 @@ class ModelShape:
     ) -> ModelShape:
         """The model that Megatron's parsed and validated arguments describe.
 
-        `vision` and `compression` come from `arguments.vision_config` and `builder.compression_plan`.
+        `vision` and `compression` come from `vision_config` and `settings.compression_plan`.
         """
         heads = args.num_attention_heads
         experts = args.num_experts or 0

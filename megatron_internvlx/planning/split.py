@@ -80,9 +80,8 @@ def undivided_stages(args: argparse.Namespace) -> int | None:
 def model_costs(args: argparse.Namespace) -> LayerCosts:
     """The planner's costs of the model that arguments describe, before Megatron has checked them."""
     # Here: they import `arguments`, which imports this.
-    from megatron_internvlx.arguments import vision_config
+    from megatron_internvlx.model.settings import compression_plan, vision_config
     from megatron_internvlx.planning.dryrun import full_micro_batch
-    from megatron_internvlx.training.builder import compression_plan
 
     args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
     args.padded_vocab_size = None

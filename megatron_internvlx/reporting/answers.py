@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_internvlx.arguments import settings_from
-from megatron_internvlx.config import DataSettings
+from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.conversation import questions
 from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.data.rejects import BadSample, blamed_on

@@ -14,17 +14,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx import platform
-from megatron_internvlx.arguments import settings_from, vision_config
-from megatron_internvlx.config import DataSettings
+from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.data.rejects import CAUSES
+from megatron_internvlx.model.settings import compression_plan, vision_config
 from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.metrics import TERA, StepMeter, mfu, peak_flops
 from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.reporting.answers import AnswerBook
 from megatron_internvlx.reporting.curve import Curve
 from megatron_internvlx.reporting.tracking import mark_failed, sinks
-from megatron_internvlx.training.builder import compression_plan
 from megatron_internvlx.training.provider import DataProvider
 from megatron_internvlx.training.step import ForwardStep
 from megatron_internvlx.training.validation import ValidationCounts

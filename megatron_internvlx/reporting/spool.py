@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_internvlx.lifecycle.resume import write_atomically
+from megatron_internvlx.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-from megatron_internvlx.arguments import settings_from
-from megatron_internvlx.config import SETTINGS, RunSettings
+from megatron_internvlx.config import SETTINGS, RunSettings, settings_from
+from megatron_internvlx.parallel.layout import layout_name
 
 
 class Sink(Protocol):
@@ -58,18 +58,6 @@ def environment() -> dict[str, str]:
         if name in os.environ:
             tags[name.lower()] = os.environ[name]
     return tags
-
-
-def layout_name(args: argparse.Namespace) -> str:
-    """TP2-PP2-DP4 and so on."""
-    parts = [
-        f"TP{args.tensor_model_parallel_size}",
-        f"PP{args.pipeline_model_parallel_size}",
-        f"VPP{args.virtual_pipeline_model_parallel_size or 1}",
-        f"EP{args.expert_model_parallel_size}",
-        f"DP{args.data_parallel_size}",
-    ]
-    return "-".join(part for part in parts if not part.endswith("P1") or part == "DP1")
 
 
 def sinks(args: argparse.Namespace) -> list[Sink]:

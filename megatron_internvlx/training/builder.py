@@ -5,98 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.arguments import settings_from, vision_config
-from megatron_internvlx.config import CompressionSettings, TrainSettings, grid_side
-from megatron_internvlx.model.decoder import CompressionPlan
+from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.parallel.boundary import Budget
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator
 from megatron_internvlx.training.gradients import WeightSum, finalize_hook
 from megatron_internvlx.training.step import loss_weights
-
-
-def compression_plan(args: argparse.Namespace) -> CompressionPlan:
-    """Grid sides and injection layers of the model that the arguments describe."""
-    vision = vision_config(args)
-    compression = settings_from(args, CompressionSettings)
-    patches = vision.image_size // vision.patch_size
-    high = grid_side(patches, compression.high_ratio, "--high-ratio")
-    return CompressionPlan(
-        projector=compression.projector,
-        pixel_shuffle_version=compression.pixel_shuffle_version,
-        drop_path=compression.projector_drop_path,
-        injection_layers=compression.injection_layers(),
-        low_grid=grid_side(patches, compression.low_ratio, "--low-ratio") if compression.lvtc else high,
-        high_grid=high,
-        patches=patches,
-        vision_hidden_size=vision.hidden_size,
-        upsample=compression.upsample,
-        fp8=bool(args.fp8) and "projectors" in (args.fp8_parts or ()),
-    )
-
-
-def freeze(stage: InternVLX, train: TrainSettings) -> None:
-    """Switch off gradients of the parts that are not trained."""
-    for name, parameter in stage.named_parameters():
-        vision = name.startswith("vision_model.")
-        projector = name.startswith("projector.") or ".injection." in name
-        if (
-            (vision and train.freeze_vision)
-            or (projector and train.freeze_projectors)
-            or (not vision and not projector and train.freeze_llm)
-        ):
-            parameter.requires_grad_(False)
-
-
-def static_budget(args: argparse.Namespace) -> Budget | None:
-    """The sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
-    train = settings_from(args, TrainSettings)
-    if train.boundary != "static":
-        return None
-    assert train.max_tiles_per_pack is not None
-    return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
-
-
-def build_stage(
-    args: argparse.Namespace,
-    config: TransformerConfig,
-    *,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    pg_collection: ProcessGroupCollection | None = None,
-) -> InternVLX:
-    """One (virtual) pipeline stage of the model that validated arguments describe, frozen parts frozen.
-
-    Training and the planner's measurement both build here: what is timed is what trains.
-    """
-    train = settings_from(args, TrainSettings)
-    stage = InternVLX(
-        config,
-        vision_config(args),
-        compression_plan(args),
-        vocab_size=args.padded_vocab_size,
-        real_vocab_size=args.vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        rotary_base=args.rotary_base,
-        rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        freeze_vision=train.freeze_vision,
-        vision_recompute=args.vision_recompute,
-        vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-        loss_weight=lambda plan: loss_weights(plan, train.loss_weighting, train.loss_average)[1],
-        budget=static_budget(args),
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
-        pg_collection=pg_collection,
-    )
-    freeze(stage, train)
-    return stage
 
 
 class ModelProvider:
@@ -129,6 +45,7 @@ class ModelProvider:
         stage = build_stage(
             self.args,
             config,
+            loss_weight=self._loss_weight,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -138,3 +55,7 @@ class ModelProvider:
         if self.communicator is not None:
             self.communicator.add(stage)
         return stage
+
+    def _loss_weight(self, plan: SequencePlan) -> float:
+        """Total loss weight of a micro-batch, which the experts' load-balancing loss has as well."""
+        return loss_weights(plan, self.args.loss_weighting, self.args.loss_average)[1]

@@ -15,8 +15,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
 from megatron_internvlx import platform
-from megatron_internvlx.arguments import settings_from
-from megatron_internvlx.config import DataSettings
+from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.energon_loader import (
     EnergonBatches,
@@ -28,7 +27,7 @@ from megatron_internvlx.data.energon_loader import (
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
-from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.parallel.batch import HostBatch
 from megatron_internvlx.platform.transfer import side_stream
 
@@ -149,7 +148,7 @@ def position_fault(args: argparse.Namespace, step: int) -> str | None:
 
     None if it is complete, or if the checkpoint was not made with this loader.
     """
-    checkpoint = resume.directory(Path(args.save), step)
+    checkpoint = checkpoint_directory(Path(args.save), step)
     try:
         made = load_common_state_dict(checkpoint)["args"]
     except Exception as error:  # a torn file raises nearly anything

@@ -14,8 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_internvlx.arguments import row_alignment, settings_from
-from megatron_internvlx.config import DataSettings, TrainSettings
+from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
@@ -25,6 +24,7 @@ from megatron_internvlx.data.prepare import MARK, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.model.settings import compression_plan
 from megatron_internvlx.parallel.batch import (
     BatchChannel,
     BatchIterator,
@@ -32,7 +32,7 @@ from megatron_internvlx.parallel.batch import (
     HostBatch,
     SharedBatches,
 )
-from megatron_internvlx.training.builder import compression_plan
+from megatron_internvlx.precision import row_alignment
 from megatron_internvlx.training.validation import ValidationCounts, held_out, held_out_records
 
 # Held-out records that are tried before training starts.

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_internvlx import files
 from megatron_internvlx.lifecycle import resume
 
 
 def checkpoint(save: Path, iteration: int) -> Path:
-    folder = resume.directory(save, iteration)
+    folder = files.checkpoint_directory(save, iteration)
     state = {"a": torch.arange(1000.0), "b": torch.ones(50, 7)}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
@@ -50,7 +51,7 @@ def test_broken_newest_checkpoint_is_skipped_and_set_aside(tmp_path, damage):
     for iteration in (5, 10, 15):
         checkpoint(tmp_path, iteration)
     assert resume.newest_complete(tmp_path) == (15, [])
-    harm(resume.directory(tmp_path, 15))
+    harm(files.checkpoint_directory(tmp_path, 15))
     found, broken = resume.newest_complete(tmp_path)
     assert found == 10
     assert [iteration for iteration, _ in broken] == [15]
@@ -58,7 +59,7 @@ def test_broken_newest_checkpoint_is_skipped_and_set_aside(tmp_path, damage):
     said = list(resume.messages(tmp_path, found, broken))
     assert "skipped" in said[0] and "iter_0000010" in said[1]
     resume.set_aside(tmp_path, broken)
-    assert resume.iterations(tmp_path) == [10, 5]
+    assert files.iterations(tmp_path) == [10, 5]
     assert (tmp_path / "broken_0000015").is_dir()
 
 

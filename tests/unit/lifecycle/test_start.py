@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_internvlx.lifecycle import resume
+from megatron_internvlx import files
 from megatron_internvlx.lifecycle.start import check_start
 from megatron_internvlx.model.presets import preset
 from tests.unit.training.test_resume import checkpoint
@@ -27,7 +27,7 @@ def settings(**given: Any) -> argparse.Namespace:
 @pytest.fixture
 def imported(tmp_path: Path) -> str:
     (tmp_path / "imported" / "release").mkdir(parents=True)
-    (tmp_path / "imported" / resume.TRACKER).write_text("release")
+    (tmp_path / "imported" / files.TRACKER).write_text("release")
     return str(tmp_path / "imported")
 
 
@@ -44,7 +44,7 @@ def test_an_import_as_save_is_not_passed_over(imported: str) -> None:
 def test_a_run_that_resumes_needs_no_name(imported: str) -> None:
     checkpoint(Path(imported), 3)
     check_start(settings(save=imported))
-    (resume.directory(Path(imported), 3) / "metadata.json").unlink()
+    (files.checkpoint_directory(Path(imported), 3) / "metadata.json").unlink()
     with pytest.raises(ValueError, match="nothing says to begin"):  # it would set the broken one aside
         check_start(settings(save=imported))
 
