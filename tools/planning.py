@@ -27,6 +27,7 @@ from megatron_internvlx.planning.propose import layouts, propose_expansions, pro
 from megatron_internvlx.planning.search import PipelinePlan, evaluate, find_plan, uniform_counts
 from megatron_internvlx.planning.simulate import Schedule
 from megatron_internvlx.planning.timeline import draw_timeline
+from megatron_internvlx.ranks import is_first_rank
 
 GIB = 1 << 30
 NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
@@ -292,7 +293,7 @@ def measure(own: argparse.Namespace) -> None:
         "tensor_parallel": tensor,
         "micro_batch": vars(stats),
     }
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         replace(profile, about=about).save(own.measure)
         print(f"profile: {own.measure}")
     if not grouped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_internvlx import platform
+from megatron_internvlx.ranks import launched_ranks
 
 platform.setup()
 
@@ -170,9 +171,8 @@ def _data_parallel(request: Request) -> int:
 
 
 def _world() -> int:
-    import os
 
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_ranks()
 
 
 @torch.no_grad()

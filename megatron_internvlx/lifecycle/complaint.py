@@ -13,12 +13,14 @@ import socket
 import sys
 from pathlib import Path
 
+from megatron_internvlx.ranks import launched_nodes
+
 MISTAKE = 2
 
 
 def complain(error: ValueError) -> int:
     """Print a caller's mistake, once per node and start; returns the exit code: the error's, or 2."""
-    where = f" on {socket.gethostname()}" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
+    where = f" on {socket.gethostname()}" if launched_nodes() > 1 else ""
     _say_once(f"pretrain_vlm.py{where}: {error}")
     return int(getattr(error, "exit_code", MISTAKE))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import complaint
+from megatron_internvlx.ranks import is_first_rank
 
 INTERRUPTED = 130  # what a shell reports after SIGINT
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
@@ -102,7 +103,7 @@ class Interrupts:
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
 
     def _say(self, text: str) -> None:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_rank():
             return
         # A terminal shows ^C, or half a progress bar.
         start = "\n" if os.isatty(2) else ""

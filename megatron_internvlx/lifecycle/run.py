@@ -20,6 +20,7 @@ from megatron_internvlx.lifecycle.interrupt import INTERRUPTED, newest_checkpoin
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.resume import SAVE_FAILED
 from megatron_internvlx.lifecycle.stall import Position, StallClock
+from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -56,7 +57,7 @@ class Run:
         self.step, self.tell, self.saved, self.lock = step, tell, saved, lock
         self.saving = False
         risk = resume.launcher_risk(os.environ)
-        if risk and os.environ.get("RANK", "0") == "0":
+        if risk and is_first_rank():
             print(f"pretrain_vlm.py: {risk}", file=sys.stderr, flush=True)
         if args.exit_signal_handler:
             # Instead of Megatron's, which handles one signal and waits for the device at every step.

@@ -8,13 +8,13 @@ in a new program: a worker that died of the signal would fail the step that has 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 from megatron_internvlx.lifecycle.interrupt import Interrupts
 from megatron_internvlx.lifecycle.stall import StallClock
+from megatron_internvlx.ranks import is_first_rank
 
 if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
     import torch.distributed as dist
@@ -53,7 +53,7 @@ def pending() -> bool:
 
 def say(text: str) -> None:
     """A sign of life, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
 

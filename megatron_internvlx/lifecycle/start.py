@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.paths import check_path
+from megatron_internvlx.ranks import is_first_rank
 
 RELEASE = "release"
 
@@ -63,7 +64,7 @@ def check_paths(args: argparse.Namespace) -> None:
 
     Of the ranks the first one looks.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_rank():
         return
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         check_path(flag, path, args.save)

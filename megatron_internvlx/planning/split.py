@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -21,6 +20,7 @@ from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_f
 from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.planning.search import layout_string
+from megatron_internvlx.ranks import is_first_rank
 
 _UNITS = 1 << 24  # of work in a micro-batch: as fine as anybody could measure
 
@@ -42,7 +42,7 @@ def settle_split(args: argparse.Namespace) -> None:
     counts = even_work(model_costs(args), stages)
     args.pipeline_model_parallel_layout = layout_string(counts)
     args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         print(
             f"{args.num_layers} layers do not divide over {stages} pipeline stages: split by work into "
             f"{' + '.join(map(str, counts))} (--pipeline-model-parallel-layout "

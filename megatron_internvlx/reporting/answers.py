@@ -18,6 +18,7 @@ from megatron_internvlx.data.conversation import questions
 from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.files import write_atomically
 from megatron_internvlx.training.provider import DataProvider
 
 
@@ -144,7 +145,4 @@ def kind_of(record: dict[str, Any], turn: int) -> str:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON lines, under the final name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

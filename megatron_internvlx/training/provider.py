@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,6 +32,7 @@ from megatron_internvlx.parallel.batch import (
     SharedBatches,
 )
 from megatron_internvlx.precision import row_alignment
+from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.training.validation import ValidationCounts, held_out, held_out_records
 
 # Held-out records that are tried before training starts.
@@ -128,15 +128,15 @@ class DataProvider:
             from megatron_internvlx.training.loader_state import save_with_checkpoints
 
             save_with_checkpoints(self.args)
-        if os.environ.get("RANK", "0") == "0" and energon:
+        if is_first_rank() and energon:
             prepared_sets(self.data.data or "")
-        elif os.environ.get("RANK", "0") == "0":
+        elif is_first_rank():
             if (Path(self.data.data or "") / MARK).is_file():
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.data.valid_data:
             self.valid_manifest = held_out(self.data.valid_data)
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_rank():
                 self._check_held_out()
 
     def _check_held_out(self) -> None:

@@ -10,7 +10,19 @@ PACKAGE = "megatron_internvlx"
 
 # A room may import from those before it. Files of a line without order among them stand alone.
 ORDER = [
-    ("yaml_files", "recipe", "files", "paths", "refusals", "ranges", "config", "usage", "precision", "hf"),
+    (
+        "yaml_files",
+        "recipe",
+        "files",
+        "paths",
+        "refusals",
+        "ranges",
+        "config",
+        "usage",
+        "precision",
+        "ranks",
+        "hf",
+    ),
     ("platform",),
     ("data",),
     ("parallel",),
