@@ -10,9 +10,10 @@ crosses a pipeline boundary in parallel/boundary.py, the plan of a micro-batch i
 import sys
 
 from megatron_internvlx import usage
+from megatron_internvlx.lifecycle import signals
+from megatron_internvlx.lifecycle.complaint import complain
+from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.paths import check_command_line
-from megatron_internvlx.training import signals
-from megatron_internvlx.training.complaint import complain
 
 
 def main() -> int:
@@ -37,14 +38,14 @@ def main() -> int:
 
     from megatron_internvlx import arguments
     from megatron_internvlx.data.rejects import TooManyRejects
-    from megatron_internvlx.model.builder import ModelProvider
+    from megatron_internvlx.lifecycle.lock import lock_save
+    from megatron_internvlx.lifecycle.run import Run
     from megatron_internvlx.parallel.groups import MegatronGroups
-    from megatron_internvlx.training import dryrun
-    from megatron_internvlx.training.data import DataProvider
-    from megatron_internvlx.training.lock import lock_save
-    from megatron_internvlx.training.log import TrainingLog
+    from megatron_internvlx.planning import dryrun
+    from megatron_internvlx.reporting.log import TrainingLog
+    from megatron_internvlx.training.builder import ModelProvider
     from megatron_internvlx.training.pipeline import boundary_communicator
-    from megatron_internvlx.training.run import Run
+    from megatron_internvlx.training.provider import DataProvider
     from megatron_internvlx.training.step import ForwardStep
     from megatron_internvlx.training.validation import settle_validation
 
@@ -53,7 +54,7 @@ def main() -> int:
         if args.dry_run:
             return dryrun.run(args)
         settle_validation(args)
-        arguments.check_paths(args)
+        check_paths(args)
         lock = lock_save(args)
         arguments.alone()
         data = DataProvider(args)

@@ -27,9 +27,9 @@ import torch
 from megatron.training import get_args
 
 from megatron_internvlx.data.plan import SequencePlan
-from megatron_internvlx.model.builder import compression_plan
+from megatron_internvlx.model.settings import compression_plan
 from megatron_internvlx.parallel.layout import boundary_content
-from megatron_internvlx.training.data import plan_settings
+from megatron_internvlx.training.provider import plan_settings
 from tests.distributed import Pool
 from tests.layout_cases import SETTINGS, Case, Runner, expand
 

@@ -140,7 +140,7 @@ def time_resume(folder: Path) -> Iterator[str]:
     """How long a resumed loader takes to its first pack, early and late in the data."""
     from transformers import AutoTokenizer
 
-    from megatron_internvlx.data.energon_batches import EnergonBatches, LoaderSettings
+    from megatron_internvlx.data.energon_loader import EnergonBatches, LoaderSettings
     from megatron_internvlx.data.plan import PlanSettings
     from megatron_internvlx.data.prepare import PrepareSettings, prepare
     from megatron_internvlx.data.rejects import RejectLog

@@ -54,7 +54,7 @@ def device() -> str | None:
 
 def stacks(preset: str, precision: str, repeats: int) -> list[list[str]]:
     """Two rows: LVTC off and on, in processes of their own that take turns."""
-    from megatron_internvlx.training.metrics import mfu, peak_flops
+    from megatron_internvlx.planning.metrics import mfu, peak_flops
 
     peak = peak_flops(device() or "", "fp8" if "fp8" in precision else "bf16")
     tokens = sum(tiles * 256 + text for pack in samples() for tiles, text in pack)

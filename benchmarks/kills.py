@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import ROOT, table, write
-from megatron_internvlx.training import resume
+from megatron_internvlx import files
+from megatron_internvlx.lifecycle import resume
 from tests.checkpoints import differing
 from tools import make_demo_data
 
@@ -76,12 +77,12 @@ def ranks(save: Path) -> list[int]:
 def strike(save: Path, rng: random.Random, during_save: bool, run: subprocess.Popen) -> Kill | None:
     """Wait for a random moment of a running attempt, and kill; None if the run ended before."""
     started = len(resume.RunState.read(save).history)
-    known = set(resume.iterations(save))
+    known = set(files.iterations(save))
     moment: float | None = None
     while run.poll() is None:
         state = resume.RunState.read(save)
         if moment is None and state.status == "running" and started:
-            if during_save and set(resume.iterations(save)) - known:
+            if during_save and set(files.iterations(save)) - known:
                 moment = time.monotonic() + rng.uniform(0, 0.1)
             elif not during_save:
                 moment = time.monotonic() + rng.uniform(1, 8)
@@ -89,7 +90,7 @@ def strike(save: Path, rng: random.Random, during_save: bool, run: subprocess.Po
         if moment is not None and time.monotonic() >= moment and len(ranks(save)) == 2:
             victims = rng.choice([[0], [1], [0, 1]])
             pids = sorted(ranks(save))
-            newest = (resume.iterations(save) or [0])[0]
+            newest = (files.iterations(save) or [0])[0]
             for victim in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pids[victim], signal.SIGKILL)
@@ -128,7 +129,7 @@ def main() -> int:
             print(f"kill {len(kills)}: {kill}", flush=True)
             wait_for_restart(base / "killed", attempts, run)
         code = run.wait()
-        final = [resume.directory(base / name, STEPS) for name in ("unbroken", "killed")]
+        final = [files.checkpoint_directory(base / name, STEPS) for name in ("unbroken", "killed")]
         different = differing(*final) if code == 0 else ["the run did not end"]
         log = (base / "killed.log").read_text()
         report(kills, different, log.count("skipped"))

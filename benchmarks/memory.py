@@ -43,10 +43,10 @@ def peak() -> tuple[float, dict[str, float]]:
     torch.set_num_threads(1)
     from benchmarks.trainer import Trainer, plan_settings, tokens_of
     from megatron_internvlx.data.plan import build_plan
-    from megatron_internvlx.training import dryrun
-    from megatron_internvlx.training.activations import ActivationModel, rank_activations
-    from megatron_internvlx.training.flops import BackwardSettings, PlanStats
-    from megatron_internvlx.training.memory import StateSizes
+    from megatron_internvlx.planning import dryrun
+    from megatron_internvlx.planning.activations import ActivationModel, rank_activations
+    from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
+    from megatron_internvlx.planning.memory import StateSizes
 
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = psutil.Process().memory_info().rss / MIB

@@ -36,15 +36,15 @@ platform.setup()
 
 from benchmarks.common import ROOT, ratio, spread, table, write  # noqa: E402
 from benchmarks.step_time import argv as model_arguments  # noqa: E402
-from megatron_internvlx.parallel.costs import Cost, LayerCosts  # noqa: E402
-from megatron_internvlx.parallel.planner import (  # noqa: E402
+from megatron_internvlx.planning.costs import Cost, LayerCosts  # noqa: E402
+from megatron_internvlx.planning.search import (  # noqa: E402
     Problem,
     evaluate,
     find_plan,
     layout_string,
     uniform_counts,
 )
-from megatron_internvlx.parallel.simulate import Schedule  # noqa: E402
+from megatron_internvlx.planning.simulate import Schedule  # noqa: E402
 from tests.distributed import Pool  # noqa: E402
 
 SIZE = {
@@ -175,8 +175,8 @@ def profile(arguments: list[str]) -> dict[str, tuple[float, float]]:
     from megatron_internvlx import arguments as ours
     from megatron_internvlx.data.plan import build_plan
     from megatron_internvlx.parallel.batch import MicroBatch, device_plan
-    from megatron_internvlx.parallel.measure import measure, reduce_to_kinds
-    from megatron_internvlx.training.data import plan_settings
+    from megatron_internvlx.planning.measure import measure, reduce_to_kinds
+    from megatron_internvlx.training.provider import plan_settings
 
     saved, sys.argv = sys.argv, ["profile", *arguments]
     try:

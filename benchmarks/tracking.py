@@ -79,7 +79,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     from benchmarks.trainer import Trainer
-    from megatron_internvlx.training.mlflow_sink import MlflowSink, RunInfo
+    from megatron_internvlx.reporting.mlflow_sink import MlflowSink, RunInfo
 
     trainer = Trainer(argv(QUICK, "pvtc", 2, TOKENIZER), [[(2, 96), (1, 64)]])
     for _ in range(5):

@@ -23,16 +23,16 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.arguments import vision_config  # noqa: E402
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider, compression_plan  # noqa: E402
+from megatron_internvlx.model.settings import compression_plan, vision_config  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
-from megatron_internvlx.training.data import DataProvider, plan_settings  # noqa: E402
-from megatron_internvlx.training.flops import BackwardSettings  # noqa: E402
-from megatron_internvlx.training.metrics import StepMeter  # noqa: E402
+from megatron_internvlx.planning.flops import BackwardSettings  # noqa: E402
+from megatron_internvlx.planning.metrics import StepMeter  # noqa: E402
+from megatron_internvlx.planning.parameters import ModelShape  # noqa: E402
+from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
-from megatron_internvlx.training.shape import ModelShape  # noqa: E402
+from megatron_internvlx.training.provider import DataProvider, plan_settings  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 Sample = tuple[int, int]

@@ -7,12 +7,10 @@ model preset, the precision, a recipe file, the command line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +25,21 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
-    VisionSettings,
     check_compression,
     check_packing,
     check_projector,
     check_static_budgets,
     grid_side,
+    settings_from,
 )
-from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.model.presets import preset
+from megatron_internvlx.model.settings import vision_config
 from megatron_internvlx.parallel.layout import check_layout
-from megatron_internvlx.parallel.split import settle_split
-from megatron_internvlx.paths import check_path
-from megatron_internvlx.precision import check_precision, precision_defaults, row_multiple
+from megatron_internvlx.planning.split import settle_split
+from megatron_internvlx.precision import check_precision, precision_defaults, row_alignment
 from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
-from megatron_internvlx.recipe import raise_errors, read_recipe, similar
+from megatron_internvlx.recipe import raise_errors, read_recipe
 from megatron_internvlx.refusals import refusals
-from megatron_internvlx.training.start import check_start
 from megatron_internvlx.usage import Formatter
 
 # What every run of ours needs from Megatron, whatever the model.
@@ -60,7 +56,6 @@ OUR_DEFAULTS: dict[str, Any] = {
     # What a resumed run is told counts, as its first start's did; equal arguments change nothing.
     "override_opt_param_scheduler": True,
 }
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -128,51 +123,6 @@ def tokenizer_size(directory: str) -> int:
     from megatron_internvlx.data.tokenizer import load_tokenizer
 
     return len(load_tokenizer(directory))
-
-
-def settings_from[Settings](args: argparse.Namespace, settings: type[Settings]) -> Settings:
-    """One of our settings classes filled from the parsed arguments."""
-    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
-
-
-def vision_config(args: argparse.Namespace) -> InternViTConfig:
-    """The vision encoder's architecture: the preset with our overrides."""
-    wanted = settings_from(args, VisionSettings)
-    changes: dict[str, Any] = {"image_size": wanted.image_size, "drop_path_rate": wanted.vision_drop_path}
-    if wanted.patch_size is not None:
-        changes["patch_size"] = wanted.patch_size
-    if wanted.select_layer is not None:
-        changes["select_layer"] = wanted.select_layer
-    if wanted.vision_overrides:
-        changes |= vision_overrides(wanted.vision_overrides)
-    return internvit_preset(wanted.vision_preset, **changes)
-
-
-def vision_overrides(text: str) -> dict[str, Any]:
-    """The fields in --vision-overrides. Raises ValueError for bad JSON, unknown fields and wrong types."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--vision-overrides {text}: not JSON: {error}") from error
-    known = {field.name: field.type for field in fields(InternViTConfig)}
-    if not isinstance(found, dict):
-        raise ValueError(f'--vision-overrides {text}: want a JSON object, such as {{"num_layers": 12}}')
-    for name, value in found.items():
-        if name not in known:
-            hint = similar(name, known) or f": one of {', '.join(known)}"
-            raise ValueError(f"--vision-overrides: InternViT has no field {name}{hint}")
-        kind = type(getattr(InternViTConfig, name))  # its default's
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"--vision-overrides: {name} is {json.dumps(value)}, want {_KINDS[kind]}")
-    return found
-
-
-def row_alignment(args: argparse.Namespace) -> int:
-    """Both phases hold a multiple of this many rows: what FP8 and sequence parallelism need.
-
-    FP8 matrix products need multiples of 16, MXFP8 blocks 32, on every rank of the split.
-    """
-    return row_multiple(args) * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -329,30 +279,6 @@ def parse(prepare: Callable[[argparse.Namespace], None] = lambda args: None) -> 
     with refusals(args):
         set_global_variables(args)
     return args
-
-
-def check_paths(args: argparse.Namespace) -> None:
-    """What a run begins from is there and named, and what it writes can be written. Raises ValueError.
-
-    Of the ranks the first one looks.
-    """
-    if int(os.environ.get("RANK", "0")):
-        return
-    for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        check_path(flag, path, args.save)
-    check_start(args)
-    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
-    files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
-    folders |= {flag: str(Path(path).absolute().parent) for flag, path in files.items() if path}
-    for flag, folder in folders.items():
-        if not folder or "://" in folder:  # of a storage client
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{flag}: {folder} cannot be made: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{flag}: no permission to write in {folder}")
 
 
 def alone() -> None:

@@ -5,7 +5,8 @@ in its own arguments. What InternVL-X adds is here, with every check that spans 
 so that an impossible combination stops before anything is built.
 """
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 from typing import Literal
 
 
@@ -165,6 +166,11 @@ class RunSettings:
 
 
 SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
+
+
+def settings_from[Settings](args: argparse.Namespace, settings: type[Settings]) -> Settings:
+    """One of our settings classes filled from the parsed arguments."""
+    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
 
 
 def grid_side(patches: int, ratio: float, name: str) -> int:

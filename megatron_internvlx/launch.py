@@ -15,10 +15,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_internvlx.training.complaint import MISTAKE
-from megatron_internvlx.training.interrupt import INTERRUPTED
-from megatron_internvlx.training.lock import IN_USE
-from megatron_internvlx.training.resume import SAVE_FAILED, STOP
+from megatron_internvlx.lifecycle.complaint import MISTAKE
+from megatron_internvlx.lifecycle.interrupt import INTERRUPTED
+from megatron_internvlx.lifecycle.lock import IN_USE
+from megatron_internvlx.lifecycle.resume import SAVE_FAILED, STOP
 
 SAID = (IN_USE, STOP, SAVE_FAILED, MISTAKE, INTERRUPTED)
 """Exit codes of ranks that have named their reason."""

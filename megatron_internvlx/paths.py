@@ -6,9 +6,10 @@ Only refuses what reading all of it would refuse too; what it does not see is fo
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_internvlx.ranks import local_rank
 
 WEIGHTS = ("--load", "--pretrained-checkpoint")
 PATHS = ("--recipe", "--data", "--valid-data", "--tokenizer-model", *WEIGHTS)
@@ -16,7 +17,7 @@ PATHS = ("--recipe", "--data", "--valid-data", "--tokenizer-model", *WEIGHTS)
 
 def check_command_line(words: Sequence[str]) -> None:
     """Raises ValueError, naming flag and path, if one is not there. The first rank of each node looks."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if local_rank():
         return
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--save")

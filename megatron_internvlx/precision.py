@@ -56,6 +56,14 @@ def row_multiple(args: argparse.Namespace) -> int:
     return 32 if args.fp8_recipe == "mxfp8" else 16
 
 
+def row_alignment(args: argparse.Namespace) -> int:
+    """Both phases hold a multiple of this many rows: what FP8 and sequence parallelism need.
+
+    FP8 matrix products need multiples of 16, MXFP8 blocks 32, on every rank of the split.
+    """
+    return row_multiple(args) * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+
+
 def check_precision(
     args: argparse.Namespace, parts: list[str], *, tokens_per_tile: int, cells: tuple[int, ...]
 ) -> None:

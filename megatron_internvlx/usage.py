@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_internvlx.config import SETTINGS
+from megatron_internvlx.ranks import is_first_rank
 
 FLAG_WIDTH = 34
 HEAD = """\
@@ -163,6 +163,6 @@ def lines() -> Iterator[str]:
 
 def show() -> int:
     """Print the short help, on one rank; returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print("\n".join(lines()))
     return 0

@@ -203,7 +203,7 @@ def load_and_save(layout: list[str], checkpoints: dict[str, str], folder: str) -
     from megatron.training.training import get_model
 
     from megatron_internvlx import arguments
-    from megatron_internvlx.model.builder import ModelProvider
+    from megatron_internvlx.training.builder import ModelProvider
     from tests.distributed import forget_megatron
 
     # The ranks of the pool are daemons, which may not start the process that Megatron writes from.

@@ -10,7 +10,7 @@ from megatron_internvlx import platform
 platform.setup()
 
 import pretrain_vlm  # noqa: E402
-from megatron_internvlx.training import log  # noqa: E402
+from megatron_internvlx.reporting import log  # noqa: E402
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron_internvlx import arguments  # noqa: E402
 from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
 from megatron_internvlx.data.plan import PlanSettings, build_plan  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
-from megatron_internvlx.training.data import DataProvider, plan_settings  # noqa: E402
+from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
+from megatron_internvlx.training.provider import DataProvider, plan_settings  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 TOKENIZER = Path(__file__).parent / "golden" / "data" / "tokenizers" / "qwen2_fast"

@@ -19,8 +19,7 @@ from megatron.training import argument_utils  # noqa: E402
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402, F401
 
-from megatron_internvlx.model import builder  # noqa: E402, F401
-from megatron_internvlx.training import step  # noqa: E402, F401
+from megatron_internvlx.training import builder, step  # noqa: E402, F401
 
 
 # Megatron reads the documentation of every argument from its sources at each start, a third of the work of a

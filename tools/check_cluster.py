@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_internvlx import platform
+from megatron_internvlx.ranks import local_rank
 from tools.values import real, whole
 
 GIB = 1 << 30
@@ -263,12 +264,12 @@ def main(argv: list[str] | None = None) -> int:
             "--shared and --min-bandwidth compare ranks: start this with torchrun, and without --node"
         )
     checks: list[Check] = []
-    if alone or os.environ.get("LOCAL_RANK") == "0":
+    if alone or local_rank() == 0:
         checks += node_checks(asked.gpus, asked.scratch)
     if not alone:
         began = not dist.is_initialized()
         if began:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if platform.backend() == "nccl" else None
+            torch.cuda.set_device(local_rank()) if platform.backend() == "nccl" else None
             dist.init_process_group(platform.backend())
         least = asked.min_bandwidth
         if least is None:

@@ -189,7 +189,8 @@ def run_export(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """The subcommand `verify`."""
     from megatron_internvlx.checkpoint.case import compare, load_case
-    from megatron_internvlx.checkpoint.verify import Layout, Request, verify
+    from megatron_internvlx.checkpoint.request import Layout, Request
+    from megatron_internvlx.checkpoint.verify import verify
 
     layout = Layout(
         args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,

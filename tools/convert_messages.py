@@ -20,6 +20,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 from megatron_internvlx.data.manifest import JsonlFile
 from megatron_internvlx.data.messages import conversation_of
 from megatron_internvlx.data.rejects import BadSample, blamed_on
+from megatron_internvlx.files import unfinished
 
 SHOWN = 20  # bad records that are named one by one
 
@@ -32,9 +33,7 @@ def convert(source: Path, out: Path, images: Path) -> tuple[int, list[BadSample]
     if not source.is_file():
         raise ValueError(f"no such file: {source}")
     file, written, bad = JsonlFile(source, source.name), 0, []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as lines:
+    with unfinished(out) as partial, partial.open("w", encoding="utf-8") as lines:
         for index in range(len(file)):
             key = file.key(index)
             try:
@@ -45,11 +44,9 @@ def convert(source: Path, out: Path, images: Path) -> tuple[int, list[BadSample]
                 bad.append(reject)
                 continue
             written += 1
-    if not written:
-        partial.unlink()
-        why = f"; the first: {bad[0]}" if bad else ""
-        raise ValueError(f"{source}: none of its {len(file)} records can be converted{why}")
-    partial.replace(out)
+        if not written:
+            why = f"; the first: {bad[0]}" if bad else ""
+            raise ValueError(f"{source}: none of its {len(file)} records can be converted{why}")
     return written, bad
 
 

@@ -12,13 +12,13 @@ Arguments that are not the planner's own are those of pretrain_vlm.py. Nothing i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_internvlx import platform
+from megatron_internvlx.ranks import is_first_rank
 from tools.values import real, whole
 
 MOST = 65_536
@@ -83,7 +83,7 @@ def main() -> int:
         else:
             planning.plan(own)
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,19 +14,20 @@ from megatron.training.arguments import parse_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_internvlx import arguments, platform
-from megatron_internvlx.arguments import add_our_arguments, vision_config
-from megatron_internvlx.model.builder import compression_plan
-from megatron_internvlx.parallel import costs as cost
-from megatron_internvlx.parallel.measure import kinds_of, reduce_to_kinds, synthetic_batch, with_recomputation
-from megatron_internvlx.parallel.planner import PipelinePlan, evaluate, find_plan, uniform_counts
-from megatron_internvlx.parallel.propose import layouts, propose_expansions, propose_parallelism
-from megatron_internvlx.parallel.simulate import Schedule
-from megatron_internvlx.parallel.timeline import draw_timeline
-from megatron_internvlx.training.activations import ActivationModel
-from megatron_internvlx.training.dryrun import RESERVE_GIB, full_micro_batch
-from megatron_internvlx.training.flops import BackwardSettings, PlanStats
-from megatron_internvlx.training.memory import Layout, StateSizes
-from megatron_internvlx.training.shape import ModelShape
+from megatron_internvlx.arguments import add_our_arguments
+from megatron_internvlx.model.settings import compression_plan, vision_config
+from megatron_internvlx.planning import costs as cost
+from megatron_internvlx.planning.activations import ActivationModel
+from megatron_internvlx.planning.dryrun import RESERVE_GIB, full_micro_batch
+from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
+from megatron_internvlx.planning.measure import kinds_of, reduce_to_kinds, synthetic_batch, with_recomputation
+from megatron_internvlx.planning.memory import Layout, StateSizes
+from megatron_internvlx.planning.parameters import ModelShape
+from megatron_internvlx.planning.propose import layouts, propose_expansions, propose_parallelism
+from megatron_internvlx.planning.search import PipelinePlan, evaluate, find_plan, uniform_counts
+from megatron_internvlx.planning.simulate import Schedule
+from megatron_internvlx.planning.timeline import draw_timeline
+from megatron_internvlx.ranks import is_first_rank
 
 GIB = 1 << 30
 NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
@@ -261,8 +262,8 @@ def measure(own: argparse.Namespace) -> None:
     """Time one layer of each kind here, and write the profile. Raises ValueError."""
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_internvlx.parallel.measure import measure as timed
-    from megatron_internvlx.training.data import plan_settings
+    from megatron_internvlx.planning.measure import measure as timed
+    from megatron_internvlx.training.provider import plan_settings
 
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
@@ -292,7 +293,7 @@ def measure(own: argparse.Namespace) -> None:
         "tensor_parallel": tensor,
         "micro_batch": vars(stats),
     }
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         replace(profile, about=about).save(own.measure)
         print(f"profile: {own.measure}")
     if not grouped:

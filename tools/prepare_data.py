@@ -88,9 +88,9 @@ def run_stats(argv: Sequence[str]) -> None:
     """Print the table, draw the picture."""
     args = _stats_parser().parse_args(argv)
     from megatron_internvlx.config import grid_side
-    from megatron_internvlx.data import stats
     from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
     from megatron_internvlx.data.tokenizer import load_tokenizer
+    from megatron_internvlx.planning import statistics as stats
 
     if args.patch_size < 1 or args.image_size % args.patch_size:
         raise ValueError(

@@ -37,8 +37,8 @@ import yaml
 if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_internvlx.training import resume
-from megatron_internvlx.training.mlflow_sink import mark_failed
+from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.reporting.mlflow_sink import mark_failed
 from megatron_internvlx.yaml_files import load_yaml
 from tools import scaling_report
 

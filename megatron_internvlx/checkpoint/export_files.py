@@ -20,7 +20,7 @@ from megatron_internvlx.checkpoint.remote_code import (
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, PICKLES
 
 if TYPE_CHECKING:
-    from megatron_internvlx.checkpoint.exporter import ExportPlan
+    from megatron_internvlx.checkpoint.export_plan import ExportPlan
 
 _OURS = {
     NOTES,

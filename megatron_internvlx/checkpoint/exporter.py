@@ -9,18 +9,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.checks import read_object
-from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.hf_config import DTYPES, FAMILIES, dims, family_of
-from megatron_internvlx.checkpoint.importer import NOTES, SIDE
-from megatron_internvlx.checkpoint.mapping import LAYOUTS, Dims, Entry, output_names, table
-from megatron_internvlx.checkpoint.ops import our_shape
+from megatron_internvlx.checkpoint.export_plan import SHARD_BYTES, ExportPlan, plan_export
+from megatron_internvlx.checkpoint.mapping import Entry, output_names
 from megatron_internvlx.checkpoint.remote_code import check_tokenizer
 from megatron_internvlx.checkpoint.safetensors_io import (
     INDEX,
@@ -34,191 +30,9 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_header,
 )
 from megatron_internvlx.checkpoint.target import fingerprint, group_by_size, new_directory, run_units
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, Stored, checkpoint_folder
+from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, Stored
 
-SHARD_BYTES = 5 * 10**9
 UNIT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """Everything that is known before the first byte is written."""
-
-    folder: Path
-    arguments: dict[str, Any]
-    family: str
-    layout: str
-    dims: Dims
-    dtype: str
-    entries: tuple[Entry, ...]
-    tensors: dict[str, TensorInfo]
-    """Every tensor of the directory, with its file."""
-    side: Path | None
-    """Files of the directory that the model came from, if any."""
-    notes: dict[str, Any]
-    """conversion.json of that directory, or empty."""
-    tied_copy: str | None
-    """The stored copy of a tied output layer."""
-    iteration: int
-
-
-def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
-    """(arguments, family or "", iteration) of a checkpoint. Raises ConversionError."""
-    common = reader.common()
-    imported = common.get("internvlx")
-    if imported:
-        return dict(imported["arguments"]), imported["family"], 0
-    if common.get("args") is None:
-        raise ConversionError(f"{reader.folder}: it holds no arguments, so its model is not known")
-    arguments = dict(vars(common["args"]))
-    if "expand_layer" not in arguments:
-        raise ConversionError(f"{reader.folder}: not a checkpoint of this project (no InternVL-X settings)")
-    return arguments, "", int(common.get("iteration", 0))
-
-
-def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> Path | None:
-    """Where tokenizer and original config.json are: --like, beside the checkpoint, or the tokenizer's.
-
-    Raises ConversionError for a --like that is not there.
-    """
-    if given is not None and not given.is_dir():
-        raise ConversionError(f"--like {given}: no such directory")
-    tokenizer = arguments.get("tokenizer_model")
-    for path in (given, load / SIDE, load.parent / SIDE, Path(tokenizer) if tokenizer else None):
-        if path is not None and path.is_dir():
-            return path
-    return None
-
-
-def read_notes(side: Path | None) -> dict[str, Any]:
-    """conversion.json of an import; empty where there is none. Raises ConversionError for a broken one."""
-    if side is None or not (side / NOTES).is_file():
-        return {}
-    notes = read_object(side / NOTES)
-    get = notes.get
-    kinds = get("layout") in (*LAYOUTS, None) and get("family") in (*FAMILIES, None)
-    if not (kinds and isinstance(get("arguments", {}), dict) and isinstance(get("tied_copy") or "", str)):
-        raise ConversionError(f"{side / NOTES}: not as an import writes it; remove it to export without it")
-    tensors = notes.get("tensors")
-    for entry in tensors.values() if isinstance(tensors, dict) else [None]:
-        file, dtype = (entry.get("file"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
-        known = isinstance(getattr(torch, str(dtype), None), torch.dtype)
-        if not isinstance(file, str) or Path(file).name != file or not known:
-            raise ConversionError(
-                f"{side / NOTES}: not as an import writes it ({entry!r}); remove it to export without it"
-            )
-    return notes
-
-
-def plan_export(
-    load: Path,
-    *,
-    like: Path | None = None,
-    dtype: str | None = None,
-    max_shard_size: int = SHARD_BYTES,
-) -> ExportPlan:
-    """Decide the layout, the names, the types and the files.
-
-    Args:
-        load: checkpoint directory (the latest iteration is taken) or the folder of one iteration.
-        like: directory with tokenizer and, if the model was imported, what import kept of the original.
-        dtype: of all weights; None: as the original had them, or else as the model was trained.
-        max_shard_size: bytes of a weight file at most.
-
-    Raises ConversionError.
-    """
-    folder = checkpoint_folder(load)
-    reader = CheckpointReader(folder)
-    arguments, family, iteration = read_arguments(reader)
-    side = find_side(load, arguments, like)
-    notes = read_notes(side)
-    family = family or notes.get("family") or family_of(arguments)
-    try:
-        sizes = dims(arguments, family)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ConversionError(
-            f"{folder}: its arguments describe no model of this project: {reason}"
-        ) from error
-    layout = _layout(sizes, notes)
-    if side is not None and layout == notes.get("layout") != "internvlx":
-        read_object(side / "config.json")
-    entries = table(sizes, layout)
-    original: Mapping[str, Any] = notes.get("tensors", {}) if layout == notes.get("layout") else {}
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
-    fallback = dtype or _model_dtype(original, arguments)
-    copy = notes.get("tied_copy") if original and sizes.tied else None
-    infos: dict[str, TensorInfo] = {}
-    for entry in entries:
-        _check_shape(reader, entry, sizes)
-        for name, shape in zip(entry.theirs, entry.shapes, strict=True):
-            kept = None if dtype else original.get(name, {}).get("dtype")
-            infos[name] = TensorInfo("", shape, getattr(torch, kept or fallback))
-    if copy:
-        infos[copy] = infos[output_names(family, layout)[1]]
-    infos = _files(infos, original, max_shard_size)
-    return ExportPlan(
-        folder,
-        arguments,
-        family,
-        layout,
-        sizes,
-        fallback,
-        tuple(entries),
-        infos,
-        side,
-        notes,
-        copy,
-        iteration,
-    )
-
-
-def _layout(sizes: Dims, notes: Mapping[str, Any]) -> str:
-    """Released names wherever they exist; with LVTC ours. An original MLP model keeps its own format."""
-    if sizes.injections:
-        return "internvlx"
-    source = notes.get("layout", "chat")
-    if source == "internvlx" or (source != "chat" and sizes.projector != "mlp"):
-        return "chat"
-    return source
-
-
-def _model_dtype(original: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    if original:
-        types = [entry["dtype"] for entry in original.values()]
-        return max(set(types), key=types.count)
-    return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
-
-
-def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
-    key, place = reader.find(entry.ours)
-    stored = reader.tensors[key].shape
-    stored = stored if place is None else stored[1:]
-    wanted = our_shape(entry.shapes)
-    vocabulary = entry.ours.endswith(("word_embeddings.weight", "output_layer.weight"))
-    # A layout may have padded the vocabulary.
-    fits = stored[0] >= wanted[0] and stored[1:] == wanted[1:] if vocabulary else stored == wanted
-    if not fits:
-        raise ConversionError(f"{reader.folder}: {key} is {list(stored)}, its arguments want {list(wanted)}")
-
-
-def _files(infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int) -> dict[str, TensorInfo]:
-    """File of every tensor: the original's if all its names are there, else by size in order."""
-    kept = all(entry["file"].endswith(".safetensors") for entry in original.values())
-    if original and kept and set(original) == set(infos):
-        return {name: TensorInfo(original[name]["file"], i.shape, i.dtype) for name, i in infos.items()}
-    names = list(infos)
-    groups = group_by_size([infos[name].nbytes for name in names], limit)
-    files: dict[str, str] = {}
-    for number, group in enumerate(groups):
-        single = len(groups) == 1
-        file = SINGLE if single else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        files |= {names[i]: file for i in group}
-    return {name: TensorInfo(files[name], info.shape, info.dtype) for name, info in infos.items()}
-
-
-# ----------------------------------------------------------------------------------------- tensors
 
 
 @dataclass(frozen=True)

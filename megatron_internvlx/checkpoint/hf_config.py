@@ -134,7 +134,7 @@ def compression_from(arguments: Mapping[str, Any]) -> CompressionSettings:
 
 
 def vision_from(arguments: Mapping[str, Any]) -> InternViTConfig:
-    """The vision encoder that the arguments name; as `arguments.vision_config`, without Megatron."""
+    """The vision encoder that the arguments name; as `vision_config`, without Megatron."""
     changes = {"image_size": arguments.get("image_size", 448)}
     for name in ("patch_size", "select_layer"):
         if arguments.get(name) is not None:

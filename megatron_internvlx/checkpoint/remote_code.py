@@ -19,7 +19,7 @@ from megatron_internvlx.checkpoint.mapping import Dims
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
 
 if TYPE_CHECKING:
-    from megatron_internvlx.checkpoint.exporter import ExportPlan
+    from megatron_internvlx.checkpoint.export_plan import ExportPlan
 
 TEMPLATE_FILE, PROCESSOR = "chat_template.jinja", "processor_config.json"
 PROCESSOR_CODE = "processing_internvlx.py"

@@ -25,62 +25,16 @@ from torch import Tensor
 
 from megatron_internvlx.checkpoint.case import Case, check_case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.exporter import plan_export
+from megatron_internvlx.checkpoint.export_plan import plan_export
 from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
 from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
+from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Layout, Request
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
+from megatron_internvlx.files import unfinished
 
 MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
-RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the model is cut over ranks; names are those of Megatron's arguments."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    stages: str | None = None
-    """--pipeline-model-parallel-layout."""
-    virtual: int | None = None
-    """--num-virtual-stages-per-pipeline-rank."""
-    extra: tuple[str, ...] = ()
-    """Further arguments of Megatron or ours."""
-
-    @property
-    def ranks(self) -> int:
-        """Processes that this layout needs at least."""
-        return self.pipeline * max(self.tensor, self.expert)
-
-    def arguments(self) -> list[str]:
-        """As command-line arguments."""
-        found = ["--tensor-model-parallel-size", str(self.tensor)]
-        found += ["--pipeline-model-parallel-size", str(self.pipeline)]
-        if self.expert > 1:
-            found += ["--expert-model-parallel-size", str(self.expert), "--expert-tensor-parallel-size", "1"]
-        if self.stages:
-            found += ["--pipeline-model-parallel-layout", self.stages]
-        if self.virtual:
-            found += ["--num-virtual-stages-per-pipeline-rank", str(self.virtual)]
-        return [*found, *self.extra]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What every rank is told."""
-
-    folder: str
-    """Holds the recipe; ranks leave their results there."""
-    inputs: str
-    layout: Layout
-    gradients: bool
-    image_token: int | None
-    hf: str | None = None
-    load: str | None = None
-    allow_pickle: bool = False
 
 
 def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
@@ -245,7 +199,6 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
         changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
         found = gather(Path(folder), case, entries, request.gradients, vision_layers=sizes.vision.layers_run)
-    partial = out.with_name(f"{out.name}.partial")
-    save_file(found.tensors, partial, metadata={"format": "pt"})
-    partial.replace(out)
+    with unfinished(out) as partial:
+        save_file(found.tensors, partial, metadata={"format": "pt"})
     return found

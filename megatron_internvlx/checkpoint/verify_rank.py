@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_internvlx import platform
+from megatron_internvlx.ranks import launched_ranks
 
 platform.setup()
 
@@ -26,18 +27,18 @@ from torch import Tensor  # noqa: E402
 from megatron_internvlx import arguments  # noqa: E402
 from megatron_internvlx.checkpoint.case import Case, load_case  # noqa: E402
 from megatron_internvlx.checkpoint.importer import make_tensor, plan_import  # noqa: E402
+from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles  # noqa: E402
 from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
-from megatron_internvlx.checkpoint.verify import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan  # noqa: E402
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
 from megatron_internvlx.platform.transfer import to_device  # noqa: E402
-from megatron_internvlx.training.data import plan_settings  # noqa: E402
+from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
+from megatron_internvlx.training.provider import plan_settings  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 # Transformer Engine numbers grouped experts in the tensor's name.
@@ -170,9 +171,8 @@ def _data_parallel(request: Request) -> int:
 
 
 def _world() -> int:
-    import os
 
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_ranks()
 
 
 @torch.no_grad()

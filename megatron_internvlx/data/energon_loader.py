@@ -1,279 +1,348 @@
-"""Energon's task encoder: cook -> sample -> pack -> tiles and plan, every step stateless.
-
-Energon saves which samples lie in its buffers as keys and makes them again on resume, so that nothing may
-depend on earlier calls. A bad record becomes a `Reject` that travels through the buffers like a sample and
-leaves with the next pack: each is reported once, in an order that no timing changes.
-"""
+"""Micro-batches of one loading rank from a prepared directory, and the state that resumes them exactly."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+import faulthandler
+import gc
+import io
+import queue
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, cooker, edataclass, stateless
-from megatron.energon import Sample as EnergonSample
-from megatron.energon.wrappers import PackingDataset
+from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+from megatron.energon.errors import reraise_exception
+from megatron.energon.savable_loader import SavableDataLoaderState
 
-from megatron_internvlx.data.decode import TileDecoder
-from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
-from megatron_internvlx.data.manifest import Record, is_url
-from megatron_internvlx.data.packing import pack
-from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.data.rejects import BadSample, blamed_on
-from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
-from megatron_internvlx.data.shards import META
+from megatron_internvlx.data.ahead import Ahead
+from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder, RawPack, finish
+from megatron_internvlx.data.plan import PlanSettings
+from megatron_internvlx.data.prepare import METADATASET, prepared_sets
+from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
+from megatron_internvlx.data.sample import SampleEncoder
 
-# Tiles uint8 [T, 3, S, S] of one undecoded image; BadSample if it is broken.
-Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray]
-
-
-@edataclass
-class Cooked(EnergonSample):
-    """A record with the store of its images."""
-
-    record: Record
-    images: Any
+STATE_VERSION = 1
+# Packs without one good sample that may come in a row.
+MAX_EMPTY = 64
 
 
-@edataclass
-class Encoded(EnergonSample):
-    """A tokenized sample, or why there is none."""
+@dataclass(frozen=True)
+class LoaderSettings:
+    """``rank`` of ``world`` loading ranks; ``workers`` processes each, 0 for none; ``micro_batch_size``
+    samples without packing; ``pack_buffer`` samples among which packs are chosen; ``shuffle_buffer``
+    samples from which the next is drawn; ``sequence`` records read one after another before jumping
+    elsewhere; ``prefetch`` micro-batches that each worker is ahead."""
 
-    sample: Sample | None
-    reject: BadSample | None
-    images: Any
-    seed: str
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    seed: int = 0
+    micro_batch_size: int = 1
+    pack_buffer: int = 1000
+    shuffle_buffer: int = 256
+    sequence: int = 32
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world or self.workers < 0 or self.seed < 0:
+            raise ValueError(
+                f"rank {self.rank} must be in 0..{self.world - 1}; workers {self.workers} and seed "
+                f"{self.seed} must not be negative"
+            )
+        for name in ("micro_batch_size", "pack_buffer", "sequence", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass
-class RawPack:
-    """Samples of one pack with their images undecoded, as a worker reads them."""
+class LoaderState:
+    """What a loading rank saves: Energon's state, packs on their way, and what it was made with."""
 
-    samples: list[Sample] = field(default_factory=list)
-    blobs: list[list[bytes]] = field(default_factory=list)
-    seeds: list[str] = field(default_factory=list)
-    rejects: list[BadSample] = field(default_factory=list)
-
-
-@dataclass
-class Batch:
-    """A planned micro-batch; ``plan`` is None when every sample of it was bad.
-
-    ``tiles`` uint8 [T, 3, S, S] in the order of the plan; ``keys`` of the samples; ``rejects`` found on
-    the way; ``seen`` samples that came up, bad ones included; what the budgets cost in ``dropped_tiles``
-    and ``dropped_tokens``.
-    """
-
-    plan: SequencePlan | None
-    tiles: torch.Tensor | None
-    keys: list[str]
-    rejects: list[BadSample]
-    seen: int
-    dropped_tiles: int = 0
-    dropped_tokens: int = 0
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    """Images that went to Pillow instead of DALI, per reason."""
+    made_with: dict[str, Any]
+    rank: int
+    world: int
+    workers: int
+    energon: SavableDataLoaderState | None
+    pending: list[Any] = field(default_factory=list)
+    version: int = STATE_VERSION
 
 
-@edataclass
-class Delivery(EnergonSample):
-    """What a worker hands over: a finished batch, or a pack that the training process decodes."""
-
-    content: Batch | RawPack
-
-
-def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.ndarray], list[BadSample]]:
-    """Samples whose images all decode, their tiles, and the rejects; a broken image costs its own sample."""
-    good, parts, rejects = [], [], list(raw.rejects)
-    for sample, blobs, seed in zip(raw.samples, raw.blobs, raw.seeds, strict=True):
-        rng = random.Random(seed) if sample.jpeg_augment else None
-        try:
-            with blamed_on(sample.key):
-                tiles = [decode(blob, image, rng) for blob, image in zip(blobs, sample.images, strict=True)]
-        except BadSample as bad:
-            rejects.append(bad)
-            continue
-        good.append(sample)
-        parts += tiles
-    return good, parts, rejects
-
-
-def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> Batch:
-    """Decode the images of a pack and plan it."""
-    samples, parts, rejects = decode_pack(raw, decode)
-    fallbacks = decode.take_fallbacks() if isinstance(decode, TileDecoder) else {}
-    keys = [sample.key for sample in samples]
-    seen = len(raw.samples) + len(raw.rejects)
-    if not samples:
-        return Batch(None, None, keys, rejects, seen, fallbacks=fallbacks)
-    planned = build_plan(
-        [sample.input_ids for sample in samples],
-        [sample.labels for sample in samples],
-        [sample.is_visual for sample in samples],
-        plan,
-        [sample.number for sample in samples],
-    )
-    tiles = np.concatenate(parts) if parts else np.empty((0, 3, tile_size, tile_size), np.uint8)
-    return Batch(
-        planned,
-        torch.from_numpy(tiles),
-        keys,
-        rejects,
-        seen,
-        sum(sample.dropped_tiles for sample in samples),
-        sum(sample.dropped_tokens for sample in samples),
-        fallbacks,
-    )
-
-
-@lru_cache(maxsize=64)
-def _line_numbers(path: str) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
-
-
-@stateless
-@cooker(need_primary=True)
-def _cook(sample: dict[str, Any], *, out: Path, primary: Any, sizes: Any = None) -> Cooked:
-    """A record of a prepared directory, from JSONL or from a shard; no image is opened."""
-    flavors = sample["__subflavors__"]
-    names = {name: sample[name] for name in ("__key__", "__restore_key__", "__subflavors__", "__sources__")}
-    augment, most = flavors["data_augment"], flavors["max_tiles"]
-    if flavors.get("shards"):
-        # The index lies in the tar file: `primary` finds the images of this record by their names.
-        document = json.loads(sample[f"{META}.json"])
-        record = Record(document["key"], document["record"], "", augment, most)
-        return Cooked(
-            **names, record=record, images=ShardImages(document["sizes"], sample["__key__"], primary)
-        )
-    index = int(sample["__key__"])
-    line = index + 1 if flavors["lines"] is None else int(_line_numbers(str(out / flavors["lines"]))[index])
-    root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
-    record = Record(f"{flavors['label']}:{line}", sample["json"], "", augment, most)
-    return Cooked(**names, record=record, images=FolderImages(root, _size_table(str(out), flavors["set"])))
-
-
-@lru_cache(maxsize=256)
-def _size_table(out: str, name: str) -> SizeTable:
-    return SizeTable(Path(out) / name / "media")
-
-
-class _QuietPacking(PackingDataset):
-    """Energon's packing without its progress bar in every worker."""
-
-    def _fill_reading_buffer(self, source_iter: Any, log_progress: bool = False) -> bool:
-        return super()._fill_reading_buffer(source_iter, log_progress=False)
-
-
-class PackEncoder(TaskEncoder):
-    """Records -> planned micro-batches.
+class EnergonBatches:
+    """Endless planned micro-batches; `save_state` and `restore` make the next ones come again.
 
     Args:
-        out: the prepared directory.
-        encoder: record -> sample; with a packing budget, packs are made.
+        directory: what tools/prepare_data.py wrote.
+        encoder: record -> sample; its packing budget decides whether packs are made.
         plan: grids, alignment and static budgets.
-        micro_batch_size: samples of a micro-batch without packing.
-        buffer_size: samples among which packs are chosen.
-        decode: decodes in the worker; None hands the bytes to the training process.
-        seed: of the JPEG augmentation.
+        settings: the share of this rank.
+        reject_log: counts and lists bad samples; TooManyRejects ends the iteration.
+        decode: bytes of an image -> tiles.
+        in_worker: decode in the worker processes; otherwise here, in a thread that is ``ahead`` packs
+            ahead (0: no thread; it needs workers).
+        stream: entered by that thread: the device queue it uses.
     """
-
-    decoder = None
 
     def __init__(
         self,
-        out: Path,
+        directory: str | Path,
         encoder: SampleEncoder,
         plan: PlanSettings,
+        settings: LoaderSettings,
         *,
-        micro_batch_size: int,
-        buffer_size: int,
-        decode: Decode | None,
-        seed: int,
+        reject_log: RejectLog,
+        decode: Decode,
+        in_worker: bool = True,
+        ahead: int = 0,
+        stream: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        from functools import partial
+        if ahead and (in_worker or not settings.workers):
+            raise ValueError("a decoding thread needs worker processes that leave the decoding to it")
+        self.directory, self.encoder, self.plan = Path(directory), encoder, plan
+        self.settings, self.reject_log, self.decode = settings, reject_log, decode
+        self.taken = 0
+        self._in_worker, self._depth, self._stream = in_worker, ahead, stream
+        self._pending: list[Any] = []
+        self._ahead: Ahead | None = None
+        self._made_with = self._identity()
+        self._loader = self._build()
+        self._packs: Iterator[Delivery] | None = None
 
-        self.encoder, self.plan, self.decode = encoder, plan, decode
-        self.micro_batch_size, self.buffer_size, self.seed = micro_batch_size, buffer_size, seed
-        cook = partial(_cook, out=out)
-        for mark in ("__stateless__", "__cooker_need_cache__", "__cooker_need_primary__"):
-            setattr(cook, mark, getattr(_cook, mark))
-        self.cookers = [Cooker(cook)]
+    def _identity(self) -> dict[str, Any]:
+        """Settings that decide which samples come in which order."""
+        encoder = {key: value for key, value in asdict(self.encoder.settings).items() if key != "compat"}
+        wanted = ("seed", "micro_batch_size", "pack_buffer", "shuffle_buffer", "sequence")
+        own = {name: getattr(self.settings, name) for name in wanted}
+        sets = prepared_sets(self.directory)
+        data = {entry["name"]: [part["subset"]["range"][1] for part in entry["parts"]] for entry in sets}
+        return {**encoder, **own, "records": data}
 
-    @stateless
-    def encode_sample(self, sample: Cooked) -> Encoded:
-        """Tokenize a record and choose its grids from the recorded sizes."""
-        names = {name: getattr(sample, name) for name in ("__key__", "__restore_key__", "__sources__")}
-        exif = self.encoder.apply_exif
-        images: ImageStore = sample.images
-        result, reject = None, None
-        try:
-            with blamed_on(sample.record.key):
-                result = self.encoder.encode(sample.record, lambda name: images.size(name, apply_exif=exif))
-                result.number = int(sample.__key__.rsplit("/", 1)[-1].split(".")[0])
-        except BadSample as bad:
-            result, reject = None, bad
-        config = WorkerConfig.active_worker_config
-        assert config is not None
-        # The number of this sample in its worker, whatever rank the worker belongs to.
-        number = self.current_sample_index // max(config.num_workers, 1)
-        seed = f"{self.seed}/{config.global_worker_id()}/{number}/{sample.record.key}"
-        return Encoded(**names, sample=result, reject=reject, images=images, seed=seed)
-
-    def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
-        """Packs under the budgets, or micro-batches in order; rejects leave with the first."""
-        good = [sample for sample in samples if sample.sample is not None]
-        bad = [sample for sample in samples if sample.sample is None]
-        budget = self.encoder.settings.budget
-        groups: list[list[Encoded]]
-        if budget is not None:
-            costs = [self.encoder.cost(sample.sample) for sample in good if sample.sample is not None]
-            groups = [[good[i] for i in rows] for rows in pack(costs, budget)]
-        else:
-            size = self.micro_batch_size
-            groups = [good[i : i + size] for i in range(0, len(good), size)]
-        if bad:
-            groups = [[*(groups[0] if groups else []), *bad], *groups[1:]]
-        return groups
-
-    @stateless
-    def pack_selected_samples(self, samples: list[Encoded]) -> Delivery:
-        """Read the images of a pack; decode and plan it, unless the training process does."""
-        raw = RawPack()
-        for item in samples:
-            if item.sample is None:
-                assert item.reject is not None
-                raw.rejects.append(item.reject)
-                continue
-            try:
-                with blamed_on(item.sample.key):
-                    blobs = [item.images.read(image.path) for image in item.sample.images]
-            except BadSample as bad:
-                raw.rejects.append(bad)
-                continue
-            raw.samples.append(item.sample)
-            raw.blobs.append(blobs)
-            raw.seeds.append(item.seed)
-        content: Batch | RawPack = raw
-        if self.decode is not None:
-            content = finish(raw, self.decode, self.plan, self.encoder.settings.tile_size)
-        return Delivery(__key__="", __restore_key__=(), content=content)
-
-    def build_batch(
-        self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any
-    ) -> SavableDataset:
-        """Energon's hook for the last steps: only packing, a pack being a micro-batch."""
-        return _QuietPacking(
-            dataset,
-            buffer_size=self.buffer_size,
-            pre_packer=self.select_samples_to_pack,
-            final_packer=self.pack_selected_samples,
-            final_packer_stateless=True,
-            worker_config=worker_config,
+    def _build(self) -> Any:
+        settings = self.settings
+        total = sum(sum(counts) for counts in self._made_with["records"].values())
+        slices = settings.world * max(settings.workers, 1)
+        if total < slices:
+            raise ValueError(
+                f"{self.directory} holds {total} records for {slices} loader processes "
+                f"({settings.world} ranks with {max(settings.workers, 1)} each): use fewer --loader-workers"
+            )
+        packing = self.encoder.settings.budget is not None
+        config = WorkerConfig(
+            rank=settings.rank,
+            world_size=settings.world,
+            num_workers=settings.workers,
+            seed_offset=settings.seed,
+            # Bad records never raise; what does is a mistake of ours or a broken directory.
+            global_error_handler=reraise_exception,
         )
+        with redirect_stdout(io.StringIO()):  # Energon prints the slices of every worker
+            loader = self._energon_loader(config, packing)
+        loader.pin_memory = False  # tiles are cut up for the TP ranks first
+        if settings.workers:
+            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        return loader
+
+    def _energon_loader(self, config: WorkerConfig, packing: bool) -> Any:
+        settings = self.settings
+        dataset = get_train_dataset(
+            self.directory / METADATASET,
+            worker_config=config,
+            batch_size=None,
+            packing_buffer_size=settings.pack_buffer,
+            shuffle_buffer_size=settings.shuffle_buffer or None,
+            max_samples_per_sequence=settings.sequence,
+            task_encoder=PackEncoder(
+                self.directory.absolute(),
+                self.encoder,
+                self.plan,
+                micro_batch_size=settings.micro_batch_size,
+                buffer_size=settings.pack_buffer if packing else 8 * settings.micro_batch_size,
+                decode=self.decode if self._in_worker else None,
+                seed=settings.seed,
+            ),
+        )
+        return get_savable_loader(
+            dataset,
+            # A state after every pack: a resumed worker then has nothing to skip.
+            checkpoint_every_sec=0,
+            checkpoint_every_min_n_samples=1,
+            prefetch_factor=settings.prefetch,
+            watchdog_timeout_seconds=600,
+        )
+
+    def __iter__(self) -> EnergonBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        for _ in range(MAX_EMPTY):
+            batch = self._take()
+            for bad in batch.rejects:
+                self.reject_log.add(bad)
+            self.reject_log.saw(batch.seen, len(batch.rejects))
+            self.reject_log.shortened(batch.dropped_tiles, batch.dropped_tokens)
+            if batch.plan is not None:
+                self.taken += 1
+                return batch
+        raise TooManyRejects(self.reject_log.nothing_found(f"{MAX_EMPTY} packs"))
+
+    def _take(self) -> Batch:
+        if self._packs is None:
+            self._packs = self._deliveries()
+            if self._depth:
+                self._ahead = Ahead(
+                    self._packs,
+                    lambda delivery: delivery.__restore_key__,
+                    lambda delivery: self.finished(delivery.content),
+                    self._depth,
+                    self._stream,
+                )
+        if self._ahead is not None:
+            return next(self._ahead)
+        return self.finished(next(self._packs).content)
+
+    def _deliveries(self) -> Iterator[Delivery]:
+        """Packs that were on their way when the state was saved, made again, and then new ones."""
+        new = iter(self._loader)
+        if self._pending:
+            # Workers start with the first new pack, and must do so before this process opens a data file: a
+            # fork would share the file's position. That pack waits for its turn as a key.
+            self._pending.append(next(new).__restore_key__)
+        while self._pending:
+            yield self._loader.restore_sample(self._pending.pop(0))
+        yield from new
+
+    def finished(self, content: Batch | RawPack) -> Batch:
+        """A pack decoded, unless its worker did that."""
+        if isinstance(content, Batch):
+            return content
+        return finish(content, self.decode, self.plan, self.encoder.settings.tile_size)
+
+    def save_state(self) -> LoaderState:
+        """State after the micro-batches taken so far; no worker's lead is lost."""
+        settings = self.settings
+
+        def position() -> tuple[SavableDataLoaderState | None, list[Any]]:
+            return self._loader.save_state_rank(), list(self._pending)
+
+        if self._ahead is None:
+            state, pending = position()
+        else:
+            (state, waiting), taken = self._ahead.at_rest(position)
+            pending = taken + waiting
+        return LoaderState(self._made_with, settings.rank, settings.world, settings.workers, state, pending)
+
+    def restore(self, state: LoaderState) -> None:
+        """Go on after `state`; before the first micro-batch is taken. ValueError if it does not fit."""
+        if self._packs is not None:
+            raise ValueError("the loader has started: restore its state before the first micro-batch")
+        check_same(state.made_with, self._made_with)
+        here = (self.settings.rank, self.settings.world, self.settings.workers)
+        if (state.rank, state.world, state.workers) != here:
+            raise ValueError(
+                f"loader state of rank {state.rank} of {state.world} with {state.workers} workers, this is "
+                f"rank {here[0]} of {here[1]} with {here[2]}: use `redistribute`"
+            )
+        self._loader.restore_state_rank(state.energon)
+        self._pending = list(state.pending)
+
+    def close(self) -> None:
+        """End the thread and the worker processes."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+        self._packs = None
+        self._loader._epoch_iterator = None
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
+
+class _AfterStart:
+    """The commands for a worker, withheld until it has begun.
+
+    A worker starts the thread that answers commands before it takes the lock that keeps that thread waiting
+    for the first sample. On a busy machine a command in between is answered with a state that lacks the
+    worker's position (megatron-energon 7.4.1), and a run resumed from it would skip a pack.
+    """
+
+    def __init__(self, worker: Any, commands: Any):
+        self._worker, self._commands = worker, commands
+
+    def _begun(self) -> bool:
+        # Both become true while the worker holds the lock.
+        worker = self._worker
+        restored = worker._workers_restore_from[worker._worker_id] is None
+        return restored and worker._last_checkpoints[-1].sample_index >= 0
+
+    def get(self, timeout: float) -> Any:
+        end = time.monotonic() + timeout
+        while not self._begun():
+            if time.monotonic() > end:
+                raise queue.Empty
+            time.sleep(0.002)
+        return self._commands.get(timeout=timeout)
+
+
+def _start_worker(first: Any, worker_id: int) -> None:
+    faulthandler.enable(2)  # a crash in a codec is silent otherwise
+    torch.set_num_threads(1)  # each worker has one core; more threads would fight over it
+    first(worker_id)
+    worker: Any = torch.utils.data.get_worker_info().dataset  # type: ignore[union-attr]
+    worker._cmd_queues = [_AfterStart(worker, commands) for commands in worker._cmd_queues]
+    # Energon collects garbage next. What the training process left behind (process groups, their pending
+    # work) must not be destroyed in a fork of it: that crashes.
+    gc.freeze()
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError naming the settings that differ from those of a saved state."""
+    wrong = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in now if saved.get(key) != now.get(key)]
+    if wrong:
+        raise ValueError(
+            "the loader state was saved with other data or settings, so it cannot say which samples come "
+            f"next: {'; '.join(wrong)}. Use the same, or start the data anew with --restart-data"
+        )
+
+
+def workers_for(states: int, workers: int, world: int) -> int | None:
+    """Workers per rank with which ``world`` ranks can go on from a state of ``states`` ranks; None if they
+    cannot: Energon cuts the data into one slice per worker, and slices cannot be cut again."""
+    if workers == 0:
+        return 0 if states == world else None
+    return states * workers // world if states * workers % world == 0 else None
+
+
+def redistribute(states: list[LoaderState], world: int) -> list[LoaderState]:
+    """The same workers' states dealt to ``world`` ranks, in order; no sample is lost or repeated.
+
+    Raises ValueError if the workers do not divide over the ranks.
+    """
+    first = states[0]
+    if any(state.rank != number for number, state in enumerate(states)) or first.world != len(states):
+        raise ValueError(f"loader states of all {first.world} ranks are needed, in order")
+    workers = workers_for(len(states), first.workers, world)
+    if workers is None:
+        raise ValueError(
+            f"{len(states)} ranks with {first.workers} loader workers cannot be dealt to {world} ranks"
+        )
+    if len(states) == world:
+        return states
+    if any(state.energon is None for state in states):
+        raise ValueError("a loader state without position cannot be dealt anew: no micro-batch was taken")
+    pending = [key for state in states for key in state.pending]
+    every = [slice_ for state in states for slice_ in state.energon.worker_states]  # type: ignore[union-attr]
+    dealt = []
+    for rank in range(world):
+        mine = every[rank * workers : (rank + 1) * workers]
+        energon = SavableDataLoaderState(worker_states=mine, next_worker_id=0, micro_batch_size=None)
+        state = copy(first)
+        state.rank, state.world, state.workers, state.energon = rank, world, workers, energon
+        state.pending = pending[rank::world]
+        dealt.append(state)
+    return dealt

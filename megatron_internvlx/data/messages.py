@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.files import unfinished
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _DATA = re.compile(r"data:image/(?P<kind>[a-z0-9.+-]+);base64,", re.IGNORECASE)
@@ -91,10 +92,8 @@ def _image(part: Mapping[str, Any], where: str, key: str, images: Path) -> str:
             ) from error
         name = f"{hashlib.sha256(content).hexdigest()[:32]}.{data['kind'].partition('+')[0].lower()}"
         if not (images / name).exists():
-            images.mkdir(parents=True, exist_ok=True)
-            partial = images / f"{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(images / name)
+            with unfinished(images / name) as partial:
+                partial.write_bytes(content)
         return name
     if address.startswith("file://"):
         return unquote(urlparse(address).path)

@@ -32,6 +32,7 @@ from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_imag
 from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import parse_record
+from megatron_internvlx.files import unfinished, write_atomically
 
 VERSION = 1
 MARK = "prepared.json"
@@ -100,11 +101,9 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
 
     for number, entry in enumerate(remote):
         local = out / "annotations" / f"{number}-{entry['annotation'].rsplit('/', 1)[-1]}"
-        local.parent.mkdir(parents=True, exist_ok=True)
         if not local.exists():
-            partial = local.with_name(local.name + ".partial")
-            partial.write_bytes(EPath(entry["annotation"]).read_bytes())
-            partial.replace(local)
+            with unfinished(local) as partial:
+                partial.write_bytes(EPath(entry["annotation"]).read_bytes())
         entry["annotation"] = str(local.absolute())
         if not is_url(entry["root"]) and not Path(entry["root"]).is_absolute():
             entry["root"] = str((path.parent / entry["root"]).absolute())
@@ -294,9 +293,7 @@ def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> S
     if kept_out:
         (out / "validation").mkdir(exist_ok=True)
         copy_lines(entry, found.good[train:], out / "validation" / f"{entry.name}.jsonl")
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps({"fingerprint": mark, "report": asdict(report)}))
-    partial.replace(done)
+    write_atomically(done, json.dumps({"fingerprint": mark, "report": asdict(report)}))
     return report
 
 
@@ -313,10 +310,9 @@ def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -
         if not name or "/" in name or name.startswith(".") or name in ("validation", "annotations"):
             raise ValueError(f"data set {name!r} cannot have a folder of its name: rename it in {meta_path}")
     reports = [_prepare_set(entry, out, settings) for entry in manifest.entries]
-    with (out / "broken.jsonl.partial").open("wb") as log:
+    with unfinished(out / "broken.jsonl") as partial, partial.open("wb") as log:
         for report in reports:
             log.write((out / report.name / "broken.jsonl").read_bytes())
-    (out / "broken.jsonl.partial").replace(out / "broken.jsonl")
     for entry, report in zip(manifest.entries, reports, strict=True):
         listed = (out / entry.name / "broken.jsonl").read_text(encoding="utf-8")
         if report.images and listed.count('"cause": "missing_image"') == report.images:
@@ -328,7 +324,7 @@ def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -
     if settings.validation:
         _write_validation(out, manifest, reports)
     mark = {"version": VERSION, "sets": [asdict(report) for report in reports]}
-    (out / MARK).write_text(json.dumps(mark, indent=1))
+    write_atomically(out / MARK, json.dumps(mark, indent=1))
     return reports
 
 
@@ -367,9 +363,7 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
         "__class__": "MetadatasetV2",
         "splits": {"train": {"blend_epochized": blend}},
     }
-    partial = out / f"{METADATASET}.partial"
-    partial.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(out / METADATASET)
+    write_atomically(out / METADATASET, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
 def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -> None:
@@ -384,4 +378,4 @@ def _write_validation(out: Path, manifest: Manifest, reports: list[SetReport]) -
             }
             if entry.max_tiles:
                 meta[entry.name]["max_dynamic_patch"] = entry.max_tiles
-    (out / "validation" / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_atomically(out / "validation" / "meta.json", json.dumps(meta, indent=1))

@@ -18,6 +18,7 @@ from megatron_internvlx.data.images import BROKEN, SizeTable, read_image
 from megatron_internvlx.data.manifest import DatasetEntry, Record
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
+from megatron_internvlx.files import unfinished
 
 META = "record"
 """Extension of the JSON file of each record in a shard."""
@@ -72,11 +73,9 @@ def write_shards(
     for name, group in zip(tqdm(names, desc=f"{entry.name}: shards", disable=None), groups, strict=True):
         if (shards / name).exists():
             continue
-        partial = shards / f"{name}.partial"
-        with tarfile.open(partial, "w") as tar:
+        with unfinished(shards / name) as partial, tarfile.open(partial, "w") as tar:
             for index in group:
                 _write_record(tar, entry, index, _sizes(connection, entry.file[index]))
-        partial.replace(shards / name)
     connection.close()
     _index(shards, names)
     return _parts(entry, shards.relative_to(out), len(indices))

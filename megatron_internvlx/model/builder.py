@@ -1,42 +1,17 @@
-"""From parsed arguments to one stage of the model: Megatron's `model_provider`."""
+"""From parsed arguments to one (virtual) pipeline stage of the model."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.arguments import settings_from, vision_config
-from megatron_internvlx.config import CompressionSettings, TrainSettings, grid_side
-from megatron_internvlx.model.decoder import CompressionPlan
-from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.parallel.boundary import Budget
-from megatron_internvlx.parallel.communicator import BoundaryCommunicator
-from megatron_internvlx.training.gradients import WeightSum, finalize_hook
-from megatron_internvlx.training.step import loss_weights
-
-
-def compression_plan(args: argparse.Namespace) -> CompressionPlan:
-    """Grid sides and injection layers of the model that the arguments describe."""
-    vision = vision_config(args)
-    compression = settings_from(args, CompressionSettings)
-    patches = vision.image_size // vision.patch_size
-    high = grid_side(patches, compression.high_ratio, "--high-ratio")
-    return CompressionPlan(
-        projector=compression.projector,
-        pixel_shuffle_version=compression.pixel_shuffle_version,
-        drop_path=compression.projector_drop_path,
-        injection_layers=compression.injection_layers(),
-        low_grid=grid_side(patches, compression.low_ratio, "--low-ratio") if compression.lvtc else high,
-        high_grid=high,
-        patches=patches,
-        vision_hidden_size=vision.hidden_size,
-        upsample=compression.upsample,
-        fp8=bool(args.fp8) and "projectors" in (args.fp8_parts or ()),
-    )
+from megatron_internvlx.config import TrainSettings, settings_from
+from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.model.internvlx import InternVLX, supervised_tokens
+from megatron_internvlx.model.settings import compression_plan, static_budget, vision_config
 
 
 def freeze(stage: InternVLX, train: TrainSettings) -> None:
@@ -52,19 +27,11 @@ def freeze(stage: InternVLX, train: TrainSettings) -> None:
             parameter.requires_grad_(False)
 
 
-def static_budget(args: argparse.Namespace) -> Budget | None:
-    """The sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
-    train = settings_from(args, TrainSettings)
-    if train.boundary != "static":
-        return None
-    assert train.max_tiles_per_pack is not None
-    return Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
-
-
 def build_stage(
     args: argparse.Namespace,
     config: TransformerConfig,
     *,
+    loss_weight: Callable[[SequencePlan], float] = supervised_tokens,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -88,7 +55,7 @@ def build_stage(
         freeze_vision=train.freeze_vision,
         vision_recompute=args.vision_recompute,
         vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-        loss_weight=lambda plan: loss_weights(plan, train.loss_weighting, train.loss_average)[1],
+        loss_weight=loss_weight,
         budget=static_budget(args),
         pre_process=pre_process,
         post_process=post_process,
@@ -97,44 +64,3 @@ def build_stage(
     )
     freeze(stage, train)
     return stage
-
-
-class ModelProvider:
-    """Builds the stage that Megatron asks for.
-
-    Args:
-        args: parsed arguments.
-        communicator: is told of every stage; needed with more than one pipeline stage.
-        weights: the forward step's, by which gradients are divided; needed for training.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        communicator: BoundaryCommunicator | None = None,
-        weights: WeightSum | None = None,
-    ) -> None:
-        self.args, self.communicator, self.weights = args, communicator, weights
-
-    def __call__(
-        self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None, **_: Any
-    ) -> InternVLX:
-        """One (virtual) pipeline stage, frozen parts included."""
-        config = config or core_transformer_config_from_args(self.args)
-        # Makes Megatron ask our communicator for the shape of every message, in both boundary modes.
-        # Its validate_args resets the argument; the config is where schedules look.
-        config.variable_seq_lengths = config.pipeline_model_parallel_size > 1
-        # Injection layers have parameters that others lack: keys of a checkpoint are per layer.
-        config.hetereogenous_dist_checkpoint = True
-        stage = build_stage(
-            self.args,
-            config,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
-        )
-        config.finalize_model_grads_func = finalize_hook(stage.tp_group, self.weights)
-        if self.communicator is not None:
-            self.communicator.add(stage)
-        return stage

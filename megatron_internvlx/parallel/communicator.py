@@ -20,20 +20,31 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_internvlx.parallel.batch import DevicePlan
-from megatron_internvlx.parallel.boundary import attach_carried, take_carried
+from megatron_internvlx.parallel.boundary import BoundaryFormat, attach_carried, take_carried
+from megatron_internvlx.parallel.layout import BoundaryContent
 from megatron_internvlx.parallel.schedule import MessageOrder, message_order, repeated
 
-if TYPE_CHECKING:
-    from megatron_internvlx.model.internvlx import InternVLX
-
 FORWARD, BACKWARD = "forward", "backward"
+
+
+class PipelineStage(Protocol):
+    """What is asked of a model chunk of this rank; see `model.internvlx.InternVLX`."""
+
+    pg_collection: ProcessGroupCollection
+    config: TransformerConfig
+    vp_stage: int | None
+    training: bool
+    boundary: BoundaryFormat
+    content_in: BoundaryContent
 
 
 @dataclass
@@ -70,7 +81,7 @@ class BoundaryCommunicator(P2PCommunicator):
         upcoming: Callable[[int, bool, int], tuple[int, DevicePlan]],
     ) -> None:
         self.micro_batches, self.upcoming = micro_batches, upcoming
-        self.stages: dict[int, InternVLX] = {}
+        self.stages: dict[int, PipelineStage] = {}
         self.traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
         """Received, by (boundary, direction); boundary b follows virtual stage b of the model."""
         # Rows of the outputs sent, by chunk, for the gradients that will come back for them.
@@ -81,7 +92,7 @@ class BoundaryCommunicator(P2PCommunicator):
         # With overlapped communication nobody waits for a send at once: the last two stay alive.
         self._sending: deque[Tensor] = deque(maxlen=2)
 
-    def add(self, stage: InternVLX) -> None:
+    def add(self, stage: PipelineStage) -> None:
         """Take note of a model chunk of this rank, when it is built."""
         if not self.stages:
             super().__init__(stage.pg_collection.pp, stage.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from megatron.core.transformer.enums import LayerType
@@ -90,3 +91,15 @@ def check_layout(layout: str, *, pipeline: int, layers: int) -> None:
             f"--pipeline-model-parallel-layout {layout!r} has {sum(counts)} layers ("
             f"{' + '.join(map(str, counts))}) and the model {layers}; {remedy}"
         )
+
+
+def layout_name(args: argparse.Namespace) -> str:
+    """TP2-PP2-DP4 and so on."""
+    parts = [
+        f"TP{args.tensor_model_parallel_size}",
+        f"PP{args.pipeline_model_parallel_size}",
+        f"VPP{args.virtual_pipeline_model_parallel_size or 1}",
+        f"EP{args.expert_model_parallel_size}",
+        f"DP{args.data_parallel_size}",
+    ]
+    return "-".join(part for part in parts if not part.endswith("P1") or part == "DP1")

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_internvlx.ranks import global_rank
+
 VERBOSE = os.environ.get("INTERNVLX_VERBOSE") == "1"
 
 # What Megatron prints at start, at checkpoints and beside its log line; anything else passes.
@@ -73,7 +75,7 @@ _installed = False
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return global_rank()
 
 
 def _first_time(text: str) -> bool:

@@ -7,10 +7,10 @@ new values; what is missing is here.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 from megatron_internvlx.platform.cpu import put
+from megatron_internvlx.ranks import is_first_rank
 
 _NAMES = {
     "max_lr": "--lr",
@@ -83,7 +83,7 @@ def announce_schedule_changes() -> None:
         wanted = self.state_dict()
         original(self, state_dict)
         differ = [key for key in _NAMES if key in state_dict and state_dict[key] != wanted[key]]
-        if differ and os.environ.get("RANK", "0") == "0":
+        if differ and is_first_rank():
             follows = "the arguments count" if self.override_opt_param_scheduler else "the checkpoint counts"
             changes = ", ".join(f"{_NAMES[key]} {state_dict[key]} -> {wanted[key]}" for key in differ)
             print(f"learning-rate schedule, checkpoint -> arguments: {changes}; {follows}", flush=True)

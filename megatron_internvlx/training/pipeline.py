@@ -7,7 +7,7 @@ import argparse
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator
-from megatron_internvlx.training.data import DataProvider
+from megatron_internvlx.training.provider import DataProvider
 
 
 def boundary_communicator(args: argparse.Namespace, data: DataProvider) -> BoundaryCommunicator:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.planning.metrics import StepMeter
 from megatron_internvlx.platform.transfer import to_device
 from megatron_internvlx.training.gradients import WeightSum
-from megatron_internvlx.training.metrics import StepMeter
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 Megatron counts an evaluation in iterations of global batches. How many are needed follows from the records here,
 so that none is left out or seen twice; places of the last batch without a record hold a filler that weighs
-nothing (`data/loader.py`).
+nothing (`data/order.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.ranks import is_first_rank
 
 
 @dataclass
@@ -35,7 +35,7 @@ def settle_validation(args: argparse.Namespace) -> None:
     --valid-data, or the first --valid-records, and no more places than needed. Without --valid-data there is no
     validation.
     """
-    first_rank = os.environ.get("RANK", "0") == "0"
+    first_rank = is_first_rank()
     # Megatron's flag of this name asks its own loaders for their length; here it is what always happens.
     args.full_validation = False
     if not args.valid_data:

@@ -180,7 +180,7 @@ def test_empty_data_set_is_refused(pool: Pool, demo: Path, tmp_path: Path) -> No
 
 def test_a_second_run_with_the_same_save_is_refused(pool: Pool, demo: Path, tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from megatron_internvlx.training.lock import SaveLock; "
+        "import sys, time; from pathlib import Path; from megatron_internvlx.lifecycle.lock import SaveLock; "
     )
     hold += "held = SaveLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_internvlx import files
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
-from megatron_internvlx.training import resume
+from megatron_internvlx.lifecycle import resume
 from tests import entry
 from tests.checkpoints import differing
 from tests.distributed import RankError
@@ -98,9 +99,9 @@ def unbroken_packed(launch_packed, tmp_path_factory) -> Unbroken:
 
 
 def check(save: Path, unbroken: Unbroken) -> None:
-    final = resume.directory(save, STEPS)
+    final = files.checkpoint_directory(save, STEPS)
     assert resume.fault(final) is None
-    assert differing(final, resume.directory(unbroken.save, STEPS)) == []
+    assert differing(final, files.checkpoint_directory(unbroken.save, STEPS)) == []
 
 
 def kill(pool, ranks: list[int]) -> None:
@@ -112,11 +113,11 @@ def kill(pool, ranks: list[int]) -> None:
 
 def strike(pool, save: Path, delay: float, *, in_save: bool, victims: list[int]) -> threading.Thread:
     """Kill `victims` this long after training starts, or after the next checkpoint begins to be written."""
-    starts, found = len(resume.RunState.read(save).history), set(resume.iterations(save))
+    starts, found = len(resume.RunState.read(save).history), set(files.iterations(save))
 
     def due() -> bool:
         if in_save:
-            return bool(set(resume.iterations(save)) - found)
+            return bool(set(files.iterations(save)) - found)
         return len(resume.RunState.read(save).history) > starts
 
     def act() -> None:
@@ -156,13 +157,15 @@ def test_killed_at_random_moments(pool, launch_packed, unbroken_packed, tmp_path
 def test_checkpoints_that_are_not_whole_are_skipped(launch_packed, unbroken_packed, tmp_path):
     """The newest lacks half a file, the one before a rank's place in the data."""
     launch_packed(tmp_path, "--exit-interval", str(EVERY * 3))
-    assert resume.iterations(tmp_path)[0] == EVERY * 3
-    largest = max(resume.directory(tmp_path, EVERY * 3).glob("*.distcp"), key=lambda p: p.stat().st_size)
+    assert files.iterations(tmp_path)[0] == EVERY * 3
+    largest = max(
+        files.checkpoint_directory(tmp_path, EVERY * 3).glob("*.distcp"), key=lambda p: p.stat().st_size
+    )
     os.truncate(largest, largest.stat().st_size // 2)
     places = sorted((tmp_path / "loader" / f"iter_{EVERY * 2:07d}").rglob("*.pt"))
     assert len(places) == 2
     places[1].unlink()
-    (tmp_path / resume.TRACKER).write_text("")  # as if killed while writing it
+    (tmp_path / files.TRACKER).write_text("")  # as if killed while writing it
     results = launch_packed(tmp_path)
     said = results[0]["out"]
     assert said.count("skipped") == 2 and largest.name in said
@@ -177,12 +180,12 @@ def test_weights_are_not_thrown_away_with_the_place_in_the_data(launch_packed, u
     results = launch_packed(tmp_path)
     assert [r["code"] for r in results] == [resume.STOP] * 2
     assert "--restart-data" in results[0]["err"]
-    assert resume.iterations(tmp_path) == resume.iterations(unbroken_packed.save)
+    assert files.iterations(tmp_path) == files.iterations(unbroken_packed.save)
     assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
 
 
 def test_a_place_in_the_data_is_wanted_of_the_loader_that_has_one(unbroken, unbroken_packed, tmp_path):
-    from megatron_internvlx.training.loaders import position_fault  # imports Energon
+    from megatron_internvlx.training.loader_state import position_fault  # imports Energon
 
     def found(save: Path) -> str | None:
         return position_fault(Namespace(save=str(save), load=None, dataloader_save=None), STEPS)
@@ -215,7 +218,7 @@ def test_signal_saves_and_the_next_start_goes_on(
     pool, launch, unbroken, tmp_path, number, code, verdict, said
 ):
     def act() -> None:
-        while not resume.iterations(tmp_path):
+        while not files.iterations(tmp_path):
             time.sleep(0.01)
         os.kill(pool._workers[1].process.pid, number)
 
@@ -225,7 +228,7 @@ def test_signal_saves_and_the_next_start_goes_on(
     assert said in results[0]["out"]
     pool._discard(2)
     assert resume.verdict(tmp_path, 0, 3)[0] == verdict
-    reached = resume.iterations(tmp_path)[0]
+    reached = files.iterations(tmp_path)[0]
     assert reached < STEPS
     more = launch(tmp_path, "--save-interval", "4")
     assert sorted(results[-1]["losses"]) + sorted(more[-1]["losses"]) == list(range(1, STEPS + 1))
@@ -236,7 +239,7 @@ def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
     """A stopped rank makes the other exit after --stall-minutes, naming it, and training goes on."""
 
     def act() -> None:
-        while not resume.iterations(tmp_path):
+        while not files.iterations(tmp_path):
             time.sleep(0.01)
         os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
 
@@ -273,7 +276,7 @@ def small_disk(tmp_path):
 def nearly_full(launch, small_disk):
     """A run stopped after one checkpoint, and room for half of another."""
     launch(small_disk, "--exit-interval", str(EVERY))
-    first = resume.directory(small_disk, EVERY)
+    first = files.checkpoint_directory(small_disk, EVERY)
     size = sum(path.stat().st_size for path in first.iterdir())
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - size // 2))
@@ -304,7 +307,7 @@ def test_disk_full_during_a_save_ends_with_a_message(pool, launch, nearly_full, 
         while resume.RunState.read(nearly_full).status != "running":
             time.sleep(0.01)
         time.sleep(0.2)
-        resume.directory(nearly_full, EVERY + 1).mkdir()
+        files.checkpoint_directory(nearly_full, EVERY + 1).mkdir()
 
     threading.Thread(target=act, daemon=True).start()
     with pytest.raises(RankError, match="code 74"):

@@ -85,10 +85,10 @@ def measure(changes):
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from megatron_internvlx.training import dryrun
-    from megatron_internvlx.training.activations import ActivationModel, rank_activations
-    from megatron_internvlx.training.flops import BackwardSettings, PlanStats
-    from megatron_internvlx.training.memory import Layout, StateSizes, rank_state
+    from megatron_internvlx.planning import dryrun
+    from megatron_internvlx.planning.activations import ActivationModel, rank_activations
+    from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
+    from megatron_internvlx.planning.memory import Layout, StateSizes, rank_state
 
     found = {}
     original = training.train

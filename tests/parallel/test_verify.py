@@ -21,7 +21,8 @@ from megatron_internvlx.checkpoint import verify as verify_module
 from megatron_internvlx.checkpoint.case import compare, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.importer import import_checkpoint
-from megatron_internvlx.checkpoint.verify import Layout, Request, Results, verify
+from megatron_internvlx.checkpoint.request import Layout, Request
+from megatron_internvlx.checkpoint.verify import Results, verify
 from tests.converting import internvl, make_directory
 from tests.distributed import Pool
 from tests.golden_weights import GOLDEN

@@ -19,16 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tests.single import single  # isort: skip  (sets Megatron up)
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_internvlx.arguments import add_our_arguments, vision_config
+from megatron_internvlx.arguments import add_our_arguments
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.model.builder import ModelProvider, compression_plan
 from megatron_internvlx.model.decoder import CompressionPlan
 from megatron_internvlx.model.internvit_config import PRESETS as VISION
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.presets import preset
+from megatron_internvlx.model.settings import compression_plan, vision_config
 from megatron_internvlx.parallel.batch import MicroBatch, device_plan
-from megatron_internvlx.training.flops import BackwardSettings, PlanStats, forward_flops, training_flops
-from megatron_internvlx.training.shape import ModelShape, parameters
+from megatron_internvlx.planning.flops import BackwardSettings, PlanStats, forward_flops, training_flops
+from megatron_internvlx.planning.parameters import ModelShape, parameters
+from megatron_internvlx.training.builder import ModelProvider
 from tests.golden_weights import GOLDEN
 
 FIGURES = json.loads((GOLDEN / "flops_params.json").read_text())

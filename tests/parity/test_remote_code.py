@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import chat_template
-from megatron_internvlx.checkpoint.verify import Layout, Request
+from megatron_internvlx.checkpoint.request import Layout, Request
 from megatron_internvlx.data.conversation import TEMPLATES, render_prompt
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.normalize import normalize_tiles

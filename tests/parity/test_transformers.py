@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from megatron_internvlx.checkpoint.verify import Layout, Request
+from megatron_internvlx.checkpoint.request import Layout, Request
 from tests.converting import LLAMA3_ROPE, MOE, internvl, make_directory, native, read_all
 from tests.distributed import Pool
 from tests.parallel.test_verify import run

@@ -18,7 +18,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_internvlx.training import resume  # noqa: E402
+from megatron_internvlx import files  # noqa: E402
+from megatron_internvlx.lifecycle import resume  # noqa: E402
 from tests.checkpoints import differing  # noqa: E402
 from tools import make_demo_data  # noqa: E402
 
@@ -139,9 +140,9 @@ def unbroken(cluster, demo, tmp_path_factory) -> Path:
 def check(job: Job, unbroken: Path) -> None:
     job.until_state("COMPLETED", "FAILED")
     assert job.shown("JobState") == "COMPLETED", job.text()
-    final = resume.directory(job.save, STEPS)
+    final = files.checkpoint_directory(job.save, STEPS)
     assert resume.fault(final) is None
-    assert differing(final, resume.directory(unbroken, STEPS)) == []
+    assert differing(final, files.checkpoint_directory(unbroken, STEPS)) == []
 
 
 def test_signal_before_the_limit_leads_to_checkpoint_requeue_and_resume(cluster, demo, unbroken, tmp_path):
@@ -150,10 +151,10 @@ def test_signal_before_the_limit_leads_to_checkpoint_requeue_and_resume(cluster,
     job.run("scancel", "--batch", "--signal", "USR1", job.id)
     job.until(lambda: "requeueing" in job.text(), "requeue")
     assert "stopped by a signal, after a checkpoint" in job.text()
-    reached = resume.iterations(job.save)[0]
+    reached = files.iterations(job.save)[0]
     assert 2 <= reached < EVERY  # between the regular checkpoints
     check(job, unbroken)
-    assert f"resuming from {resume.directory(job.save, reached)}" in job.text()
+    assert f"resuming from {files.checkpoint_directory(job.save, reached)}" in job.text()
     assert job.shown("Restarts") == "1"
 
 
@@ -167,14 +168,14 @@ def test_cancelled_job_goes_on_when_submitted_again(cluster, demo, unbroken, tmp
     assert reached is not None and reached > EVERY  # saved on SIGTERM, after the last regular checkpoint
     again = Job(cluster, demo, tmp_path / "run")
     check(again, unbroken)
-    assert f"resuming from {resume.directory(job.save, reached)}" in again.text()
+    assert f"resuming from {files.checkpoint_directory(job.save, reached)}" in again.text()
 
 
 def test_killed_and_stopped_ranks_are_restarted(cluster, demo, unbroken, tmp_path):
     job = Job(cluster, demo, tmp_path / "run", ("--stall-minutes", "0.5"))
     job.until_step(EVERY + 1)
     os.kill(job.ranks()[-1], signal.SIGKILL)
-    going_on = f"resuming from {resume.directory(job.save, EVERY)}"
+    going_on = f"resuming from {files.checkpoint_directory(job.save, EVERY)}"
     again = re.compile(rf"{re.escape(going_on)}.* step +{EVERY + 1}/{STEPS} ", re.S)
     job.until(lambda: again.search(job.text().replace("\n", " ")), "step after the restart")
     victim = job.ranks()[0]

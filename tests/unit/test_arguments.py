@@ -14,7 +14,10 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_internvlx import arguments, paths
 from megatron_internvlx.config import SETTINGS
+from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.model.presets import PRESETS, preset
+from megatron_internvlx.model.settings import vision_config
+from megatron_internvlx.precision import row_alignment
 from tests.golden_weights import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"
@@ -154,7 +157,7 @@ def test_vision_overrides(text: str, message: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=re.escape(message)):
         parsed(monkeypatch, *TINY, *NEEDED, "--vision-overrides", text)
     args = parsed(monkeypatch, *TINY, *NEEDED, "--vision-overrides", '{"num_layers": 2, "layer_norm_eps": 0}')
-    assert arguments.vision_config(args).num_layers == 2
+    assert vision_config(args).num_layers == 2
 
 
 EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
@@ -293,9 +296,9 @@ def test_paths_that_cannot_be_used(flags: list[str], message: str, monkeypatch: 
     args = parsed(monkeypatch, *TINY, *NEEDED, *flags)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match=re.escape(message)):
-        arguments.check_paths(args)
+        check_paths(args)
     monkeypatch.setenv("RANK", "1")
-    arguments.check_paths(args)
+    check_paths(args)
 
 
 def test_a_process_without_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +368,7 @@ def test_row_alignment(changes: dict, rows: int) -> None:
         "sequence_parallel": False,
         "tensor_model_parallel_size": 1,
     }
-    assert arguments.row_alignment(argparse.Namespace(**defaults | changes)) == rows
+    assert row_alignment(argparse.Namespace(**defaults | changes)) == rows
 
 
 def test_flags_stay() -> None:

@@ -15,7 +15,7 @@ from megatron_internvlx import launch
 # Rank 0, which alone used to speak, is slow to start; it is ended before it has seen anything.
 RANK = """
 import os, sys, time
-from megatron_internvlx.training import complaint, signals
+from megatron_internvlx.lifecycle import complaint, signals
 signals.hold()
 signals.interrupts.arm()
 if sys.argv[1] == "mistake":

@@ -16,10 +16,16 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.model.builder import ModelProvider, compression_plan  # noqa: E402
 from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
 from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
-from megatron_internvlx.precision import PRECISIONS, check_precision, precision_defaults  # noqa: E402
+from megatron_internvlx.model.settings import compression_plan  # noqa: E402
+from megatron_internvlx.precision import (  # noqa: E402
+    PRECISIONS,
+    check_precision,
+    precision_defaults,
+    row_alignment,
+)
+from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 
 BASE = ["--model-preset", "internvlx_2b", "--seq-length", "4096", "--lr", "1e-3", "--train-iters", "1"]
 BASE += ["--global-batch-size", "1", "--dry-run", "--transformer-impl", "transformer_engine"]
@@ -55,10 +61,10 @@ def test_names_become_megatrons_arguments(parsed, name: str, format_: str | None
     args = parsed("--precision", name)
     assert args.bf16 and args.fp8 == format_
     if recipe is None:
-        assert arguments.row_alignment(args) == 1
+        assert row_alignment(args) == 1
         return
     assert args.fp8_recipe == recipe == Fp8Recipe[recipe].value
-    assert arguments.row_alignment(args) == (32 if recipe == "mxfp8" else 16)
+    assert row_alignment(args) == (32 if recipe == "mxfp8" else 16)
     if recipe == "delayed":
         assert (args.fp8_amax_history_len, args.fp8_amax_compute_algo) == (1024, "max")
 
@@ -101,7 +107,7 @@ def test_later_flags_and_recipes_win(parsed, tmp_path) -> None:
 
 def test_sequence_parallel_rows_align_on_every_rank(parsed) -> None:
     args = parsed("--precision", "mxfp8", "--tensor-model-parallel-size", "4", "--sequence-parallel")
-    assert arguments.row_alignment(args) == 32 * 4
+    assert row_alignment(args) == 32 * 4
 
 
 def test_parts(parsed) -> None:
@@ -127,7 +133,7 @@ def test_the_vision_encoder_stays_in_bf16_unless_named(parsed, monkeypatch, part
         asked.update(fields)
         raise InterruptedError("seen enough")
 
-    monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", record)
+    monkeypatch.setattr("megatron_internvlx.training.builder.InternVLX", record)
     with pytest.raises(InterruptedError):
         ModelProvider(args)(config=config)
     encoder = internvit_transformer_config(

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_internvlx.checkpoint.exporter import export_checkpoint, plan_export, write_files
+from megatron_internvlx.checkpoint.export_files import write_files
+from megatron_internvlx.checkpoint.export_plan import plan_export
+from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import load_tokenizer, tokenizer_problem
 from megatron_internvlx.data.conversation import render_prompt

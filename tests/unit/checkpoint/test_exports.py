@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_internvlx.checkpoint.exporter import plan_export, write_files
+from megatron_internvlx.checkpoint.export_files import write_files
+from megatron_internvlx.checkpoint.export_plan import plan_export
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card

@@ -14,6 +14,7 @@ import yaml
 from megatron_internvlx import arguments
 from megatron_internvlx.checkpoint.import_recipe import fine_tune_settings
 from megatron_internvlx.checkpoint.summary import by_part, part_of
+from megatron_internvlx.lifecycle.start import check_paths
 from tests.converting import FAMILIES, TOKENIZER, make_directory
 from tools.convert_checkpoint import main
 
@@ -32,7 +33,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, words: list[str], *, save: str) -> a
     monkeypatch.setattr(sys, "argv", words[1:])
     monkeypatch.setattr(arguments, "set_global_variables", lambda args: None)
     args = arguments.parse()
-    arguments.check_paths(args)
+    check_paths(args)
     assert args.save == save
     return args
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from megatron_internvlx.data.decode_pil import load_tiles
-from megatron_internvlx.data.energon_batches import EnergonBatches, LoaderSettings, redistribute, workers_for
+from megatron_internvlx.data.energon_loader import EnergonBatches, LoaderSettings, redistribute, workers_for
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepare import PrepareSettings, prepare

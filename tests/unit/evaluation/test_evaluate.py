@@ -16,7 +16,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.evaluation import run
 from megatron_internvlx.evaluation.answers import questions
 from megatron_internvlx.evaluation.scores import anls, edit_distance, exact_match, relaxed_accuracy
-from megatron_internvlx.training.report import read_predictions
+from megatron_internvlx.reporting.picture import read_predictions
 from tests.converting import FAMILIES, lvtc_config, make_directory
 from tools.evaluate import main
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from megatron_internvlx.training.mlflow_sink import BUILT_FROM, git_state
+from megatron_internvlx.reporting.mlflow_sink import BUILT_FROM, git_state
 
 ROOT = Path(__file__).parents[3]
 

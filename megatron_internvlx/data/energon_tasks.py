@@ -1,0 +1,279 @@
+"""Energon's task encoder: cook -> sample -> pack -> tiles and plan, every step stateless.
+
+Energon saves which samples lie in its buffers as keys and makes them again on resume, so that nothing may
+depend on earlier calls. A bad record becomes a `Reject` that travels through the buffers like a sample and
+leaves with the next pack: each is reported once, in an order that no timing changes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, cooker, edataclass, stateless
+from megatron.energon import Sample as EnergonSample
+from megatron.energon.wrappers import PackingDataset
+
+from megatron_internvlx.data.decode import TileDecoder
+from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
+from megatron_internvlx.data.manifest import Record, is_url
+from megatron_internvlx.data.packing import pack
+from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
+from megatron_internvlx.data.rejects import BadSample, blamed_on
+from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
+from megatron_internvlx.data.shards import META
+
+# Tiles uint8 [T, 3, S, S] of one undecoded image; BadSample if it is broken.
+Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray]
+
+
+@edataclass
+class Cooked(EnergonSample):
+    """A record with the store of its images."""
+
+    record: Record
+    images: Any
+
+
+@edataclass
+class Encoded(EnergonSample):
+    """A tokenized sample, or why there is none."""
+
+    sample: Sample | None
+    reject: BadSample | None
+    images: Any
+    seed: str
+
+
+@dataclass
+class RawPack:
+    """Samples of one pack with their images undecoded, as a worker reads them."""
+
+    samples: list[Sample] = field(default_factory=list)
+    blobs: list[list[bytes]] = field(default_factory=list)
+    seeds: list[str] = field(default_factory=list)
+    rejects: list[BadSample] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """A planned micro-batch; ``plan`` is None when every sample of it was bad.
+
+    ``tiles`` uint8 [T, 3, S, S] in the order of the plan; ``keys`` of the samples; ``rejects`` found on
+    the way; ``seen`` samples that came up, bad ones included; what the budgets cost in ``dropped_tiles``
+    and ``dropped_tokens``.
+    """
+
+    plan: SequencePlan | None
+    tiles: torch.Tensor | None
+    keys: list[str]
+    rejects: list[BadSample]
+    seen: int
+    dropped_tiles: int = 0
+    dropped_tokens: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Images that went to Pillow instead of DALI, per reason."""
+
+
+@edataclass
+class Delivery(EnergonSample):
+    """What a worker hands over: a finished batch, or a pack that the training process decodes."""
+
+    content: Batch | RawPack
+
+
+def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.ndarray], list[BadSample]]:
+    """Samples whose images all decode, their tiles, and the rejects; a broken image costs its own sample."""
+    good, parts, rejects = [], [], list(raw.rejects)
+    for sample, blobs, seed in zip(raw.samples, raw.blobs, raw.seeds, strict=True):
+        rng = random.Random(seed) if sample.jpeg_augment else None
+        try:
+            with blamed_on(sample.key):
+                tiles = [decode(blob, image, rng) for blob, image in zip(blobs, sample.images, strict=True)]
+        except BadSample as bad:
+            rejects.append(bad)
+            continue
+        good.append(sample)
+        parts += tiles
+    return good, parts, rejects
+
+
+def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> Batch:
+    """Decode the images of a pack and plan it."""
+    samples, parts, rejects = decode_pack(raw, decode)
+    fallbacks = decode.take_fallbacks() if isinstance(decode, TileDecoder) else {}
+    keys = [sample.key for sample in samples]
+    seen = len(raw.samples) + len(raw.rejects)
+    if not samples:
+        return Batch(None, None, keys, rejects, seen, fallbacks=fallbacks)
+    planned = build_plan(
+        [sample.input_ids for sample in samples],
+        [sample.labels for sample in samples],
+        [sample.is_visual for sample in samples],
+        plan,
+        [sample.number for sample in samples],
+    )
+    tiles = np.concatenate(parts) if parts else np.empty((0, 3, tile_size, tile_size), np.uint8)
+    return Batch(
+        planned,
+        torch.from_numpy(tiles),
+        keys,
+        rejects,
+        seen,
+        sum(sample.dropped_tiles for sample in samples),
+        sum(sample.dropped_tokens for sample in samples),
+        fallbacks,
+    )
+
+
+@lru_cache(maxsize=64)
+def _line_numbers(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+@stateless
+@cooker(need_primary=True)
+def _cook(sample: dict[str, Any], *, out: Path, primary: Any, sizes: Any = None) -> Cooked:
+    """A record of a prepared directory, from JSONL or from a shard; no image is opened."""
+    flavors = sample["__subflavors__"]
+    names = {name: sample[name] for name in ("__key__", "__restore_key__", "__subflavors__", "__sources__")}
+    augment, most = flavors["data_augment"], flavors["max_tiles"]
+    if flavors.get("shards"):
+        # The index lies in the tar file: `primary` finds the images of this record by their names.
+        document = json.loads(sample[f"{META}.json"])
+        record = Record(document["key"], document["record"], "", augment, most)
+        return Cooked(
+            **names, record=record, images=ShardImages(document["sizes"], sample["__key__"], primary)
+        )
+    index = int(sample["__key__"])
+    line = index + 1 if flavors["lines"] is None else int(_line_numbers(str(out / flavors["lines"]))[index])
+    root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
+    record = Record(f"{flavors['label']}:{line}", sample["json"], "", augment, most)
+    return Cooked(**names, record=record, images=FolderImages(root, _size_table(str(out), flavors["set"])))
+
+
+@lru_cache(maxsize=256)
+def _size_table(out: str, name: str) -> SizeTable:
+    return SizeTable(Path(out) / name / "media")
+
+
+class _QuietPacking(PackingDataset):
+    """Energon's packing without its progress bar in every worker."""
+
+    def _fill_reading_buffer(self, source_iter: Any, log_progress: bool = False) -> bool:
+        return super()._fill_reading_buffer(source_iter, log_progress=False)
+
+
+class PackEncoder(TaskEncoder):
+    """Records -> planned micro-batches.
+
+    Args:
+        out: the prepared directory.
+        encoder: record -> sample; with a packing budget, packs are made.
+        plan: grids, alignment and static budgets.
+        micro_batch_size: samples of a micro-batch without packing.
+        buffer_size: samples among which packs are chosen.
+        decode: decodes in the worker; None hands the bytes to the training process.
+        seed: of the JPEG augmentation.
+    """
+
+    decoder = None
+
+    def __init__(
+        self,
+        out: Path,
+        encoder: SampleEncoder,
+        plan: PlanSettings,
+        *,
+        micro_batch_size: int,
+        buffer_size: int,
+        decode: Decode | None,
+        seed: int,
+    ):
+        from functools import partial
+
+        self.encoder, self.plan, self.decode = encoder, plan, decode
+        self.micro_batch_size, self.buffer_size, self.seed = micro_batch_size, buffer_size, seed
+        cook = partial(_cook, out=out)
+        for mark in ("__stateless__", "__cooker_need_cache__", "__cooker_need_primary__"):
+            setattr(cook, mark, getattr(_cook, mark))
+        self.cookers = [Cooker(cook)]
+
+    @stateless
+    def encode_sample(self, sample: Cooked) -> Encoded:
+        """Tokenize a record and choose its grids from the recorded sizes."""
+        names = {name: getattr(sample, name) for name in ("__key__", "__restore_key__", "__sources__")}
+        exif = self.encoder.apply_exif
+        images: ImageStore = sample.images
+        result, reject = None, None
+        try:
+            with blamed_on(sample.record.key):
+                result = self.encoder.encode(sample.record, lambda name: images.size(name, apply_exif=exif))
+                result.number = int(sample.__key__.rsplit("/", 1)[-1].split(".")[0])
+        except BadSample as bad:
+            result, reject = None, bad
+        config = WorkerConfig.active_worker_config
+        assert config is not None
+        # The number of this sample in its worker, whatever rank the worker belongs to.
+        number = self.current_sample_index // max(config.num_workers, 1)
+        seed = f"{self.seed}/{config.global_worker_id()}/{number}/{sample.record.key}"
+        return Encoded(**names, sample=result, reject=reject, images=images, seed=seed)
+
+    def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
+        """Packs under the budgets, or micro-batches in order; rejects leave with the first."""
+        good = [sample for sample in samples if sample.sample is not None]
+        bad = [sample for sample in samples if sample.sample is None]
+        budget = self.encoder.settings.budget
+        groups: list[list[Encoded]]
+        if budget is not None:
+            costs = [self.encoder.cost(sample.sample) for sample in good if sample.sample is not None]
+            groups = [[good[i] for i in rows] for rows in pack(costs, budget)]
+        else:
+            size = self.micro_batch_size
+            groups = [good[i : i + size] for i in range(0, len(good), size)]
+        if bad:
+            groups = [[*(groups[0] if groups else []), *bad], *groups[1:]]
+        return groups
+
+    @stateless
+    def pack_selected_samples(self, samples: list[Encoded]) -> Delivery:
+        """Read the images of a pack; decode and plan it, unless the training process does."""
+        raw = RawPack()
+        for item in samples:
+            if item.sample is None:
+                assert item.reject is not None
+                raw.rejects.append(item.reject)
+                continue
+            try:
+                with blamed_on(item.sample.key):
+                    blobs = [item.images.read(image.path) for image in item.sample.images]
+            except BadSample as bad:
+                raw.rejects.append(bad)
+                continue
+            raw.samples.append(item.sample)
+            raw.blobs.append(blobs)
+            raw.seeds.append(item.seed)
+        content: Batch | RawPack = raw
+        if self.decode is not None:
+            content = finish(raw, self.decode, self.plan, self.encoder.settings.tile_size)
+        return Delivery(__key__="", __restore_key__=(), content=content)
+
+    def build_batch(
+        self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any
+    ) -> SavableDataset:
+        """Energon's hook for the last steps: only packing, a pack being a micro-batch."""
+        return _QuietPacking(
+            dataset,
+            buffer_size=self.buffer_size,
+            pre_packer=self.select_samples_to_pack,
+            final_packer=self.pack_selected_samples,
+            final_packer_stateless=True,
+            worker_config=worker_config,
+        )

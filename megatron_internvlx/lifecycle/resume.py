@@ -1,0 +1,237 @@
+"""Which checkpoint a run goes on from, how often it has tried, and what a launcher does when it ends.
+
+    python -m megatron_internvlx.lifecycle.resume SAVE_DIRECTORY --since SECONDS
+
+prints why the run ended and exits with 0 (finished), 75 (start it again), 76 (stop: it does not get any
+further) or 2 (a mistake of the caller, such as a directory that is not there: the launcher makes it before the
+first start, so that only a mistyped path is missing). The state is in `run_state.json` beside the checkpoints.
+
+A checkpoint is complete when its `metadata.json` is there (Megatron writes it last), and every file holds
+as many bytes as the index in `.metadata` says. Megatron's `--verify-integrity` compares contents too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_internvlx.files import checkpoint_directory, iterations, write_atomically
+from megatron_internvlx.lifecycle.lock import other_holder
+
+FINISHED, AGAIN, STOP = 0, 75, 76
+SAVE_FAILED = 74
+
+STATE = "run_state.json"
+_HISTORY = 50  # attempts that the state remembers
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint directory; None if it is complete."""
+    config = checkpoint / "metadata.json"
+    try:
+        json.loads(config.read_text())
+    except FileNotFoundError:
+        return "metadata.json is missing: the save was interrupted"
+    except (OSError, ValueError) as error:
+        return f"metadata.json cannot be read: {error}"
+    try:
+        wanted = indexed_sizes(checkpoint)
+    except Exception as error:  # a torn pickle raises nearly anything
+        return f".metadata cannot be read: {error!r}"
+    for name, size in sorted(wanted.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < size:
+            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+    return None
+
+
+def indexed_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes that each file of a checkpoint must have, from its index."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    sizes: dict[str, int] = {}
+    for place in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+        sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    if not sizes:
+        raise ValueError("it names no file")
+    return sizes
+
+
+def newest_complete(
+    save: Path, also: Callable[[int], str | None] = lambda iteration: None
+) -> tuple[int | None, list[tuple[int, str]]]:
+    """The newest complete checkpoint, and those newer than it with what is wrong with them.
+
+    `also` says what else is wrong with a checkpoint whose own files are whole.
+    """
+    broken: list[tuple[int, str]] = []
+    for iteration in iterations(save):
+        reason = fault(checkpoint_directory(save, iteration)) or also(iteration)
+        if reason is None:
+            return iteration, broken
+        broken.append((iteration, reason))
+    return None, broken
+
+
+def shortage(save: Path) -> str | None:
+    """Why the disk does not hold another checkpoint as large as the last, in GB; None if it does."""
+    last = next((checkpoint_directory(save, iteration) for iteration in iterations(save)), None)
+    if last is None:
+        return None
+    needed = 1.05 * sum(file.stat().st_size for file in last.iterdir())
+    free = shutil.disk_usage(save).free
+    if free > needed:
+        return None
+    return f"{save} has {free / 1e9:.2f} GB left, a checkpoint takes {needed / 1e9:.2f} GB"
+
+
+def set_aside(save: Path, broken: list[tuple[int, str]]) -> None:
+    """Rename broken checkpoints, so that the next save finds its place empty; only the last is kept."""
+    for iteration, _ in broken:
+        for old in save.glob("broken_*"):
+            shutil.rmtree(old, ignore_errors=True)
+        checkpoint_directory(save, iteration).rename(save / f"broken_{iteration:07d}")
+
+
+@dataclass
+class RunState:
+    """What is known of a run over all its starts."""
+
+    status: str = "new"
+    """new, running, preempted, stopped (as asked), finished, failed (with a reason) or stuck."""
+    progress: int = -1
+    """Iteration of the newest checkpoint that a start found."""
+    tries: int = 0
+    """Starts since then."""
+    reason: str = ""
+    unsaved: int | None = None
+    """Step at which the last start ended although the disk had no room for its checkpoint."""
+    updated: float = 0.0
+    history: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, save: Path) -> RunState:
+        """The state in this directory; a new one if there is none, or none that can be read."""
+        try:
+            content = json.loads((save / STATE).read_text())
+            return cls(**content)
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, save: Path) -> None:
+        """Keep it."""
+        self.updated = time.time()
+        save.mkdir(parents=True, exist_ok=True)
+        write_atomically(save / STATE, json.dumps(asdict(self), indent=1))
+
+    def begin(self, found: int | None, limit: int) -> bool:
+        """Count a start from checkpoint `found`; False if it is one too many without progress."""
+        reached = -1 if found is None else found
+        if reached > self.progress or self.status in ("preempted", "stopped", "finished"):
+            self.progress, self.tries = max(reached, self.progress), 0
+        self.tries += 1
+        start = {"time": time.time(), "host": socket.gethostname(), "from": found, "after": self.status}
+        if job := os.environ.get("SLURM_JOB_ID"):
+            start |= {"job": job, "nodes": os.environ.get("SLURM_JOB_NODELIST", "")}
+        self.history = [*self.history[-_HISTORY:], start]
+        if self.tries > limit:
+            self.status = "stuck"
+            self.reason = f"{limit} starts from iteration {max(reached, 0)} without a newer checkpoint"
+            return False
+        self.status, self.reason, self.unsaved = "running", "", None
+        return True
+
+    def stopped_by_disk(self, save: Path) -> str | None:
+        """Why another start would end as the last one did, without a checkpoint; None if it would not."""
+        lack = None if self.unsaved is None else shortage(save)
+        return lack and f"step {self.unsaved} was not saved, and there is still no room: {lack}"
+
+
+def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
+    """What a launcher does after a run that it started at time `since` has ended: code and reason."""
+    if holder := other_holder(save):
+        # Not a start of the run there: its state and its number of tries are not touched.
+        return STOP, f"{save} belongs to {holder}, which is still training"
+    state = RunState.read(save)
+    if state.updated < since:
+        # It ended before the first rank could write anything: a start all the same.
+        going_on = state.begin(newest_complete(save)[0], limit)
+        state.write(save)
+        return (AGAIN, "it ended before training began") if going_on else (STOP, state.reason)
+    if state.status in ("finished", "stopped"):
+        return FINISHED, state.status
+    if state.status == "preempted":
+        return AGAIN, "stopped by a signal, after a checkpoint"
+    if state.status == "stuck":
+        return STOP, state.reason
+    if reason := state.stopped_by_disk(save):
+        return STOP, reason
+    if state.tries >= limit and (newest_complete(save)[0] or -1) <= state.progress:
+        return (
+            STOP,
+            f"{state.tries} starts from iteration {max(state.progress, 0)} without a newer checkpoint",
+        )
+    return AGAIN, state.reason or "it ended without a word: a rank or a node died"
+
+
+def messages(save: Path, found: int | None, broken: list[tuple[int, str]]) -> Iterator[str]:
+    """What a person should know before training goes on."""
+    for iteration, reason in broken:
+        yield f"checkpoint {checkpoint_directory(save, iteration)} is not complete ({reason}): skipped"
+    if found is not None:
+        yield f"resuming from {checkpoint_directory(save, found)}"
+
+
+def launcher_risk(environment: Mapping[str, str]) -> str | None:
+    """What may keep torchrun's restarts from working, None if nothing does.
+
+    torch 2.13's torchrun gives every restart the same key-value store. A rank that is faster than the others
+    reads the addresses of the ranks that died, and the restart fails or hangs. Not sharing it helps.
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if not restarts or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        f"torchrun may restart this run {restarts} times, but its shared store can hand a restart the addresses of "
+        "ranks that died: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The launcher's question; see the module."""
+    parser = argparse.ArgumentParser(description="why a run ended, and whether to start it again")
+    parser.add_argument("save", type=Path, help="the run's --save directory")
+    parser.add_argument(
+        "--since", type=float, default=0.0, help="when it was started, in seconds of the epoch"
+    )
+    parser.add_argument("--max-tries", type=int, default=3, help="starts without progress")
+    asked = parser.parse_args(argv)
+    if not 0 <= asked.since < math.inf:
+        parser.error(f"--since {asked.since}: want seconds of the epoch, as `date +%s` prints them")
+    if asked.max_tries < 1:
+        parser.error(f"--max-tries {asked.max_tries}: want at least 1")
+    if not asked.save.is_dir():
+        parser.error(f"{asked.save}: no such directory; a launcher makes it before the first start")
+    code, reason = verdict(asked.save, asked.since, asked.max_tries)
+    print(reason)
+    if code != FINISHED and not other_holder(asked.save) and RunState.read(asked.save).status != "preempted":
+        # Processes that were killed could not say so themselves; a start that goes on takes it back.
+        from megatron_internvlx.reporting.mlflow_sink import mark_failed
+
+        mark_failed(asked.save)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

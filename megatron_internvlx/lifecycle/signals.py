@@ -1,0 +1,108 @@
+"""What ends a run from outside: SIGUSR1 and SIGTERM after the current step, with a checkpoint; Ctrl-C too, or at once.
+
+The signals are blocked rather than handled. SLURM sends them to every process of a job step, and a mask
+is inherited by everything that a rank starts (loader workers, Megatron's savers), while a handler is lost
+in a new program: a worker that died of the signal would fail the step that has yet to be saved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_internvlx.lifecycle.interrupt import Interrupts
+from megatron_internvlx.lifecycle.stall import StallClock
+from megatron_internvlx.ranks import is_first_rank
+
+if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
+    import torch.distributed as dist
+
+STOP = (signal.SIGUSR1, signal.SIGTERM)
+_TOLD, _INTERRUPTED = 1, 2
+
+_caught: set[int] = set()
+interrupts = Interrupts(told=_caught.add)
+"""Of this process."""
+
+
+def hold() -> None:
+    """Keep the stop signals until they are asked for. Call it before any process or thread is started."""
+    _caught.clear()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
+def let_go() -> None:
+    """The signals do what they always do; for runs that do not want a checkpoint then."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
+        signal.raise_signal(number)
+
+
+def also_other_threads() -> None:
+    """Keep signals that reach a thread which does not block them: libraries start some when imported."""
+    for number in STOP:
+        signal.signal(number, lambda caught, _frame: _caught.add(caught))
+
+
+def pending() -> bool:
+    """Whether this process was told to stop."""
+    return bool(_caught or signal.sigpending().intersection(STOP))
+
+
+def say(text: str) -> None:
+    """A sign of life, from the first rank."""
+    if is_first_rank():
+        print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
+
+
+def end_children() -> None:
+    """Kill loader workers that are still there: with SIGTERM blocked, nothing else would end them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+class StopSignals:
+    """Takes the place of Megatron's signal handler, which asks it after every step on every rank.
+
+    The ranks agree over a host group, so the device is not waited for. Each time, the clock of a hung
+    step starts anew.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.interrupted = False
+        """Whether it was Ctrl-C."""
+        self.clock: StallClock | None = None
+        self.waiting = False
+        """Whether this rank has ended its step, and waits for the others to do so."""
+        self._group: dist.ProcessGroup | None = None
+
+    def signals_received(self) -> list[bool]:
+        """Whether any rank was told to stop, in a list as Megatron expects it."""
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor([_INTERRUPTED if interrupts.asked else _TOLD if pending() else 0])
+        if dist.get_world_size() > 1:
+            if self._group is None:
+                self._group = dist.new_group(backend="gloo")
+            self.waiting = True
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            self.waiting = False
+        if self.clock is not None:
+            self.clock.restart()
+        self.received = bool(told.item())
+        self.interrupted = told.item() == _INTERRUPTED
+        # From now on Ctrl-C waits for the end of a step. All ranks are here at the same time, so it means the
+        # same to all of them.
+        interrupts.can_finish_step = True
+        return [self.received]
+
+    def release(self) -> None:
+        """Stop the clock; the signals stay blocked, so that nothing disturbs the end."""
+        interrupts.can_finish_step = False
+        if self.clock is not None:
+            self.clock.release()

@@ -1,0 +1,247 @@
+"""What every decoder layer, the vision encoder, the loss and every boundary cost, in seconds and bytes.
+
+Two sources of seconds: FLOPs over a sustained rate, or a profile measured on the target machine by
+`tools/plan_pipeline.py --measure`. Costs are those of one micro-batch that stands for all, on one
+tensor-parallel group; its `PlanStats` count computed rows, padding included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_internvlx.parallel.layout import StageLayers, boundary_content
+from megatron_internvlx.planning.activations import ActivationModel, carried_features, chunk_activations
+from megatron_internvlx.planning.flops import (
+    BackwardSettings,
+    FlopsByPart,
+    PlanStats,
+    Work,
+    forward_flops,
+    training_flops,
+)
+from megatron_internvlx.planning.memory import StateSizes, rank_state
+from megatron_internvlx.planning.parameters import ModelShape
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What turns FLOPs and bytes into seconds."""
+
+    flops: float = 400e12
+    """Sustained FLOP/s of one device, not its peak."""
+    bandwidth: float = 50e9
+    """Bytes per second between two pipeline stages, per tensor-parallel rank."""
+    latency: float = 20e-6
+    """Seconds per message."""
+
+    @classmethod
+    def assumed(cls, *, fp8: bool, local: bool = False) -> Machine:
+        """Assumptions, not measured: an H100 on 400 Gbit/s, sustaining 400 TFLOP/s in bf16 or 600 in FP8;
+        `local`: CPU cores of one machine, 50 GFLOP/s per rank."""
+        return cls(50e9, 2e9, 100e-6) if local else cls(600e12 if fp8 else 400e12)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one micro-batch."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes per device that limit a split."""
+
+    state: tuple[float, ...]
+    """Per layer: weights, gradients and optimizer state."""
+    activations: tuple[float, ...]
+    """Per layer: kept for the backward pass of one micro-batch, without the carried features."""
+    first_state: float = 0.0
+    first_activations: float = 0.0
+    last_state: float = 0.0
+    last_activations: float = 0.0
+    working: tuple[float, ...] = ()
+    """Per layer: what recomputation brings back; the largest of a rank's layers counts, once. (): nothing."""
+    first_working: float = 0.0
+    """The same of the vision encoder."""
+    carried: float = 0.0
+    """ViT features that a stage with layers keeps of one micro-batch."""
+    carriers: int = 0
+    """Stages that start before this layer carry them."""
+    limit: float = float("inf")
+    """A split whose fullest rank needs more is not allowed."""
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Everything the pipeline's time depends on; see `planner.find_plan`."""
+
+    layers: tuple[Cost, ...]
+    """Per decoder layer, its injection included."""
+    first: Cost
+    """Vision encoder, entry projector and embedding: with the first stage."""
+    last: Cost
+    """Output layer and loss: with the last stage."""
+    boundaries: tuple[Cost, ...]
+    """[layers + 1] Time to move what crosses a boundary in front of layer i, and its gradient."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of compute of a micro-batch, over all stages."""
+        return sum(cost.forward + cost.backward for cost in (*self.layers, self.first, self.last))
+
+
+def _seconds(works: Iterable[Work], settings: BackwardSettings, rate: float) -> Cost:
+    part = FlopsByPart(tuple(works))
+    return Cost(part.total / rate, (training_flops(part, settings).hardware - part.total) / rate)
+
+
+def costs_from_flops(
+    shape: ModelShape,
+    stats: PlanStats,
+    settings: BackwardSettings,
+    machine: Machine,
+    *,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = True,
+) -> LayerCosts:
+    """Costs by counting; every part is taken to run at the same rate."""
+    flops = forward_flops(shape, stats)
+    rate = machine.flops * tensor_parallel
+    layers = [
+        _seconds((w for w in flops.works if w.layer == layer), settings, rate)
+        for layer in range(shape.layers)
+    ]
+    outside = [w for w in flops.works if w.layer is None]
+    return LayerCosts(
+        tuple(layers),
+        first=_seconds((w for w in outside if w.part != "output"), settings, rate),
+        last=_seconds((w for w in outside if w.part == "output"), settings, rate),
+        boundaries=boundary_costs(
+            shape, stats, settings, machine, shards=tensor_parallel if sequence_parallel else 1
+        ),
+    )
+
+
+def boundary_bytes(
+    shape: ModelShape, stats: PlanStats, next_layer: int, *, element: int = 2
+) -> tuple[int, int]:
+    """Bytes of decoder rows and of carried ViT features in front of a layer, over all TP ranks."""
+    content = boundary_content(next_layer, shape.compression.injection_layers)
+    rows = (stats.deep_rows if content.deep else stats.shallow_rows) * shape.hidden
+    vision = shape.vision
+    carried = stats.projected_tiles * vision.tokens_per_tile * vision.hidden_size if content.carry else 0
+    return rows * element, carried * element
+
+
+def boundary_costs(
+    shape: ModelShape,
+    stats: PlanStats,
+    settings: BackwardSettings,
+    machine: Machine,
+    *,
+    shards: int = 1,
+    element: int = 2,
+) -> tuple[Cost, ...]:
+    """Time of every possible boundary; the features of a frozen encoder get no gradient."""
+    costs = []
+    for layer in range(shape.layers + 1):
+        rows, carried = boundary_bytes(shape, stats, layer, element=element)
+        back = rows + (0 if settings.freeze_vision else carried)
+        forward, backward = (
+            machine.latency + size / shards / machine.bandwidth for size in (rows + carried, back)
+        )
+        costs.append(Cost(forward, backward))
+    return tuple(costs)
+
+
+def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, limit: float) -> StageMemory:
+    """Bytes per layer on one rank, by the formulas of the dry run.
+
+    The loss of the one micro-batch that is being computed counts once, not per micro-batch in flight.
+    """
+    empty = StageLayers(0, 0)
+
+    def state(rank: int, layers: StageLayers) -> float:
+        stages = tuple((layers if r == rank else empty,) for r in range(3))
+        alone = replace(model.layout, pipeline=3, stages=stages)
+        return rank_state(model.shape, alone, rank, sizes, model.backward).total
+
+    layers = [StageLayers(i, i + 1) for i in range(model.shape.layers)]
+    alone = [chunk_activations(model, x, stats, first=False, last=False) for x in layers]
+    first = chunk_activations(model, empty, stats, first=True, last=False)
+    return StageMemory(
+        tuple(state(1, x) for x in layers),
+        tuple(float(y.total - carried_features(model, x, stats)) for x, y in zip(layers, alone, strict=True)),
+        first_state=state(0, empty),
+        first_activations=float(first.total),
+        last_state=state(2, empty) + model.output(stats),
+        limit=limit,
+        working=tuple(float(one.working) for one in alone),
+        first_working=float(first.working),
+        carried=float(carried_features(model, layers[0], stats)),
+        carriers=max(model.shape.compression.injection_layers, default=-1) + 1,
+    )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured seconds of the kinds of layers; written and read as JSON."""
+
+    first: Cost
+    last: Cost
+    kinds: dict[str, Cost]
+    """shallow, expand, deep, inject; those that the model has."""
+    about: dict[str, Any]
+    """Model, workload, hardware and versions, for people."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        content = {
+            "about": self.about,
+            "first": vars(self.first),
+            "last": vars(self.last),
+            "kinds": {name: vars(cost) for name, cost in self.kinds.items()},
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read it. Raises ValueError naming the file."""
+        try:
+            content = json.loads(Path(path).read_text())
+            kinds = {name: Cost(**cost) for name, cost in content["kinds"].items()}
+            return cls(Cost(**content["first"]), Cost(**content["last"]), kinds, content.get("about", {}))
+        except OSError as error:
+            raise ValueError(f"profile {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"profile {path} is not one that --measure wrote: {error!r}") from error
+
+
+def layer_kind(shape: ModelShape, layer: int) -> str:
+    """shallow, expand, deep or inject; mixture-of-experts layers with `_experts` behind."""
+    injections = shape.compression.injection_layers
+    if layer in injections:
+        kind = "expand" if layer == injections[0] else "inject"
+    else:
+        kind = "shallow" if layer < shape.shallow_layers else "deep"
+    return kind + ("_experts" if layer in shape.expert_layers else "")
+
+
+def costs_from_profile(profile: Profile, shape: ModelShape, boundaries: tuple[Cost, ...]) -> LayerCosts:
+    """Costs of the model's layers by their kinds. Raises ValueError if a kind was not measured."""
+    kinds = [layer_kind(shape, layer) for layer in range(shape.layers)]
+    missing = sorted(set(kinds) - set(profile.kinds))
+    if missing:
+        raise ValueError(
+            f"the profile has no {', '.join(missing)} layers (it has {', '.join(sorted(profile.kinds))}): "
+            "measure it again with this model's settings"
+        )
+    return LayerCosts(tuple(profile.kinds[kind] for kind in kinds), profile.first, profile.last, boundaries)

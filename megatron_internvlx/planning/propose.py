@@ -1,0 +1,152 @@
+"""Proposals around a plan: where the expansion balances best, and TP/PP/DP for a number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from megatron_internvlx.planning.costs import LayerCosts, StageMemory
+from megatron_internvlx.planning.parameters import ModelShape
+from megatron_internvlx.planning.search import PipelinePlan, find_plan
+from megatron_internvlx.planning.simulate import Schedule
+
+# Proposals are many; each may be a little off the best split.
+_FRONTIER = 3_000
+
+
+def _mark(plan: PipelinePlan) -> str:
+    """Of a plan whose search was cut: a better split may exist."""
+    return "" if plan.proven else "not proven"
+
+
+def with_expansion(shape: ModelShape, layer: int) -> ModelShape:
+    """The model with its expansion at `layer`; later injections keep their distance to it.
+
+    Raises ValueError if LVTC is off.
+    """
+    old = shape.compression.injection_layers
+    if not old:
+        raise ValueError("the model has no expansion to move: LVTC is off (--expand-layer is not set)")
+    moved = sorted({min(layer + k - old[0], shape.layers - 1) for k in old})
+    return replace(shape, compression=replace(shape.compression, injection_layers=tuple(moved)))
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A place for the expansion and the best split for it."""
+
+    layer: int
+    plan: PipelinePlan
+    work: float
+    """Compute of a micro-batch, relative to the model as it is."""
+    fits: bool = True
+    """The plan fits the memory; if none was found that does, this is the plan without a limit."""
+
+    @property
+    def mark(self) -> str:
+        """What a table says of it: `does not fit`, `not proven` or nothing."""
+        return _mark(self.plan) if self.fits else "does not fit"
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the ranks' time in which they compute."""
+        return 1 - self.plan.bubble
+
+
+def propose_expansions(
+    shape: ModelShape,
+    schedule: Schedule,
+    costs: Callable[[ModelShape], LayerCosts],
+    layers: Iterable[int] | None = None,
+    memory: Callable[[ModelShape], StageMemory] | None = None,
+) -> list[Expansion]:
+    """Every place for the expansion within an eighth of the depth around the model's, best balanced first.
+
+    A lower layer always costs more work; what is compared is how well the work spreads. Places
+    where no split fits the memory come last; without `memory` every place fits.
+    """
+    here, reach = shape.shallow_layers, max(shape.layers // 8, 1)
+    wanted = layers or range(max(here - reach, 1), min(here + reach, shape.layers - 1) + 1)
+    base = costs(shape).total
+    found = []
+    for layer in wanted:
+        moved = with_expansion(shape, layer)
+        seconds, limited = costs(moved), memory(moved) if memory else None
+        try:
+            plan, fits = find_plan(seconds, schedule, limited, frontier=_FRONTIER), True
+        except ValueError:  # no split fits
+            assert limited is not None
+            free = replace(limited, limit=float("inf"))
+            plan, fits = find_plan(seconds, schedule, free, frontier=_FRONTIER), False
+        found.append(Expansion(layer, plan, seconds.total / base, fits))
+    return sorted(found, key=lambda x: (not x.fits, x.plan.bubble))
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """A way to use the GPUs."""
+
+    tensor: int
+    pipeline: int
+    chunks: int
+    data: int
+    micro_batches: int
+    plan: PipelinePlan
+    seconds: float
+    """Of a step: the pipeline, and tensor-parallel communication on top."""
+
+    @property
+    def mark(self) -> str:
+        """What a table says of it: `not proven` or nothing."""
+        return _mark(self.plan)
+
+
+def layouts(
+    shape: ModelShape, gpus: int, per_node: int, global_batch: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """(TP, PP, VPP, DP) that divide the GPUs, the heads and the batch; TP stays inside a node."""
+    for tensor in (1, 2, 4, 8, 16):
+        if tensor > per_node or gpus % tensor or shape.heads % tensor or shape.kv_groups % tensor:
+            continue
+        for pipeline in (1, 2, 4, 8, 16):
+            if gpus % (tensor * pipeline) or pipeline > shape.layers:
+                continue
+            data = gpus // (tensor * pipeline)
+            if global_batch % data or (pipeline > 1 and global_batch // data < pipeline):
+                continue
+            for chunks in (1, 2):
+                batches = global_batch // data
+                if chunks == 1 or (pipeline > 1 and not batches % pipeline and 2 * pipeline <= shape.layers):
+                    yield tensor, pipeline, chunks, data
+
+
+def propose_parallelism(
+    shape: ModelShape,
+    candidates: Iterable[tuple[int, int, int, int]],
+    global_batch: int,
+    costs: Callable[[int], LayerCosts],
+    memory: Callable[[int, int, int], StageMemory],
+    communication: Callable[[int], float],
+) -> list[Parallelism]:
+    """Layouts that fit the memory, fastest first.
+
+    Args:
+        shape: the model.
+        candidates: (TP, PP, VPP, DP), for example from `layouts`.
+        global_batch: micro-batches per step over all replicas.
+        costs: TP -> costs of a micro-batch. memory: (TP, PP, DP) -> bytes.
+        communication: TP -> seconds of tensor-parallel communication of a micro-batch over all layers.
+    """
+    found = []
+    for tensor, pipeline, chunks, data in candidates:
+        batches = global_batch // data
+        schedule = Schedule(pipeline, chunks, batches)
+        try:
+            plan = find_plan(costs(tensor), schedule, memory(tensor, pipeline, data), frontier=_FRONTIER)
+        except ValueError:  # no split fits
+            continue
+        busy = plan.seconds * (1 - plan.bubble)
+        share = communication(tensor) * batches / pipeline
+        seconds = plan.seconds * (1 + share / busy)
+        found.append(Parallelism(tensor, pipeline, chunks, data, batches, plan, seconds))
+    return sorted(found, key=lambda x: x.seconds)

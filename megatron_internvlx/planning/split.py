@@ -1,0 +1,143 @@
+"""The layers of each stage where the stages do not divide them and nobody has said how to split them.
+
+Megatron asks for such a split by --pipeline-model-parallel-layout; here it follows from the planner's FLOP costs:
+the busiest stage has as little work as can be, and the others share the rest evenly. `planner.find_plan` simulates
+the step as well, takes up to 20 s, and gained 2 % at most in the models tried (5 % with 48 stages).
+
+All ranks choose for themselves, and so does a later run that resumes: the choice must be the same on every machine.
+So it depends on the model, the parallel sizes and the sequence settings alone (not on the number of GPUs or the
+batch size, which a later run may change), and is made in whole numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from itertools import accumulate
+
+from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_from_flops
+from megatron_internvlx.planning.flops import BackwardSettings
+from megatron_internvlx.planning.parameters import ModelShape
+from megatron_internvlx.planning.search import layout_string
+from megatron_internvlx.ranks import is_first_rank
+
+_UNITS = 1 << 24  # of work in a micro-batch: as fine as anybody could measure
+
+
+def settle_split(args: argparse.Namespace) -> None:
+    """Set --pipeline-model-parallel-layout where the layers do not divide over the stages.
+
+    Must come before Megatron's checks, which refuse such arguments. The first rank says what was chosen.
+
+    Args:
+        args: checked arguments; changed if a split was chosen.
+
+    Raises:
+        ValueError: --num-layers-per-virtual-pipeline-stage, which fixes the layers, does not fit.
+    """
+    stages = undivided_stages(args)
+    if stages is None:
+        return
+    counts = even_work(model_costs(args), stages)
+    args.pipeline_model_parallel_layout = layout_string(counts)
+    args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout
+    if is_first_rank():
+        print(
+            f"{args.num_layers} layers do not divide over {stages} pipeline stages: split by work into "
+            f"{' + '.join(map(str, counts))} (--pipeline-model-parallel-layout "
+            f"'{args.pipeline_model_parallel_layout}'; tools/plan_pipeline.py simulates others)",
+            flush=True,
+        )
+
+
+def undivided_stages(args: argparse.Namespace) -> int | None:
+    """Stages of the pipeline, virtual ones counted, if a split has to be chosen for them; else None.
+
+    Raises ValueError where --num-layers-per-virtual-pipeline-stage does not fit.
+    """
+    pipeline, layers = args.pipeline_model_parallel_size, args.num_layers
+    said = (
+        args.pipeline_model_parallel_layout,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.account_for_embedding_in_pipeline_split or None,
+        args.account_for_loss_in_pipeline_split or None,
+    )
+    if pipeline == 1 or any(one is not None for one in said):
+        return None
+    if each := args.num_layers_per_virtual_pipeline_stage:
+        if layers % (pipeline * each):
+            raise ValueError(
+                f"--num-layers-per-virtual-pipeline-stage {each} on {pipeline} pipeline ranks does not divide the "
+                f"model's {layers} layers: give --num-virtual-stages-per-pipeline-rank, for which a split is chosen"
+            )
+        return None
+    stages = pipeline * (args.num_virtual_stages_per_pipeline_rank or 1)
+    return stages if layers % stages else None
+
+
+def model_costs(args: argparse.Namespace) -> LayerCosts:
+    """The planner's costs of the model that arguments describe, before Megatron has checked them."""
+    # Here: they import `arguments`, which imports this.
+    from megatron_internvlx.model.settings import compression_plan, vision_config
+    from megatron_internvlx.planning.dryrun import full_micro_batch
+
+    args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
+    args.padded_vocab_size = None
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    if args.recompute_granularity == "full":  # every layer, wherever it will be
+        args.recompute_method = "uniform"
+    shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
+    return costs_from_flops(shape, full_micro_batch(args, shape), BackwardSettings.from_args(args), Machine())
+
+
+def even_work(costs: LayerCosts, stages: int) -> tuple[int, ...]:
+    """Layers per stage, some perhaps 0: the least work of the busiest stage, then the least sum of squares.
+
+    The vision encoder's work is in the first stage and the loss's in the last. Of equal splits the one with
+    fewer layers in the earlier stages is taken.
+    """
+    unit = costs.total / _UNITS
+
+    def work(cost: Cost) -> int:
+        return round((cost.forward + cost.backward) / unit)
+
+    sums = [0, *accumulate(work(cost) for cost in costs.layers)]
+    extra = [0] * stages
+    extra[0] += work(costs.first)
+    extra[-1] += work(costs.last)
+    busiest = _busiest(sums, extra)
+    layers = len(sums) - 1
+    # least[a]: sum of squares of the stages from the one at hand on, when they begin with layer a; None: impossible.
+    least: list[int | None] = [None] * layers + [0]
+    ends: list[list[int]] = []
+    for more in reversed(extra):
+        chosen = []
+        for begin in range(layers + 1):
+            options = [
+                ((sums[end] - sums[begin] + more) ** 2 + rest, end)
+                for end in range(begin, layers + 1)
+                if (rest := least[end]) is not None and sums[end] - sums[begin] + more <= busiest
+            ]
+            chosen.append(min(options, default=(None, layers)))
+        least = [squares for squares, _ in chosen]
+        ends.append([end for _, end in chosen])
+    counts, begin = [], 0
+    for stage in reversed(ends):
+        counts.append(stage[begin] - begin)
+        begin = stage[begin]
+    return tuple(counts)
+
+
+def _busiest(sums: Sequence[int], extra: Sequence[int]) -> int:
+    """The least possible work of the busiest stage."""
+    layers = len(sums) - 1
+    # least[a]: that of the stages from the one at hand on, when they begin with layer a.
+    least = [sums[-1] - sums[begin] + extra[-1] for begin in range(layers + 1)]
+    for more in reversed(extra[:-1]):
+        least = [
+            min(max(sums[end] - sums[begin] + more, least[end]) for end in range(begin, layers + 1))
+            for begin in range(layers + 1)
+        ]
+    return least[0]

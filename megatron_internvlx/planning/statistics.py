@@ -1,0 +1,252 @@
+"""What a prepared data set costs under each RVTC policy: sizes, tiles, tokens, pack fill, compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
+from megatron_internvlx.data.manifest import JsonlFile, Record, is_url
+from megatron_internvlx.data.packing import Budget, Fill, fill, pack
+from megatron_internvlx.data.prepare import prepared_sets
+from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rvtc import POLICIES
+from megatron_internvlx.data.sample import SampleEncoder
+from megatron_internvlx.data.shards import META
+from megatron_internvlx.model.internvit_config import internvit_preset
+from megatron_internvlx.model.presets import preset
+from megatron_internvlx.planning.flops import PlanStats, forward_flops
+from megatron_internvlx.planning.parameters import ModelShape
+
+INK, FAINT = "#212529", "#dee2e6"
+COLOURS = {"off": "#868e96", "area": "#1f5fa8", "edge": "#c2570c"}
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """The part of the model's compression plan that FLOPs depend on."""
+
+    low_grid: int
+    high_grid: int
+    patches: int
+    injection_layers: tuple[int, ...]
+    projector: str = "pvtc"
+
+    @property
+    def lvtc(self) -> bool:
+        return bool(self.injection_layers)
+
+    @property
+    def entry_grid(self) -> int:
+        return self.low_grid if self.lvtc else self.high_grid
+
+
+@dataclass
+class PolicyStats:
+    """One policy: costs int64 [n, 3] (shallow, deep tokens, tiles) and supervised tokens [n] of the samples."""
+
+    policy: str
+    costs: np.ndarray
+    supervised: np.ndarray
+    fill: Fill | None = None
+    flops: float = 0.0
+    """Forward FLOPs of the samples, with LVTC."""
+    flops_without_lvtc: float = 0.0
+
+
+@dataclass
+class DataStats:
+    """Sizes int64 [images, 2] and a `PolicyStats` per policy; ``bad`` counts records left out, per cause."""
+
+    sizes: np.ndarray
+    policies: dict[str, PolicyStats]
+    bad: dict[str, int] = field(default_factory=dict)
+
+
+def stored_records(out: Path, limit: int) -> Iterator[tuple[Record, ImageStore]]:
+    """At most ``limit`` records of a prepared directory, spread evenly over each JSONL file."""
+    sets = [entry for entry in prepared_sets(out) if entry["parts"]]
+    for entry in sets:
+        part = entry["parts"][0]
+        flavors = part["subflavors"]
+        augment, most = flavors["data_augment"], flavors["max_tiles"]
+        count = min(part["subset"]["range"][1], max(1, limit // len(sets)))
+        if flavors.get("shards"):
+            yield from _shard_records(out / part["path"], count, augment, most)
+            continue
+        file = JsonlFile(out / part["path"], flavors["label"])
+        root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
+        store = FolderImages(root, SizeTable(out / flavors["set"] / "media"))
+        for number in range(count):
+            index = number * part["subset"]["range"][1] // count
+            yield Record(file.key(index), file[index], "", augment, most), store
+
+
+def _shard_records(folder: Path, count: int, augment: bool, most: int | None) -> Iterator[Any]:
+    for shard in sorted(folder.glob("shard-*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if not member.name.endswith(f".{META}.json"):
+                    continue
+                if not count:
+                    return
+                count -= 1
+                handle = tar.extractfile(member)
+                assert handle is not None
+                document = json.loads(handle.read())
+                record = Record(document["key"], document["record"], "", augment, most)
+                yield record, ShardImages(document["sizes"], record.key, None)
+
+
+def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataStats:
+    """Tokenize records of a prepared directory and cut their images under every policy."""
+    # A budget would already change what a policy costs; it is applied when packing.
+    settings = replace(encoder.settings, budget=None, max_length=None)
+    tools = {p: SampleEncoder(encoder.tokenizer, replace(settings, rvtc=p)) for p in POLICIES}
+    sizes: list[tuple[int, int]] = []
+    costs: dict[str, list[Any]] = {policy: [] for policy in POLICIES}
+    supervised: list[int] = []
+    bad: dict[str, int] = {}
+    for record, store in stored_records(out, limit):
+        try:
+            for policy, tool in tools.items():
+                exif = tool.apply_exif
+                sample = tool.encode(record, lambda name, s=store, e=exif: s.size(name, apply_exif=e))  # type: ignore[misc]
+                costs[policy].append(tool.cost(sample))
+        except BadSample as error:
+            bad[error.cause] = bad.get(error.cause, 0) + 1
+            continue
+        sizes += [(image.width, image.height) for image in sample.images]
+        supervised.append(int((sample.labels != -100).sum()))
+    if not supervised:
+        raise ValueError(f"{out}: no usable record ({bad or 'it is empty'})")
+    tables = {p: np.asarray(rows, np.int64).reshape(-1, 3) for p, rows in costs.items()}
+    counts = np.asarray(supervised, np.int64)
+    return DataStats(
+        np.asarray(sizes, np.int64).reshape(-1, 2),
+        {policy: PolicyStats(policy, table, counts) for policy, table in tables.items()},
+        bad,
+    )
+
+
+def add_fill(stats: DataStats, budget: Budget) -> int:
+    """Pack the samples of every policy; returns how many were over the budget and cut down to it."""
+    over = 0
+    for policy in stats.policies.values():
+        limits = budget.limits()
+        over = max(over, int((policy.costs > limits).any(1).sum()))
+        fitting = np.minimum(policy.costs, limits)
+        policy.fill = fill(fitting, pack(fitting, budget), budget)
+    return over
+
+
+def add_flops(stats: DataStats, model: str, *, low_grid: int, high_grid: int, patches: int) -> None:
+    """Forward FLOPs of all samples by a model preset, with LVTC at the preset's layer and without it."""
+    flags = preset(model)
+    layer = flags.get("expand_layer") or max(1, flags["num_layers"] // 2)
+    grids = _Grids(low_grid, high_grid, patches, (layer, *sorted(flags.get("inject_layers") or ())))
+    for policy in stats.policies.values():
+        shallow, deep, tiles = (int(total) for total in policy.costs.sum(0))
+        squares = [int((policy.costs[:, i] ** 2).sum()) for i in (0, 1)]
+        rows = int(policy.supervised.sum())
+        with_lvtc = PlanStats(tiles, tiles, tiles, shallow, squares[0], deep, squares[1], rows)
+        without = PlanStats(tiles, tiles, 0, 0, 0, deep, squares[1], rows)
+        policy.flops = forward_flops(_shape(flags, grids), with_lvtc).total
+        plain = replace(grids, injection_layers=())
+        policy.flops_without_lvtc = forward_flops(_shape(flags, plain), without).total
+
+
+def _shape(flags: dict[str, Any], grids: _Grids) -> ModelShape:
+    heads = flags["num_attention_heads"]
+    changes = {key: flags[key] for key in ("image_size", "patch_size") if flags.get(key)}
+    return ModelShape(
+        layers=flags["num_layers"],
+        hidden=flags["hidden_size"],
+        heads=heads,
+        kv_groups=flags["num_query_groups"],
+        head_dim=flags.get("kv_channels") or flags["hidden_size"] // heads,
+        ffn=flags["ffn_hidden_size"],
+        vocab=flags["vocab_size"],
+        vision=internvit_preset(flags["vision_preset"], **changes),
+        compression=grids,  # type: ignore[arg-type]
+        experts=flags.get("num_experts", 0),
+        topk=flags.get("moe_router_topk", 0),
+        expert_ffn=flags.get("moe_ffn_hidden_size", 0),
+        expert_layers=frozenset(range(flags["num_layers"])) if flags.get("num_experts") else frozenset(),
+    )
+
+
+def table(stats: DataStats, budget: Budget | None) -> str:
+    """The numbers as text."""
+    samples = len(next(iter(stats.policies.values())).costs)
+    lines = [f"{samples} samples, {len(stats.sizes)} images; left out: {stats.bad or 'none'}"]
+    if len(stats.sizes):
+        quarters = np.percentile(stats.sizes, [5, 50, 95], axis=0).astype(int)
+        shown = ", ".join(f"{w}x{h}" for w, h in quarters)
+        lines.append(f"width x height at 5, 50, 95 %: {shown}")
+    base = stats.policies["off"].flops_without_lvtc
+    head = "policy   tiles/sample  shallow tokens (mean, 95 %)  deep tokens (mean, 95 %)"
+    head += "   packs  fill   binding        " if budget else ""
+    lines.append(head + ("   compute saved: LVTC off, LVTC on" if base else ""))
+    for policy in stats.policies.values():
+        mean, high = policy.costs.mean(0), np.percentile(policy.costs, 95, axis=0)
+        row = f"{policy.policy:<8} {mean[2]:12.2f}  {mean[0]:18.0f} {high[0]:9.0f}  {mean[1]:15.0f} {high[1]:8.0f}"
+        if policy.fill:
+            row += f"   {policy.fill.packs:>5}  {policy.fill.best:5.1%}  {policy.fill.binding:<14}"
+        if base:
+            row += f"   {1 - policy.flops_without_lvtc / base:21.1%}, {1 - policy.flops / base:6.1%}"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
+    """Write the distributions as a PNG."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    sizes, tiles, tokens, bars = axes.flat
+    if len(stats.sizes):
+        sizes.scatter(*stats.sizes.T, s=6, color=COLOURS["area"], alpha=0.4, linewidths=0)
+    sizes.set(xlabel="width, pixels", ylabel="height, pixels", title="Image sizes")
+    for policy in stats.policies.values():
+        style = {"color": COLOURS[policy.policy], "label": policy.policy}
+        counts = np.bincount(policy.costs[:, 2])
+        tiles.step(range(len(counts)), counts / counts.sum(), where="mid", **style)
+        ordered = np.sort(policy.costs[:, 1])
+        tokens.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), **style)
+    tiles.set(xlabel="tiles, thumbnail included", ylabel="share of samples", title="Tiles per sample")
+    tokens.set(xlabel="tokens in the deep phase", ylabel="share of samples up to", title="Tokens per sample")
+    if budget:
+        tokens.axvline(budget.deep, color=INK, linestyle=":", linewidth=1)
+    _bars(bars, stats)
+    for axis in axes.flat:
+        axis.grid(color=FAINT, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    tiles.legend(frameon=False, title="RVTC policy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(axis: Any, stats: DataStats) -> None:
+    """Compute relative to the first policy without LVTC, and the fill of packs."""
+    base = stats.policies["off"].flops_without_lvtc
+    for number, policy in enumerate(stats.policies.values()):
+        values = [policy.flops_without_lvtc / base, policy.flops / base] if base else []
+        values += [policy.fill.best] if policy.fill else []
+        at = np.arange(len(values)) + (number - 1) * 0.26
+        bars = axis.bar(at, values, width=0.24, color=COLOURS[policy.policy])
+        axis.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=8)
+    names = ["compute,\nLVTC off", "compute,\nLVTC on"] if base else []
+    names += ["pack fill"] if next(iter(stats.policies.values())).fill else []
+    axis.set(title="Compute against InternVL (off, LVTC off), and pack fill", ylim=(0, 1.1))
+    axis.set_xticks(range(len(names)), names)

@@ -1,0 +1,148 @@
+"""The answers a model gives in evaluation: which were right, and what was asked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_internvlx.config import DataSettings, settings_from
+from megatron_internvlx.data.conversation import questions
+from megatron_internvlx.data.plan import FILLER, SequencePlan
+from megatron_internvlx.data.rejects import BadSample, blamed_on
+from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.files import write_atomically
+from megatron_internvlx.training.provider import DataProvider
+
+
+class AnswerBook:
+    """Collects the predicted tokens of an evaluation and writes one JSON line per answer.
+
+    A prediction is made with the correct earlier answer tokens given (teacher forcing), so an
+    answer is entirely right exactly when greedy generation would produce it.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: DataProvider) -> None:
+        self.args, self.data = args, data
+        self.path = settings_from(args, DataSettings).predictions_file
+        self.last: list[dict[str, Any]] = []
+        """Rows of the last complete evaluation over all ranks, on each rank of the last stage."""
+        self._pending: list[tuple[SequencePlan, np.ndarray]] = []
+
+    def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
+        """Keep one micro-batch: predicted int [n] for the plan's supervised rows."""
+        self._pending.append((plan, predicted.to("cpu").numpy()))
+
+    def finish(self) -> None:
+        """End of an evaluation: gather all ranks' answers and write the file; called on every rank."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            return
+        rows = [row for plan, predicted in self._pending for row in self._rows(plan, predicted)]
+        self._pending = []
+        # TP ranks have the same predictions, and the first one's are kept. Which rank draws the picture is
+        # Megatron's choice, so all of them get the rows.
+        first = mpu.get_tensor_model_parallel_rank() == 0
+        if first and mpu.get_data_parallel_world_size() > 1:
+            parts: list[Any] = [None] * mpu.get_data_parallel_world_size()
+            dist.all_gather_object(parts, rows, group=mpu.get_data_parallel_group())
+            rows = [row for part in parts for row in part]
+        if mpu.get_tensor_model_parallel_world_size() > 1:
+            shared = [rows]
+            source = mpu.get_tensor_model_parallel_src_rank()
+            dist.broadcast_object_list(shared, src=source, group=mpu.get_tensor_model_parallel_group())
+            rows = shared[0]
+        self.last = rows
+        if first and mpu.get_data_parallel_rank() == 0 and self.path:
+            try:
+                write_jsonl(Path(self.path), rows)
+            except OSError as error:  # a full disk, for instance: training goes on
+                print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
+
+    def _rows(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
+        tokenizer = load_tokenizer(self.args.tokenizer_model)
+        rows: list[dict[str, Any]] = []
+        if (plan.sample_ids == FILLER).any():
+            return rows
+        spans: dict[int, int] = {}
+        for answer in range(int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0):
+            at = np.flatnonzero(plan.answer_ids == answer)
+            sample = int(plan.sample_of_loss_row[at[0]])
+            turn = spans.get(sample, 0)
+            spans[sample] = turn + 1
+            expected, given = plan.targets[at], predicted[at]
+            rows.append(
+                self._source(int(plan.sample_ids[sample]), turn)
+                | {
+                    "expected": tokenizer.decode(expected, skip_special_tokens=True).strip(),
+                    "given": tokenizer.decode(given, skip_special_tokens=True).strip(),
+                    "correct": bool((expected == given).all()),
+                }
+            )
+        return rows
+
+    def _source(self, number: int, turn: int) -> dict[str, Any]:
+        """Question, image and grid of the `turn`-th answer of a validation record."""
+        assert self.data.valid_manifest is not None
+        key, encoder = self.data.valid_manifest.key(number), self.data.validation_encoder
+        row = {
+            "key": key,
+            "kind": "",
+            "question": "",
+            "image": None,
+            "cols": 0,
+            "rows": 0,
+            "thumbnail": False,
+        }
+        try:
+            with blamed_on(key):
+                record = self.data.valid_manifest.record(number)
+                sample = encoder.encode(record)
+                asked = questions(encoder.settings.template, record.data["conversations"])
+                row |= {"kind": kind_of(record.data, turn), "question": asked[turn]}
+        except BadSample as bad:  # it was read a moment ago by another rank, and its answer counts
+            print(f"{bad}: its answer is listed without question and image", file=sys.stderr, flush=True)
+            return row
+        if sample.images:
+            first = sample.images[0]
+            row |= {"image": first.path, "cols": first.cols, "rows": first.rows, "thumbnail": first.thumbnail}
+        return row
+
+    def predictions(self) -> list[Any]:
+        """The last evaluation's answers as the report wants them."""
+        from megatron_internvlx.reporting.picture import prediction_of
+
+        return [prediction_of(row) for row in self.last]
+
+    def summary(self) -> str:
+        """Share of right answers per kind of question, and what the commonest answer would reach."""
+        from megatron_internvlx.reporting.picture import accuracy_by_kind, most_common_baseline
+
+        rows = self.predictions()
+        if not rows:
+            return "no held-out answer was usable"
+        right = sum(row.correct for row in rows)
+        lines = [f"held-out answers entirely right: {right}/{len(rows)} = {right / len(rows):.1%}"]
+        baseline = most_common_baseline([row.expected for row in rows])
+        lines.append(f"always the commonest answer: {baseline:.1%}")
+        lines += [f"  {kind:<14} {a:>4}/{b}" for kind, (a, b) in sorted(accuracy_by_kind(rows).items())]
+        return "\n".join(lines)
+
+
+def kind_of(record: dict[str, Any], turn: int) -> str:
+    """The kind of question that a record names: `kinds`, one for each answer, or `kind` for all; "" if none."""
+    kinds = record.get("kinds")
+    if isinstance(kinds, list) and kinds:
+        return str(kinds[min(turn, len(kinds) - 1)])
+    return str(record.get("kind", ""))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, under the final name only when complete."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,86 @@
+"""What a run tells its sinks, and which sinks it has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as machine
+import socket
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+from megatron_internvlx.config import SETTINGS, RunSettings, settings_from
+from megatron_internvlx.parallel.layout import layout_name
+
+
+class Sink(Protocol):
+    """Takes what a run measures. No method may raise, or wait for anything outside this process."""
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Values of a training step."""
+
+    def artifact(self, path: str | Path) -> None:
+        """A file that belongs to the run."""
+
+    def close(self, status: str, seconds: float = 60.0) -> None:
+        """The end: FINISHED, FAILED, KILLED or SCHEDULED."""
+
+
+# Megatron's arguments that make runs comparable; all of them are in the artifact arguments.json.
+_NAMED = """
+num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups num_experts moe_router_topk
+seq_length micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style lr_warmup_fraction
+weight_decay clip_grad adam_beta1 adam_beta2 seed bf16 fp8 fp8_recipe transformer_impl
+recompute_granularity recompute_method recompute_num_layers tensor_model_parallel_size
+pipeline_model_parallel_size virtual_pipeline_model_parallel_size pipeline_model_parallel_layout
+expert_model_parallel_size sequence_parallel use_distributed_optimizer data_parallel_size world_size
+""".split()  # noqa: SIM905
+
+
+def parameters(args: argparse.Namespace) -> dict[str, str]:
+    """Our settings and the named ones of Megatron."""
+    ours = [name for settings in SETTINGS for name in settings.__dataclass_fields__]
+    return {name: str(getattr(args, name, None)) for name in [*ours, *_NAMED]}
+
+
+def environment() -> dict[str, str]:
+    """Tags: versions, host, SLURM job."""
+    tags = {"host": socket.gethostname(), "python": machine.python_version()}
+    for package in ("torch", "megatron-core", "transformer-engine", "megatron-energon"):
+        try:
+            tags[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"):
+        if name in os.environ:
+            tags[name.lower()] = os.environ[name]
+    return tags
+
+
+def sinks(args: argparse.Namespace) -> list[Sink]:
+    """The sinks that the arguments ask for; to be called on the rank that logs."""
+    experiment = settings_from(args, RunSettings).mlflow_experiment
+    if not experiment:
+        return []
+    from megatron_internvlx.reporting.mlflow_sink import MlflowSink, RunInfo, git_state
+
+    tags = environment() | {"layout": layout_name(args)} | git_state(Path(__file__).parents[2])
+    info = RunInfo(
+        experiment,
+        Path(args.save).name if args.save else None,
+        parameters(args),
+        tags,
+        {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
+    )
+    return [MlflowSink(info, Path(args.save or "."))]
+
+
+def mark_failed(args: argparse.Namespace) -> None:
+    """Mark the run as FAILED from a rank without sinks: that one's may be killed before it says so itself."""
+    if settings_from(args, RunSettings).mlflow_experiment:
+        from megatron_internvlx.reporting.mlflow_sink import mark_failed
+
+        mark_failed(Path(args.save or "."))

@@ -1,0 +1,277 @@
+"""Megatron's dataset provider: loaders on one rank per replica, the same micro-batches on its others."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
+from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.packing import Budget
+from megatron_internvlx.data.plan import PlanSettings
+from megatron_internvlx.data.prepare import MARK, prepared_sets
+from megatron_internvlx.data.rejects import BadSample, RejectLog
+from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
+from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.model.settings import compression_plan
+from megatron_internvlx.parallel.batch import (
+    BatchChannel,
+    BatchIterator,
+    DevicePlan,
+    HostBatch,
+    SharedBatches,
+)
+from megatron_internvlx.precision import row_alignment
+from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.training.validation import ValidationCounts, held_out, held_out_records
+
+# Held-out records that are tried before training starts.
+FIRST_RECORDS = 64
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """Row alignment and budgets of the layout that the arguments describe."""
+    compression = compression_plan(args)
+    train = settings_from(args, TrainSettings)
+    tensor_parallel = args.tensor_model_parallel_size
+    static = train.boundary == "static"
+    return PlanSettings(
+        low_grid=compression.low_grid,
+        high_grid=compression.high_grid,
+        lvtc=compression.lvtc,
+        alignment=row_alignment(args),
+        tile_multiple=tensor_parallel,
+        shallow_length=train.shallow_seq_length if static else None,
+        deep_length=args.seq_length if static else None,
+        tile_budget=train.max_tiles_per_pack if static else None,
+    )
+
+
+def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | None:
+    """What one sample may hold; None where only --seq-length limits it.
+
+    With packing a sample must fit a pack, with static boundaries the sizes that every micro-batch is padded to,
+    of which each of its samples then has an equal share.
+    """
+    train = settings_from(args, TrainSettings)
+    static = train.boundary == "static"
+    if not (static or settings_from(args, DataSettings).packing):
+        return None
+    whole = Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
+    return whole.share(micro_batch_size) if static else whole
+
+
+def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> SampleEncoder:
+    """Record -> tokens, labels and tile grids, as the model's token counts want them."""
+    data = settings_from(args, DataSettings)
+    compression = compression_plan(args)
+    settings = EncoderSettings(
+        template=data.conversation_template,
+        tile_size=args.image_size,
+        min_tiles=data.min_tiles,
+        max_tiles=data.max_tiles,
+        use_thumbnail=not data.no_thumbnail,
+        rvtc=data.rvtc,
+        tokens_per_tile=compression.high_grid**2,
+        shallow_tokens_per_tile=compression.low_grid**2 if compression.lvtc else None,
+        budget=budget,
+        max_length=args.seq_length,
+        dynamic_image_size=not data.static_image_size,
+        compat=released_quirks() if data.released_quirks else ReleasedQuirks(),
+    )
+    return SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
+
+
+def released_quirks() -> ReleasedQuirks:
+    """The released code's behaviours for --released-quirks.
+
+    Masking tokens of id 0 is left out: it hides "!" from Qwen2 models only, of which none was released
+    with InternVL-X, and packed attention has no mask inside a sample.
+    """
+    return replace(ReleasedQuirks.all(), mask_id_zero=False)
+
+
+class DataProvider:
+    """Builds the training and validation iterators; Megatron calls it once per virtual stage."""
+
+    # Every rank takes part: the loading ranks send, the others receive.
+    is_distributed = True
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.data = settings_from(args, DataSettings)
+        self.rejects: RejectLog | None = None
+        """Unusable and shortened training samples so far; None where this rank does not load."""
+        self.valid_manifest: Manifest | None = None
+        self._train_manifest: Manifest | None = None
+        self._evaluation: RejectLog | None = None
+        self.open_files()
+        self._groups: tuple[list[list[int]], Any, Any] | None = None
+        self._shared: dict[str, SharedBatches] = {}
+        self._iterators: dict[tuple[str, int], BatchIterator] = {}
+
+    def open_files(self) -> None:
+        """Find a mistake before anything is built: rank 0 loads in every layout. Raises ValueError."""
+        energon = self.data.loader == "energon"
+        if energon:
+            # Energon takes seconds to import; the simple loader does without.
+            from megatron_internvlx.training.loader_state import save_with_checkpoints
+
+            save_with_checkpoints(self.args)
+        if is_first_rank() and energon:
+            prepared_sets(self.data.data or "")
+        elif is_first_rank():
+            if (Path(self.data.data or "") / MARK).is_file():
+                raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
+            self._train_manifest = Manifest(self.data.data or "")
+        if self.data.valid_data:
+            self.valid_manifest = held_out(self.data.valid_data)
+            if is_first_rank():
+                self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        """Raises ValueError if none of the first held-out records is usable: training would learn it hours later."""
+        assert self.valid_manifest is not None
+        dataset, log = self._held_out_dataset(), RejectLog(None, None)
+        tries = min(FIRST_RECORDS, held_out_records(self.args, self.valid_manifest))
+        for position in range(tries):
+            item = dataset[position]
+            if not isinstance(item, BadSample):
+                return
+            log.add(item)
+            log.saw(1, 1)
+        raise ValueError(
+            f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}. The last: {item}"
+        )
+
+    def _held_out_dataset(self) -> ConversationDataset:
+        assert self.valid_manifest is not None
+        return ConversationDataset(
+            self.valid_manifest, self.validation_encoder, seed=self.args.seed, shuffle=False
+        )
+
+    @cached_property
+    def validation_encoder(self) -> SampleEncoder:
+        """Held-out record -> sample, under the limits that training samples have."""
+        return build_encoder(self.args, sample_budget(self.args, self.args.eval_micro_batch_size))
+
+    def evaluated(self) -> ValidationCounts:
+        """What the latest evaluation saw on this rank; nothing where it does not load."""
+        log = self._evaluation
+        if log is None:
+            return ValidationCounts()
+        return ValidationCounts(log.good, dict(log.counts), log.cut_tiles, log.cut_tokens)
+
+    @property
+    def is_loading_rank(self) -> bool:
+        """Whether this rank reads files; the others of its replica receive."""
+        return any(shared.channel.is_source for shared in self._shared.values())
+
+    def __call__(self, _num_samples, vp_stage: int | None = None):
+        """(training, validation, test) iterators of one model chunk."""
+        train = None if self.args.skip_train else self._iterator("train", vp_stage)
+        valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
+        return train, valid, None
+
+    def upcoming(self, chunk: int, training: bool, least: int) -> tuple[int, DevicePlan]:
+        """Number and plan of a chunk's next micro-batch; see `BatchIterator.upcoming`."""
+        return self._iterators["train" if training else "valid", chunk].upcoming(least)
+
+    def _iterator(self, split: str, vp_stage: int | None) -> BatchIterator:
+        if split not in self._shared:
+            channel = self._channel()
+            loader = self._loader(split) if channel.is_source else None
+            readers = self.args.virtual_pipeline_model_parallel_size or 1
+            self._shared[split] = SharedBatches(channel, loader, readers)
+        iterator = BatchIterator(self._shared[split])
+        self._iterators[split, vp_stage or 0] = iterator
+        return iterator
+
+    def _channel(self) -> BatchChannel:
+        if self._groups is None:
+            ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
+            width = self.args.tensor_model_parallel_size
+            # Megatron numbers ranks with TP innermost and PP outermost.
+            stages = [ranks[i : i + width] for i in range(0, len(ranks), width)]
+            stage = next(stage for stage in stages if dist.get_rank() in stage)
+            self._groups = (stages, host_group(ranks), host_group(stage))
+        stages, group, stage_group = self._groups
+        return BatchChannel(stages, group, stage_group, self.args.image_size)
+
+    def _loader(self, split: str) -> Iterator[HostBatch]:
+        return self._training_loader() if split == "train" else self._evaluations()
+
+    def _rejects_file(self) -> str | None:
+        if self.data.rejects_file is None and self.args.save:
+            return str(Path(self.args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
+        return self.data.rejects_file
+
+    def _share(self) -> dict[str, Any]:
+        """This rank's part of the simple loader's work."""
+        return {
+            "dp_rank": mpu.get_data_parallel_rank(),
+            "dp_size": mpu.get_data_parallel_world_size(),
+            "num_workers": self.data.loader_workers,
+            "finish": partial(planned, settings=plan_settings(self.args)),
+        }
+
+    def _training_loader(self) -> Iterator[HostBatch]:
+        args = self.args
+        self.rejects = RejectLog(self._rejects_file(), self.data.max_rejects, self.data.max_reject_rate)
+        encoder = build_encoder(args, sample_budget(args, args.micro_batch_size))
+        if self.data.loader == "energon":
+            from megatron_internvlx.training.loader_state import energon_loader
+
+            return energon_loader(args, encoder, plan_settings(args), self.rejects)
+        manifest = self._train_manifest or Manifest(self.data.data or "")
+        planned_batches = batches(
+            ConversationDataset(manifest, encoder, seed=args.seed),
+            start=args.consumed_train_samples,
+            micro_batch_size=args.micro_batch_size,
+            reject_log=self.rejects,
+            **self._share(),
+        )
+        return itertools.starmap(HostBatch, planned_batches)
+
+    def _evaluations(self) -> Iterator[HostBatch]:
+        """Every evaluation sees every held-out record once."""
+        args = self.args
+        per_rank = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+        while True:
+            # Its own: a broken held-out record is counted and named, and does not end training.
+            self._evaluation = RejectLog(self._rejects_file(), None)
+            yield from itertools.starmap(
+                HostBatch,
+                held_out_batches(
+                    self._held_out_dataset(),
+                    records=held_out_records(args, self.valid_manifest),
+                    micro_batches=args.eval_iters * per_rank,
+                    micro_batch_size=args.eval_micro_batch_size,
+                    reject_log=self._evaluation,
+                    **self._share(),
+                ),
+            )
+
+
+def host_group(ranks: list[int]) -> dist.ProcessGroup | None:
+    """A gloo group of these ranks, this one among them; every rank of the world calls it.
+
+    Ranks may name different groups: each is made by all, in one order. None for a group of one.
+    """
+    named: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(named, ranks)
+    mine = None
+    for members in sorted({tuple(group) for group in named if len(group) > 1}):
+        group = dist.new_group(list(members), backend="gloo")
+        mine = group if list(members) == ranks else mine
+    return mine

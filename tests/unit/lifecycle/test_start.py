@@ -1,0 +1,83 @@
+"""What a first start begins from: named weights are there, and an import is not passed over."""
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_internvlx import files
+from megatron_internvlx.lifecycle.start import check_start
+from megatron_internvlx.model.presets import preset
+from tests.unit.training.test_resume import checkpoint
+from tools import convert_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+
+def settings(**given: Any) -> argparse.Namespace:
+    known = {"load": None, "pretrained_checkpoint": None, "save": None, "ckpt_step": None}
+    return argparse.Namespace(**known | {"auto_resume": True, "freeze_llm": False} | given)
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> str:
+    (tmp_path / "imported" / "release").mkdir(parents=True)
+    (tmp_path / "imported" / files.TRACKER).write_text("release")
+    return str(tmp_path / "imported")
+
+
+def test_an_import_as_save_is_not_passed_over(imported: str) -> None:
+    """Megatron would train from random weights, and move the import's tracker on."""
+    with pytest.raises(ValueError, match=re.escape(f"--pretrained-checkpoint {imported}, and another")):
+        check_start(settings(save=imported))
+    with pytest.raises(ValueError, match="nothing says to begin"):
+        check_start(settings(save=imported, auto_resume=False))
+    check_start(settings(save=imported, load=imported))
+    check_start(settings(save=imported, pretrained_checkpoint=imported))
+
+
+def test_a_run_that_resumes_needs_no_name(imported: str) -> None:
+    checkpoint(Path(imported), 3)
+    check_start(settings(save=imported))
+    (files.checkpoint_directory(Path(imported), 3) / "metadata.json").unlink()
+    with pytest.raises(ValueError, match="nothing says to begin"):  # it would set the broken one aside
+        check_start(settings(save=imported))
+
+
+@pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])
+def test_a_directory_without_a_checkpoint(imported: str, tmp_path: Path, flag: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: no checkpoint is in it"):
+        check_start(settings(**{flag: str(tmp_path)}))
+    check_start(settings(**{flag: imported}))
+    check_start(settings(load=str(tmp_path), save=str(tmp_path)))  # its first start
+
+
+def test_a_frozen_random_language_model_is_told(
+    imported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for start in ({}, {"load": str(tmp_path / "run")}):
+        check_start(settings(save=str(tmp_path / "run"), freeze_llm=True, **start))
+        assert "the language model stays random" in capsys.readouterr().err
+    check_start(settings(save=str(tmp_path / "run"), freeze_llm=True, pretrained_checkpoint=imported))
+    check_start(settings(save=str(tmp_path / "run")))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_import_that_the_readme_shows_is_the_model_of_its_recipes() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python tools/convert_checkpoint.py (import .*)$", text, re.M)
+    given = convert_checkpoint.parser().parse_args(shlex.split(command))
+    recipes = set(re.findall(r"examples/recipes/\S+\.yaml", text))
+    assert len(recipes) == 2
+    for recipe in recipes:
+        model = preset(yaml.safe_load((ROOT / recipe).read_text())["model_preset"])
+        assert (given.projector, given.expand_layer, given.inject_layers) == (
+            model.get("projector", "pvtc"), model["expand_layer"], model["inject_layers"],
+        )  # fmt: skip
+    assert text.count(f"--pretrained-checkpoint {given.save}") == 1

@@ -1,0 +1,125 @@
+"""The dry run: every recipe can run as it stands, and what cannot run says why."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.single import single  # noqa: F401  isort: skip  (sets Megatron up)
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.training.global_vars import destroy_global_vars
+
+from megatron_internvlx import arguments
+from megatron_internvlx.planning import dryrun
+from megatron_internvlx.planning.search import find_plan
+from tools import plan_pipeline, planning
+
+RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
+SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
+
+
+VARIABLE = ("--boundary", "variable")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No run's globals or world size outlive a test."""
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    # restored afterwards: a dry run pretends to have another GPU
+    monkeypatch.setattr(torch.cuda, "get_device_capability", torch.cuda.get_device_capability)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+
+
+def dry(monkeypatch, recipe, *changes):
+    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", "--recipe", str(recipe), "--dry-run", *changes])
+    forget()
+    return arguments.parse()
+
+
+def test_there_is_a_recipe_for_every_size_and_phase():
+    sizes = {"2b": 8, "8b": 64, "26b": 128, "40b": 128, "78b": 256, "30b_a3b": 64}
+    names = [path.name for path in RECIPES]
+    for size, gpus in sizes.items():
+        for phase in ("pretrain", "sft"):
+            assert any(name.startswith(f"internvlx_{size}_{phase}_{gpus}gpu_") for name in names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_can_run(monkeypatch, capsys, recipe):
+    args = dry(monkeypatch, recipe)
+    assert args.world_size == int(recipe.stem.split("gpu")[0].rsplit("_", 1)[1])
+    assert dryrun.run(args) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert text.count("\nstage ") == 1 and "tokens at most" in text
+    plan = dryrun.check(args)
+    assert len(plan.stages) == args.pipeline_model_parallel_size
+    assert {layer for stage in plan.stages for a, b in stage.chunks for layer in range(a, b)} == set(
+        range(args.num_layers)
+    )
+    assert plan.micro_batches * plan.layout.data * args.micro_batch_size == args.global_batch_size
+    # "Packs" in the recipe and tokens per step in the report are true only of packed data.
+    assert args.packing and args.loader == "energon"
+
+
+def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, capsys):
+    assert dryrun.run(dry(monkeypatch, SFT_8B, "--gpu-memory-gib", "20", "--vision-recompute")) == 2
+    message = capsys.readouterr().err.splitlines()[0]
+    assert "more tensor (now 4) or pipeline parallelism (now 1)" in message
+    assert "--recompute-granularity full" in message and "--vision-recompute" not in message
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "_layout:" in path.read_text()], ids=str)
+def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
+    args = dry(monkeypatch, recipe)
+    forget()
+    task = planning.Task(plan_pipeline.own_arguments().parse_args([]))
+    memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
+    best = find_plan(task.costs(), task.schedule, memory)
+    assert best.proven
+    assert dryrun.check(args).layout.counts == best.counts
+
+
+def test_other_world_size_from_the_command_line(monkeypatch):
+    plan = dryrun.check(dry(monkeypatch, SFT_8B, "--dry-run-world-size", "128"))
+    assert plan.layout.data == 32
+    assert plan.micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["--dry-run-world-size", "50"], "50"),
+        (["--tensor-model-parallel-size", "16"], "8"),
+        (["--global-batch-size", "100"], "100"),
+        (["--gpu-memory-gib", "20"], "GiB per GPU"),
+        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: want a number of GPUs"),
+        (["--dry-run-json", "/proc/none.json"], "--dry-run-json /proc/none.json: No such file"),
+        (["--micro-batch-size", "2"], "--packing makes each pack a micro-batch"),
+        (["--max-tiles-per-pack", "5"], "tiles"),
+        (["--seq-length", "1000000"], "max-position-embeddings"),
+        (["--expand-layer", "40"], "outside"),
+        # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
+        (
+            [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],
+            "--seq-length 8256 is not a multiple of 128",
+        ),
+        (["--seq-length", "8200", *VARIABLE], "--seq-length 8200 is not a multiple of 64"),
+    ],
+)
+def test_what_cannot_run_says_why(monkeypatch, capsys, changes, reason):
+    try:
+        code = dryrun.run(dry(monkeypatch, SFT_8B, *changes))
+        message = capsys.readouterr().err
+    except ValueError as error:  # the entry script prints it and returns 2
+        code, message = 2, str(error)
+    assert code == 2
+    assert reason in message
