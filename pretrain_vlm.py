@@ -37,7 +37,7 @@ def main() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_internvlx import arguments
-    from megatron_internvlx.data.rejects import TooManyRejects
+    from megatron_internvlx.data.rejects import UnusableData
     from megatron_internvlx.lifecycle.lock import lock_save
     from megatron_internvlx.lifecycle.run import Run
     from megatron_internvlx.parallel.groups import MegatronGroups
@@ -53,11 +53,11 @@ def main() -> int:
         args = arguments.parse()
         if args.dry_run:
             return dryrun.run(args)
-        settle_validation(args)
+        held_out = settle_validation(args)
         check_paths(args)
         lock = lock_save(args)
         arguments.alone()
-        data = DataProvider(args)
+        data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
     log = TrainingLog(args, data)
@@ -75,7 +75,7 @@ def main() -> int:
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )
-    except TooManyRejects as error:
+    except UnusableData as error:
         run.failed(str(error))
         return complain(error)
     except SystemExit as stop:  # how Megatron ends before the last step

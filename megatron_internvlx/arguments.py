@@ -208,6 +208,8 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--use-torch-fsdp2": args.use_torch_fsdp2,
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path is not None,
+        "--sft": args.sft,
+        "--multiple-validation-sets": args.multiple_validation_sets,
         "--cuda-graph-impl": args.cuda_graph_impl != "none",
     }
     asked = [flag for flag, on in refused.items() if on]

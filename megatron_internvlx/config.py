@@ -114,7 +114,7 @@ class DataSettings:
     valid_data: str | None = None
     """InternVL meta.json of held-out data; each evaluation sees every record once. Unset: no validation."""
     valid_records: int | None = None
-    """Evaluate on the first so many records of --valid-data only. Unset: on all."""
+    """Evaluate on so many records of --valid-data only, spread evenly over it. Unset: on all."""
     conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
     """Prompt template of data/conversation.py."""
     rvtc: Literal["area", "edge", "off"] = "area"

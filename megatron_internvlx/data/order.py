@@ -33,18 +33,28 @@ class ConversationDataset(Dataset):
     """Samples by global position: epoch ``position // len``, each epoch in its own order from the seed.
 
     An item is ``(Sample, tiles)`` with tiles uint8 [T, 3, S, S] as numpy array (T is 0 for text only), or the
-    BadSample that says why there is none. ``shuffle`` False keeps the order of the files, for validation.
+    BadSample that says why there is none. ``shuffle`` False keeps the order of the files, for validation;
+    ``records`` then takes so many of them only, spread evenly over all sets.
     """
 
-    def __init__(self, manifest: Manifest, encoder: SampleEncoder, *, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        manifest: Manifest,
+        encoder: SampleEncoder,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        records: int | None = None,
+    ):
         if seed < 0:
             raise ValueError(f"the data seed is {seed}; it must not be negative")
         self.manifest, self.encoder = manifest, encoder
         self.seed, self.shuffle = seed, shuffle
+        self.records = len(manifest) if records is None else min(records, len(manifest))
 
     def __len__(self) -> int:
         """Samples in an epoch; positions go on beyond it without end."""
-        return len(self.manifest)
+        return self.records
 
     def __getitem__(self, position: int) -> tuple[Sample, np.ndarray] | BadSample:
         return self.attempt(position, 0)
@@ -66,7 +76,9 @@ class ConversationDataset(Dataset):
         if attempt:
             return int(np.random.default_rng([self.seed, position, attempt]).integers(len(self)))
         epoch, index = divmod(position, len(self))
-        return int(_order(self.manifest, epoch, self.seed)[index]) if self.shuffle else index
+        if self.shuffle:
+            return int(_order(self.manifest, epoch, self.seed)[index])
+        return index * len(self.manifest) // self.records
 
     def _tiles(self, sample: Sample, rng: random.Random) -> np.ndarray:
         size = self.encoder.settings.tile_size
@@ -223,7 +235,6 @@ def batches(
 def held_out_batches(
     dataset: ConversationDataset,
     *,
-    records: int,
     micro_batches: int,
     micro_batch_size: int,
     dp_rank: int,
@@ -232,7 +243,7 @@ def held_out_batches(
     reject_log: RejectLog,
     finish: Finish = list,
 ) -> Iterator[Any]:
-    """One evaluation: this rank's share of the first ``records`` records, each exactly once over all ranks.
+    """One evaluation: this rank's share of the data set's records, each exactly once over all ranks.
 
     Every rank gives ``micro_batches`` of them. A bad record is counted in ``reject_log`` and left out, not
     replaced; a micro-batch without any record is the filler of `sample.filler_sample`, which weighs nothing.
@@ -240,6 +251,7 @@ def held_out_batches(
     Raises ValueError if so many micro-batches do not hold all records.
     """
     _check_split(0, micro_batch_size, dp_rank, dp_size)
+    records = len(dataset)
     if micro_batches * micro_batch_size * dp_size < records:
         raise ValueError(
             f"{micro_batches} micro-batches of {micro_batch_size} on {dp_size} ranks do not hold {records} records"

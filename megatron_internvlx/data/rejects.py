@@ -73,7 +73,11 @@ def blamed_on(key: str) -> Iterator[None]:
         raise BadSample(key, "unexpected_error", f"{type(error).__name__}: {error}"[:500]) from error
 
 
-class TooManyRejects(ValueError):
+class UnusableData(ValueError):
+    """Data that a run cannot go on with, found while it runs."""
+
+
+class TooManyRejects(UnusableData):
     """More bad records than the run allows."""
 
 

@@ -186,13 +186,14 @@ class LogRecord:
 
 def install_log_line(
     fn: Callable[[LogRecord], str | None],
-    fn_eval: Callable[[str, dict[str, float]], str | None] | None = None,
+    fn_eval: Callable[[str, dict[str, float] | None], str | None] | None = None,
 ) -> None:
     """Replace Megatron's lines about training and evaluation by those that `fn` and `fn_eval` return.
 
     Both are called on every rank (so they may communicate) and their text is printed on the last rank; None
     prints nothing. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the mean
-    of each reported value, empty on ranks without the last pipeline stage. TensorBoard is written as before.
+    of each reported value, empty on ranks without the last pipeline stage; None where the time limit cut the
+    evaluation short. TensorBoard is written as before.
     A second call replaces the first.
     """
     import megatron.training.training as training
@@ -321,23 +322,18 @@ def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[.
         before, last = last, prefix
         if prefix == f"{before} on validation set":
             return
-        found: list[dict[str, Any]] = []
+        found: dict[str, float] | None = None
         evaluate = training.evaluate
 
         def kept(*a: Any, **k: Any) -> Any:
-            result = evaluate(*a, **k)
-            found.append(result[0] or {})
-            return result
+            nonlocal found
+            totals, data, out_of_time = evaluate(*a, **k)
+            if not out_of_time:
+                found = {name: float(value) for name, value in totals.items()}
+            return totals, data, out_of_time
 
         with _Replaced(training, evaluate=kept, print_rank_last=lambda _line: None):
             original(prefix, *args, **kwargs)
-        settings = training.get_args()
-        values: dict[str, float] = {}
-        for index, totals in enumerate(found):
-            suffix = ""
-            if settings.multiple_validation_sets:
-                suffix = f"-{(settings.validation_set_names or range(len(found)))[index]}"
-            values.update({f"{name}{suffix}": float(value) for name, value in totals.items()})
-        _print_on_last_rank(training, fn(prefix, values))
+        _print_on_last_rank(training, fn(prefix, found))
 
     return evaluate_and_print_results

@@ -34,18 +34,23 @@ class AnswerBook:
         self.path = settings_from(args, DataSettings).predictions_file
         self.last: list[dict[str, Any]] = []
         """Rows of the last complete evaluation over all ranks, on each rank of the last stage."""
-        self._pending: list[tuple[SequencePlan, np.ndarray]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._sources: dict[tuple[int, int], dict[str, Any]] = {}
+        """By record and turn. Every evaluation asks the same, and to read and tokenize a record takes milliseconds."""
 
     def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
-        """Keep one micro-batch: predicted int [n] for the plan's supervised rows."""
-        self._pending.append((plan, predicted.to("cpu").numpy()))
+        """Keep the answers of one micro-batch: predicted int [n] for the plan's supervised rows."""
+        self._rows += self._answers(plan, predicted.to("cpu").numpy())
+
+    def drop(self) -> None:
+        """Forget the answers of an evaluation that did not come to its end."""
+        self._rows = []
 
     def finish(self) -> None:
         """End of an evaluation: gather all ranks' answers and write the file; called on every rank."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
-        rows = [row for plan, predicted in self._pending for row in self._rows(plan, predicted)]
-        self._pending = []
+        rows, self._rows = self._rows, []
         # TP ranks have the same predictions, and the first one's are kept. Which rank draws the picture is
         # Megatron's choice, so all of them get the rows.
         first = mpu.get_tensor_model_parallel_rank() == 0
@@ -65,7 +70,7 @@ class AnswerBook:
             except OSError as error:  # a full disk, for instance: training goes on
                 print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
 
-    def _rows(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
+    def _answers(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
         tokenizer = load_tokenizer(self.args.tokenizer_model)
         rows: list[dict[str, Any]] = []
         if (plan.sample_ids == FILLER).any():
@@ -78,7 +83,7 @@ class AnswerBook:
             spans[sample] = turn + 1
             expected, given = plan.targets[at], predicted[at]
             rows.append(
-                self._source(int(plan.sample_ids[sample]), turn)
+                self._known_source(int(plan.sample_ids[sample]), turn)
                 | {
                     "expected": tokenizer.decode(expected, skip_special_tokens=True).strip(),
                     "given": tokenizer.decode(given, skip_special_tokens=True).strip(),
@@ -86,6 +91,11 @@ class AnswerBook:
                 }
             )
         return rows
+
+    def _known_source(self, number: int, turn: int) -> dict[str, Any]:
+        if (number, turn) not in self._sources:
+            self._sources[number, turn] = self._source(number, turn)
+        return self._sources[number, turn]
 
     def _source(self, number: int, turn: int) -> dict[str, Any]:
         """Question, image and grid of the `turn`-th answer of a validation record."""

@@ -201,14 +201,18 @@ class TrainingLog:
         )
         return None
 
-    def eval_line(self, prefix: str, values: dict[str, float]) -> str:
-        """The line of one evaluation; called on every rank."""
+    def eval_line(self, prefix: str, values: dict[str, float] | None) -> str:
+        """The line of one evaluation, None if the time limit cut it short; called on every rank."""
         assert self.step is not None
         self.step.take()
+        iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
+        if values is None:
+            if self.book is not None:
+                self.book.drop()
+            return f"validation at step {iteration} | cut short by the time limit, nothing is reported of it"
         if self.book is not None:
             self.book.finish()
         counts = self._evaluated()
-        iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if "accuracy" in values:
             self._points().accuracies.append((iteration, values["accuracy"]))
         if self.settings.report_file and is_last_rank():

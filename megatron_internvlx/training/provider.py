@@ -33,7 +33,7 @@ from megatron_internvlx.parallel.batch import (
 )
 from megatron_internvlx.precision import row_alignment
 from megatron_internvlx.ranks import is_first_rank
-from megatron_internvlx.training.validation import ValidationCounts, held_out, held_out_records
+from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
 
 # Held-out records that are tried before training starts.
 FIRST_RECORDS = 64
@@ -107,13 +107,15 @@ class DataProvider:
     # Every rank takes part: the loading ranks send, the others receive.
     is_distributed = True
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, held_out: Manifest | None = None) -> None:
         self.args = args
         self.data = settings_from(args, DataSettings)
         self.rejects: RejectLog | None = None
         """Unusable and shortened training samples so far; None where this rank does not load."""
-        self.valid_manifest: Manifest | None = None
+        self.valid_manifest = held_out
+        """Held-out data, if the run has any; see `validation.settle_validation`."""
         self._train_manifest: Manifest | None = None
+        self._compared = False
         self._evaluation: RejectLog | None = None
         self.open_files()
         self._groups: tuple[list[list[int]], Any, Any] | None = None
@@ -134,16 +136,14 @@ class DataProvider:
             if (Path(self.data.data or "") / MARK).is_file():
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
-        if self.data.valid_data:
-            self.valid_manifest = held_out(self.data.valid_data)
-            if is_first_rank():
-                self._check_held_out()
+        if self.valid_manifest is not None and is_first_rank():
+            self._check_held_out()
 
     def _check_held_out(self) -> None:
         """Raises ValueError if none of the first held-out records is usable: training would learn it hours later."""
         assert self.valid_manifest is not None
         dataset, log = self._held_out_dataset(), RejectLog(None, None)
-        tries = min(FIRST_RECORDS, held_out_records(self.args, self.valid_manifest))
+        tries = min(FIRST_RECORDS, len(dataset))
         for position in range(tries):
             item = dataset[position]
             if not isinstance(item, BadSample):
@@ -157,7 +157,11 @@ class DataProvider:
     def _held_out_dataset(self) -> ConversationDataset:
         assert self.valid_manifest is not None
         return ConversationDataset(
-            self.valid_manifest, self.validation_encoder, seed=self.args.seed, shuffle=False
+            self.valid_manifest,
+            self.validation_encoder,
+            seed=self.args.seed,
+            shuffle=False,
+            records=self.data.valid_records,
         )
 
     @cached_property
@@ -178,7 +182,10 @@ class DataProvider:
         return any(shared.channel.is_source for shared in self._shared.values())
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
-        """(training, validation, test) iterators of one model chunk."""
+        """(training, validation, test) iterators of one model chunk. Raises UnusableData."""
+        if self.valid_manifest is not None and not self._compared:
+            self._compared = True
+            check_equal_on_all_ranks(self.args, len(self.valid_manifest))
         train = None if self.args.skip_train else self._iterator("train", vp_stage)
         valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
         return train, valid, None
@@ -254,7 +261,6 @@ class DataProvider:
                 HostBatch,
                 held_out_batches(
                     self._held_out_dataset(),
-                    records=held_out_records(args, self.valid_manifest),
                     micro_batches=args.eval_iters * per_rank,
                     micro_batch_size=args.eval_micro_batch_size,
                     reject_log=self._evaluation,

@@ -64,15 +64,19 @@ def loss_weights(plan: SequencePlan, weighting: str, average: str = "global") ->
     return per_token[np.searchsorted(samples, plan.sample_of_loss_row)], total
 
 
-def answers_right(plan: SequencePlan, predicted: Tensor) -> Tensor:
-    """Per answer span that is not a filler's, whether every token was predicted: float 0 or 1, [answers]."""
+def answers_right(plan: SequencePlan, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Per answer span, whether every token was predicted, and whether it counts (a filler's does not).
+
+    Both 0 or 1, fp32 [answers]; an answer that does not count is not right.
+    """
     wrong = (predicted != to_device(torch.from_numpy(plan.targets))).to(torch.float32)
     answers = int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0
     misses = torch.zeros(answers, device=wrong.device)
     misses.index_add_(0, to_device(torch.from_numpy(plan.answer_ids)), wrong)
-    asked = np.zeros(answers, bool)
-    asked[plan.answer_ids] = plan.sample_ids[plan.sample_of_loss_row] != FILLER
-    return (misses[to_device(torch.from_numpy(asked))] == 0).to(torch.float32)
+    real = np.zeros(answers, np.float32)
+    real[plan.answer_ids] = plan.sample_ids[plan.sample_of_loss_row] != FILLER
+    asked = to_device(torch.from_numpy(real))
+    return (misses == 0) * asked, asked
 
 
 class ForwardStep:
@@ -140,9 +144,8 @@ class ForwardStep:
             self.weights.add(total)
         else:
             predicted = output[1].to(torch.int32)
-            right = answers_right(plan, predicted)
-            asked = torch.tensor(float(len(right)), device=right.device)
-            report["accuracy"] = torch.stack([right.sum(), asked])
+            right, asked = answers_right(plan, predicted)
+            report["accuracy"] = torch.stack([right.sum(), asked.sum()])
             if self.on_answers is not None:
                 self.on_answers(plan, predicted)
         return weighted, tokens, report

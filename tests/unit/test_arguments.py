@@ -17,7 +17,6 @@ from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.model.presets import PRESETS, preset
 from megatron_internvlx.model.settings import vision_config
-from megatron_internvlx.precision import row_alignment
 from tests.golden_weights import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"
@@ -340,35 +339,6 @@ def test_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_static_boundary_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parsed(monkeypatch, *TINY, *NEEDED, *STATIC)
     assert (args.boundary, args.max_tiles_per_pack, args.shallow_seq_length) == ("static", 13, 128)
-
-
-@pytest.mark.parametrize(
-    ("changes", "rows"),
-    [
-        ({}, 1),
-        ({"sequence_parallel": True, "tensor_model_parallel_size": 4}, 4),
-        ({"tensor_model_parallel_size": 4}, 1),
-        ({"fp8": "hybrid"}, 16),
-        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, 32),
-        (
-            {
-                "fp8": "e4m3",
-                "fp8_recipe": "mxfp8",
-                "sequence_parallel": True,
-                "tensor_model_parallel_size": 2,
-            },
-            64,
-        ),
-    ],
-)
-def test_row_alignment(changes: dict, rows: int) -> None:
-    defaults = {
-        "fp8": None,
-        "fp8_recipe": "delayed",
-        "sequence_parallel": False,
-        "tensor_model_parallel_size": 1,
-    }
-    assert row_alignment(argparse.Namespace(**defaults | changes)) == rows
 
 
 def test_flags_stay() -> None:

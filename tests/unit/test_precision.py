@@ -199,3 +199,32 @@ def test_projector_rows_must_align() -> None:
 
 def test_no_name_changes_nothing() -> None:
     assert precision_defaults(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 1),
+        ({"sequence_parallel": True, "tensor_model_parallel_size": 4}, 4),
+        ({"tensor_model_parallel_size": 4}, 1),
+        ({"fp8": "hybrid"}, 16),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, 32),
+        (
+            {
+                "fp8": "e4m3",
+                "fp8_recipe": "mxfp8",
+                "sequence_parallel": True,
+                "tensor_model_parallel_size": 2,
+            },
+            64,
+        ),
+    ],
+)
+def test_row_alignment(changes: dict, rows: int) -> None:
+    defaults = {
+        "fp8": None,
+        "fp8_recipe": "delayed",
+        "sequence_parallel": False,
+        "tensor_model_parallel_size": 1,
+    }
+    assert row_alignment(argparse.Namespace(**defaults | changes)) == rows

@@ -178,14 +178,13 @@ def test_micro_batches_are_planned_in_the_worker(dataset):
         assert "Traceback" not in str(caught.value)
 
 
-def held_out(dataset, *, records=GOOD + BAD, size=2, ranks=1, micro_batches=None, log=None, workers=0):
+def held_out(dataset, *, size=2, ranks=1, micro_batches=None, log=None, workers=0):
     """Per rank, what one evaluation gives."""
-    needed = -(-records // (size * ranks))
+    needed = -(-len(dataset) // (size * ranks))
     return [
         list(
             held_out_batches(
                 dataset,
-                records=records,
                 micro_batches=micro_batches or needed,
                 micro_batch_size=size,
                 dp_rank=rank,
@@ -215,12 +214,18 @@ def test_an_evaluation_sees_every_record_once(dataset, size, ranks, more):
             assert len(batch) == 1 or all(sample.number != FILLER for sample, _ in batch)
 
 
-def test_an_evaluation_can_be_of_the_first_records_only(dataset):
-    plain = ConversationDataset(dataset.manifest, dataset.encoder, seed=0, shuffle=False)
-    (given,) = held_out(plain, records=5)
-    assert [sample.key for batch in given for sample, _ in batch] == [f"a.jsonl:{i}" for i in (1, 2, 3, 4, 5)]
+def test_an_evaluation_can_be_of_some_records_spread_evenly(dataset):
+    def plain(records):
+        return ConversationDataset(dataset.manifest, dataset.encoder, seed=0, shuffle=False, records=records)
+
+    (given,) = held_out(plain(5))
+    assert [sample.key for batch in given for sample, _ in batch] == [
+        *(f"a.jsonl:{i}" for i in (1, 4, 7, 11)),
+        "filler",  # the fifth, a.jsonl:14, is a bad one
+    ]
+    assert len(plain(1000)) == GOOD + BAD
     with pytest.raises(ValueError, match="2 micro-batches of 2 on 1 ranks do not hold 5 records"):
-        held_out(plain, records=5, micro_batches=2)
+        held_out(plain(5), micro_batches=2)
 
 
 def test_a_filler_can_be_planned(dataset):

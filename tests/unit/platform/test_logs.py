@@ -104,18 +104,28 @@ def test_what_weights_alone_do_not_have_is_news_of_other_checkpoints(
         assert capsys.readouterr().out == line + "\n"
 
 
+@pytest.mark.parametrize("out_of_time", [False, True])
+def test_an_evaluation_that_was_cut_short_is_told_from_a_whole_one(out_of_time: bool) -> None:
+    seen: list = []
+    training = argparse.Namespace(
+        evaluate=lambda: (None, None, True) if out_of_time else ({"loss": 2}, None, False),
+        print_rank_last=print,
+        is_last_rank=lambda: False,
+    )
+    evaluation = logs._with_eval_line(
+        training, lambda prefix: training.evaluate(), lambda *given: seen.append(given)
+    )
+    evaluation("iteration 4")
+    assert seen == [("iteration 4", None if out_of_time else {"loss": 2.0})]
+
+
 def test_the_last_evaluation_is_not_made_twice() -> None:
     made: list[str] = []
 
     def evaluate(prefix: str) -> None:
         made.append(prefix)
 
-    training = argparse.Namespace(
-        evaluate=lambda: None,
-        print_rank_last=print,
-        get_args=lambda: argparse.Namespace(multiple_validation_sets=False),
-        is_last_rank=lambda: False,
-    )
+    training = argparse.Namespace(evaluate=lambda: None, print_rank_last=print, is_last_rank=lambda: False)
     evaluation = logs._with_eval_line(training, evaluate, lambda prefix, values: None)
     ends = ["iteration 40", "iteration 40 on validation set", "iteration 40 on test set"]
     for prefix in ["iteration 4", *ends]:

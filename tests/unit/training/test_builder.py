@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append(shown | {"vision": vision, "compression": compression})
         return build(config, vision, compression, **more | {"vision_fp8": False})
 
-    monkeypatch.setattr(builder, "InternVLX", spy)
+    monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", spy)
     return seen
 
 

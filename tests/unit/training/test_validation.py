@@ -32,6 +32,7 @@ def arguments(meta, **changes):
         "data_parallel_size": 2,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
+        "microbatch_group_size_per_vp_stage": None,
         "full_validation": True,
         "save": None,
         "predictions_file": None,
@@ -52,13 +53,21 @@ def meta(tmp_path):
 @pytest.mark.parametrize("iterations", [0, 2, 1000])
 def test_all_records_whatever_the_iterations_say(meta, capsys, iterations):
     args = arguments(meta, eval_iters=iterations)
-    settle_validation(args)
+    assert len(settle_validation(args)) == 77
     assert (args.eval_iters, args.eval_global_batch_size) == (10, 8)  # 80 places, three of them for fillers
     assert args.full_validation is False  # Megatron's own would ask our iterator for its length
     assert "77 held-out records" in capsys.readouterr().out
 
 
-def test_the_first_records_only(meta):
+@pytest.mark.parametrize(("group", "size"), [(None, 8), (4, 16), (8, 32)])
+def test_virtual_stages_want_whole_groups_of_micro_batches(meta, group, size):
+    stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    args = arguments(meta, valid_records=5, microbatch_group_size_per_vp_stage=group, **stages)
+    settle_validation(args)
+    assert args.eval_global_batch_size == size
+
+
+def test_some_records_only(meta):
     args = arguments(meta, valid_records=5)
     settle_validation(args)
     assert (args.eval_iters, args.eval_global_batch_size) == (1, 8)
