@@ -183,7 +183,7 @@ class EnergonBatches:
             batch = self._take()
             for bad in batch.rejects:
                 self.reject_log.add(bad)
-            self.reject_log.saw(batch.seen, len(batch.rejects))
+            self.reject_log.saw(batch.seen - len(batch.rejects), len(batch.rejects), batch.pictured)
             self.reject_log.shortened(batch.dropped_tiles, batch.dropped_tokens)
             if batch.plan is not None:
                 self.taken += 1

@@ -67,8 +67,8 @@ class Batch:
     """A planned micro-batch; ``plan`` is None when every sample of it was bad.
 
     ``tiles`` uint8 [T, 3, S, S] in the order of the plan; ``keys`` of the samples; ``rejects`` found on
-    the way; ``seen`` samples that came up, bad ones included; what the budgets cost in ``dropped_tiles``
-    and ``dropped_tokens``.
+    the way; ``seen`` samples that came up, bad ones included; ``pictured`` good ones with images; what the budgets
+    cost in ``dropped_tiles`` and ``dropped_tokens``.
     """
 
     plan: SequencePlan | None
@@ -78,6 +78,7 @@ class Batch:
     seen: int
     dropped_tiles: int = 0
     dropped_tokens: int = 0
+    pictured: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Images that went to Pillow instead of DALI, per reason."""
 
@@ -129,6 +130,7 @@ def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> 
         seen,
         sum(sample.dropped_tiles for sample in samples),
         sum(sample.dropped_tokens for sample in samples),
+        sum(bool(sample.images) for sample in samples),
         fallbacks,
     )
 

@@ -146,12 +146,13 @@ class _Delivery(NamedTuple):
 
     ``content`` is None if a position has no sample, and a ValueError if the samples do not fit together: raised
     in the worker, its message would drown in a traceback. ``good`` samples are in it, which gave up ``cut`` (tiles,
-    tokens) to fit.
+    tokens) to fit, and ``pictured`` of which have images.
     """
 
     content: Any
     rejects: list[list[BadSample]]
     good: int
+    pictured: int
     cut: tuple[int, int]
 
 
@@ -167,7 +168,7 @@ class _Finish:
     def __call__(self, slots: list[_Slot]) -> _Delivery:
         items = [(slot.item[0], torch.from_numpy(slot.item[1])) for slot in slots if slot.item is not None]
         cut = (sum(s.dropped_tiles for s, _ in items), sum(s.dropped_tokens for s, _ in items))
-        good, content = len(items), None
+        good, pictured, content = len(items), sum(bool(sample.images) for sample, _ in items), None
         if self.filler is not None:
             items = items or [self.filler]
         if len(items) == len(slots) or self.filler is not None:
@@ -175,7 +176,7 @@ class _Finish:
                 content = self.finish(items)
             except ValueError as error:
                 content = error
-        return _Delivery(content, [slot.rejects for slot in slots], good, cut)
+        return _Delivery(content, [slot.rejects for slot in slots], good, pictured, cut)
 
 
 def planned(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
@@ -304,11 +305,10 @@ def _checked(delivery: _Delivery, reject_log: RejectLog) -> Any:
     bad = [reject for rejects in delivery.rejects for reject in rejects]
     for reject in bad:
         reject_log.add(reject)
-    reject_log.saw(delivery.good + len(bad), len(bad))
+    reject_log.saw(delivery.good, len(bad), delivery.pictured)
     reject_log.shortened(*delivery.cut)
     if delivery.content is None:
-        last = next(rejects[-1] for rejects in delivery.rejects if len(rejects) == MAX_ATTEMPTS)
-        raise TooManyRejects(f"{reject_log.nothing_found(f'{MAX_ATTEMPTS} tries')}. The last: {last}")
+        raise TooManyRejects(reject_log.nothing_found(f"{MAX_ATTEMPTS} tries"))
     if isinstance(delivery.content, ValueError):
         raise delivery.content
     return delivery.content

@@ -88,8 +88,8 @@ class RejectLog:
     are not written twice. ``max_rejects`` is the number of distinct bad records that is still accepted;
     None accepts any number. Several processes may share a path (lines are appended whole), but each then
     knows only its own records: give each data-parallel rank its own path to keep lines distinct.
-    ``max_rate`` is the share of bad records among the samples reported by ``saw`` that is still accepted,
-    judged from 200 samples on; None accepts any.
+    ``max_rate`` is the share of bad samples among those reported by ``saw`` that is still accepted, judged from
+    200 samples on; None accepts any.
     Samples that were shortened to fit are counted too: see ``shortened``.
     """
 
@@ -100,7 +100,8 @@ class RejectLog:
             raise ValueError(f"max_rate is {max_rate}; it is a share between 0 and 1, or None for no limit")
         self.path = Path(path) if path is not None else None
         self.max_rejects, self.max_rate = max_rejects, max_rate
-        self.samples = self.good = 0
+        self.good = self.bad = self.pictured = 0
+        self.last: BadSample | None = None
         self.counts: Counter[str] = Counter()
         self.cut_tiles = self.cut_tokens = 0
         """Given up so far by samples over the sequence length or a budget."""
@@ -127,6 +128,7 @@ class RejectLog:
     def add(self, bad: BadSample) -> None:
         """Count ``bad``; raise TooManyRejects, chained to it, once more than ``max_rejects`` were seen."""
         name = (bad.key, bad.cause)
+        self.last = bad
         if name in self._seen:
             return
         self._seen.add(name)
@@ -140,17 +142,19 @@ class RejectLog:
         if self.max_rejects is not None and self.total > self.max_rejects:
             raise TooManyRejects(self._verdict()) from bad
 
-    def saw(self, samples: int, bad: int = 0) -> None:
-        """Count samples that came up, `bad` of them; TooManyRejects if too many different ones were bad."""
-        self.samples += samples
-        self.good += samples - bad
-        if self.max_rate is None or self.samples < RATE_AFTER:
-            return
-        if self.total > self.max_rate * self.samples:
+    def saw(self, good: int, bad: int, pictured: int = 0) -> None:
+        """Count samples that came up, `pictured` of the good ones with images.
+
+        Raises TooManyRejects if too large a share of them was bad, a record that came up twice counting twice.
+        """
+        self.good += good
+        self.bad += bad
+        self.pictured += pictured
+        samples = self.good + self.bad
+        if self.max_rate is not None and samples >= RATE_AFTER and self.bad > self.max_rate * samples:
             raise TooManyRejects(
-                f"{self.total} of {self.samples} samples are bad, {self.total / self.samples:.1%}; the limit "
-                f"is {self.max_rate:.1%} ({self.summary()}); {self._where()}. Repair or remove them, or "
-                "raise the accepted rate"
+                f"{self.bad} of {samples} samples are bad, {self.bad / samples:.1%}; the limit is "
+                f"{self.max_rate:.1%} ({self._found()}). Repair or remove them, or raise --max-reject-rate"
             )
 
     def shortened(self, tiles: int, tokens: int) -> None:
@@ -160,21 +164,22 @@ class RejectLog:
 
     def nothing_found(self, tries: str) -> str:
         """Why `tries` ("64 tries") in a row gave no usable sample, and what to do about it."""
-        records = f"{self.total} different record" + "s" * (self.total != 1)
-        text = f"{tries} in a row found no usable record ({records} bad so far: {self.summary()})"
-        if self.good:
-            return f"{text}; {self._where()}"
-        if self.counts.keys() == {"missing_image"}:
-            return f"{text}; not one image was found: `root` in meta.json is probably wrong"
-        return f"{text}; there was no usable one at all; {self._where()}"
+        return f"{tries} in a row found no usable record ({self._found()})"
 
-    def _where(self) -> str:
-        return f"they are listed in {self.path}" if self.path else "give a rejects file to have them listed"
+    def _found(self) -> str:
+        """Causes so far, what they say of the data as a whole, the last record, and where all are listed."""
+        text = f"different records bad so far: {self.summary()}"
+        if self.counts["missing_image"] and not self.pictured:
+            text += "; not one image was found: `root` in meta.json is probably wrong"
+        text += (
+            f"; they are listed in {self.path}" if self.path else "; --rejects-file FILE or --save lists them"
+        )
+        return f"{text}; the last is {self.last}" if self.last else text
 
     def _verdict(self) -> str:
         return (
-            f"{self.total} bad records, {self.max_rejects} are allowed ({self.summary()}); {self._where()}. "
-            "Repair or remove them, or raise the number of allowed rejects"
+            f"{self.total} bad records, {self.max_rejects} are allowed ({self._found()}). Repair or remove them, or "
+            "raise --max-rejects"
         )
 
     def summary(self) -> str:

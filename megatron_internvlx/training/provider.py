@@ -149,10 +149,8 @@ class DataProvider:
             if not isinstance(item, BadSample):
                 return
             log.add(item)
-            log.saw(1, 1)
-        raise ValueError(
-            f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}. The last: {item}"
-        )
+            log.saw(0, 1)
+        raise ValueError(f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}")
 
     def _held_out_dataset(self) -> ConversationDataset:
         assert self.valid_manifest is not None

@@ -133,7 +133,7 @@ def test_the_vision_encoder_stays_in_bf16_unless_named(parsed, monkeypatch, part
         asked.update(fields)
         raise InterruptedError("seen enough")
 
-    monkeypatch.setattr("megatron_internvlx.training.builder.InternVLX", record)
+    monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", record)
     with pytest.raises(InterruptedError):
         ModelProvider(args)(config=config)
     encoder = internvit_transformer_config(

@@ -43,7 +43,8 @@ def test_too_many_stop_with_counts_and_remedy(tmp_path):
     log = RejectLog(None, max_rejects=1)
     log.add(BadSample("a:1", "bomb", "x"))
     with pytest.raises(
-        TooManyRejects, match=r"2 bad records, 1 are allowed \(bomb 2\).*raise the number"
+        TooManyRejects,
+        match=r"2 bad records, 1 are allowed \(different records bad so far: bomb 2.*raise --max-rejects",
     ) as caught:
         log.add(BadSample("a:2", "bomb", "x"))
     assert isinstance(caught.value, ValueError)
@@ -75,18 +76,33 @@ def test_what_to_do_when_nothing_is_usable():
     log = RejectLog(None, None)
     for number in range(19):
         log.add(BadSample(f"a:{number}", "missing_image", "x"))
-        log.saw(2, 2)
+        log.saw(0, 2)
+    log.saw(3, 0)  # text only, as most mixtures have some
     said = log.nothing_found("64 tries")
     assert said.startswith(
-        "64 tries in a row found no usable record (19 different records bad so far: missing_image 19)"
+        "64 tries in a row found no usable record (different records bad so far: missing_image 19"
     )
     assert "`root` in meta.json is probably wrong" in said
-    log.saw(1)  # one is usable, so the root is not to blame
+    assert "--rejects-file FILE or --save lists them" in said
+    log.saw(1, 0, pictured=1)  # one image is there, so the root is not to blame
     assert "root" not in log.nothing_found("64 tries")
     log = RejectLog(None, None)
-    log.add(BadSample("a:1", "missing_key", "x"))
-    log.saw(1, 1)
+    log.add(BadSample("a:1", "missing_key", "tools/convert_messages.py writes one as the other"))
+    log.saw(0, 1)
     assert "root" not in log.nothing_found("64 tries")
+    assert "the last is a:1: missing_key: tools/convert_messages.py" in log.nothing_found("64 tries")
+
+
+def test_the_share_of_bad_samples_does_not_shrink_when_they_come_again():
+    log = RejectLog(None, None, max_rate=0.5)
+    with pytest.raises(TooManyRejects, match=r"140 of 200 samples are bad, 70.0%; the limit is 50.0%"):
+        for _ in range(3):  # of 30 good and 70 bad records
+            for number in range(70):
+                log.add(BadSample(f"a:{number}", "missing_key", "x"))
+            log.saw(30, 70)
+    log = RejectLog(None, None, max_rate=0.5)
+    for _ in range(10):
+        log.saw(60, 40)
 
 
 def test_what_samples_gave_up_is_added_up():
