@@ -2,8 +2,8 @@
 
     python -m megatron_internvlx.launch --nproc-per-node 2 pretrain_vlm.py ...
 
-Its exit code is the ranks' where torchrun's is always 1, and 130 after Ctrl-C. What it does not know about an end, it
-leaves to torchrun to tell.
+Its exit code is the ranks' where torchrun's is always 1, and 130 after Ctrl-C, 143 after SIGTERM, if the ranks ended
+as they should. What it does not know about an end, it leaves to torchrun to tell.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_internvlx.lifecycle.complaint import MISTAKE
 from megatron_internvlx.lifecycle.interrupt import INTERRUPTED
@@ -35,6 +35,35 @@ class _Filter(logging.Filter):
         return code is None or int(code[1]) not in SAID
 
 
+def _ended_by(number: int, codes: Mapping[int, int | None]) -> int:
+    """The exit code after a signal to torchrun; `codes` are the local ranks'. One line if any has not ended of it."""
+    as_they_should = (0, INTERRUPTED, 128 + number, -number)
+    wrong = {rank: code for rank, code in codes.items() if code not in as_they_should}
+    if not wrong:
+        return 128 + number
+    said = ", ".join(f"rank {rank} {_end(code)}" for rank, code in sorted(wrong.items()))
+    print(
+        f"launch: after {signal.Signals(number).name}, of this node's ranks: {said}",
+        file=sys.stderr,
+        flush=True,
+    )
+    ends = list(wrong.values())
+    code = next((code for code in SAID if code in ends), ends[0])
+    # A rank that nothing ends will not be seen to end: as if killed.
+    return 128 + signal.SIGKILL if code is None else code if code > 0 else 128 - code
+
+
+def _end(code: int | None) -> str:
+    if code is None:
+        return "still lives"
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has a number only
+        return f"was ended by signal {-code}"
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run torchrun with these arguments (the command line's); returns the exit code."""
     signal.signal(
@@ -48,14 +77,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if os.environ.get("INTERNVLX_VERBOSE") != "1":
         for name in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(_Filter())
+    from megatron_internvlx.platform import torchrun
+
+    codes = torchrun.keep_exit_codes()
     try:
         run.main(words)
     except SignalException as stop:
-        return 128 + int(stop.sigval)
+        return _ended_by(int(stop.sigval), codes)
     except ChildFailedError as failed:
-        codes = {failure.exitcode for failure in failed.failures.values()}
+        ends = {failure.exitcode for failure in failed.failures.values()}
         for code in SAID:
-            if code in codes:
+            if code in ends:
                 return code
         raise
     return 0

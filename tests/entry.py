@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron_internvlx import platform
@@ -11,6 +12,14 @@ platform.setup()
 
 import pretrain_vlm  # noqa: E402
 from megatron_internvlx.reporting import log  # noqa: E402
+
+
+def run_as_started(arguments: list[str]) -> dict[str, Any]:
+    """`run` as torchrun's process would: a rank of the pool has Python's resource tracker from the pool."""
+    resource_tracker._resource_tracker = tracker = resource_tracker.ResourceTracker()
+    resource_tracker.ensure_running, resource_tracker.getfd = tracker.ensure_running, tracker.getfd
+    resource_tracker.register, resource_tracker.unregister = tracker.register, tracker.unregister
+    return run(arguments)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ positions, so that a run resumes at any number of consumed samples and on any nu
 """
 
 import multiprocessing
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
+from megatron_internvlx.signal_mask import mask_kept
 
 # Samples of a micro-batch, each with its tiles: uint8 tensor [T, 3, S, S] on CPU.
 Items = list[tuple[Sample, torch.Tensor]]
@@ -193,6 +196,15 @@ def planned(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.T
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # each worker has one core; more threads would fight over it
+    threading.Thread(target=_end_with_training, name="training process", daemon=True).start()
+
+
+def _end_with_training() -> None:
+    """Torch's workers watch their parent, which is the forkserver; and that lives as long as any of them does."""
+    training = multiprocessing.parent_process()
+    assert training is not None
+    training.join()
+    os._exit(1)
 
 
 def _check_split(start: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
@@ -291,7 +303,9 @@ def _loader(
 def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Iterator[Any]:
     """Contents in order, each after its rejects."""
     # Receiving from a worker takes milliseconds, which a thread takes while the model computes.
-    deliveries = Ahead(iter(loader), depth=1) if num_workers else iter(loader)
+    with mask_kept():  # workers block the signals that this process blocks
+        batches_of_workers = iter(loader)
+    deliveries = Ahead(batches_of_workers, depth=1) if num_workers else batches_of_workers
     try:
         for delivery in deliveries:
             yield _checked(delivery, reject_log)

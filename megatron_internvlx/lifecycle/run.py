@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_internvlx.lifecycle.interrupt import INTERRUPTED, newest_checkpoin
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.resume import SAVE_FAILED
 from megatron_internvlx.lifecycle.stall import Position, StallClock
-from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.ranks import is_first_rank, local_rank
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -67,6 +68,7 @@ class Run:
         else:
             signals.let_go()
         local = None if args.save and "://" in args.save else self.save
+        self._before = resume.RunState.read(local).updated if local else 0.0
         signals.interrupts.newest = lambda: newest_checkpoint(local)
         signals.interrupts.last_acts.append(self._interrupted)
         # A second run of the same process (tests) wraps the original again.
@@ -231,6 +233,10 @@ class Run:
         print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
         if self.save is not None and self.settings.auto_resume:
             state = resume.RunState.read(self.save)
+            if self._stopped(state):
+                # Elsewhere: what fails here is the connection to ranks that are gone, and a launcher is not to go on.
+                self.tell("KILLED", False)
+                return
             alone = alone and state.status != "failed"  # another rank was faster
             state.status, state.reason, state.unsaved = "failed", reason, unsaved
             try:
@@ -241,11 +247,25 @@ class Run:
 
     def _interrupted(self) -> None:
         """Record that a person has ended the run at once; in the thread that waits for Ctrl-C."""
-        if self.args.rank == 0 and self.save is not None and self.settings.auto_resume:
-            state = resume.RunState.read(self.save)
-            state.status, state.reason = "stopped", "by Ctrl-C"
-            state.write(self.save)
+        if self.save is not None and self.settings.auto_resume:
+            self._record_stop(self.save)
         self.tell("KILLED", False)
+
+    def _record_stop(self, save: Path) -> None:
+        """Rank 0 writes it, or else the first rank of a node; until then no rank goes, which other nodes would see."""
+        first = local_rank() == 0
+        end = time.monotonic() + (0.0 if self.args.rank == 0 else 1.0 if first else 2.0)
+        while not self._stopped(state := resume.RunState.read(save)):
+            if time.monotonic() >= end:
+                if first:
+                    state.status, state.reason = "stopped", "by Ctrl-C"
+                    state.write(save)
+                return
+            time.sleep(0.05)
+
+    def _stopped(self, state: resume.RunState) -> bool:
+        """Whether a rank has been ended by Ctrl-C in this start, by no clock: those of other nodes may differ."""
+        return state.status == "stopped" and state.updated != self._before
 
     def ended(self, *, early: bool) -> int:
         """Record the end of training: complete, or (`early`) told to stop; returns the exit code."""

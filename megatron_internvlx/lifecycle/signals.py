@@ -7,6 +7,7 @@ in a new program: a worker that died of the signal would fail the step that has 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_internvlx.lifecycle.interrupt import Interrupts
 from megatron_internvlx.lifecycle.stall import StallClock
 from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.signal_mask import mask_kept
 
 if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
     import torch.distributed as dist
@@ -31,6 +33,10 @@ def hold() -> None:
     """Keep the stop signals until they are asked for. Call it before any process or thread is started."""
     _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    with mask_kept():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
+        pass
+    atexit.unregister(_end_daemons)
+    atexit.register(_end_daemons)
 
 
 def let_go() -> None:
@@ -64,6 +70,15 @@ def end_children() -> None:
         child.kill()
 
 
+def _end_daemons() -> None:
+    """At the end of Python, before multiprocessing sends them a SIGTERM, which they block, and waits for their end."""
+    if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+
 class StopSignals:
     """Takes the place of Megatron's signal handler, which asks it after every step on every rank.
 
@@ -94,10 +109,13 @@ class StopSignals:
             self.waiting = False
         if self.clock is not None:
             self.clock.restart()
+        # Were Python's tracker killed, whatever started it anew has unblocked them (signal_mask.py).
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP, signal.SIGINT))
         self.received = bool(told.item())
         self.interrupted = told.item() == _INTERRUPTED
-        # From now on Ctrl-C waits for the end of a step. All ranks are here at the same time, so it means the
-        # same to all of them.
+        # From now on Ctrl-C waits for the end of a step. The ranks come here one after another, within a moment:
+        # a Ctrl-C in just that moment, of the first step only, ends those that are not here yet at once, and so
+        # the run.
         interrupts.can_finish_step = True
         return [self.received]
 

@@ -235,6 +235,37 @@ def test_signal_saves_and_the_next_start_goes_on(
     check(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "stopped")]
+)
+def test_a_signal_to_all_processes_lets_workers_feed_the_step_to_its_end(
+    pool, demo, tmp_path, number, code, status
+):
+    """torchrun signals a rank with its forkserver and workers. The step takes more than they have ready."""
+    pool._discard(1)
+
+    def act() -> None:
+        while not (tmp_path / files.TRACKER).exists():  # the first step is over
+            time.sleep(0.01)
+        os.killpg(pool._workers[0].process.pid, number)
+
+    threading.Thread(target=act, daemon=True).start()
+    arguments = [
+        *("--recipe", "examples/demo/demo.yaml", "--loader-workers", "1", "--log-interval", "1"),
+        *("--pipeline-model-parallel-size", "1", "--micro-batch-size", "1", "--global-batch-size", "48"),
+        *("--data", str(demo / "meta.json"), "--tokenizer-model", str(demo / "tokenizer")),
+        *("--max-tiles", "2", "--train-iters", "4", "--lr-decay-iters", "4", "--exit-signal-handler"),
+        *("--save", str(tmp_path), "--save-interval", "1", "--auto-resume"),
+    ]
+    (result,) = pool.run(1, entry.run_as_started, arguments, timeout=200)
+    pool._discard(1)
+    assert result["code"] == code
+    (last, *_) = files.iterations(tmp_path)
+    assert last < 4 and resume.fault(files.checkpoint_directory(tmp_path, last)) is None
+    assert sorted(result["losses"]) == list(range(1, last + 1))
+    assert resume.RunState.read(tmp_path).status == status
+
+
 def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
     """A stopped rank makes the other exit after --stall-minutes, naming it, and training goes on."""
 

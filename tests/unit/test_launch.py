@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ if sys.argv[1] == "mistake":
         time.sleep(60)
     sys.exit(complaint.complain(ValueError("no such thing")))
 open(os.environ["RANK"], "w").close()
+if sys.argv[1] == "crash" and os.environ["RANK"] == "1":
+    while not signals.pending():
+        time.sleep(0.01)
+    os._exit(74)
+if sys.argv[1] == "crash":
+    signals.let_go()
 time.sleep(60)
 """
 
@@ -44,15 +51,49 @@ def test_a_mistake_is_said_whichever_rank_ends_first(tmp_path):
     assert said.splitlines() == ["launch: starting torchrun", "pretrain_vlm.py: no such thing"]
 
 
+def wait_for_ranks(folder: Path, process: subprocess.Popen) -> None:
+    while not all((folder / rank).exists() for rank in "01"):
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
 def test_ctrl_c_is_one_line(tmp_path):
     process = start(tmp_path, "wait")
-    while not all((tmp_path / rank).exists() for rank in "01"):
-        assert process.poll() is None
+    wait_for_ranks(tmp_path, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130
     interrupted = "pretrain_vlm.py: interrupted: training has not begun"
     assert said.splitlines() == ["launch: starting torchrun", interrupted]
+
+
+def test_ranks_that_crash_after_a_signal_are_named(tmp_path):
+    process = start(tmp_path, "crash")
+    wait_for_ranks(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 74
+    assert said.splitlines()[1:] == ["launch: after SIGTERM, of this node's ranks: rank 1 ended with 74"]
+
+
+@pytest.mark.parametrize(
+    ("number", "codes", "ends", "said"),
+    [
+        (2, {0: 130, 1: 130}, 130, ""),
+        (15, {0: 0, 1: -15}, 143, ""),
+        (15, {0: 143}, 143, ""),
+        (2, {}, 130, ""),  # before any rank was started
+        (2, {0: 130, 1: 1}, 1, "rank 1 ended with 1"),
+        (15, {0: -9, 1: 74}, 74, "rank 0 was ended by SIGKILL, rank 1 ended with 74"),
+        (15, {0: 0, 1: -11}, 139, "rank 1 was ended by SIGSEGV"),
+        (2, {0: -15}, 143, "rank 0 was ended by SIGTERM"),
+        (15, {0: None}, 137, "rank 0 still lives"),
+    ],
+)
+def test_how_ranks_end_after_a_signal(number, codes, ends, said, capsys):
+    assert launch._ended_by(number, codes) == ends
+    line = capsys.readouterr().err
+    assert line.endswith(f"of this node's ranks: {said}\n") if said else line == ""
 
 
 @pytest.mark.parametrize(("codes", "ends"), [([-9, 77], 77), ([1, 2], 2), ([1], None), ([-11], None)])

@@ -21,6 +21,7 @@ ORDER = [
         "usage",
         "precision",
         "ranks",
+        "signal_mask",
         "hf",
     ),
     ("platform",),
