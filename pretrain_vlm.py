@@ -76,7 +76,7 @@ def main() -> int:
             pg_collection=MegatronGroups(),
         )
     except UnusableData as error:
-        run.failed(str(error))
+        run.failed(str(error), said=True)
         return complain(error)
     except SystemExit as stop:  # how Megatron ends before the last step
         return int(stop.code) if stop.code else run.ended(early=True)

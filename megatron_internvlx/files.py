@@ -23,13 +23,14 @@ def checkpoint_directory(save: Path, iteration: int) -> Path:
 
 
 @contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path, mark: str = "") -> Iterator[Path]:
     """A name beside `path` to write under; the file gets its final name when the block ends without an error.
 
-    After an error, or a kill, nothing is under the final name that was not there before.
+    After an error, or a kill, nothing is under the final name that was not there before. `mark` tells writers of the
+    same file apart.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{mark}partial")
     try:
         yield partial
     except BaseException:
@@ -40,7 +41,8 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """All of the text under the final name and on the disk, or nothing."""
-    with unfinished(path) as partial, partial.open("w", encoding="utf-8") as stream:
+    # Ranks that fail at the same moment write the same file.
+    with unfinished(path, f"{os.getpid()}.") as partial, partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -211,7 +211,7 @@ def launcher_risk(environment: Mapping[str, str]) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The launcher's question; see the module."""
     parser = argparse.ArgumentParser(description="why a run ended, and whether to start it again")
-    parser.add_argument("save", type=Path, help="the run's --save directory")
+    parser.add_argument("save", help="the run's --save directory")
     parser.add_argument(
         "--since", type=float, default=0.0, help="when it was started, in seconds of the epoch"
     )
@@ -221,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--since {asked.since}: want seconds of the epoch, as `date +%s` prints them")
     if asked.max_tries < 1:
         parser.error(f"--max-tries {asked.max_tries}: want at least 1")
+    if not asked.save:
+        parser.error("the directory has an empty name: is the variable set that should hold it?")
+    asked.save = Path(asked.save)
     if not asked.save.is_dir():
         parser.error(f"{asked.save}: no such directory; a launcher makes it before the first start")
     code, reason = verdict(asked.save, asked.since, asked.max_tries)

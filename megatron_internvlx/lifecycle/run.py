@@ -221,8 +221,10 @@ class Run:
         )
         os._exit(SAVE_FAILED)
 
-    def failed(self, reason: str, *, unsaved: int | None = None) -> None:
+    def failed(self, reason: str, *, unsaved: int | None = None, said: bool = False) -> None:
         """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing.
+
+        `said`: the caller prints the reason.
 
         `unsaved`: the step of a checkpoint for which there was no room at the end, where all ranks end.
         Otherwise the others do not know, and may be killed before they can tell anyone.
@@ -230,7 +232,8 @@ class Run:
         signals.interrupts.yield_to_end()
         alone = unsaved is None
         reason = f"rank {self.args.rank} on {socket.gethostname()}: {reason}"
-        print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
+        if not said:
+            print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
         if self.save is not None and self.settings.auto_resume:
             state = resume.RunState.read(self.save)
             if self._stopped(state):
@@ -300,12 +303,19 @@ class Run:
                 saved = "after a checkpoint" if self.save else "without --save, so without a checkpoint"
                 saved = signals.interrupts.newest() if self.stop.interrupted else saved
                 print(f"stopped by {'Ctrl-C' if self.stop.interrupted else 'a signal'}, {saved}", flush=True)
+            elif not early:
+                print(f"finished: step {self.args.train_iters}{self._saved_at()}", flush=True)
             if self.save is not None and self.settings.auto_resume:
                 self.state = resume.RunState.read(self.save)
                 self.state.status = status
                 self.state.reason = "by Ctrl-C" if self.stop.interrupted else self.state.reason
                 self.state.write(self.save)
         return INTERRUPTED if self.stop.interrupted else 0
+
+    def _saved_at(self) -> str:
+        if self.save is None or "://" in self.args.save or not (held := files.iterations(self.save)):
+            return ""
+        return f", checkpoint {files.checkpoint_directory(self.save, held[0])}"
 
 
 def root_cause(error: BaseException) -> BaseException:

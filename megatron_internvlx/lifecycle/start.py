@@ -21,8 +21,10 @@ def check_start(args: argparse.Namespace) -> None:
     Random weights remain the start of a run that names none; with a frozen language model it is told what
     that means.
 
-    Raises ValueError for a directory without a checkpoint, and for an import in --save that nothing loads.
+    Raises ValueError for a directory without a checkpoint, for an import in --save that nothing loads, and for
+    checkpoints of an earlier run there that this one would write over.
     """
+    _check_save_is_free(args)
     load = None if args.ckpt_step else args.load  # which needs no tracker file
     for flag, path in (("--load", load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         # The run's own directory may be named before its first checkpoint is there.
@@ -44,6 +46,16 @@ def check_start(args: argparse.Namespace) -> None:
             "--pretrained-checkpoint names an import or an earlier run",
             file=sys.stderr,
             flush=True,
+        )
+
+
+def _check_save_is_free(args: argparse.Namespace) -> None:
+    if not args.save or "://" in args.save or args.auto_resume or args.load == args.save:
+        return
+    if held := files.iterations(Path(args.save)):
+        raise ValueError(
+            f"--save {args.save} holds checkpoints of an earlier run, up to step {held[0]}: go on from there with "
+            "--auto-resume, or choose another --save"
         )
 
 

@@ -63,6 +63,7 @@ def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> 
         "step ",
         "validation: 12 held-out records",
         "validation at step 6 ",
+        "finished: step 6, checkpoint ",
         "held-out ",
         "always ",
         "  ",

@@ -81,3 +81,18 @@ def test_the_import_that_the_readme_shows_is_the_model_of_its_recipes() -> None:
             model.get("projector", "pvtc"), model["expand_layer"], model["inject_layers"],
         )  # fmt: skip
     assert text.count(f"--pretrained-checkpoint {given.save}") == 1
+
+
+@pytest.mark.parametrize("load", [None, "elsewhere"])
+def test_checkpoints_of_an_earlier_run_are_not_written_over(tmp_path: Path, load: str | None) -> None:
+    checkpoint(tmp_path, 700)
+    if load:
+        (tmp_path / load).mkdir()
+        (tmp_path / load / files.TRACKER).write_text("3")
+        load = str(tmp_path / load)
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of an earlier run, up to step 700: .*--auto-resume"
+    ):
+        check_start(settings(save=str(tmp_path), auto_resume=False, load=load))
+    check_start(settings(save=str(tmp_path)))
+    check_start(settings(save=str(tmp_path), auto_resume=False, load=str(tmp_path), ckpt_step=700))
