@@ -148,12 +148,15 @@ def test_a_resumed_run_keeps_the_split_of_its_checkpoint(pool: Pool, demo: Path,
     shutil.copytree(tmp_path / "a", moved)
     for save in (tmp_path / "a", moved):
         shutil.rmtree(save / "iter_0000004")
+        (save / "latest_checkpointed_iteration.txt").write_text("2")
     resumed = train(tmp_path / "a", "--vision-recompute")
     assert [r["code"] for r in resumed] == [0, 0], resumed[0]["err"]
     assert "5 layers do not divide over 2 pipeline stages: split as in the checkpoint" in resumed[0]["out"]
-    assert losses(resumed) == {step: losses(begun)[step] for step in (3, 4)}
-    named = train(tmp_path / "c", "--load", str(moved), "--vision-recompute")
-    assert losses(named) == losses(resumed)
+    assert losses(resumed)[3] == losses(begun)[3]
+    # Recompute adds the gradients up in another order, here 6e-8; without the optimizer's state it would be 1e-3.
+    assert losses(resumed)[4] == pytest.approx(losses(begun)[4], rel=1e-6)
+    named = train(tmp_path / "c", "--load", str(moved))
+    assert losses(named) == {step: losses(begun)[step] for step in (3, 4)}
 
     # Another one that is asked for cannot be loaded: one line says so, and the run has failed.
     refused = train(moved, "--pipeline-model-parallel-layout", "Et|ttttL")
