@@ -91,8 +91,8 @@ class SaveLock:
             looks += 1
             if not said and (holder.known or looks > 1):  # it writes its name a moment after it has the lock
                 print(
-                    f"pretrain_vlm.py: --save {save} belongs to {holder}: waiting up to {patience:.0f} s for it to end, "
-                    "or for the file system to forget it if its node has died",
+                    f"pretrain_vlm.py: --save {save} belongs to {holder}: waiting up to {patience:.0f} s for it to end,"
+                    " or for the file system to forget it if its node has died",
                     file=sys.stderr,
                     flush=True,
                 )

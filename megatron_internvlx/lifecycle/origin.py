@@ -88,7 +88,9 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
     if checkpoint is None:
         return None
     if reason := _unreadable(checkpoint):
-        raise ValueError(f"--load {args.load}: {checkpoint.name} is broken ({reason}): take another --ckpt-step")
+        raise ValueError(
+            f"--load {args.load}: {checkpoint.name} is broken ({reason}): take another --ckpt-step"
+        )
     made = made_with(checkpoint)
     if made.pipeline_model_parallel_size != args.pipeline_model_parallel_size:
         return None
@@ -130,9 +132,9 @@ def differences(made: argparse.Namespace, now: argparse.Namespace) -> list[str]:
 
     found = []
     for name in SHAPING:
-        old, new = getattr(made, name, None), getattr(now, name, None)
+        if not hasattr(made, name):  # of an earlier version
+            continue
+        old, new = getattr(made, name), getattr(now, name, None)
         if (old or None) != (new or None):
-            found.append(
-                f"{_NAMES.get(name, '--' + name.replace('_', '-'))} {shown(old)} -> {shown(new)}"
-            )
+            found.append(f"{_NAMES.get(name, '--' + name.replace('_', '-'))} {shown(old)} -> {shown(new)}")
     return found
