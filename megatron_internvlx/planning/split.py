@@ -103,8 +103,7 @@ def model_costs(args: argparse.Namespace) -> LayerCosts:
     args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
     args.padded_vocab_size = None
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
-    # Settings that may change between two starts are at values of our own.
-    args.micro_batch_size = 1
+    # Settings that may change between two starts are at values of our own: a pack is one row, whatever its batch.
     args.boundary, args.max_tiles_per_pack = "variable", args.seq_length  # more than fit
     shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
     return costs_from_flops(shape, full_micro_batch(args, shape), BackwardSettings(), Machine())
