@@ -13,7 +13,7 @@ import yaml
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle.start import check_start
 from megatron_internvlx.model.presets import preset
-from tests.unit.training.test_resume import checkpoint
+from tests.unit.lifecycle.test_resume import checkpoint
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[3]
