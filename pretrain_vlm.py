@@ -39,6 +39,7 @@ def main() -> int:
     from megatron_internvlx import arguments
     from megatron_internvlx.data.rejects import UnusableData
     from megatron_internvlx.lifecycle.lock import lock_save
+    from megatron_internvlx.lifecycle.origin import layout_to_keep
     from megatron_internvlx.lifecycle.run import Run
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.planning import dryrun
@@ -50,7 +51,7 @@ def main() -> int:
     from megatron_internvlx.training.validation import settle_validation
 
     try:
-        args = arguments.parse()
+        args = arguments.parse(made_with=layout_to_keep)
         if args.dry_run:
             return dryrun.run(args)
         held_out = settle_validation(args)
@@ -76,12 +77,15 @@ def main() -> int:
             pg_collection=MegatronGroups(),
         )
     except UnusableData as error:
-        run.failed(str(error), said=True)
+        run.failed(str(error), say=False)
         return complain(error)
     except SystemExit as stop:  # how Megatron ends before the last step
         return int(stop.code) if stop.code else run.ended(early=True)
-    except Exception as error:
-        run.failed(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if mistake := run.crashed(error):
+            return complain(mistake)
         raise
     log.close()
     return run.ended(early=False)

@@ -268,15 +268,21 @@ def validate(args: argparse.Namespace) -> None:
         validate_args(args)
 
 
-def parse(prepare: Callable[[argparse.Namespace], None] = lambda args: None) -> argparse.Namespace:
-    """Parse sys.argv, `prepare` and check, and fill Megatron's global variables. Raises ValueError."""
+def parse(
+    prepare: Callable[[argparse.Namespace], None] = lambda args: None,
+    made_with: Callable[[argparse.Namespace], str | None] = lambda args: None,
+) -> argparse.Namespace:
+    """Parse sys.argv, `prepare` and check, and fill Megatron's global variables. Raises ValueError.
+
+    `made_with`: see `settle_split`.
+    """
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
     prepare(args)
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     check_arguments(args)
-    settle_split(args)
+    settle_split(args, made_with)
     validate(args)
     with refusals(args):
         set_global_variables(args)

@@ -22,6 +22,7 @@ FILE = "run.lock"
 IN_USE = 77
 
 _PATIENCE = 150.0  # seconds; a lock server forgets a node that died after 90 s or so
+_HELD = (errno.EACCES, errno.EAGAIN)  # what POSIX answers where another process has the lock
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
@@ -43,7 +44,14 @@ class Holder:
     job: str | None = None
     """SLURM's job or torchrun's run, whose starts follow each other."""
 
+    @property
+    def known(self) -> bool:
+        """Whether the file said who it is."""
+        return self.pid != 0
+
     def __str__(self) -> str:
+        if not self.known:
+            return f"another run ({FILE} does not say which)"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return (
             f"a run on {self.host} (pid {self.pid}, since {since}{f', job {self.job}' if self.job else ''})"
@@ -59,8 +67,9 @@ def own_job() -> str | None:
 class SaveLock:
     """Holds a --save directory until `release`, or the end of this process.
 
-    Raises SaveInUse, naming the holder, if another run has it. An earlier start of the same job is waited for:
-    its node may have died without a word to the file system. Raises ValueError if the file cannot be opened.
+    Raises SaveInUse, naming the holder, if another run has it. A holder on another host is waited for, whatever its
+    job: its node may have died without a word to the file system. On this host it lives, and is waited for only if
+    it is an earlier start of the same job. Raises ValueError if the file cannot be opened or locked.
     """
 
     def __init__(self, save: Path, patience: float = _PATIENCE) -> None:
@@ -70,18 +79,24 @@ class SaveLock:
         except OSError as error:
             raise ValueError(f"--save: {self.path} cannot be written: {error.strerror}") from error
         end = time.monotonic() + patience
-        waiting = False
+        said, looks = False, 0
         while not self._taken():
             holder = _read(self.path)
-            if holder.job is None or holder.job != own_job() or time.monotonic() > end:
+            if _lives(holder) or time.monotonic() > end:
                 os.close(self._file)
                 raise SaveInUse(
                     f"--save {save} belongs to {holder}, which is still training: wait for it, end it, or choose "
                     "another --save"
                 )
-            if not waiting:
-                print(f"pretrain_vlm.py: waiting for {holder} to end", file=sys.stderr, flush=True)
-            waiting = True
+            looks += 1
+            if not said and (holder.known or looks > 1):  # it writes its name a moment after it has the lock
+                print(
+                    f"pretrain_vlm.py: --save {save} belongs to {holder}: waiting up to {patience:.0f} s for it to end,"
+                    " or for the file system to forget it if its node has died",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                said = True
             time.sleep(1.0)
         holder = Holder(socket.gethostname(), os.getpid(), time.time(), own_job())
         self._write(json.dumps(asdict(holder)))
@@ -97,8 +112,11 @@ class SaveLock:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno in _HELD:
                 return False
+            if error.errno not in _UNSUPPORTED:
+                os.close(self._file)
+                raise ValueError(f"--save: {self.path} cannot be locked: {error.strerror}") from error
             print(
                 f"pretrain_vlm.py: {self.path.parent} is on a file system without locks ({error.strerror}): nothing "
                 "keeps a second run from the same --save",
@@ -136,6 +154,12 @@ def other_holder(save: Path) -> Holder | None:
     holder = _read(save / FILE)
     ours = holder.job is not None and holder.job == own_job()
     return None if kind == fcntl.F_UNLCK or ours else holder
+
+
+def _lives(holder: Holder) -> bool:
+    """Whether waiting is in vain: the system frees the lock of a process of this host as soon as it has ended."""
+    ours = holder.job is not None and holder.job == own_job()
+    return holder.host == socket.gethostname() and not ours
 
 
 def _read(path: Path) -> Holder:

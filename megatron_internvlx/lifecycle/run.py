@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from megatron_internvlx import files
 from megatron_internvlx.config import DataSettings, RunSettings, settings_from
-from megatron_internvlx.lifecycle import resume, signals, stall
+from megatron_internvlx.lifecycle import origin, resume, signals, stall
 from megatron_internvlx.lifecycle.interrupt import INTERRUPTED, newest_checkpoint
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.resume import SAVE_FAILED
 from megatron_internvlx.lifecycle.stall import Position, StallClock
+from megatron_internvlx.platform.schedule import OtherGroups
 from megatron_internvlx.ranks import is_first_rank, local_rank
 from megatron_internvlx.training.step import ForwardStep
 
@@ -111,6 +112,7 @@ class Run:
     def _resume(self) -> None:
         if self.stop.clock is not None:
             self.stop.clock.restart()
+        self._check_layout()
         if self.save is None or not self.settings.auto_resume:
             return
         answer: list[Any] = [None]
@@ -125,6 +127,19 @@ class Run:
             sys.exit(resume.STOP)
         if isinstance(found, tuple):
             self._load(*found)
+
+    def _check_layout(self) -> None:
+        """Every rank reads the layout to keep for itself, and a slow file system may show one an older checkpoint."""
+        mine = self.args.pipeline_model_parallel_layout
+        if mine is None:  # of none or of all: the number of layers decides
+            return
+        first = [mine]
+        dist.broadcast_object_list(first, src=0)
+        if first[0] != mine:
+            raise RuntimeError(
+                f"this rank's --pipeline-model-parallel-layout is {mine!r} and that of rank 0 {first[0]!r}: they found "
+                f"different checkpoints in {self.args.save or self.args.load}; start again, or give the layout"
+            )
 
     def _choose(self, save: Path) -> tuple[int] | int | None:
         """On rank 0: (iteration,) to go on from, None to start, or STOP."""
@@ -221,18 +236,29 @@ class Run:
         )
         os._exit(SAVE_FAILED)
 
-    def failed(self, reason: str, *, unsaved: int | None = None, said: bool = False) -> None:
+    def crashed(self, error: BaseException) -> ValueError | None:
+        """Record an error that ended training; returns what to tell the caller if it is a mistake of theirs.
+
+        That is a checkpoint that does not fit, or optimizer state of other groups.
+        """
+        mistake = error if isinstance(error, OtherGroups) else origin.misfit(self.args, error)
+        if mistake is not None:
+            self.failed(str(mistake), say=False)
+        else:
+            cause = first_failure(error)
+            self.failed(f"{type(cause).__name__}: {cause}")
+        return mistake
+
+    def failed(self, reason: str, *, unsaved: int | None = None, say: bool = True) -> None:
         """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing.
 
-        `said`: the caller prints the reason.
-
         `unsaved`: the step of a checkpoint for which there was no room at the end, where all ranks end.
-        Otherwise the others do not know, and may be killed before they can tell anyone.
+        Otherwise the others do not know, and may be killed before they can tell anyone. `say`: print it too.
         """
         signals.interrupts.yield_to_end()
         alone = unsaved is None
         reason = f"rank {self.args.rank} on {socket.gethostname()}: {reason}"
-        if not said:
+        if say:
             print(f"pretrain_vlm.py: {reason.splitlines()[0]}", file=sys.__stderr__, flush=True)
         if self.save is not None and self.settings.auto_resume:
             state = resume.RunState.read(self.save)
@@ -323,3 +349,9 @@ def root_cause(error: BaseException) -> BaseException:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return error
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """What failed on a rank: torch's CheckpointException holds one error per rank, and prints all with tracebacks."""
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error

@@ -4,18 +4,21 @@ Megatron asks for such a split by --pipeline-model-parallel-layout; here it foll
 the busiest stage has as little work as can be, and the others share the rest evenly. `planner.find_plan` simulates
 the step as well, takes up to 20 s, and gained 2 % at most in the models tried (5 % with 48 stages).
 
-All ranks choose for themselves, and so does a later run that resumes: the choice must be the same on every machine.
-So it depends on the model, the parallel sizes and the sequence settings alone (not on the number of GPUs or the
-batch size, which a later run may change), and is made in whole numbers.
+A run that resumes keeps the split that its checkpoint was made with, whatever else has changed: the distributed
+optimizer's state fits no other. Without a checkpoint all ranks choose for themselves, and so may a later start before
+the first save. So the choice depends on the model, the number of stages and --seq-length alone: one row full of tiles,
+everything trained, nothing recomputed (not the batch sizes, the tile limits, what is frozen or the number of GPUs,
+which a later start may change). It is made in whole numbers, to be the same on every machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from megatron_internvlx.parallel.layout import layout_counts
 from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_from_flops
 from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.parameters import ModelShape
@@ -25,13 +28,17 @@ from megatron_internvlx.ranks import is_first_rank
 _UNITS = 1 << 24  # of work in a micro-batch: as fine as anybody could measure
 
 
-def settle_split(args: argparse.Namespace) -> None:
+def settle_split(
+    args: argparse.Namespace, made_with: Callable[[argparse.Namespace], str | None] = lambda args: None
+) -> None:
     """Set --pipeline-model-parallel-layout where the layers do not divide over the stages.
 
     Must come before Megatron's checks, which refuse such arguments. The first rank says what was chosen.
 
     Args:
         args: checked arguments; changed if a split was chosen.
+        made_with: the layout of the checkpoint that a run with these arguments resumes from, None if there is none;
+            asked only where a split has to be chosen, and kept where it has as many stages and layers.
 
     Raises:
         ValueError: --num-layers-per-virtual-pipeline-stage, which fixes the layers, does not fit.
@@ -39,14 +46,20 @@ def settle_split(args: argparse.Namespace) -> None:
     stages = undivided_stages(args)
     if stages is None:
         return
-    counts = even_work(model_costs(args), stages)
-    args.pipeline_model_parallel_layout = layout_string(counts)
+    layout = made_with(args)
+    counts = layout_counts(layout) if layout else ()
+    if layout and (len(counts), sum(counts)) == (stages, args.num_layers):
+        how, remark = "as in the checkpoint to resume from", ""
+    else:
+        counts = even_work(model_costs(args), stages)
+        layout = layout_string(counts)
+        how, remark = "by work", "; tools/plan_pipeline.py simulates others"
+    args.pipeline_model_parallel_layout = layout
     args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout
     if is_first_rank():
         print(
-            f"{args.num_layers} layers do not divide over {stages} pipeline stages: split by work into "
-            f"{' + '.join(map(str, counts))} (--pipeline-model-parallel-layout "
-            f"'{args.pipeline_model_parallel_layout}'; tools/plan_pipeline.py simulates others)",
+            f"{args.num_layers} layers do not divide over {stages} pipeline stages: split {how} into "
+            f"{' + '.join(map(str, counts))} (--pipeline-model-parallel-layout '{layout}'{remark})",
             flush=True,
         )
 
@@ -78,7 +91,11 @@ def undivided_stages(args: argparse.Namespace) -> int | None:
 
 
 def model_costs(args: argparse.Namespace) -> LayerCosts:
-    """The planner's costs of the model that arguments describe, before Megatron has checked them."""
+    """The planner's costs of the model that arguments describe, before Megatron has checked them.
+
+    Those of training all of it on one row of --seq-length full of tiles, without recompute. Raises ValueError when
+    not even one tile fits.
+    """
     # Here: they import `arguments`, which imports this.
     from megatron_internvlx.model.settings import compression_plan, vision_config
     from megatron_internvlx.planning.dryrun import full_micro_batch
@@ -86,10 +103,10 @@ def model_costs(args: argparse.Namespace) -> LayerCosts:
     args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
     args.padded_vocab_size = None
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
-    if args.recompute_granularity == "full":  # every layer, wherever it will be
-        args.recompute_method = "uniform"
+    # Settings that may change between two starts are at values of our own: a pack is one row, whatever its batch.
+    args.boundary, args.max_tiles_per_pack = "variable", args.seq_length  # more than fit
     shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-    return costs_from_flops(shape, full_micro_batch(args, shape), BackwardSettings.from_args(args), Machine())
+    return costs_from_flops(shape, full_micro_batch(args, shape), BackwardSettings(), Machine())
 
 
 def even_work(costs: LayerCosts, stages: int) -> tuple[int, ...]:

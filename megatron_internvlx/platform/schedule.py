@@ -7,6 +7,7 @@ new values; what is missing is here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_internvlx.platform.cpu import put
@@ -21,8 +22,18 @@ _NAMES = {
     "start_wd": "weight decay",
     "end_wd": "weight decay at the end",
     "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "samples until the weight decay has changed",
+    "init_lr": "--lr-warmup-init",
+    "wsd_decay_steps": "samples of the WSD decay",
+    "lr_wsd_decay_style": "--lr-wsd-decay-style",
 }
 _LEARNING_RATES = ("max_lr", "min_lr")
+_NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # by Megatron
+_ONLY_WSD = ("wsd_decay_steps", "lr_wsd_decay_style")
+
+
+class OtherGroups(ValueError):
+    """The optimizer's parameter groups are not those of the checkpoint."""
 
 
 def let_learning_rates_change() -> None:
@@ -53,16 +64,17 @@ def let_learning_rates_change() -> None:
 def _give_rates(current: list[dict], saved: list[dict]) -> None:
     """Groups that differ in learning rates alone get the same: the present ones, or those of the checkpoint.
 
-    A group that nothing else tells apart from another keeps its own, and Megatron says that it is not found.
+    Raises OtherGroups for a group that the checkpoint does not have, among them those that nothing but learning
+    rates tells apart (--decoupled-lr): Megatron's distributed optimizer would die of a KeyError.
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.training import get_args
 
-    def rest(group: dict) -> tuple:
-        keys = (key for key in param_group_identifier_keys if key not in _LEARNING_RATES)
+    def values(group: dict, keys: Iterable[str]) -> tuple:
         return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)
 
-    ours, theirs = [rest(group) for group in current], [rest(group) for group in saved]
+    rest = [key for key in param_group_identifier_keys if key not in _LEARNING_RATES]
+    ours, theirs = [values(group, rest) for group in current], [values(group, rest) for group in saved]
     for group, name in zip(current, ours, strict=True):
         if ours.count(name) == theirs.count(name) == 1:
             other = saved[theirs.index(name)]
@@ -70,22 +82,66 @@ def _give_rates(current: list[dict], saved: list[dict]) -> None:
                 (other, group) if get_args().use_checkpoint_opt_param_scheduler else (group, other)
             )
             target |= {key: source[key] for key in _LEARNING_RATES if key in source}
+        elif values(group, param_group_identifier_keys) not in [
+            values(other, param_group_identifier_keys) for other in saved
+        ]:
+            raise OtherGroups(_unlike(group, saved, rates_alone=name in theirs))
+
+
+def _unlike(group: dict, saved: list[dict], *, rates_alone: bool) -> str:
+    """Why a group is not among those of the checkpoint."""
+    if not rates_alone:
+        return (
+            "the checkpoint's optimizer has other groups of parameters than this run: resume with the same --freeze-* "
+            "and weight-decay flags, or take its weights alone with --pretrained-checkpoint and another --save"
+        )
+
+    def rates(one: dict) -> str:
+        return f"{one.get('max_lr')} to {one.get('min_lr')}"
+
+    return (
+        "the learning rates of a run with --decoupled-lr cannot change when it resumes, because nothing else tells its "
+        f"groups of parameters apart: the checkpoint has {', '.join(dict.fromkeys(map(rates, saved)))}, this run "
+        f"{rates(group)}. Give the checkpoint's --lr, --min-lr, --decoupled-lr and --decoupled-min-lr"
+    )
 
 
 def announce_schedule_changes() -> None:
-    """One line where a checkpoint's schedule and the arguments' differ: which of the two the run goes on with."""
+    """One line where a checkpoint's schedule and the arguments' differ: which of the two the run goes on with.
+
+    Megatron saves neither where the warm-up begins nor the decay of WSD. They are saved here, and compared where
+    the checkpoint has them; with --use-checkpoint-opt-param-scheduler they are taken from it as the others are.
+    """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    original = OptimizerParamScheduler.load_state_dict
+    save, load = OptimizerParamScheduler.state_dict, OptimizerParamScheduler.load_state_dict
 
-    @functools.wraps(original)
+    @functools.wraps(save)
+    def state_dict(self: Any) -> dict[str, Any]:
+        return save(self) | {key: getattr(self, key) for key in _NOT_SAVED}
+
+    @functools.wraps(load)
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         wanted = self.state_dict()
-        original(self, state_dict)
-        differ = [key for key in _NAMES if key in state_dict and state_dict[key] != wanted[key]]
+        if self.use_checkpoint_opt_param_scheduler:
+            for key in _NOT_SAVED:
+                setattr(self, key, state_dict.get(key, wanted[key]))
+        load(self, state_dict)
+        differ = [
+            key
+            for key in _NAMES
+            if key in state_dict and state_dict[key] != wanted[key] and _counts(key, state_dict, wanted)
+        ]
         if differ and is_first_rank():
             follows = "the arguments count" if self.override_opt_param_scheduler else "the checkpoint counts"
             changes = ", ".join(f"{_NAMES[key]} {state_dict[key]} -> {wanted[key]}" for key in differ)
             print(f"learning-rate schedule, checkpoint -> arguments: {changes}; {follows}", flush=True)
 
-    put(OptimizerParamScheduler, load_state_dict=load_state_dict)
+    put(OptimizerParamScheduler, state_dict=state_dict, load_state_dict=load_state_dict)
+
+
+def _counts(key: str, *schedules: dict[str, Any]) -> bool:
+    """Whether a setting has an effect in one of the schedules."""
+    if key == "wd_incr_steps":
+        return any(schedule["wd_incr_style"] != "constant" for schedule in schedules)
+    return key not in _ONLY_WSD or any(schedule["lr_decay_style"] == "WSD" for schedule in schedules)

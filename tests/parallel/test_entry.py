@@ -133,6 +133,46 @@ def test_a_run_is_extended_with_another_schedule(
         assert rates[step] == pytest.approx(wanted, rel=5e-3), step
 
 
+def test_a_resumed_run_keeps_the_split_of_its_checkpoint(pool: Pool, demo: Path, tmp_path: Path) -> None:
+    """With the distributed optimizer, whose state fits one split alone, and settings that weigh layers otherwise."""
+
+    def train(save: Path, *more: str) -> list[dict]:
+        odd = ["--num-layers", "5", "--use-distributed-optimizer", *PIPELINE]
+        kept = ["--save", str(save), "--save-interval", "2", "--auto-resume"]
+        ends = ["--train-iters", "4", "--lr-decay-iters", "4", "--eval-iters", "0"]
+        return pool.run(2, entry.run, arguments(demo, *odd, *kept, *ends, *more))
+
+    # Not the split that would be chosen.
+    begun = train(tmp_path / "a", "--pipeline-model-parallel-layout", "Etttt|tL")
+    assert [r["code"] for r in begun] == [0, 0], begun[0]["err"]
+    moved = tmp_path / "b" / "elsewhere"
+    shutil.copytree(tmp_path / "a", moved)
+    for save in (tmp_path / "a", moved):
+        shutil.rmtree(save / "iter_0000004")
+        (save / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = train(tmp_path / "a", "--vision-recompute")
+    assert [r["code"] for r in resumed] == [0, 0], resumed[0]["err"]
+    assert "5 layers do not divide over 2 pipeline stages: split as in the checkpoint" in resumed[0]["out"]
+    assert losses(resumed)[3] == losses(begun)[3]
+    # Recompute adds the gradients up in another order: measured 8e-8.
+    assert losses(resumed)[4] == pytest.approx(losses(begun)[4], rel=1e-6)
+    named = train(tmp_path / "c", "--load", str(moved))
+    assert losses(named) == {step: losses(begun)[step] for step in (3, 4)}
+
+    # Another one that is asked for cannot be loaded: one line says so, and the run has failed.
+    refused = train(moved, "--pipeline-model-parallel-layout", "Et|ttttL")
+    assert [r["code"] for r in refused] == [2, 2]
+    said = (
+        f"{moved / 'iter_0000002'} does not fit this run, checkpoint -> arguments: "
+        "--pipeline-model-parallel-layout 'Etttt|tL' -> 'Et|ttttL': give what it was made with"
+    )
+    assert said in refused[0]["err"]
+    assert "Traceback" not in refused[0]["err"] + refused[1]["err"]
+    state = json.loads((moved / "run_state.json").read_text())
+    assert state["status"] == "failed"
+    assert said in state["reason"]
+
+
 def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(demo, data)

@@ -93,7 +93,7 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path, hold, monkeypa
     assert lock.other_holder(tmp_path) is None
     monkeypatch.setattr(lock.time, "sleep", lambda _: (other.kill(), other.wait()))
     lock.SaveLock(tmp_path).release()
-    assert "waiting for a run on" in capsys.readouterr().err
+    assert "waiting up to 150 s for it to end" in capsys.readouterr().err
 
 
 def test_waiting_has_an_end(tmp_path, hold, monkeypatch):
@@ -101,6 +101,62 @@ def test_waiting_has_an_end(tmp_path, hold, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with pytest.raises(lock.SaveInUse):
         lock.SaveLock(tmp_path, patience=0)
+
+
+def held_on(host: str, monkeypatch) -> None:
+    """The lock's holder is on another machine, as far as this one is told."""
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: host)
+
+
+def test_a_holder_on_another_host_is_waited_for_whatever_its_job(tmp_path, hold, monkeypatch, capsys):
+    """A chain of jobs: the node of the one before may have died, and the file system keeps its lock for a while."""
+    other = hold(SLURM_JOB_ID="17")
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    host = socket.gethostname()
+    held_on("another", monkeypatch)
+
+    def sleep(_):
+        assert f"belongs to a run on {host} (pid {other.pid}" in capsys.readouterr().err  # said at once
+        other.kill()
+        other.wait()
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    lock.SaveLock(tmp_path).release()
+
+
+def test_a_holder_on_this_host_is_not_waited_for(tmp_path, hold, monkeypatch):
+    hold(SLURM_JOB_ID="17")
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    monkeypatch.setattr(lock.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(lock.SaveInUse):
+        lock.SaveLock(tmp_path)
+
+
+def test_waiting_for_another_host_has_an_end(tmp_path, hold, monkeypatch):
+    hold()
+    held_on("another", monkeypatch)
+    with pytest.raises(lock.SaveInUse, match="still training"):
+        lock.SaveLock(tmp_path, patience=0)
+
+
+def test_a_holder_that_has_not_said_who_it_is(tmp_path, hold, monkeypatch):
+    hold()
+    (tmp_path / lock.FILE).write_text("")
+    with pytest.raises(lock.SaveInUse) as refused:
+        lock.SaveLock(tmp_path, patience=0)
+    assert "belongs to another run (run.lock does not say which)" in str(refused.value)
+    assert "1970" not in str(refused.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_failing_file_system_is_not_another_run(tmp_path, monkeypatch, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    with pytest.raises(ValueError, match=f"run.lock cannot be locked: {os.strerror(number)}") as refused:
+        lock.SaveLock(tmp_path)
+    assert not isinstance(refused.value, lock.SaveInUse)
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):

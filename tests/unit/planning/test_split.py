@@ -83,12 +83,14 @@ def test_close_to_the_fastest_in_the_simulation() -> None:
 # ----------------------------------------------------------------------------------- in the arguments
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, ranks: int, *flags: str) -> argparse.Namespace:
+def parsed(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, *flags: str, made_with: str | None = None
+) -> argparse.Namespace:
     """All of `arguments.parse` but Megatron's global variables, which a process can set only once."""
     monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *TINY, *flags])
     monkeypatch.setattr(arguments, "set_global_variables", lambda args: None)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    return arguments.parse()
+    return arguments.parse(made_with=lambda args: made_with)
 
 
 SEVEN = ["--num-layers", "7", "--pipeline-model-parallel-size", "2", "--expand-layer", "3"]
@@ -117,6 +119,44 @@ def test_a_resumed_run_has_the_same_split(monkeypatch) -> None:
     first = parsed(monkeypatch, 2, *SEVEN, "--global-batch-size", "4")
     more = ["--global-batch-size", "64", "--lr", "1e-5", "--train-iters", "9", "--gpu-memory-gib", "70"]
     assert counts(parsed(monkeypatch, 16, *SEVEN, *more)) == counts(first)
+
+
+LARGE = ["--model-preset", "internvlx_8b", "--pipeline-model-parallel-size", "3", "--seq-length", "4096"]
+
+
+def test_settings_that_a_resumed_run_may_change_leave_the_split(monkeypatch) -> None:
+    """Each of them that counted would move layers from stage to stage here."""
+    batch = ["--global-batch-size", "24"]
+    first = counts(parsed(monkeypatch, 3, *LARGE, *batch))
+    for change in (
+        ["--vision-recompute"],
+        ["--freeze-llm"],
+        ["--freeze-vision"],
+        ["--freeze-projectors", "--freeze-vision"],
+        ["--micro-batch-size", "4"],
+        ["--max-tiles", "1"],
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+        ["--max-tiles-per-pack", "3"],
+    ):
+        assert counts(parsed(monkeypatch, 3, *LARGE, *batch, *change)) == first, change
+
+
+def test_the_checkpoints_split_is_kept(monkeypatch, capsys) -> None:
+    def chosen(made_with: str | None, *more: str) -> str:
+        return parsed(
+            monkeypatch, 2, *SEVEN, "--global-batch-size", "4", *more, made_with=made_with
+        ).pipeline_model_parallel_layout
+
+    own = chosen(None)
+    assert chosen("Ettttt|ttL") == "Ettttt|ttL" != own
+    assert "split as in the checkpoint to resume from into 5 + 2" in capsys.readouterr().out
+    for other in ("Et|ttttttt|L", "Ettttt|tL"):  # another number of stages, or of layers
+        assert chosen(other) == own
+    four = "Ett|t|tt|ttL"
+    assert chosen(four, "--num-virtual-stages-per-pipeline-rank", "2") == four
+    # A layout that is said counts, and so does a number of layers that divides.
+    assert chosen("Ettttt|ttL", "--pipeline-model-parallel-layout", "Et|ttttttL") == "Et|ttttttL"
+    assert chosen("Ettttt|ttL", "--num-layers", "6") is None
 
 
 def test_virtual_stages(monkeypatch) -> None:

@@ -1,0 +1,140 @@
+"""What the checkpoint that a run goes on from was made with: its layout is kept, and what does not fit it is named."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_internvlx import files
+from megatron_internvlx.lifecycle import resume
+
+# Arguments that a checkpoint's optimizer state, or its weights, must have in common with the run that loads it.
+SHAPING = (
+    "pipeline_model_parallel_layout",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "tensor_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "padded_vocab_size",
+    "num_experts",
+    "image_size",
+    "projector",
+    "expand_layer",
+    "inject_layers",
+    "freeze_vision",
+    "freeze_llm",
+    "freeze_projectors",
+    "use_distributed_optimizer",
+)
+_NAMES = {"padded_vocab_size": "vocabulary", "virtual_pipeline_model_parallel_size": "virtual stages"}
+
+
+def made_with(checkpoint: Path) -> argparse.Namespace:
+    """The arguments of the run that saved a checkpoint. Needs no process group."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    return load_common_state_dict(checkpoint)["args"]
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    try:
+        made_with(checkpoint)
+    except Exception as error:  # a torn file raises nearly anything
+        return f"the arguments in it cannot be read: {error!r}"
+    return None
+
+
+def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The directory of the checkpoint whose optimizer a run goes on with: --auto-resume's, or --load's.
+
+    None where the run begins anew, with an import's weights or --finetune for instance. All ranks find the same one
+    as long as they see the same files.
+    """
+    if args.auto_resume and args.save and "://" not in args.save:
+        save = Path(args.save)
+        found, _ = resume.newest_complete(
+            save, lambda iteration: _unreadable(files.checkpoint_directory(save, iteration))
+        )
+        if found is not None:
+            return files.checkpoint_directory(save, found)
+    if not args.load or "://" in args.load or args.finetune:
+        return None
+    load, step = Path(args.load), args.ckpt_step
+    if not step:
+        try:
+            step = int((load / files.TRACKER).read_text())
+        except (OSError, ValueError):  # of an import it says "release"; an empty --save has none
+            return None
+    checkpoint = files.checkpoint_directory(load, step)
+    return checkpoint if checkpoint.is_dir() else None
+
+
+def layout_to_keep(args: argparse.Namespace) -> str | None:
+    """--pipeline-model-parallel-layout of the checkpoint that a run with these arguments resumes from.
+
+    None without a checkpoint, or if it was made with another pipeline size or without a layout. Raises ValueError
+    if the checkpoint that --load names cannot be read.
+    """
+    checkpoint = resumed_checkpoint(args)
+    if checkpoint is None:
+        return None
+    if reason := _unreadable(checkpoint):
+        raise ValueError(
+            f"--load {args.load}: {checkpoint.name} is broken ({reason}): take another --ckpt-step"
+        )
+    made = made_with(checkpoint)
+    if made.pipeline_model_parallel_size != args.pipeline_model_parallel_size:
+        return None
+    layout = made.pipeline_model_parallel_layout
+    return None if layout is None else str(layout)
+
+
+def misfit(args: argparse.Namespace, error: BaseException) -> ValueError | None:
+    """What a person is told of an error in loading a checkpoint that was made with other sizes; None if it is not one.
+
+    Args:
+        args: of the run, whose training has not begun.
+        error: what loading raised.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    if hasattr(args, "curr_iteration"):  # Megatron sets it when training begins
+        return None
+    if not isinstance(error, CheckpointingException | CheckpointException) and "mismatch" not in str(error):
+        return None
+    checkpoint = resumed_checkpoint(args)
+    if checkpoint is None or _unreadable(checkpoint):
+        return None
+    differing = differences(made_with(checkpoint), args)
+    if not differing:
+        return None
+    return ValueError(
+        f"{checkpoint} does not fit this run, checkpoint -> arguments: {', '.join(differing)}: give what it was made "
+        f"with, or take its weights alone with --pretrained-checkpoint {checkpoint.parent} and another --save"
+    )
+
+
+def differences(made: argparse.Namespace, now: argparse.Namespace) -> list[str]:
+    """`--flag old -> new` of the sizes that differ between a checkpoint's arguments and a run's."""
+
+    def shown(value: Any) -> str:
+        return repr(value) if isinstance(value, str) else str(value)
+
+    found = []
+    for name in SHAPING:
+        if not hasattr(made, name):  # of an earlier version
+            continue
+        old, new = getattr(made, name), getattr(now, name, None)
+        if (old or None) != (new or None):
+            found.append(f"{_NAMES.get(name, '--' + name.replace('_', '-'))} {shown(old)} -> {shown(new)}")
+    return found

@@ -1,0 +1,133 @@
+"""Which checkpoint a run goes on from before process groups exist, and what is said of one that does not fit."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tests import single  # noqa: F401  # isort: skip  (sets Megatron up)
+import pytest
+import torch.distributed as dist
+from megatron.training import training
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_internvlx import files
+from megatron_internvlx.config import SETTINGS
+from megatron_internvlx.lifecycle import origin
+from megatron_internvlx.lifecycle.resume import RunState
+from megatron_internvlx.lifecycle.run import Run
+from megatron_internvlx.platform.schedule import OtherGroups
+from megatron_internvlx.training.step import ForwardStep
+from tests.unit.lifecycle.test_resume import checkpoint
+
+MADE = {
+    "pipeline_model_parallel_size": 2,
+    "pipeline_model_parallel_layout": "Ett|tL",
+    "num_layers": 3,
+    "freeze_llm": False,
+}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments in every checkpoint, by its name or for all; these here hold none."""
+    known: dict[str, Any] = {"": Namespace(**MADE)}
+
+    def read(folder: Path) -> Namespace:
+        if isinstance(found := known.get(folder.name, known[""]), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(origin, "made_with", read)
+    return known
+
+
+def arguments(save: Path | None, **changes: Any) -> Namespace:
+    args = Namespace(
+        rank=0, world_size=2, exit_signal_handler=False, load=None, ckpt_step=None, finetune=False
+    )
+    for settings in SETTINGS:
+        vars(args).update(vars(settings()))
+    vars(args).update({"save": save and str(save), "auto_resume": True} | MADE | changes)
+    return args
+
+
+def test_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path, made: dict) -> None:
+    save, load = tmp_path / "save", tmp_path / "load"
+    assert origin.resumed_checkpoint(arguments(save)) is None  # a first start
+    for iteration in (3, 5, 7):
+        checkpoint(save, iteration)
+        checkpoint(load, iteration)
+    (save / "iter_0000007" / "metadata.json").unlink()
+    made["iter_0000005"] = OSError("torn")
+    assert origin.resumed_checkpoint(arguments(save)) == save / "iter_0000003"
+    # --auto-resume goes before --load, as in the run itself.
+    (load / files.TRACKER).write_text("7")
+    assert origin.resumed_checkpoint(arguments(save, load=str(load))) == save / "iter_0000003"
+    assert origin.resumed_checkpoint(arguments(save, auto_resume=False)) is None
+    named = {"load": str(load)}
+    assert origin.resumed_checkpoint(arguments(None, **named)) == load / "iter_0000007"
+    assert origin.resumed_checkpoint(arguments(None, **named, ckpt_step=3)) == load / "iter_0000003"
+    assert origin.resumed_checkpoint(arguments(None, **named, finetune=True)) is None
+    with pytest.raises(ValueError, match=r"iter_0000005 is broken .*torn.*another --ckpt-step"):
+        origin.layout_to_keep(arguments(None, **named, ckpt_step=5))
+    (load / files.TRACKER).write_text("release")  # an import has no optimizer state
+    assert origin.resumed_checkpoint(arguments(None, **named)) is None
+
+
+def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
+    assert origin.layout_to_keep(arguments(tmp_path)) is None
+    checkpoint(tmp_path, 3)
+    assert origin.layout_to_keep(arguments(tmp_path)) == "Ett|tL"
+    assert origin.layout_to_keep(arguments(tmp_path, pipeline_model_parallel_size=1)) is None
+    made[""] = Namespace(**MADE | {"pipeline_model_parallel_layout": None})
+    assert origin.layout_to_keep(arguments(tmp_path)) is None
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
+    return lambda args: Run(args, ForwardStep("token"))  # type: ignore[arg-type]
+
+
+def failure() -> CheckpointException:
+    return CheckpointException("load", {1: (ValueError("Size mismatch between saved 3 and current 4"), None)})  # type: ignore[dict-item]
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path, made: dict, run) -> None:
+    checkpoint(tmp_path, 3)
+    now = arguments(tmp_path, pipeline_model_parallel_layout="Et|ttL", freeze_llm=True)
+    told = run(now).crashed(failure())
+    assert str(told).startswith(
+        f"{tmp_path / 'iter_0000003'} does not fit this run, checkpoint -> arguments: "
+        "--pipeline-model-parallel-layout 'Ett|tL' -> 'Et|ttL', --freeze-llm False -> True: give what"
+    )
+    state = RunState.read(tmp_path)
+    assert state.status == "failed"
+    assert state.reason.endswith(str(told))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "curr_iteration": 3}], ids=["fits", "later"])
+def test_another_failure_is_recorded_as_itself(tmp_path: Path, made: dict, run, changes: dict) -> None:
+    checkpoint(tmp_path, 3)
+    assert run(arguments(tmp_path, **changes)).crashed(failure()) is None
+    state = RunState.read(tmp_path)
+    assert state.status == "failed"
+    assert state.reason.endswith(": ValueError: Size mismatch between saved 3 and current 4")
+
+
+def test_other_groups_are_a_mistake(tmp_path: Path, run) -> None:
+    error = OtherGroups("of others")
+    assert run(arguments(tmp_path)).crashed(error) is error
+    assert RunState.read(tmp_path).reason.endswith("of others")
+
+
+def test_ranks_that_found_other_layouts_stop(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_rank_0(objects: list, src: int) -> None:
+        objects[0] = "Et|ttL"
+
+    monkeypatch.setattr(dist, "broadcast_object_list", of_rank_0)
+    run(arguments(tmp_path, pipeline_model_parallel_layout="Et|ttL"))._check_layout()
+    with pytest.raises(RuntimeError, match=r"'Ett\|tL' and that of rank 0 'Et\|ttL'"):
+        run(arguments(tmp_path))._check_layout()
+    monkeypatch.undo()
+    run(arguments(tmp_path, pipeline_model_parallel_layout=None))._check_layout()
