@@ -1,6 +1,7 @@
 """Imports run one way: an order of rooms (CONTRIBUTING.md has it as a drawing), and no circle of files."""
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -138,3 +139,15 @@ def test_the_drawing_names_every_room() -> None:
         next(i for i, line in enumerate(lines) if line.startswith(f"    {rooms[0]}")) for rooms in ORDER
     ]
     assert positions == sorted(positions, reverse=True), "the drawing has another order than the test"
+
+
+def test_ranks_are_read_in_one_place() -> None:
+    """Elsewhere `ranks.py` is asked: what a launcher sets has one reading, and one default."""
+    read = re.compile(r"environ(\.get\(|\[)\"(RANK|LOCAL_RANK|WORLD_SIZE|GROUP_WORLD_SIZE)\"")
+    own = {"ranks.py", "platform/cpu.py", "arguments.py"}  # the others pretend to be launchers
+    readers = {
+        str(path.relative_to(ROOT / PACKAGE))
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        if read.search(path.read_text(encoding="utf-8"))
+    }
+    assert readers <= own
