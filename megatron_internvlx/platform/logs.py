@@ -13,8 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_internvlx.files import TRACKER
 from megatron_internvlx.ranks import global_rank
 
 VERBOSE = os.environ.get("INTERNVLX_VERBOSE") == "1"
@@ -29,7 +31,7 @@ _CHATTER = re.compile(
             r"using \S+ for parameters|Number of |Theoretical|Total number|Activation memory|\[Rank \d+\]",
             r"\(min, max\) time|    \S+ \.*: \(|Overwriting rerun_state_machine|WARNING: one_logger",
             r" > datasets target sizes|    (train|validation|test): +\d+$|compute_activation_memory",
-            r" *\[[^\]]*\] (saving|successfully saved) checkpoint| loading (distributed )?checkpoint",
+            r" *\[[^\]]*\] (saving|successfully saved) checkpoint| loading (release )?(distributed )?checkpoint",
             r" checkpoint version|WARNING: Setting args\.overlap_p2p_comm and args\.align_param_gather",
             r"(Storing|Loading) distributed optimizer sharded|torch distributed is already initialized",
             r"sharded_state_dict metadata loaded|Checkpoint file not found in load directory None ",
@@ -155,7 +157,18 @@ def _takes_weights_alone() -> bool:
     from megatron.training import global_vars  # it is what prints
 
     settings = global_vars._GLOBAL_ARGS
-    return settings is not None and bool(settings.finetune)
+    if settings is None:
+        return False
+    return bool(settings.finetune) or (bool(settings.load) and _is_import(settings.load))
+
+
+@functools.lru_cache(maxsize=8)
+def _is_import(directory: str) -> bool:
+    """Whether the newest checkpoint here is an import, which has weights and nothing else."""
+    try:
+        return (Path(directory) / TRACKER).read_text() == "release"
+    except OSError:
+        return False
 
 
 def quiet_prints() -> None:

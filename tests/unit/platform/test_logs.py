@@ -4,9 +4,11 @@ import argparse
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from megatron_internvlx import files
 from megatron_internvlx.platform import logs
 
 
@@ -91,14 +93,23 @@ WEIGHTS_ALONE = [
 
 @pytest.mark.parametrize("line", WEIGHTS_ALONE)
 def test_what_weights_alone_do_not_have_is_news_of_other_checkpoints(
-    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from megatron.training import global_vars
 
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(finetune=True))
-    logs._quiet_print(line)
-    assert capsys.readouterr().out == ""
-    for settings in (None, argparse.Namespace(finetune=False)):
+    for name, newest in (("imported", "release"), ("trained", "700")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / files.TRACKER).write_text(newest)
+    imported, trained = str(tmp_path / "imported"), str(tmp_path / "trained")
+    for settings in (
+        argparse.Namespace(finetune=True, load=None),
+        argparse.Namespace(finetune=False, load=imported),
+    ):
+        monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", settings)
+        logs._quiet_print(line)
+        assert capsys.readouterr().out == ""
+    others = [argparse.Namespace(finetune=False, load=load) for load in (None, trained, "nowhere")]
+    for settings in (None, *others):
         monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", settings)
         logs._quiet_print(line)
         assert capsys.readouterr().out == line + "\n"
