@@ -19,7 +19,7 @@ from megatron_internvlx.lifecycle import signals
 def delivery(records):
     from megatron_internvlx.data.order import _Delivery
 
-    return _Delivery(os.getpid(), [], 1, (0, 0))
+    return _Delivery(os.getpid(), [], 1, 0, (0, 0))
 
 
 if __name__ == "__main__":
