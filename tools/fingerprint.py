@@ -44,6 +44,8 @@ RUNS: dict[str, list[str]] = {
     "demo": [*_DEMO, "--train-iters", "50", "--lr-decay-iters", "50"],
     "virtual stages, static": [
         *(*_DEMO, *_SHORT, "--num-layers-per-virtual-pipeline-stage", "1", "--boundary", "static"),
+        # One sample per micro-batch: several share the static budgets equally, which may cut them.
+        *("--micro-batch-size", "1", "--global-batch-size", "4"),
         *("--seq-length", "512", "--shallow-seq-length", "256", "--max-tiles-per-pack", "28"),
     ],
     "tensor and sequence parallel": [
