@@ -39,7 +39,7 @@ def convert(source: Path, out: Path, images: Path) -> tuple[int, list[BadSample]
             try:
                 with blamed_on(key):
                     line = json.dumps(conversation_of(file[index], key, images), ensure_ascii=False)
-                    lines.write(line.encode().decode() + "\n")
+                    lines.write(line + "\n")
             except BadSample as reject:
                 bad.append(reject)
                 continue

@@ -166,13 +166,8 @@ def gradient_of(parameter: Any) -> Tensor | None:
 
 
 def _data_parallel(request: Request) -> int:
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else _world()
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else launched_ranks()
     return max(1, world // (request.layout.tensor * request.layout.pipeline))
-
-
-def _world() -> int:
-
-    return launched_ranks()
 
 
 @torch.no_grad()

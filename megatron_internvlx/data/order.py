@@ -116,18 +116,18 @@ class _Slot(NamedTuple):
 class _Slots(Dataset):
     """A ConversationDataset that deals with bad samples inside the worker.
 
-    ``records`` None: positions have no end, and a bad sample is replaced. Otherwise only so many positions hold a
-    record, and nothing takes the place of a bad one.
+    Positions have no end, and a bad sample is replaced; with ``once`` positions beyond the first epoch hold nothing,
+    and nothing takes the place of a bad one.
     """
 
-    def __init__(self, dataset: ConversationDataset, records: int | None = None):
-        self.dataset, self.records = dataset, records
+    def __init__(self, dataset: ConversationDataset, *, once: bool = False):
+        self.dataset, self.once = dataset, once
 
     def __getitem__(self, position: int) -> _Slot:
         rejects: list[BadSample] = []
-        if self.records is not None and position >= self.records:
+        if self.once and position >= len(self.dataset):
             return _Slot(None, rejects)
-        for attempt in range(MAX_ATTEMPTS if self.records is None else 1):
+        for attempt in range(1 if self.once else MAX_ATTEMPTS):
             item = self.dataset.attempt(position, attempt)
             if not isinstance(item, BadSample):
                 return _Slot(item, rejects)
@@ -172,9 +172,9 @@ class _Finish:
         items = [(slot.item[0], torch.from_numpy(slot.item[1])) for slot in slots if slot.item is not None]
         cut = (sum(s.dropped_tiles for s, _ in items), sum(s.dropped_tokens for s, _ in items))
         good, pictured, content = len(items), sum(bool(sample.images) for sample, _ in items), None
-        if self.filler is not None:
-            items = items or [self.filler]
-        if len(items) == len(slots) or self.filler is not None:
+        if self.filler is not None and not items:
+            items = [self.filler]
+        if self.filler is not None or good == len(slots):
             try:
                 content = self.finish(items)
             except ValueError as error:
@@ -272,7 +272,7 @@ def held_out_batches(
     size = dataset.encoder.settings.tile_size
     filler = (filler_sample(), torch.empty((0, 3, size, size), dtype=torch.uint8))
     positions = _positions(0, micro_batch_size, dp_rank, dp_size, micro_batches)
-    loader = _loader(_Slots(dataset, records), positions, _Finish(finish, filler), num_workers)
+    loader = _loader(_Slots(dataset, once=True), positions, _Finish(finish, filler), num_workers)
     yield from _counted(loader, num_workers, reject_log)
 
 

@@ -19,7 +19,7 @@ from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import Budget, Cost
 from megatron_internvlx.data.plan import FILLER, IGNORE
-from megatron_internvlx.data.rejects import BadSample, blamed_on
+from megatron_internvlx.data.rejects import BadSample, blamed_on, printable
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
     for text in (*names, *(turn.get("value") for turn in turns)):
-        if isinstance(text, str) and not _is_unicode(text):
+        if isinstance(text, str) and printable(text) != text:
             raise BadSample(key, "bad_message", "a text holds half of a surrogate pair (\\ud800 to \\udfff)")
     # The released loader does this for an image given as a string, and not for a list.
     if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
@@ -158,15 +158,6 @@ def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
             turns = list(turns)
             turns[first] = {**turns[first], "value": f"{IMAGE}\n{turns[first]['value']}"}
     return [os.path.join(record.root, name) for name in names], turns  # noqa: PTH118 (keeps the path as written)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8; JSON can escape what no tokenizer and no file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class SampleEncoder:

@@ -49,6 +49,11 @@ class Holder:
         """Whether the file said who it is."""
         return self.pid != 0
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is another start of this job."""
+        return self.job is not None and self.job == own_job()
+
     def __str__(self) -> str:
         if not self.known:
             return f"another run ({FILE} does not say which)"
@@ -152,14 +157,12 @@ def other_holder(save: Path) -> Holder | None:
     finally:
         os.close(file)
     holder = _read(save / FILE)
-    ours = holder.job is not None and holder.job == own_job()
-    return None if kind == fcntl.F_UNLCK or ours else holder
+    return None if kind == fcntl.F_UNLCK or holder.ours else holder
 
 
 def _lives(holder: Holder) -> bool:
     """Whether waiting is in vain: the system frees the lock of a process of this host as soon as it has ended."""
-    ours = holder.job is not None and holder.job == own_job()
-    return holder.host == socket.gethostname() and not ours
+    return holder.host == socket.gethostname() and not holder.ours
 
 
 def _read(path: Path) -> Holder:

@@ -87,11 +87,13 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
     checkpoint = resumed_checkpoint(args)
     if checkpoint is None:
         return None
-    if reason := _unreadable(checkpoint):
+    try:
+        made = made_with(checkpoint)
+    except Exception as error:  # a torn file raises nearly anything
         raise ValueError(
-            f"--load {args.load}: {checkpoint.name} is broken ({reason}): take another --ckpt-step"
-        )
-    made = made_with(checkpoint)
+            f"--load {args.load}: {checkpoint.name} is broken (the arguments in it cannot be read: {error!r}): take "
+            "another --ckpt-step"
+        ) from error
     if made.pipeline_model_parallel_size != args.pipeline_model_parallel_size:
         return None
     layout = made.pipeline_model_parallel_layout

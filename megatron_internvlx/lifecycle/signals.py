@@ -63,20 +63,18 @@ def say(text: str) -> None:
         print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
 
-def end_children() -> None:
+def end_children(*, daemons_only: bool = False) -> None:
     """Kill loader workers that are still there: with SIGTERM blocked, nothing else would end them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon or not daemons_only:
+            child.kill()
 
 
 def _end_daemons() -> None:
     """At the end of Python, before multiprocessing sends them a SIGTERM, which they block, and waits for their end."""
     if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
+        end_children(daemons_only=True)
 
 
 class StopSignals:

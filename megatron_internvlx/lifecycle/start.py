@@ -82,8 +82,8 @@ def check_paths(args: argparse.Namespace) -> None:
         check_path(flag, path, args.save)
     check_start(args)
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
-    files = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
-    folders |= {flag: str(Path(path).absolute().parent) for flag, path in files.items() if path}
+    written = {"--report-file": args.report_file, "--predictions-file": args.predictions_file}
+    folders |= {flag: str(Path(path).absolute().parent) for flag, path in written.items() if path}
     for flag, folder in folders.items():
         if not folder or "://" in folder:  # of a storage client
             continue

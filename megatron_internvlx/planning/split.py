@@ -1,7 +1,7 @@
 """The layers of each stage where the stages do not divide them and nobody has said how to split them.
 
 Megatron asks for such a split by --pipeline-model-parallel-layout; here it follows from the planner's FLOP costs:
-the busiest stage has as little work as can be, and the others share the rest evenly. `planner.find_plan` simulates
+the busiest stage has as little work as can be, and the others share the rest evenly. `search.find_plan` simulates
 the step as well, takes up to 20 s, and gained 2 % at most in the models tried (5 % with 48 stages).
 
 A run that resumes keeps the split that its checkpoint was made with, whatever else has changed: the distributed
@@ -18,8 +18,10 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from megatron_internvlx.model.settings import compression_plan, vision_config
 from megatron_internvlx.parallel.layout import layout_counts
 from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_from_flops
+from megatron_internvlx.planning.dryrun import full_micro_batch
 from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.planning.search import layout_string
@@ -96,10 +98,6 @@ def model_costs(args: argparse.Namespace) -> LayerCosts:
     Those of training all of it on one row of --seq-length full of tiles, without recompute. Raises ValueError when
     not even one tile fits.
     """
-    # Here: they import `arguments`, which imports this.
-    from megatron_internvlx.model.settings import compression_plan, vision_config
-    from megatron_internvlx.planning.dryrun import full_micro_batch
-
     args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
     args.padded_vocab_size = None
     args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size

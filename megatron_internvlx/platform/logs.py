@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx.files import TRACKER
-from megatron_internvlx.ranks import global_rank
+from megatron_internvlx.ranks import is_first_rank
 
 VERBOSE = os.environ.get("INTERNVLX_VERBOSE") == "1"
 
@@ -76,10 +76,6 @@ _seen: set[str] = set()
 _installed = False
 
 
-def _rank() -> int:
-    return global_rank()
-
-
 def _first_time(text: str) -> bool:
     """Whether the cause, taken to be the message's first sentence, is new in this process."""
     cause = re.split(r"[.,:\n] ?", text.strip(), maxsplit=1)[0][:80]
@@ -98,7 +94,7 @@ class _Filter(logging.Filter):
 
     def keeps(self, text: str) -> bool:
         """Whether a warning with this text is to be shown."""
-        return _rank() == 0 and not self.expected(text) and _first_time(text)
+        return is_first_rank() and not self.expected(text) and _first_time(text)
 
     def expected(self, text: str) -> bool:
         """Whether the text says what is known and cannot be helped."""

@@ -115,7 +115,6 @@ class DataProvider:
         self.valid_manifest = held_out
         """Held-out data, if the run has any; see `validation.settle_validation`."""
         self._train_manifest: Manifest | None = None
-        self._compared = False
         self._evaluation: RejectLog | None = None
         self.open_files()
         self._groups: tuple[list[list[int]], Any, Any] | None = None
@@ -181,8 +180,7 @@ class DataProvider:
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
         """(training, validation, test) iterators of one model chunk. Raises UnusableData."""
-        if self.valid_manifest is not None and not self._compared:
-            self._compared = True
+        if self.valid_manifest is not None and not self._shared:  # the first chunk's call
             check_equal_on_all_ranks(self.args, len(self.valid_manifest))
         train = None if self.args.skip_train else self._iterator("train", vp_stage)
         valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
