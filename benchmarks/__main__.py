@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # The others (convert, data, kills and every --full) take long or need space; each says how to start it.
-QUICK = ("step_time", "rvtc", "pipeline", "memory", "boundary", "quality", "gpu_stack")
+QUICK = ("step_time", "rvtc", "pipeline", "memory", "boundary", "quality", "gpu_report")
 
 
 def main() -> int:

@@ -51,8 +51,8 @@ def ratio(results: Results, slow: str, fast: str) -> float | None:
 def lvtc_gain(results: Results, on: str, off: str) -> tuple[float, float] | None:
     """(measured, predicted by counted FLOPs) time without LVTC over time with it."""
     measured = ratio(results, off, on)
-    flops = [results.get(name, {}).get("flops") for name in (off, on)]
-    return (measured, flops[0] / flops[1]) if measured and all(flops) else None
+    without, given = (results.get(name, {}).get("flops") for name in (off, on))
+    return (measured, without / given) if measured and without and given else None
 
 
 def largest_difference(results: Results, name: str, reference: str) -> float | None:

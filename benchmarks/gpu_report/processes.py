@@ -22,8 +22,8 @@ from benchmarks.gpu_report.rows import Row
 from benchmarks.gpu_report.worker import READY, RESULT
 
 # A row may take so many times its estimate, and at least so many seconds, before it is ended.
-PATIENCE, LEAST = 2.0, 45.0
-# Imports of a row that was not started ahead, while others import too.
+PATIENCE, LEAST = 1.6, 45.0
+# What imports may take, beside those of others.
 IMPORTS = 60.0
 LAST = 8.0  # seconds for the picture and the last table
 LOG_TAIL = 3000  # characters of a failed row's output that are kept
@@ -38,11 +38,11 @@ class Process:
     """A row's worker, or pytest for a file of tests; it imports as soon as it is made."""
 
     def __init__(self, row: Row, folder: Path) -> None:
-        self.row, self.folder = row, folder
+        self.row = row
+        self.begun = time.monotonic()  # when it was told to measure
         self.log = folder / f"{row.name}.log"
         self.report = folder / f"{row.name}.xml"
-        self.begun: float | None = None
-        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.lines: queue.Queue[tuple[float, str | None]] = queue.Queue()  # moment, line; None at the end
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 self._command(),
@@ -70,11 +70,11 @@ class Process:
         with self.log.open("a") as log:
             for line in stream:
                 if line.startswith((READY, RESULT)):
-                    self.lines.put(line)
+                    self.lines.put((time.monotonic(), line))
                 else:
                     log.write(line)
                     log.flush()
-        self.lines.put(None)
+        self.lines.put((time.monotonic(), None))
 
     def go(self) -> None:
         """Let it measure, as soon as its imports are done."""
@@ -85,31 +85,37 @@ class Process:
             self.process.stdin.close()
 
     def collect(self, end: float, flush: Flush) -> None:
-        """Hand on every result until the process ends; at `end` (monotonic seconds) it is ended.
+        """Hand on every result until the process ends; at `end` (monotonic seconds) or after its patience it is ended.
 
         A row that fails, dies or is ended has an `error` and the tail of its output in its result.
         """
-        error, ready, named = None, self.begun or time.monotonic(), False
+        error, named, begun = None, False, self.begun
+        patience = max(PATIENCE * self.row.seconds, LEAST)
+        limit = begun + IMPORTS + patience
         while True:
             try:
-                line = self.lines.get(timeout=max(end - time.monotonic(), 0.01))
+                moment, line = self.lines.get(timeout=max(min(end, limit) - time.monotonic(), 0.01))
             except queue.Empty:
-                error = f"ended after {time.monotonic() - ready:.0f} s: no time left"
+                moment = time.monotonic()
+                error = f"ended after {moment - begun:.0f} s: " + (
+                    "the report's time is over" if limit > end else f"{self.row.seconds:.0f} were expected"
+                )
                 break
             if line is None:
                 break
             if line.startswith(READY):
-                ready = time.monotonic()
-            else:
-                part = json.loads(line.removeprefix(RESULT))
-                named = named or "error" in part
-                flush(self.row.name, part)
+                begun = max(begun, moment)
+                limit = begun + patience
+                continue
+            part = json.loads(line.removeprefix(RESULT))
+            named = named or "error" in part
+            flush(self.row.name, part)
         code = self.close() if error else self.process.wait()
         if self.row.kind == "tests":
             flush(self.row.name, self._tests())
         elif error is None and code and not named:
             error = f"its process ended with code {code}"
-        last: dict[str, Any] = {"took": round(time.monotonic() - ready, 1)}
+        last: dict[str, Any] = {"took": round(moment - begun, 1)}
         if error:
             last["error"] = error
         if code or error:
@@ -140,13 +146,13 @@ class Process:
 
 
 def run(rows: Sequence[Row], end: float, flush: Flush) -> None:
-    """Measure `rows` until `end` (monotonic seconds): those of one kind beside each other, then one at a time.
+    """Measure `rows` until `end` (monotonic seconds): untimed ones beside each other, then one at a time by priority.
 
     The next row's process starts when the one before begins, so that its imports run beside that one's model
     building. A row whose estimate no longer fits is left out and says so.
     """
     beside = [row for row in rows if row.beside]
-    alone = [row for row in rows if not row.beside]
+    alone = sorted((row for row in rows if not row.beside), key=lambda row: row.priority)
     ahead: dict[str, Process] = {}
     running: list[Process] = []
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as name:
@@ -158,7 +164,7 @@ def run(rows: Sequence[Row], end: float, flush: Flush) -> None:
             if alone:
                 ahead[alone[0].name] = Process(alone[0], folder)
             for process in running:
-                process.collect(min(end, _limit(process.row) + IMPORTS), flush)
+                process.collect(end, flush)
             running.clear()
             for number, row in enumerate(alone):
                 left = end - time.monotonic()
@@ -174,13 +180,8 @@ def run(rows: Sequence[Row], end: float, flush: Flush) -> None:
                 following = next((r for r in alone[number + 1 :] if r.seconds <= left - row.seconds), None)
                 if following is not None and following.name not in ahead:
                     ahead[following.name] = Process(following, folder)
-                current.collect(min(end, _limit(row) + IMPORTS), flush)
+                current.collect(end, flush)
                 running.clear()
         finally:
             for process in [*running, *ahead.values()]:
                 process.close()
-
-
-def _limit(row: Row) -> float:
-    """Monotonic second at which a row that begins now has lost its patience."""
-    return time.monotonic() + max(PATIENCE * row.seconds, LEAST)

@@ -42,7 +42,7 @@ class Report:
         self, folder: Path, command: str, name: str | None = None, version: str | None = None
     ) -> None:
         self.folder, self.name = folder, name or f"gpu_report-{date.today()}"
-        self.head = {
+        self.head: dict[str, Any] = {
             "command": command,
             "commit": version or commit() or "unknown",
             "versions": packages(MORE_PACKAGES),
@@ -117,7 +117,7 @@ class Report:
             yield from ("", f"![where the milliseconds go]({picture.name})")
 
     def _figures(self) -> list[str]:
-        rows = [["figure", "2026-11-26", "goal", "measured"]]
+        rows: list[Sequence[str]] = [["figure", "2026-11-26", "goal", "measured"]]
         rows += [[name, before, goal, value(self.results)] for name, before, goal, value in FIGURES]
         return table(rows)
 

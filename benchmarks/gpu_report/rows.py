@@ -109,6 +109,9 @@ CURVES: tuple[tuple[str, int, str, bool, int, bool], ...] = (
     ("curve-fp8_blockwise", 8, "fp8_blockwise", False, CURVE_STEPS, False),
 )
 
+CURVE_SIZE = """--hidden-size 1024 --ffn-hidden-size 4096 --num-attention-heads 8 --num-query-groups 4
+--vocab-size 16384""".split()  # noqa: SIM905
+
 # InternVL with Qwen2's layers and half of them, for transformers' own class.
 PLAIN_SIZE = {
     "image": 448, "patch": 14, "vision_hidden": 1024, "vision_layers": 24, "vision_heads": 16, "vision_ffn": 4096,
@@ -117,7 +120,7 @@ PLAIN_SIZE = {
 
 
 def all_rows() -> list[Row]:
-    """Every row, in the order in which they run: first those beside each other, then one after another."""
+    """Every row, those that run beside each other first."""
     return [*test_rows(), *curve_rows(), *step_rows(), *plain_rows(), Row("images", "images", 4, 25)]
 
 
@@ -147,11 +150,11 @@ def step_rows() -> list[Row]:
 
 
 def curve_rows() -> list[Row]:
-    """Losses of 50 or 100 steps over the same four packs; 4 decoder and 6 vision layers, so that all fit at once."""
+    """Losses of 50 or 100 steps over the same packs; half of 2B's widths and 4 layers, so that all fit at once."""
     rows = []
     for name, priority, precision, graph, steps, exact in CURVES:
         argv = model_arguments("internvlx_2b_released", 4, precision, True, packs=1)
-        argv += ["--vision-overrides", json.dumps({"num_layers": 6}), "--vocab-size", "16384"]
+        argv += [*CURVE_SIZE, "--vision-overrides", json.dumps({"num_layers": 4})]
         argv += [*(GRAPH if graph else ()), *(["--deterministic-mode"] if exact else [])]
         environment = DETERMINISTIC if exact else {}
         rows.append(
@@ -223,8 +226,10 @@ _TINY = {
     ),
     "--vocab-size": "512",
 }  # fmt: skip
-_TINY_MORE = ("--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4")
-_TINY_MORE += ("--num-query-groups", "2", "--image-size", "112")
+_TINY_MORE = (
+    *("--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4"),
+    *("--num-query-groups", "2", "--image-size", "112"),
+)
 
 
 def _tiny_arguments(argv: Sequence[str]) -> list[str]:
