@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.platform.schedule import OtherGroups
 
 # Arguments that a checkpoint's optimizer state, or its weights, must have in common with the run that loads it.
 SHAPING = (
@@ -100,13 +101,13 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
     return None if layout is None else str(layout)
 
 
-def misfit(args: argparse.Namespace, error: BaseException) -> ValueError | None:
-    """What a person is told of an error in loading a checkpoint that was made with other sizes; None if it is not one.
+def mistake_behind(args: argparse.Namespace, error: BaseException) -> ValueError | None:
+    """The caller's mistake behind an error that ended training, with its remedy; None if there is none.
 
-    Args:
-        args: of the run, whose training has not begun.
-        error: what loading raised.
+    That is optimizer state of other parameter groups, or a checkpoint that was made with other sizes.
     """
+    if isinstance(error, OtherGroups):
+        return error
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 

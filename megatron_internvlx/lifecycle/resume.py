@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_internvlx.files import checkpoint_directory, iterations, write_atomically
 from megatron_internvlx.lifecycle.lock import other_holder
@@ -32,6 +33,13 @@ SAVE_FAILED = 74
 
 STATE = "run_state.json"
 _HISTORY = 50  # attempts that the state remembers
+
+
+class Unsaved(NamedTuple):
+    """A checkpoint for which the disk had no room."""
+
+    step: int
+    reason: str
 
 
 def fault(checkpoint: Path) -> str | None:

@@ -29,8 +29,8 @@ interrupts = Interrupts(told=_caught.add)
 """Of this process."""
 
 
-def hold() -> None:
-    """Keep the stop signals until they are asked for. Call it before any process or thread is started."""
+def block_stop_signals() -> None:
+    """Block the stop signals, so that they wait until asked for. Call it before any process or thread is started."""
     _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     with mask_kept():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
@@ -39,15 +39,15 @@ def hold() -> None:
     atexit.register(_end_daemons)
 
 
-def let_go() -> None:
-    """The signals do what they always do; for runs that do not want a checkpoint then."""
+def unblock_stop_signals() -> None:
+    """Give the signals their usual effect back; for runs that want no checkpoint then."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
         signal.raise_signal(number)
 
 
-def also_other_threads() -> None:
-    """Keep signals that reach a thread which does not block them: libraries start some when imported."""
+def catch_in_other_threads() -> None:
+    """Record signals that reach a thread which does not block them: libraries start some when imported."""
     for number in STOP:
         signal.signal(number, lambda caught, _frame: _caught.add(caught))
 
@@ -57,8 +57,8 @@ def pending() -> bool:
     return bool(_caught or signal.sigpending().intersection(STOP))
 
 
-def say(text: str) -> None:
-    """A sign of life, from the first rank."""
+def report_phase(text: str) -> None:
+    """Print what the start does now, from the first rank."""
     if is_first_rank():
         print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 

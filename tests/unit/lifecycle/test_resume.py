@@ -167,8 +167,8 @@ def test_blocked_signals_are_inherited_and_seen():
     program = """
 import os, signal, subprocess, sys, time
 from megatron_internvlx.lifecycle import signals
-signals.hold()
-signals.also_other_threads()
+signals.block_stop_signals()
+signals.catch_in_other_threads()
 child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(30)"],
                          stdout=subprocess.PIPE)
 child.stdout.readline()
