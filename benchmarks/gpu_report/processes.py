@@ -25,7 +25,9 @@ from benchmarks.gpu_report.worker import READY, RESULT
 PATIENCE, LEAST = 1.6, 45.0
 # What imports may take, beside those of others.
 IMPORTS = 60.0
+POLL = 0.5  # seconds between two looks whether a silent process still lives
 LAST = 8.0  # seconds for the picture and the last table
+EXIT = 10.0  # seconds for a process to leave after its last result
 LOG_TAIL = 3000  # characters of a failed row's output that are kept
 TEST_LINES = 400  # characters of a failed test's message that are kept
 COMPILE_THREADS = "4"
@@ -93,13 +95,19 @@ class Process:
         patience = max(PATIENCE * self.row.seconds, LEAST)
         limit = begun + IMPORTS + patience
         while True:
+            now = time.monotonic()
             try:
-                moment, line = self.lines.get(timeout=max(min(end, limit) - time.monotonic(), 0.01))
+                moment, line = self.lines.get(timeout=max(min(end, limit, now + POLL) - now, 0.01))
             except queue.Empty:
                 moment = time.monotonic()
-                error = f"ended after {moment - begun:.0f} s: " + (
+                if self.process.poll() is not None:  # a child of it may hold its output open for longer
+                    break
+                if moment < min(end, limit):
+                    continue
+                reason = (
                     "the report's time is over" if limit > end else f"{self.row.seconds:.0f} were expected"
                 )
+                error = f"ended after {moment - begun:.0f} s: {reason}"
                 break
             if line is None:
                 break
@@ -110,7 +118,7 @@ class Process:
             part = json.loads(line.removeprefix(RESULT))
             named = named or "error" in part
             flush(self.row.name, part)
-        code = self.close() if error else self.process.wait()
+        code = self.close() if error else self._ended()
         if self.row.kind == "tests":
             flush(self.row.name, self._tests())
         elif error is None and code and not named:
@@ -122,6 +130,14 @@ class Process:
             last["log"] = self.log.read_text(errors="replace")[-LOG_TAIL:]
         flush(self.row.name, last)
         self.close()
+
+    def _ended(self) -> int:
+        """Exit code of a process that has closed its output; one that does not end is ended."""
+        try:
+            return self.process.wait(EXIT)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return 0
 
     def _tests(self) -> dict[str, Any]:
         """Counts and failures of a file of tests, from pytest's own report."""

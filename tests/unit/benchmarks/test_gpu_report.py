@@ -187,7 +187,7 @@ def test_picture_shows_rows_with_a_profile(tmp_path):
 
 
 FAKE = """
-import json, sys, time
+import json, subprocess, sys, time
 row = json.loads(sys.argv[1])
 do = row.get("do", "work")
 if do == "die": sys.exit(3)
@@ -197,6 +197,7 @@ start = time.time()
 send = lambda **values: print("RESULT " + json.dumps(values), flush=True)
 send(first=1, start=start)
 if do == "hang": time.sleep(60)
+if do == "child": subprocess.Popen(["sleep", "30"]); sys.exit(0)
 if do == "raise": send(error="RuntimeError: out of memory"); print("Traceback ...", file=sys.stderr); sys.exit(1)
 time.sleep(0.2)
 send(second=2, end=time.time())
@@ -244,6 +245,13 @@ def test_a_row_that_fails_stops_no_other_and_says_why(fake):
     assert found["raises"]["error"] == "RuntimeError: out of memory" and "Traceback" in found["raises"]["log"]
     assert "expected" in found["hangs"]["error"] and found["hangs"]["first"] == 1
     assert found["works"]["second"] == 2 and "error" not in found["works"]
+
+
+def test_a_child_that_holds_the_output_delays_nothing(fake):
+    """Otherwise the row would last until the report's time is over, and say so."""
+    found = told(Row("child", "curve", 1, 60, settings={"do": "child"}), row("works", 2, 1), seconds=25)
+    assert found["child"]["first"] == 1 and "error" not in found["child"]
+    assert found["works"]["second"] == 2
 
 
 def test_rows_that_no_longer_fit_are_left_out(fake):
