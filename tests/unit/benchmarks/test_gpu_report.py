@@ -197,7 +197,7 @@ start = time.time()
 send = lambda **values: print("RESULT " + json.dumps(values), flush=True)
 send(first=1, start=start)
 if do == "hang": time.sleep(60)
-if do == "child": subprocess.Popen(["sleep", "30"]); sys.exit(0)
+if do == "child": subprocess.Popen(["sleep", "60"]); sys.exit(0)
 if do == "raise": send(error="RuntimeError: out of memory"); print("Traceback ...", file=sys.stderr); sys.exit(1)
 time.sleep(0.2)
 send(second=2, end=time.time())
@@ -214,12 +214,12 @@ def fake(tmp_path, monkeypatch):
         "_command",
         lambda self: [sys.executable, str(script), json.dumps({"kind": self.row.kind, **self.row.settings})],
     )
-    monkeypatch.setattr(processes, "LEAST", 1.0)
-    monkeypatch.setattr(processes, "IMPORTS", 1.0)
+    monkeypatch.setattr(processes, "LEAST", 3.0)
+    monkeypatch.setattr(processes, "IMPORTS", 30.0)
     return script
 
 
-def told(*plan: Row, seconds: float = 20) -> dict[str, dict]:
+def told(*plan: Row, seconds: float = 60) -> dict[str, dict]:
     found: dict[str, dict] = {}
     flush = lambda name, part: found.setdefault(name, {}).update(part)  # noqa: E731
     processes.run(plan, time.monotonic() + seconds, flush)
@@ -249,13 +249,13 @@ def test_a_row_that_fails_stops_no_other_and_says_why(fake):
 
 def test_a_child_that_holds_the_output_delays_nothing(fake):
     """Otherwise the row would last until the report's time is over, and say so."""
-    found = told(Row("child", "curve", 1, 60, settings={"do": "child"}), row("works", 2, 1), seconds=25)
+    found = told(Row("child", "curve", 1, 60, settings={"do": "child"}), row("works", 2, 1), seconds=29)
     assert found["child"]["first"] == 1 and "error" not in found["child"]
     assert found["works"]["second"] == 2
 
 
 def test_rows_that_no_longer_fit_are_left_out(fake):
-    found = told(row("long", 1, 100), row("short", 2, 1), seconds=5)
+    found = told(row("long", 1, 100), row("short", 2, 1), seconds=30)
     assert found["long"]["error"].startswith("left out") and found["short"]["second"] == 2
 
 
