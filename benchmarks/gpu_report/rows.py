@@ -71,7 +71,8 @@ def model_arguments(
     shallow = deep - tiles * SAVED if lvtc else deep
     words = f"""
     --model-preset {preset} --precision {precision} --transformer-impl transformer_engine
-    --num-layers {layers} --seq-length {deep} --boundary static --max-tiles-per-pack {tiles} --max-tiles 7
+    --num-layers {layers} --seq-length {deep} --boundary static --packing --loader energon
+    --max-tiles-per-pack {tiles} --max-tiles 7
     --shallow-seq-length {shallow} --micro-batch-size 1 --global-batch-size {packs}
     --tokenizer-model {TOKENIZER} --data none --lr 1e-4 --min-lr 1e-4
     --lr-decay-style constant --clip-grad 1.0 --train-iters 1000 --projector-drop-path 0
