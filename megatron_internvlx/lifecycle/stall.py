@@ -61,7 +61,8 @@ class StallClock:
     Args:
         seconds: longest time between two calls of `restart`. 0: the clock does nothing.
         folder: of the signs of life, where all ranks see it. None: nothing is known of the others.
-        rank, world: of this process, and how many there are.
+        rank: of this process.
+        world: how many ranks there are.
         position: tells how far this rank is; called from another thread.
         report: called with the reason, on the lowest rank that lives, before it ends.
     """
