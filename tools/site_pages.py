@@ -39,6 +39,11 @@ ROOMS = [
 ]  # fmt: skip
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~)")
+# What a browser loads by itself, unlike a link that a reader follows.
+LOADED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?(https?://[^\"'\s>]+)")
+STYLE = re.compile(
+    r"<link\b[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon)[^>]*\bhref=[\"']?(https?://[^\"'\s>]+)"
+)
 CODE = re.compile(r"`[^`]+`")
 
 
@@ -191,6 +196,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
                 line = CODE.sub(lambda code: code[0].replace("\\|", "|"), line)
         lines.append(line)
     return "\n".join(lines)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Looks through what was built. Raises ValueError if a page would load something from a network."""
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        if found := LOADED.search(text) or STYLE.search(text):
+            raise ValueError(f"{page.name} loads {found[1]} from a network; put a copy into docs/assets")
 
 
 def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:

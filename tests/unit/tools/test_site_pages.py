@@ -1,6 +1,7 @@
 """Which pages the documentation site has, and where its links lead. `make docs` builds it, warnings being errors."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,19 @@ def test_every_document_is_a_page_of_the_navigation() -> None:
     assert documents <= set(named)
 
 
-def test_nothing_comes_from_a_network() -> None:
-    config = load_config(str(ROOT / "mkdocs.yml"))
-    assert config.theme["font"] is False
-    assert all("://" not in str(url) for url in [*config.extra["polyfills"], *config.extra_css])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<script src=https://cdn.example.org/x.js></script>",
+        '<img alt="" src="http://example.org/x.png">',
+        '<link rel="preconnect" href="https://fonts.example.org" crossorigin>',
+        '<link rel="stylesheet" href="https://fonts.example.org/x.css">',
+    ],
+)
+def test_a_page_that_loads_from_a_network_is_an_error(tmp_path: Path, tag: str) -> None:
+    config = SimpleNamespace(site_dir=str(tmp_path))
+    (tmp_path / "a.html").write_text('<a href="https://example.org">link</a><img src="x.png">')
+    site_pages.on_post_build(config)  # type: ignore[arg-type]
+    (tmp_path / "b.html").write_text(tag)
+    with pytest.raises(ValueError, match=r"b\.html loads https?://.*example\.org"):
+        site_pages.on_post_build(config)  # type: ignore[arg-type]
