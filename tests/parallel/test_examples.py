@@ -27,10 +27,10 @@ def train() -> tuple[list[int], list[float]]:
 def test_lvtc_in_a_gpt_of_ones_own(pool: Pool) -> None:
     """Rows grow at the entry of layer 2, and the answers are learnt through them.
 
-    Two samples of a start token, a question and an answer with 4, then 16 rows of their image. Guessing among the
-    eight things gives ln 8 = 2.08; measured: 2.60 in the first five steps, 0.39 in the last five.
+    Two samples of a start token, a question and an answer with 4, then 16 rows of their image. Measured: a loss of
+    2.68 in the first five steps, 0.88 in the last five; 2.19 there if the images are blank (guessing: ln 8 = 2.08).
     """
     ((rows, losses),) = pool.run(1, train)
     assert rows == [2 * (3 + 4)] * 2 + [2 * (3 + 16)] * 2
-    assert sum(losses[:5]) / 5 > 1.8
-    assert sum(losses[-5:]) / 5 < 1.2
+    assert sum(losses[:5]) / 5 > 2
+    assert sum(losses[-5:]) / 5 < 1.5
