@@ -11,18 +11,18 @@ from torch import Tensor
 from megatron_internvlx import platform
 
 platform.setup()  # before Megatron, which then runs on the CPU too
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules  # noqa: E402
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 
-from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan  # noqa: E402
-from megatron_internvlx.model.attention import PackedDotProductAttention  # noqa: E402
-from megatron_internvlx.model.decoder import PhaseAttention  # noqa: E402
-from megatron_internvlx.model.lvtc import LVTCInjection, merge_visual  # noqa: E402
-from megatron_internvlx.model.pvtc import PVTC  # noqa: E402
-from megatron_internvlx.parallel.batch import DevicePlan, device_plan  # noqa: E402
+from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan
+from megatron_internvlx.model.attention import PackedDotProductAttention
+from megatron_internvlx.model.decoder import PhaseAttention
+from megatron_internvlx.model.lvtc import LVTCInjection, merge_visual
+from megatron_internvlx.model.pvtc import PVTC
+from megatron_internvlx.parallel.batch import DevicePlan, device_plan
 
 LAYERS, K, WIDTH, VISION_WIDTH, VOCABULARY, THINGS = 4, 2, 64, 32, 16, 8
 PATCHES, LOW, HIGH = 8, 2, 4  # sides: of an image's patches, and of its rows before and from layer K on

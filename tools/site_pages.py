@@ -26,7 +26,7 @@ PACKAGE = "megatron_internvlx"
 DOCUMENTS = {
     "Start": ["README.md"],
     "Guides": ["docs/*.md"],
-    "Examples": ["examples/*/README.md", "examples/*.py"],
+    "Examples": ["examples/*.py", "examples/*/README.md", "examples/*/*.py"],
     "API": [],
     "Measurements": ["benchmarks/results/*.md"],
     "Project": ["CONTRIBUTING.md", "RELEASING.md", "CHANGELOG.md"],
