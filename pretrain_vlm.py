@@ -62,7 +62,7 @@ def main() -> int:
     except ValueError as error:
         return complain(error)
     log = TrainingLog(args, data)
-    step = ForwardStep(args.loss_weighting, args.loss_average, on_answers=log.answers)
+    step = ForwardStep(on_answers=log.answers)
     log.install(step)
     communicator = boundary_communicator(args, data)
     run = Run(args, step, log.close_sinks, log.keep_curve, lock)

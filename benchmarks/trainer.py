@@ -92,7 +92,7 @@ class Trainer:
         initialize_megatron()
         data = SampleData(args)
         data.micro_batches = micro_batches
-        self.forward_step = ForwardStep(args.loss_weighting, args.loss_average)
+        self.forward_step = ForwardStep()
         self.communicator, self.groups = boundary_communicator(args, data), MegatronGroups()
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

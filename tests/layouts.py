@@ -136,7 +136,7 @@ def train(
     data = SyntheticData(args)
     communicator = boundary_communicator(args, data)
     groups = MegatronGroups()
-    step = ForwardStep(args.loss_weighting, args.loss_average)
+    step = ForwardStep()
     model, optimizer, scheduler = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         model_provider_func=ModelProvider(args, communicator, step.weights),

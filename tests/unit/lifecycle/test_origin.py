@@ -86,7 +86,7 @@ def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
-    return lambda args: Run(args, ForwardStep("token"))  # type: ignore[arg-type]
+    return lambda args: Run(args, ForwardStep())  # type: ignore[arg-type]
 
 
 def failure() -> CheckpointException:

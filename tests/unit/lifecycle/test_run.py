@@ -30,7 +30,7 @@ def started(tmp_path, monkeypatch):
 
     def start():
         told: list[tuple[str, bool]] = []
-        return Run(args, ForwardStep("token"), lambda *what: told.append(what)), told
+        return Run(args, ForwardStep(), lambda *what: told.append(what)), told
 
     return start
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from megatron_internvlx.data.plan import PlanSettings, build_plan
-from megatron_internvlx.parallel.batch import DevicePlan, device_plan
 from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.parallel.device_plan import DevicePlan, device_plan
 
 
 def plan(tiles: tuple[int, ...], budget: Budget | None = None) -> DevicePlan:

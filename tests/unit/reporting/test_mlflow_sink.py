@@ -77,7 +77,7 @@ def crash_on_a_rank_without_sinks(save: Path, monkeypatch) -> None:
     for settings in SETTINGS:
         vars(args).update(vars(settings()))
     args.auto_resume, args.mlflow_experiment = True, "tests"
-    step = ForwardStep("token")
+    step = ForwardStep()
     Run(args, step, TrainingLog(args, None).close_sinks).failed("a bug")  # type: ignore[arg-type]
     assert "rank 0 on" in RunState.read(save).reason
 
