@@ -45,6 +45,7 @@ def main() -> int:
     from megatron_internvlx.planning import dryrun
     from megatron_internvlx.reporting.log import TrainingLog
     from megatron_internvlx.training.builder import ModelProvider
+    from megatron_internvlx.training.graph import record_steps
     from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.provider import DataProvider
     from megatron_internvlx.training.step import ForwardStep
@@ -64,6 +65,8 @@ def main() -> int:
     log = TrainingLog(args, data)
     step = ForwardStep(on_answers=log.answers)
     log.install(step)
+    if args.cuda_graph_impl != "none":
+        record_steps()
     communicator = boundary_communicator(args, data)
     run = Run(args, step, log.close_sinks, log.keep_curve, lock)
     try:

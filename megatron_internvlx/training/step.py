@@ -78,7 +78,6 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model):
         """Run one stage on the next micro-batch: (output, loss function)."""
-        self.passes += 1
         # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
         self._first_chunk = self._first_chunk or model
         batch = self.next_batch(data_iterator, counted=model.training and model is self._first_chunk)
@@ -87,6 +86,7 @@ class ForwardStep:
     def next_batch(self, data_iterator: Iterator[MicroBatch], *, counted: bool) -> MicroBatch:
         """Wait for the next micro-batch, and count it and the wait if it is `counted`."""
         start = time.perf_counter()
+        self.passes += 1
         self.doing = "waiting for data"
         batch = next(data_iterator)
         self.doing = "computing or exchanging tensors"
