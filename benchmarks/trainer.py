@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron_internvlx import platform
@@ -65,6 +66,9 @@ class SampleData(DataProvider):
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         settings, size = plan_settings(self.args), self.args.image_size
+        if settings.sample_budget is not None:  # several samples are a pack here, whoever packs
+            most = max(settings.sample_budget, *map(len, self.micro_batches))
+            settings = replace(settings, sample_budget=most)
         # Made here, before any clock starts: random pixels take longer than a step.
         batches = []
         for samples in self.micro_batches:
