@@ -55,6 +55,7 @@ def train() -> int:
     from megatron_internvlx.reporting.log import TrainingLog
     from megatron_internvlx.reporting.tracking import Trackers
     from megatron_internvlx.training.builder import ModelProvider
+    from megatron_internvlx.training.graph import record_steps
     from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.provider import DataProvider
     from megatron_internvlx.training.step import ForwardStep
@@ -72,11 +73,13 @@ def train() -> int:
     except ValueError as error:
         return complain(error)
     setup, stop, trackers = setup_from(args), signals.StopSignals(), Trackers(args)
-    step = ForwardStep(args.loss_weighting, args.loss_average)
+    step = ForwardStep()
     log = TrainingLog(args, data, step, trackers)
     outcome = Outcome(setup, stop, trackers.close, lock)
     saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
     watch(args, setup, stop, step, saves, outcome.failed)
+    if args.cuda_graph_impl != "none":
+        record_steps()
     communicator = boundary_communicator(args, data)
     provider = ModelProvider(args, communicator, step.weights)
     try:

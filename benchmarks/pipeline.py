@@ -174,7 +174,8 @@ def profile(arguments: list[str]) -> dict[str, tuple[float, float]]:
     from benchmarks.trainer import tokens_of
     from megatron_internvlx import arguments as ours
     from megatron_internvlx.data.plan import build_plan
-    from megatron_internvlx.parallel.batch import MicroBatch, device_plan
+    from megatron_internvlx.parallel.batch import MicroBatch
+    from megatron_internvlx.parallel.device_plan import device_plan
     from megatron_internvlx.planning.measure import measure, reduce_to_kinds
     from megatron_internvlx.training.provider import plan_settings
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron_internvlx import platform
@@ -23,7 +25,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan  # noqa: E402
+from megatron_internvlx.data.plan import IGNORE, build_plan  # noqa: E402
 from megatron_internvlx.model.settings import compression_plan, vision_config  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
@@ -31,6 +33,7 @@ from megatron_internvlx.planning.flops import BackwardSettings  # noqa: E402
 from megatron_internvlx.planning.metrics import StepMeter  # noqa: E402
 from megatron_internvlx.planning.parameters import ModelShape  # noqa: E402
 from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
+from megatron_internvlx.training.graph import StepGraph  # noqa: E402
 from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
 from megatron_internvlx.training.provider import DataProvider, plan_settings  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
@@ -62,14 +65,18 @@ class SampleData(DataProvider):
         """There are none."""
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
-        settings: PlanSettings = plan_settings(self.args)
-        while True:
-            for samples in self.micro_batches:
-                tiles = sum(count for count, _ in samples)
-                size = self.args.image_size
-                pixels = torch.randint(0, 256, (tiles, 3, size, size), dtype=torch.uint8)
-                plan = build_plan(*tokens_of(samples, settings.high_grid**2, self.args.vocab_size), settings)
-                yield HostBatch(plan, pixels)
+        settings, size = plan_settings(self.args), self.args.image_size
+        if settings.sample_budget is not None:  # several samples are a pack here, whoever packs
+            most = max(settings.sample_budget, *map(len, self.micro_batches))
+            settings = replace(settings, sample_budget=most)
+        # Made here, before any clock starts: random pixels take longer than a step.
+        batches = []
+        for samples in self.micro_batches:
+            tiles = sum(count for count, _ in samples)
+            pixels = torch.randint(0, 256, (tiles, 3, size, size), dtype=torch.uint8)
+            plan = build_plan(*tokens_of(samples, settings.high_grid**2, self.args.vocab_size), settings)
+            batches.append(HostBatch(plan, pixels))
+        return itertools.cycle(batches)
 
 
 class Trainer:
@@ -92,7 +99,7 @@ class Trainer:
         initialize_megatron()
         data = SampleData(args)
         data.micro_batches = micro_batches
-        self.forward_step = ForwardStep(args.loss_weighting, args.loss_average)
+        self.forward_step = ForwardStep()
         self.communicator, self.groups = boundary_communicator(args, data), MegatronGroups()
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
@@ -107,6 +114,9 @@ class Trainer:
         self.forward_step.meter = StepMeter(shape, BackwardSettings.from_args(args))
         self.config = get_model_config(self.model[0])
         self.config.grad_scale_func = self.optimizer.scale_loss
+        self.passes = get_forward_backward_func()
+        if args.cuda_graph_impl != "none":
+            self.passes = StepGraph(self.passes, cuda_graph_warmup_steps=args.cuda_graph_warmup_steps)
         self.steps = 0
         for chunk in self.model:
             chunk.train()
@@ -117,7 +127,7 @@ class Trainer:
         start = time.perf_counter()
         losses, *_ = training.train_step(
             self.forward_step, self.iterator, self.model, self.optimizer, self.scheduler, self.config,
-            get_forward_backward_func(), self.steps, pg_collection=self.groups, p2p_communicator=self.communicator,
+            self.passes, self.steps, pg_collection=self.groups, p2p_communicator=self.communicator,
         )  # fmt: skip
         platform.synchronize()
         seconds = time.perf_counter() - start

@@ -22,7 +22,7 @@ from megatron_internvlx.model.attention import PackedDotProductAttention
 from megatron_internvlx.model.decoder import PhaseAttention
 from megatron_internvlx.model.lvtc import LVTCInjection, merge_visual
 from megatron_internvlx.model.pvtc import PVTC
-from megatron_internvlx.parallel.batch import DevicePlan, device_plan
+from megatron_internvlx.parallel.device_plan import DevicePlan, device_plan
 
 LAYERS, K, WIDTH, VISION_WIDTH, VOCABULARY, THINGS = 4, 2, 64, 32, 16, 8
 PATCHES, LOW, HIGH = 8, 2, 4  # sides: of an image's patches, and of its rows before and from layer K on

@@ -141,6 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_precision(args, compression)
     _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
     _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
+    _check_graph(args, settings_from(args, TrainSettings))
 
 
 def _check_world(args: argparse.Namespace) -> None:
@@ -210,7 +211,6 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path is not None,
         "--sft": args.sft,
         "--multiple-validation-sets": args.multiple_validation_sets,
-        "--cuda-graph-impl": args.cuda_graph_impl != "none",
     }
     asked = [flag for flag, on in refused.items() if on]
     if asked:
@@ -248,6 +248,39 @@ def _check_static(
         high_rows=high**2,
         lvtc=compression.lvtc,
     )
+
+
+def _check_graph(args: argparse.Namespace, train: TrainSettings) -> None:
+    """Refuse what one CUDA graph of a step cannot hold, each with its reason, and switch off what it cannot do."""
+    if args.cuda_graph_impl == "none":
+        return
+    flag = f"--cuda-graph-impl {args.cuda_graph_impl}"
+    if args.cuda_graph_impl != "full_iteration":
+        raise ValueError(
+            f"{flag}: graphs of single layers are not made for layers of two lengths; use full_iteration with "
+            "--boundary static, or none"
+        )
+    refused = {
+        "--boundary variable (micro-batches of different shapes; use static)": train.boundary != "static",
+        "--transformer-impl local (no GPU kernels)": args.transformer_impl == "local",
+        "--pipeline-model-parallel-size above 1 (messages between stages were never recorded)": (
+            args.pipeline_model_parallel_size > 1
+        ),
+        "--num-experts (tokens per expert are read on the host)": bool(args.num_experts),
+        "--fp16 (its loss scale changes on the host; use --bf16)": args.fp16,
+        "--rampup-batch-size (a graph has as many micro-batches as it was recorded with)": bool(
+            args.rampup_batch_size
+        ),
+        "--clip-grad 0 (the norm shows bad gradients, for which a graph has no other check)": not args.clip_grad,
+        "--cuda-graph-warmup-steps 0 (kernels are chosen and compiled in the first step)": (
+            args.cuda_graph_warmup_steps < 1
+        ),
+        "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
+    }
+    if asked := [what for what, on in refused.items() if on]:
+        raise ValueError(f"{flag} cannot go with {'; '.join(asked)}")
+    # It reads every loss on the host. `training/graph.py` checks each step as a whole instead.
+    args.check_for_nan_in_loss_and_grad = False
 
 
 def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSettings) -> None:

@@ -89,6 +89,8 @@ class TrainSettings:
     """Static boundaries and packing: rows of the shallow phase per micro-batch, in tokens."""
     max_tiles_per_pack: int | None = None
     """Static boundaries and packing: tiles per micro-batch at most."""
+    max_samples_per_pack: int = 64
+    """Static boundaries and packing: samples per micro-batch at most; attention's time grows with it a little."""
 
 
 @dataclass

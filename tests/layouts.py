@@ -7,6 +7,7 @@ under full names and in full shape (see `checkpoint/shards.py`).
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ class SyntheticData(DataProvider):
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         settings = plan_settings(self.args)
+        if settings.sample_budget is not None:  # packs, though their loader is not here to say so
+            settings = replace(settings, sample_budget=4)
         number = mpu.get_data_parallel_rank() + (self.args.consumed_train_samples if split == "train" else 50)
         while True:
             yield micro_batch(number, self.kind, settings)
@@ -115,6 +118,28 @@ def parse(changes: list[str]) -> Any:
         sys.argv = saved
 
 
+class Run:
+    """What a training run is made of on this rank, as pretrain_vlm.py makes it.
+
+    Args:
+        changes: arguments on top of ARGUMENTS.
+        data: class of the data provider.
+    """
+
+    def __init__(self, changes: list[str], data: type[SyntheticData] = SyntheticData) -> None:
+        self.args = args = parse(changes)
+        initialize_megatron()
+        self.data = data(args)
+        self.communicator = boundary_communicator(args, self.data)
+        self.groups, self.step = MegatronGroups(), ForwardStep()
+        self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            model_provider_func=ModelProvider(args, self.communicator, self.step.weights),
+            cfg_container=pretrain_cfg_container_from_args(args),
+            pg_collection=self.groups,
+        )
+
+
 def train(
     changes: list[str], *, weights: str | None = None, kind: str = "packed", keep: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -131,18 +156,9 @@ def train(
         reports them, what each boundary carried, and what `keep` names (on rank 0 only; "replicas", which
         comes with "grads", on every rank: see `_replica_difference`).
     """
-    args = parse(changes)
-    initialize_megatron()
-    data = SyntheticData(args)
-    communicator = boundary_communicator(args, data)
-    groups = MegatronGroups()
-    step = ForwardStep(args.loss_weighting, args.loss_average)
-    model, optimizer, scheduler = training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        model_provider_func=ModelProvider(args, communicator, step.weights),
-        cfg_container=pretrain_cfg_container_from_args(args),
-        pg_collection=groups,
-    )
+    run = Run(changes)
+    args, data, communicator, groups = run.args, run.data, run.communicator, run.groups
+    step, model, optimizer, scheduler = run.step, run.model, run.optimizer, run.scheduler
     stages = unwrap_model(model)
     if weights is not None:
         load_full(stages, torch.load(weights))

@@ -12,7 +12,8 @@ from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.model.decoder import CompressionPlan
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.parallel.batch import MicroBatch, device_plan
+from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.parallel.device_plan import device_plan
 
 
 def whole_model(

@@ -33,8 +33,9 @@ from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
-from megatron_internvlx.parallel.batch import MicroBatch, device_plan  # noqa: E402
+from megatron_internvlx.parallel.batch import MicroBatch  # noqa: E402
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator  # noqa: E402
+from megatron_internvlx.parallel.device_plan import device_plan  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
 from megatron_internvlx.platform.transfer import to_device  # noqa: E402
 from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
@@ -91,6 +92,8 @@ class CaseBatches:
             plan_settings(args),
         )
         self.plan = device_plan(plan)
+        self.rows = sum(plan.deep.segment_lengths[: len(plan.sample_ids)])
+        """Of the case; those after them are padding."""
         self.tiles = case.tiles
         if not len(self.tiles):  # text only: the encoder still runs, on a blank tile
             self.tiles = torch.zeros(0, 3, args.image_size, args.image_size)
@@ -136,7 +139,7 @@ def run_rank(request: Request) -> None:
     initialize_megatron()
     case = load_case(Path(request.inputs))
     batches = CaseBatches(case, args, request.image_token)
-    communicator, groups, step = batches.communicator(), MegatronGroups(), ForwardStep("token")
+    communicator, groups, step = batches.communicator(), MegatronGroups(), ForwardStep()
     try:
         model = get_model(
             ModelProvider(args, communicator, step.weights), ModelType.encoder_or_decoder,
@@ -224,8 +227,7 @@ def logits_of(
         model, batches, args, communicator, groups,
         forward_step_func=forward, forward_only=True, collect_non_loss_data=True,
     )  # fmt: skip
-    rows = sum(batches.plan.host.deep.segment_lengths[: len(batches.plan.host.sample_ids)])
-    return {"logits": outputs[0][:rows]} if outputs else {}
+    return {"logits": outputs[0][: batches.rows]} if outputs else {}
 
 
 def loss_of(

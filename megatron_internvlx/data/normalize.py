@@ -1,5 +1,7 @@
 """From decoded tiles to what InternViT expects; on whatever device the tiles are."""
 
+import functools
+
 import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,8 +17,13 @@ def normalize_tiles(tiles_uint8: torch.Tensor, dtype: torch.dtype = torch.float3
         raise ValueError(
             f"expected uint8 tiles [T, 3, S, S], got {tiles_uint8.dtype} {list(tiles_uint8.shape)}"
         )
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=tiles_uint8.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = _statistics(tiles_uint8.device)
     return tiles_uint8.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, fp32 [3, 1, 1], copied to a device once: a step's CUDA graph cannot copy from the host."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return mean.view(3, 1, 1).to(device), std.view(3, 1, 1).to(device)

@@ -28,21 +28,23 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """Most that a pack may hold, in tokens of either phase and in tiles; None for no limit on tiles."""
+    """Most that a pack may hold, in tokens of either phase, tiles and samples; None for no limit on the last two."""
 
     shallow: int
     deep: int
     tiles: int | None = None
+    samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("shallow", self.shallow), ("deep", self.deep), ("tiles", self.tiles)):
+        for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"the packing budget of {name} is {value}; it must be at least 1")
 
     def share(self, samples: int) -> "Budget":
         """What each of `samples` may take so that all of them fit. Raises ValueError if one of them gets nothing."""
         tiles = None if self.tiles is None else self.tiles // samples
-        return Budget(self.shallow // samples, self.deep // samples, tiles)
+        most = None if self.samples is None else self.samples // samples
+        return Budget(self.shallow // samples, self.deep // samples, tiles, most)
 
     def limits(self) -> Int64:
         """int64 [3] in the order of `Cost`."""
@@ -84,7 +86,13 @@ def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
     owner = _place(table, limits)
     order = np.argsort(owner, kind="stable")
     ends = np.cumsum(np.bincount(owner))
-    packs = [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True) if end > start]
+    # Packs of more samples than allowed are rare (many short texts), so they are simply cut.
+    size = budget.samples or len(table)
+    packs = [
+        order[at : min(at + size, end)]
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        for at in range(start, end, size)
+    ]
     totals = np.asarray([table[rows].sum(0) for rows in packs])
     keys = (np.asarray([rows[0] for rows in packs]), -totals[:, 1], -totals[:, 2])
     return [packs[i] for i in np.lexsort(keys)]

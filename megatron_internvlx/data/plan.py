@@ -43,6 +43,8 @@ class PlanSettings:
     """Static mode: rows of the deep phase, in tokens."""
     tile_budget: int | None = None
     """Static mode: tiles per micro-batch."""
+    sample_budget: int | None = None
+    """Static mode: samples per micro-batch; needed where every tensor must have the same shape."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,21 @@ class PhasePlan:
     """[length] 0-based position inside the segment."""
     visual_rows: Int32
     """[tiles*g*g] row of every visual token, tile by tile, row-major inside a tile."""
+    segment_capacity: int | None = None
+    """Static mode: segments that `cu_seqlens` has room for, the padding's among them."""
 
     @property
     def cu_seqlens(self) -> Int32:
-        """[segments+1] cumulative segment lengths, starting at 0."""
-        return np.concatenate([[0], np.cumsum(self.segment_lengths)]).astype(np.int32)
+        """[segments+1] cumulative segment lengths, starting at 0; unused segments repeat the last one."""
+        ends = np.concatenate([[0], np.cumsum(self.segment_lengths)]).astype(np.int32)
+        return (
+            ends if self.segment_capacity is None else _padded(ends, self.segment_capacity + 1, self.length)
+        )
 
     @property
     def max_seqlen(self) -> int:
-        """Longest segment, in rows."""
-        return max(self.segment_lengths)
+        """Longest segment, in rows; in static mode the longest that there can be."""
+        return max(self.segment_lengths) if self.segment_capacity is None else self.length
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,12 @@ class SequencePlan:
     """[n] which sample of the micro-batch the target belongs to."""
     sample_ids: Int32
     """[samples] number of each sample in its data set, for messages and predictions; FILLER for none."""
+    encoded_tiles: int
+    """Tiles that go through projectors: the real ones, or one blank tile; in static mode the budget's."""
+    low_cells: int
+    """Visual rows per tile in the shallow phase; those of the deep phase without LVTC."""
+    high_cells: int
+    """Visual rows per tile in the deep phase."""
 
     @property
     def entry(self) -> PhasePlan:
@@ -104,9 +117,22 @@ class SequencePlan:
         return self.shallow if self.expand_index is not None else self.deep
 
     @property
-    def encoded_tiles(self) -> int:
-        """Tiles that go through projectors: the real ones, or one blank tile."""
-        return max(self.num_tiles, 1)
+    def fixed(self) -> bool:
+        """Whether every tensor made of this plan has the shape that all plans of these settings have."""
+        return self.deep.segment_capacity is not None
+
+    @property
+    def supervised_capacity(self) -> int:
+        """Rows that reach the output layer: the supervised ones; in static mode as many as there can be.
+
+        Supervised tokens are text, and all text is among the rows that enter layer 0.
+        """
+        return self.entry.length if self.fixed else len(self.loss_rows)
+
+
+def _padded(values: Int32, size: int, filler: int) -> Int32:
+    """[size] values, then fillers."""
+    return np.concatenate([values, np.full(size - len(values), filler, np.int32)]).astype(np.int32)
 
 
 def _aligned(rows: int, fixed: int | None, alignment: int, name: str) -> int:
@@ -117,12 +143,16 @@ def _aligned(rows: int, fixed: int | None, alignment: int, name: str) -> int:
     return fixed
 
 
-def _phase(lengths: Sequence[int], visual: NDArray[np.bool_], fixed: int | None, alignment: int, name: str):
-    rows = int(sum(lengths))
-    total = _aligned(max(rows, 1), fixed, alignment, name)
+def _phase(lengths: Sequence[int], visual: NDArray[np.bool_], settings: PlanSettings, name: str) -> PhasePlan:
+    rows, most = int(sum(lengths)), settings.sample_budget
+    if most is not None and len(lengths) > most:
+        raise ValueError(f"a micro-batch has {len(lengths)} samples, over the static budget of {most}")
+    fixed = settings.shallow_length if name == "shallow" else settings.deep_length
+    total = _aligned(max(rows, 1), fixed, settings.alignment, name)
     segments = tuple(int(n) for n in lengths) + ((total - rows,) if total > rows else ())
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in segments])
-    return PhasePlan(total, segments, positions, np.flatnonzero(visual).astype(np.int32))
+    capacity = None if most is None else most + 1
+    return PhasePlan(total, segments, positions, np.flatnonzero(visual).astype(np.int32), capacity)
 
 
 def _tile_capacity(tiles: int, settings: PlanSettings) -> int:
@@ -188,11 +218,11 @@ def build_plan(
     rank_in_tile = (np.cumsum(visual) - 1) % per_tile
     kept = ~visual | (rank_in_tile < keep_per_tile)
 
-    deep = _phase(lengths, visual, settings.deep_length, settings.alignment, "deep")
+    deep = _phase(lengths, visual, settings, "deep")
     if settings.lvtc:
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         kept_lengths = [int(kept[a:b].sum()) for a, b in pairwise(bounds)]
-        shallow = _phase(kept_lengths, visual[kept], settings.shallow_length, settings.alignment, "shallow")
+        shallow = _phase(kept_lengths, visual[kept], settings, "shallow")
         expand_index = _expand_index(visual, kept, shallow, deep)
     else:
         shallow, expand_index = deep, None
@@ -213,6 +243,9 @@ def build_plan(
         tokens,
         *_supervision(labels, starts),
         np.asarray(range(len(lengths)) if sample_ids is None else sample_ids, np.int32),
+        max(num_tiles, 1) if settings.tile_budget is None else settings.tile_budget,
+        keep_per_tile,
+        per_tile,
     )
 
 
@@ -230,7 +263,7 @@ def _expand_index(visual: NDArray, kept: NDArray, shallow: PhasePlan, deep: Phas
     return index
 
 
-_HEADER = 6
+_HEADER = 7
 
 
 def pack_plan(plan: SequencePlan) -> Int32:
@@ -245,12 +278,14 @@ def pack_plan(plan: SequencePlan) -> Int32:
     sizes = np.asarray([len(x) for x in arrays], np.int32)
     header = np.zeros(_HEADER, np.int32)
     header[:3] = plan.num_tiles, plan.tile_capacity, int(plan.expand_index is not None)
+    header[3:5] = plan.encoded_tiles, plan.deep.segment_capacity or 0
+    header[5:7] = plan.low_cells, plan.high_cells
     return np.concatenate([header, sizes, *arrays]).astype(np.int32)
 
 
 def unpack_plan(flat: Int32) -> SequencePlan:
     """Rebuild the plan that `pack_plan` flattened; a longer buffer is allowed."""
-    num_tiles, capacity, lvtc = (int(x) for x in flat[:3])
+    num_tiles, capacity, lvtc, encoded, segment_capacity, *cells = (int(x) for x in flat[:_HEADER])
     count = 14 if lvtc else 10
     sizes = flat[_HEADER : _HEADER + count]
     ends = _HEADER + count + np.cumsum(sizes)
@@ -260,10 +295,24 @@ def unpack_plan(flat: Int32) -> SequencePlan:
 
     def phase(first: int) -> PhasePlan:
         segments, positions, visual_rows = arrays[first : first + 3]
-        return PhasePlan(len(positions), tuple(int(n) for n in segments), positions, visual_rows)
+        lengths = tuple(int(n) for n in segments)
+        return PhasePlan(len(positions), lengths, positions, visual_rows, segment_capacity or None)
 
     deep = phase(11 if lvtc else 7)
     shallow = phase(8) if lvtc else deep
     return SequencePlan(
-        num_tiles, capacity, shallow, deep, merge, expand, tokens, loss_rows, targets, answers, samples, ids
+        num_tiles,
+        capacity,
+        shallow,
+        deep,
+        merge,
+        expand,
+        tokens,
+        loss_rows,
+        targets,
+        answers,
+        samples,
+        ids,
+        encoded,
+        *cells,
     )

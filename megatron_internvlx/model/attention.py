@@ -89,7 +89,9 @@ class PackedDotProductAttention(MegatronModule):
             attn_mask_type: overrides the constructor's.
             attention_bias: must be None.
             packed_seq_params: its attribute `segment_lengths`, a tuple of ints on the host, gives the
-                samples' lengths in order; zeros are skipped. None: all S tokens are one sample.
+                samples' lengths in order; zeros are skipped. Or its attribute `allowed`, `[S, S]` of booleans,
+                says which token sees which, causality included: one operation whatever the samples are.
+                None: all S tokens are one sample.
 
         Returns:
             `[S, B, N*D]`, or `[S, N*D]` for three-dimensional inputs.
@@ -112,7 +114,8 @@ class PackedDotProductAttention(MegatronModule):
             q_SBND.numel() == 0
         ):  # no tiles or no tokens: keeps the graph, so that gradients are zeros, not None
             return (q_SBND + 0 * (k_SBGD.sum() + v_SBGD.sum())).reshape(size, batch, heads * width)
-        lengths = _segment_lengths(packed, size)
+        allowed = getattr(packed, "allowed", None)
+        lengths = [size] if allowed is not None else _segment_lengths(packed, size)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBGD, v_SBGD))
         dropout = self.dropout if self.training else 0.0
         outputs = []
@@ -123,8 +126,9 @@ class PackedDotProductAttention(MegatronModule):
                         q,
                         k,
                         v,
+                        attn_mask=allowed,
                         dropout_p=dropout,
-                        is_causal=causal,
+                        is_causal=causal and allowed is None,
                         scale=self.softmax_scale,
                         enable_gqa=heads != k.size(1),
                     )
@@ -137,6 +141,17 @@ class PackedDotProductAttention(MegatronModule):
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+def causal_within_segments(position_ids: Tensor) -> Tensor:
+    """Whether a row sees another, `[S, S]`: one of its own segment that does not come after it.
+
+    Args:
+        position_ids: `[S]` position inside the segment, 0 where one begins.
+    """
+    segment = (position_ids == 0).cumsum(0)
+    row = torch.arange(len(position_ids), device=position_ids.device)
+    return (segment[:, None] == segment) & (row[:, None] >= row)
 
 
 def _is_causal(mask_type: AttnMaskType) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_internvlx.config import TrainSettings, settings_from
-from megatron_internvlx.data.plan import SequencePlan
-from megatron_internvlx.model.internvlx import InternVLX, supervised_tokens
+from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.settings import compression_plan, static_budget, vision_config
 
 
@@ -31,7 +29,6 @@ def build_stage(
     args: argparse.Namespace,
     config: TransformerConfig,
     *,
-    loss_weight: Callable[[SequencePlan], float] = supervised_tokens,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -55,7 +52,6 @@ def build_stage(
         freeze_vision=train.freeze_vision,
         vision_recompute=args.vision_recompute,
         vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-        loss_weight=loss_weight,
         budget=static_budget(args),
         pre_process=pre_process,
         post_process=post_process,

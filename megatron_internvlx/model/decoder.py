@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_internvlx.model.lvtc import LVTCInjection
 from megatron_internvlx.model.pvtc import PROJECTORS
-from megatron_internvlx.parallel.batch import DevicePlan
+from megatron_internvlx.parallel.device_plan import DevicePlan
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class CompressionPlan:
 
 
 class PhaseAttention(PackedSeqParams):
-    """Megatron's packed-sequence parameters with the segment lengths on the host as well."""
+    """Megatron's packed-sequence parameters, and what attention without kernels for packs takes instead."""
 
-    segment_lengths: tuple[int, ...] = ()
+    segment_lengths: tuple[int, ...] | None = None
+    """Rows of each segment, on the host; None in static mode, where nothing on the host depends on samples."""
+    allowed: Tensor | None = None
+    """[S, S] true where a row (first) may see another, in static mode."""
 
 
 @dataclass
@@ -85,8 +88,8 @@ class DecoderInputs:
     shallow: PhaseInputs
     deep: PhaseInputs
     frozen_features: Tensor | None = None
-    loss_weight: float = 0
-    """Total loss weight of the micro-batch; see `router.py`."""
+    loss_weight: Tensor | None = None
+    """Total loss weight of the micro-batch, fp32 scalar; see `router.py`. None without experts."""
 
 
 class InternVLXLayer(TransformerLayer):
@@ -98,6 +101,9 @@ class InternVLXLayer(TransformerLayer):
 
     def __init__(self, config, submodules, *, compression: CompressionPlan, **kwargs: Any) -> None:
         super().__init__(config, submodules, **kwargs)
+        kept = getattr(self.self_attention.core_attention, "kept_packed_seq_params", None)
+        if kept is not None:  # Transformer Engine's, for which these would mean gaps between segments
+            kept -= {"cu_seqlens_q_padded", "cu_seqlens_kv_padded"}
         index = self.layer_number - 1
         expand_at = compression.injection_layers[0] if compression.lvtc else 0
         self.is_deep = index >= expand_at

@@ -9,8 +9,6 @@ decoder layers (each injection layer owns its projector), the output layer (last
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -25,22 +23,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_internvlx.data.normalize import normalize_tiles
-from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.model.attention import causal_within_segments
 from megatron_internvlx.model.decoder import CompressionPlan, DecoderInputs, PhaseAttention, PhaseInputs
 from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.layer_specs import decoder_spec
 from megatron_internvlx.model.lvtc import merge_visual
-from megatron_internvlx.parallel.batch import DevicePhase, DevicePlan, MicroBatch
+from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
+from megatron_internvlx.parallel.device_plan import DevicePhase, DevicePlan
 from megatron_internvlx.parallel.layout import boundary_content, stage_layers
 
 ROTARY_TABLE_STEP = 256
-
-
-def supervised_tokens(plan: SequencePlan) -> int:
-    """Tokens with a loss."""
-    return len(plan.loss_rows)
 
 
 class InternVLX(MegatronModule):
@@ -59,7 +53,6 @@ class InternVLX(MegatronModule):
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
         vision_recompute: recompute the vision encoder's layers in the backward pass.
         vision_fp8: run the vision encoder's layers in the decoder's FP8.
-        loss_weight: total loss weight of a micro-batch; for the experts' load-balancing loss.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """
 
@@ -78,7 +71,6 @@ class InternVLX(MegatronModule):
         freeze_vision: bool = False,
         vision_recompute: bool = False,
         vision_fp8: bool = False,
-        loss_weight: Callable[[SequencePlan], float] = supervised_tokens,
         budget: Budget | None = None,
         pre_process: bool = True,
         post_process: bool = True,
@@ -90,7 +82,6 @@ class InternVLX(MegatronModule):
         self.tp_group = self.pg_collection.tp
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.compression, self.freeze_vision = compression, freeze_vision
-        self.loss_weight = loss_weight
         self.real_vocab_size = real_vocab_size
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         pp_rank = self.pg_collection.pp.rank()
@@ -206,21 +197,23 @@ class InternVLX(MegatronModule):
 
     def decoder_inputs(self, plan: DevicePlan, features: Tensor | None) -> DecoderInputs:
         """What every decoder layer gets besides its rows; features [T, L, c] of a frozen encoder too."""
-        samples = len(plan.host.sample_ids)
+        deep = self._phase_inputs(plan.deep)
         return DecoderInputs(
             plan,
-            self._phase_inputs(plan.shallow, samples),
-            self._phase_inputs(plan.deep, samples),
+            self._phase_inputs(plan.shallow) if plan.lvtc else deep,
+            deep,
             features if self.freeze_vision else None,
-            self.loss_weight(plan.host) if self.config.num_moe_experts else 0,
+            plan.total_weight[0].float() if self.config.num_moe_experts else None,
         )
 
-    def _phase_inputs(self, phase: DevicePhase, samples: int) -> PhaseInputs:
+    def _phase_inputs(self, phase: DevicePhase) -> PhaseInputs:
         table_len = -(-phase.max_seqlen // ROTARY_TABLE_STEP) * ROTARY_TABLE_STEP
-        table = self.rotary(table_len)
+        rotary = self.rotary(table_len).index_select(0, phase.position_ids)
         if self.config.transformer_impl == "local":
             attention = PhaseAttention(qkv_format="sbhd")
-            rotary = table.index_select(0, phase.position_ids)
+            attention.segment_lengths = phase.segment_lengths
+            if phase.segment_lengths is None:
+                attention.allowed = causal_within_segments(phase.position_ids)
         else:
             attention = PhaseAttention(
                 qkv_format="thd",
@@ -228,21 +221,22 @@ class InternVLX(MegatronModule):
                 cu_seqlens_kv=phase.cu_seqlens,
                 max_seqlen_q=phase.max_seqlen,
                 max_seqlen_kv=phase.max_seqlen,
+                # Only RoPE takes these, by the row: the fused kernel starts a block for every position of every
+                # segment that there may be, which for many short ones is hundreds of thousands.
+                cu_seqlens_q_padded=phase.whole,
+                cu_seqlens_kv_padded=phase.whole,
+                pad_between_seqs=False,
             )
-            # The fused kernel restarts positions at every cu_seqlens entry by itself.
-            rotary = table
-        attention.segment_lengths = phase.segment_lengths
-        return PhaseInputs(rotary, attention, self._padding_mask(phase, samples))
+        return PhaseInputs(rotary, attention, self._padding_mask(phase))
 
-    def _padding_mask(self, phase: DevicePhase, samples: int) -> Tensor | None:
+    def _padding_mask(self, phase: DevicePhase) -> Tensor | None:
         """True at padding rows, [1, rows of this rank]: experts' load statistics leave them out."""
         if not self.config.num_moe_experts:
             return None
-        used = sum(phase.segment_lengths[:samples])
         rows = torch.arange(phase.length, device=phase.position_ids.device)
         if self.config.sequence_parallel:
             rows = rows.chunk(self.tp_group.size())[self.tp_group.rank()]
-        return (rows >= used).unsqueeze(0)
+        return (rows >= phase.used).unsqueeze(0)
 
     def _supervised_rows(self, hidden_S1h: Tensor, rows: Tensor | None) -> Tensor:
         """Rows that the output layer needs, whole on every TP rank: [n, 1, h]."""

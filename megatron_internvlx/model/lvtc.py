@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_internvlx.parallel.batch import DevicePlan
+from megatron_internvlx.parallel.device_plan import DevicePlan
 
 
 def upsample_matrix(low: int, high: int, mode: str) -> Tensor:
@@ -68,7 +68,7 @@ class LVTCInjection(MegatronModule):
 
     def forward(self, rows_S1h: Tensor, features_TLc: Tensor, plan: DevicePlan) -> Tensor:
         """Shallow rows -> deep rows at layer k; deep rows -> deep rows afterwards."""
-        visual_Tqh = self.projector(features_TLc[: plan.encoded_tiles])
+        visual_Tqh = self.projector(features_TLc)
         if self.config.sequence_parallel:
             # The gradient that comes back is the same on all ranks after the scatter below, so
             # each rank keeps its share of it instead of summing (tensor_parallel_output_grad).
@@ -83,10 +83,9 @@ class LVTCInjection(MegatronModule):
     def _expand(self, rows_S1h: Tensor, visual_Tqh: Tensor, plan: DevicePlan) -> Tensor:
         h = rows_S1h.shape[-1]
         rows_Sh = rows_S1h.view(-1, h)
-        if plan.num_tiles:
-            low_Tph = rows_Sh.index_select(0, plan.shallow.visual_rows).view(plan.num_tiles, -1, h)
-            up_qp = self.upsample_qp.to(rows_Sh.dtype).expand(plan.num_tiles, -1, -1)
-            visual_Tqh = torch.baddbmm(visual_Tqh.to(rows_Sh.dtype), up_qp, low_Tph)
+        low_Tph = rows_Sh.index_select(0, plan.shallow.visual_rows).view(plan.encoded_tiles, -1, h)
+        up_qp = self.upsample_qp.to(rows_Sh.dtype).expand(plan.encoded_tiles, -1, -1)
+        visual_Tqh = torch.baddbmm(visual_Tqh.to(rows_Sh.dtype), up_qp, low_Tph)
         source = torch.cat([rows_Sh, visual_Tqh.reshape(-1, h).to(rows_Sh.dtype)])
         assert plan.expand_index is not None
         return source.index_select(0, plan.expand_index).view(-1, 1, h)
@@ -94,11 +93,10 @@ class LVTCInjection(MegatronModule):
     def _add(self, rows_S1h: Tensor, visual_Tqh: Tensor, plan: DevicePlan) -> Tensor:
         h = rows_S1h.shape[-1]
         rows_Sh = rows_S1h.view(-1, h)
-        visual = visual_Tqh.reshape(-1, h).to(rows_Sh.dtype)
-        # A text-only micro-batch has one blank tile and no visual row: adding nothing of it still
-        # ties the projector into the graph, so its gradients are zeros rather than missing.
-        out = rows_Sh.index_add(0, plan.deep.visual_rows, visual[: plan.deep.visual_rows.shape[0]])
-        return out.view(-1, 1, h)
+        # Of a blank tile nothing is added, which still ties the projector into the graph: in a text-only
+        # micro-batch its gradients are zeros rather than missing.
+        visual_Tqh = visual_Tqh.to(rows_Sh.dtype) * plan.real_tiles.to(rows_Sh.dtype).view(-1, 1, 1)
+        return rows_Sh.index_add(0, plan.deep.visual_rows, visual_Tqh.reshape(-1, h)).view(-1, 1, h)
 
 
 def merge_visual(text_S1h: Tensor, visual_Tqh: Tensor, plan: DevicePlan) -> Tensor:

@@ -23,8 +23,8 @@ from torch import Tensor
 class LossWeightedRouter(TopKRouter):
     """Megatron's top-k router; the decoder layer sets `loss_weight` before each use."""
 
-    loss_weight: float = 0
-    """Total loss weight of the micro-batch that is routed."""
+    loss_weight: Tensor | float = 0
+    """Total loss weight of the micro-batch that is routed, a scalar."""
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, *args: Any, valid_token_count: Any = None, **kwargs: Any

@@ -18,77 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_internvlx.data.plan import PhasePlan, SequencePlan, pack_plan, unpack_plan
+from megatron_internvlx.data.loss_weights import loss_weights
+from megatron_internvlx.data.plan import SequencePlan, pack_plan, unpack_plan
+from megatron_internvlx.parallel.device_plan import DevicePlan, Weigh, device_plan
 from megatron_internvlx.platform.transfer import to_device
-
-
-@dataclass(frozen=True)
-class DevicePhase:
-    """One phase of the plan: lengths on the host, index maps on the device."""
-
-    length: int
-    segment_lengths: tuple[int, ...]
-    max_seqlen: int
-    cu_seqlens: Tensor
-    position_ids: Tensor
-    visual_rows: Tensor
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """A SequencePlan whose index maps are device tensors; see data/plan.py for the fields."""
-
-    num_tiles: int
-    tile_capacity: int
-    encoded_tiles: int
-    lvtc: bool
-    shallow: DevicePhase
-    deep: DevicePhase
-    merge_index: Tensor
-    expand_index: Tensor | None
-    tokens: Tensor
-    loss_rows: Tensor
-    targets: Tensor
-    host: SequencePlan
-
-    @property
-    def entry(self) -> DevicePhase:
-        """The phase of layer 0."""
-        return self.shallow if self.lvtc else self.deep
-
-
-def device_plan(plan: SequencePlan) -> DevicePlan:
-    """Move a plan's index maps to the device in one copy."""
-    phases = (plan.shallow, plan.deep) if plan.expand_index is not None else (plan.deep,)
-    arrays = [plan.merge_index, plan.tokens, plan.loss_rows, plan.targets]
-    for phase in phases:
-        arrays += [phase.cu_seqlens, phase.position_ids, phase.visual_rows]
-    if plan.expand_index is not None:
-        arrays.append(plan.expand_index)
-    flat = to_device(torch.from_numpy(np.concatenate(arrays)))
-    parts = list(flat.split([len(x) for x in arrays]))
-    merge, tokens, loss_rows, targets = parts[:4]
-
-    def phase_at(phase: PhasePlan, first: int) -> DevicePhase:
-        return DevicePhase(phase.length, phase.segment_lengths, phase.max_seqlen, *parts[first : first + 3])
-
-    lvtc = plan.expand_index is not None
-    shallow = phase_at(plan.shallow, 4)
-    deep = phase_at(plan.deep, 7) if lvtc else shallow
-    return DevicePlan(
-        plan.num_tiles,
-        plan.tile_capacity,
-        plan.encoded_tiles,
-        lvtc,
-        shallow,
-        deep,
-        merge,
-        parts[-1] if lvtc else None,
-        tokens,
-        loss_rows,
-        targets,
-        plan,
-    )
 
 
 @dataclass
@@ -118,6 +51,17 @@ class MicroBatch:
     tiles: Tensor | None
     """uint8 [share, 3, S, S] tiles that this rank encodes; None after the first stage."""
 
+    def kept(self) -> MicroBatch:
+        """A copy in buffers that `overwrite` fills anew: what a CUDA graph reads."""
+        return MicroBatch(self.plan.in_buffer(), None if self.tiles is None else self.tiles.clone())
+
+    def overwrite(self, other: MicroBatch) -> None:
+        """Put another micro-batch into this one's buffers, which have the same shapes."""
+        self.plan.flat.copy_(other.plan.flat, non_blocking=True)
+        if self.tiles is not None:
+            assert other.tiles is not None
+            self.tiles.copy_(other.tiles, non_blocking=True)
+
 
 class BatchChannel:
     """Hands micro-batches from the loading rank of a replica to its TP x PP ranks.
@@ -128,18 +72,21 @@ class BatchChannel:
         group: host group of all of them; None when it holds one rank.
         stage_group: host group of this rank's stage; None when it holds one rank.
         tile_size: side of a tile, in pixels.
+        weigh: what the loss rows of a micro-batch weigh.
     """
 
     START_CAPACITY = 1 << 14
 
-    def __init__(self, stages: list[list[int]], group, stage_group, tile_size: int) -> None:
+    def __init__(
+        self, stages: list[list[int]], group, stage_group, tile_size: int, weigh: Weigh = loss_weights
+    ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.source = stages[0][0]
         self.first_stage = stages[0]
         self.leaders = [stage[0] for stage in stages]
         self.stage = next(stage for stage in stages if self.rank in stage)
         self.group, self.stage_group = group, stage_group
-        self.tile_size = tile_size
+        self.tile_size, self.weigh = tile_size, weigh
         self.capacity = self.START_CAPACITY
         self.broadcasts = 0
         self._sending: list[tuple[dist.Work, Tensor]] = []
@@ -156,7 +103,7 @@ class BatchChannel:
         tiles = None
         if self.rank in self.first_stage:
             tiles = to_device(self._scatter_tiles(plan, batch.tiles if batch else None))
-        return MicroBatch(device_plan(plan), tiles)
+        return MicroBatch(device_plan(plan, self.weigh), tiles)
 
     def _broadcast(self, flat: np.ndarray | None) -> np.ndarray:
         if self.group is None:

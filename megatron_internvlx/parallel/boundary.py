@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_internvlx.parallel.batch import DevicePlan
+from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.parallel.layout import BoundaryContent
 
 

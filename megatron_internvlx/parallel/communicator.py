@@ -28,8 +28,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_internvlx.parallel.batch import DevicePlan
 from megatron_internvlx.parallel.boundary import BoundaryFormat, attach_carried, take_carried
+from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.parallel.layout import BoundaryContent
 from megatron_internvlx.parallel.schedule import MessageOrder, message_order, repeated
 

@@ -43,7 +43,7 @@ class PlanStats:
     deep_rows: int = 0
     deep_squares: int = 0
     output_rows: int = 0
-    """Supervised rows: only these reach the output layer."""
+    """Rows that reach the output layer: the supervised ones, and in static mode padding."""
 
     @classmethod
     def of(cls, plan: SequencePlan, *, padded: bool = False) -> PlanStats:
@@ -54,10 +54,10 @@ class PlanStats:
         return cls(
             plan.tile_capacity if padded else plan.num_tiles,
             plan.encoded_tiles if padded else plan.num_tiles,
-            plan.num_tiles if lvtc else 0,
+            (plan.encoded_tiles if padded else plan.num_tiles) if lvtc else 0,
             *shallow,
             *_phase(plan.deep, samples),
-            len(plan.loss_rows),
+            plan.supervised_capacity if padded else len(plan.loss_rows),
         )
 
     def __add__(self, other: PlanStats) -> PlanStats:

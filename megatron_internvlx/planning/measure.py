@@ -25,7 +25,8 @@ from megatron_internvlx import platform
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan
 from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.parallel.batch import MicroBatch, device_plan
+from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.parallel.device_plan import device_plan
 from megatron_internvlx.planning.costs import Cost, Profile, layer_kind
 from megatron_internvlx.planning.flops import PlanStats
 from megatron_internvlx.planning.parameters import ModelShape

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_internvlx.platform import cpu, schedule, shared
+from megatron_internvlx.platform import cpu, cuda, schedule, shared
 from megatron_internvlx.platform.logs import LogRecord, install_log_line, quiet_logs, quiet_prints
 
 __all__ = [
@@ -84,6 +84,9 @@ def setup() -> str:
             from megatron_internvlx.platform import cpu_megatron
 
             cpu_megatron.patch_megatron()
+        else:
+            cuda.patch_torch()
+            cuda.patch_megatron()
         shared.use_shipped_index_helper()
         schedule.let_learning_rates_change()
         schedule.announce_schedule_changes()

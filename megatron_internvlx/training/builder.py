@@ -7,12 +7,10 @@ from typing import Any
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator
 from megatron_internvlx.training.gradients import WeightSum, finalize_hook
-from megatron_internvlx.training.step import loss_weights
 
 
 class ModelProvider:
@@ -45,7 +43,6 @@ class ModelProvider:
         stage = build_stage(
             self.args,
             config,
-            loss_weight=self._loss_weight,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -55,7 +52,3 @@ class ModelProvider:
         if self.communicator is not None:
             self.communicator.add(stage)
         return stage
-
-    def _loss_weight(self, plan: SequencePlan) -> float:
-        """Total loss weight of a micro-batch, which the experts' load-balancing loss has as well."""
-        return loss_weights(plan, self.args.loss_weighting, self.args.loss_average)[1]

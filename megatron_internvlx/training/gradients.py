@@ -32,21 +32,28 @@ def sum_vision_gradients(model: list[torch.nn.Module], group: torch.distributed.
 class WeightSum:
     """Sum of the loss weights of a global batch on this rank, by which its gradients are divided.
 
-    Megatron counts in a 32-bit integer, which holds neither square roots nor their sum. Nothing here waits for
-    the device: weights are known from the plan.
+    Megatron counts in a 32-bit integer, which holds neither square roots nor their sum. The sum stays on the
+    device, in one place: a CUDA graph that adds to it and takes it does so whenever it is replayed.
     """
 
     def __init__(self) -> None:
-        self.total = 0.0
+        self._total: torch.Tensor | None = None
 
-    def add(self, weight: float) -> None:
-        """Count a micro-batch; on the last stage."""
-        self.total += weight
+    def _sum(self, device: torch.device) -> torch.Tensor:
+        if self._total is None:
+            self._total = torch.zeros(1, dtype=torch.float64, device=device)
+        return self._total
+
+    def add(self, weight: torch.Tensor) -> None:
+        """Count a micro-batch of this weight, fp64 [1]; on the last stage."""
+        self._sum(weight.device).add_(weight)
 
     def take(self, device: torch.device) -> torch.Tensor:
         """The sum since the last call, fp32 scalar; 0 on all stages but the last."""
-        total, self.total = self.total, 0.0
-        return torch.tensor(total, dtype=torch.float32, device=device)
+        total = self._sum(device)
+        taken = total[0].float()
+        total.zero_()
+        return taken
 
 
 def finalize_gradients(

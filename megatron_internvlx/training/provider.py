@@ -15,6 +15,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
 from megatron_internvlx.data.packing import Budget
@@ -27,10 +28,10 @@ from megatron_internvlx.model.settings import compression_plan
 from megatron_internvlx.parallel.batch import (
     BatchChannel,
     BatchIterator,
-    DevicePlan,
     HostBatch,
     SharedBatches,
 )
+from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.precision import row_alignment
 from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
@@ -54,7 +55,14 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         shallow_length=train.shallow_seq_length if static else None,
         deep_length=args.seq_length if static else None,
         tile_budget=train.max_tiles_per_pack if static else None,
+        sample_budget=samples_per_micro_batch(args) if static else None,
     )
+
+
+def samples_per_micro_batch(args: argparse.Namespace) -> int:
+    """Samples of a micro-batch at most, in training and evaluation, with static boundaries."""
+    packed = args.max_samples_per_pack if settings_from(args, DataSettings).packing else 1
+    return max(packed, args.micro_batch_size, args.eval_micro_batch_size or 1)
 
 
 def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | None:
@@ -67,7 +75,12 @@ def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | N
     static = train.boundary == "static"
     if not (static or settings_from(args, DataSettings).packing):
         return None
-    whole = Budget(train.shallow_seq_length or args.seq_length, args.seq_length, train.max_tiles_per_pack)
+    whole = Budget(
+        train.shallow_seq_length or args.seq_length,
+        args.seq_length,
+        train.max_tiles_per_pack,
+        args.max_samples_per_pack if static and args.packing else None,
+    )
     return whole.share(micro_batch_size) if static else whole
 
 
@@ -209,7 +222,8 @@ class DataProvider:
             stage = next(stage for stage in stages if dist.get_rank() in stage)
             self._groups = (stages, host_group(ranks), host_group(stage))
         stages, group, stage_group = self._groups
-        return BatchChannel(stages, group, stage_group, self.args.image_size)
+        weigh = partial(loss_weights, weighting=self.args.loss_weighting, average=self.args.loss_average)
+        return BatchChannel(stages, group, stage_group, self.args.image_size, weigh)
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         return self._training_loader() if split == "train" else self._evaluations()

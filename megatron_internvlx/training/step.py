@@ -1,18 +1,14 @@
 """One forward step: micro-batch -> stage output, and the loss with its weights.
 
 The gradient of a global batch is sum(weight * loss) / sum(weight), over all micro-batches and data-parallel
-ranks. Whatever number of supervised tokens n a sample has, it weighs
-
-    token   n      sample   1      square   sqrt(n)
-
-in all, and each of its tokens an n-th of that. With `average` "micro-batch" every micro-batch weighs 1 instead,
-shared out in the same proportions: the mean of the means of micro-batches, as InternVL's trainer has it.
+ranks; the weights come with the micro-batches (`data/loss_weights.py`). In training nothing here reads a number of
+the micro-batch on the host once it is taken, so that a CUDA graph of the step holds for all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +18,7 @@ from torch import Tensor
 
 from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.planning.metrics import StepMeter
 from megatron_internvlx.platform.transfer import to_device
 from megatron_internvlx.training.gradients import WeightSum
@@ -37,31 +34,6 @@ class Counters:
     tiles: int = 0
     data_wait: float = 0.0
     """Seconds spent waiting for micro-batches."""
-
-
-def sample_weight(answer_tokens: np.ndarray, weighting: str) -> np.ndarray:
-    """Weight of a sample with so many supervised tokens: float64, same shape."""
-    if weighting == "token":
-        return answer_tokens.astype(np.float64)
-    if weighting == "sample":
-        return np.ones(answer_tokens.shape)
-    if weighting == "square":
-        return np.sqrt(answer_tokens)
-    raise ValueError(f"unknown loss weighting {weighting!r}: token, sample or square")
-
-
-def loss_weights(plan: SequencePlan, weighting: str, average: str = "global") -> tuple[np.ndarray, float]:
-    """Weight of each supervised row [n] (fp32), and their sum before rounding."""
-    if not len(plan.sample_of_loss_row):
-        return np.zeros(0, np.float32), 0.0
-    samples, counts = np.unique(plan.sample_of_loss_row, return_counts=True)
-    totals = sample_weight(counts, weighting)
-    totals[plan.sample_ids[samples] == FILLER] = 0
-    total = float(totals.sum())
-    if average == "micro-batch" and total:
-        totals, total = totals / total, 1.0
-    per_token = (totals / counts).astype(np.float32)
-    return per_token[np.searchsorted(samples, plan.sample_of_loss_row)], total
 
 
 def answers_right(plan: SequencePlan, predicted: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,13 +55,11 @@ class ForwardStep:
     """Megatron's `forward_step_func`.
 
     Args:
-        weighting: token, sample or square.
-        average: global or micro-batch.
         on_answers: called on the last stage in evaluation with (plan, predicted ids [n]).
     """
 
-    def __init__(self, weighting: str, average: str = "global", on_answers=None) -> None:
-        self.weighting, self.average, self.on_answers = weighting, average, on_answers
+    def __init__(self, on_answers: Callable[[SequencePlan, Tensor], None] | None = None) -> None:
+        self.on_answers = on_answers
         self.weights = WeightSum()
         """Of the training micro-batches since the last optimizer step; for `gradients.finalize_hook`."""
         self.counters = Counters()
@@ -108,17 +78,22 @@ class ForwardStep:
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model):
         """Run one stage on the next micro-batch: (output, loss function)."""
+        # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
+        self._first_chunk = self._first_chunk or model
+        batch = self.next_batch(data_iterator, counted=model.training and model is self._first_chunk)
+        return model(batch), partial(self.loss, batch.plan, model.training)
+
+    def next_batch(self, data_iterator: Iterator[MicroBatch], *, counted: bool) -> MicroBatch:
+        """Wait for the next micro-batch, and count it and the wait if it is `counted`."""
         start = time.perf_counter()
         self.passes += 1
         self.doing = "waiting for data"
         batch = next(data_iterator)
         self.doing = "computing or exchanging tensors"
-        wait = time.perf_counter() - start
-        # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
-        self._first_chunk = self._first_chunk or model
-        if model.training and model is self._first_chunk:
-            self._count(batch.plan.host, wait)
-        return model(batch), partial(self.loss, batch.plan.host, model.training)
+        # The batches that a graph is recorded from were counted when their contents came.
+        if counted and batch.plan.host is not None:
+            self._count(batch.plan.host, time.perf_counter() - start)
+        return batch
 
     def _count(self, plan: SequencePlan, wait: float) -> None:
         counters = self.counters
@@ -129,23 +104,21 @@ class ForwardStep:
         if self.meter is not None:
             self.meter.add(plan)
 
-    def loss(self, plan: SequencePlan, training: bool, output: Tensor):
+    def loss(self, plan: DevicePlan, training: bool, output: Tensor):
         """Weighted loss sum, how many tokens it is of, and what to report (each [sum, weight]).
 
         Megatron adds up the second in an integer. The gradients are divided by `weights` instead.
         """
-        weights, total = loss_weights(plan, self.weighting, self.average)
         losses = output if training else output[0]
-        weighted = (losses.float() * to_device(torch.from_numpy(weights))).sum()
-        tokens = torch.tensor(len(weights), dtype=torch.int, device=losses.device)
-        weight = torch.tensor(total, dtype=weighted.dtype, device=losses.device)
-        report = {"loss": torch.stack([weighted.detach(), weight])}
+        weighted = (losses.float() * plan.loss_weights).sum()
+        report = {"loss": torch.stack([weighted.detach(), plan.total_weight[0].to(weighted.dtype)])}
         if training:
-            self.weights.add(total)
+            self.weights.add(plan.total_weight)
         else:
-            predicted = output[1].to(torch.int32)
-            right, asked = answers_right(plan, predicted)
+            assert plan.host is not None, "evaluation is not recorded in a graph"
+            predicted = output[1, : len(plan.host.targets)].to(torch.int32)
+            right, asked = answers_right(plan.host, predicted)
             report["accuracy"] = torch.stack([right.sum(), asked.sum()])
             if self.on_answers is not None:
-                self.on_answers(plan, predicted)
-        return weighted, tokens, report
+                self.on_answers(plan.host, predicted)
+        return weighted, plan.supervised[0], report

@@ -20,8 +20,8 @@ import torch
 from megatron_internvlx.model import drop_path, internvlx, pvtc
 from megatron_internvlx.model.decoder import InternVLXLayer
 from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.parallel.batch import DevicePhase
 from megatron_internvlx.parallel.boundary import BoundaryFormat
+from megatron_internvlx.parallel.device_plan import DevicePhase
 from megatron_internvlx.training import gradients
 from tests.distributed import Pool
 from tests.layout_cases import Case, Runner, expand

@@ -26,7 +26,8 @@ from megatron_internvlx.model.internvit_config import PRESETS as VISION
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.settings import compression_plan, vision_config
-from megatron_internvlx.parallel.batch import MicroBatch, device_plan
+from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.parallel.device_plan import device_plan
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats, forward_flops, training_flops
 from megatron_internvlx.planning.parameters import ModelShape, parameters
 from megatron_internvlx.training.builder import ModelProvider

@@ -83,7 +83,7 @@ def worst(a: Tensor, b: Tensor) -> float:
 def mean_loss(model: InternVLX, batch: MicroBatch) -> Tensor:
     """As training computes it: weighted sum over integer weight, every answer token weighing the same."""
     model.train()
-    total, weight, _ = ForwardStep("token").loss(batch.plan.host, True, model(batch))
+    total, weight, _ = ForwardStep().loss(batch.plan, True, model(batch))
     return total / weight
 
 
@@ -92,7 +92,7 @@ def test_features_projection_logits_and_loss(name: str, case: str) -> None:
     model = released_model(name)
     inputs, outputs = case_of(name, case)
     batch = batch_of(name, model, inputs)
-    flags, tiles = inputs["image_flags"] == 1, batch.plan.num_tiles
+    flags, tiles = inputs["image_flags"] == 1, batch.plan.host.num_tiles
     assert tiles == int(flags.sum())
     with torch.no_grad():
         features = model.encode(batch.tiles, batch.plan)

@@ -239,7 +239,7 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
             "--multi-latent-attention, --use-torch-fsdp2: not supported",
         ),
         ([*TINY, "--use-megatron-fsdp"], "--use-megatron-fsdp: not supported"),
-        ([*TINY, "--cuda-graph-impl", "local"], "--cuda-graph-impl: not supported"),
+        ([*TINY, "--cuda-graph-impl", "local"], "--cuda-graph-impl local: graphs of single layers"),
         ([*TINY, "--heterogeneous-layers-config-path", "x"], "--heterogeneous-layers-config-path: not supp"),
         (
             [*TINY, "--max-position-embeddings", "128"],

@@ -3,14 +3,19 @@
 import numpy as np
 
 from megatron_internvlx.data.plan import PlanSettings, build_plan
-from megatron_internvlx.parallel.batch import DevicePlan, device_plan
 from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.parallel.device_plan import DevicePlan, device_plan
 
 
 def plan(tiles: tuple[int, ...], budget: Budget | None = None) -> DevicePlan:
     """Samples of two text rows, so many tiles of 1 shallow and 4 deep rows, and three text rows."""
     fixed = (
-        {"shallow_length": budget.shallow, "deep_length": budget.deep, "tile_budget": budget.tiles}
+        {
+            "shallow_length": budget.shallow,
+            "deep_length": budget.deep,
+            "tile_budget": budget.tiles,
+            "sample_budget": 3,
+        }
         if budget
         else {}
     )

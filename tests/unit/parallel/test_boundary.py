@@ -45,7 +45,7 @@ def test_round_trip(gradient: bool, budget: Budget | None) -> None:
     boundary = form(carry_gradient=gradient, budget=budget)
     content, planned = boundary_content(2, (2,)), plan(tiles=(2, 1), budget=budget)
     rows = torch.randn(planned.shallow.length, 1, HIDDEN, requires_grad=True)
-    features = torch.randn(3, LENGTH, WIDTH, requires_grad=gradient)
+    features = torch.randn(planned.encoded_tiles, LENGTH, WIDTH, requires_grad=gradient)
     message = boundary.join(rows * 1, features, content, planned)
     expected = boundary.local_rows(content, planned)
     carried = message.carried.shape[0] if not gradient else message.shape[0] - len(rows)

@@ -1,14 +1,18 @@
 """Loss weights: what training computes over micro-batches is the weighted mean over the global batch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from tests.whole_model import micro_batch, plan_for, whole_model  # isort: skip  (sets Megatron up)
+from megatron_internvlx.data.loss_weights import loss_weights, sample_weight
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.data.sample import filler_sample
 from megatron_internvlx.model.internvit_config import internvit_preset
-from megatron_internvlx.training.step import ForwardStep, answers_right, loss_weights, sample_weight
+from megatron_internvlx.parallel.device_plan import DevicePlan, device_plan
+from megatron_internvlx.training.step import ForwardStep, answers_right
 
 # Supervised tokens of every sample; a list per micro-batch. 0: a sample without any.
 GLOBAL_BATCH = [[3, 1, 7], [2], [0, 5], [0], [40, 1]]
@@ -24,6 +28,11 @@ def plan_of(counts: list[int], spans: int = 1) -> SequencePlan:
         labels.append(np.array(label))
     ids = [np.full(len(label), 4) for label in labels]
     return build_plan(ids, labels, [np.zeros(len(x), bool) for x in ids], PlanSettings(1, 2))
+
+
+def weighed(plan: SequencePlan, weighting: str, average: str = "global") -> DevicePlan:
+    """The plan on the device with weights under a scheme."""
+    return device_plan(plan, partial(loss_weights, weighting=weighting, average=average))
 
 
 def direct(weighting: str, losses: list[torch.Tensor]) -> torch.Tensor:
@@ -42,9 +51,11 @@ def test_weighted_mean_of_a_global_batch(weighting: str, spans: int) -> None:
     generator = torch.Generator().manual_seed(0)
     losses = [[torch.rand(n, generator=generator) for n in counts] for counts in GLOBAL_BATCH]
     leaves = [x.requires_grad_() for micro in losses for x in micro]
-    step, total, reported = ForwardStep(weighting), torch.zeros(()), torch.zeros(2)
+    step, total, reported = ForwardStep(), torch.zeros(()), torch.zeros(2)
     for counts, micro in zip(GLOBAL_BATCH, losses, strict=True):
-        weighted, tokens, report = step.loss(plan_of(counts, spans), True, torch.cat(micro))
+        weighted, tokens, report = step.loss(
+            weighed(plan_of(counts, spans), weighting), True, torch.cat(micro)
+        )
         assert (tokens.dtype, tokens.item()) == (torch.int, sum(counts))  # Megatron's sum is an integer
         total, reported = total + weighted, reported + report["loss"]
     weights = step.weights.take(torch.device("cpu"))
@@ -62,10 +73,11 @@ def test_weighted_mean_of_a_global_batch(weighting: str, spans: int) -> None:
 def test_mean_of_micro_batch_means() -> None:
     """InternVL's trainer: every micro-batch is averaged alone, and their means count equally."""
     generator = torch.Generator().manual_seed(0)
-    step, total, means = ForwardStep("token", "micro-batch"), 0.0, []
+    step, total, means = ForwardStep(), 0.0, []
     for counts in GLOBAL_BATCH:
         losses = torch.rand(sum(counts), generator=generator)
-        total += step.loss(plan_of(counts), True, losses)[0].item()
+        plan = weighed(plan_of(counts), "token", "micro-batch")
+        total += step.loss(plan, True, losses)[0].item()
         means += [losses.mean().item()] if sum(counts) else []
     assert total / step.weights.take(torch.device("cpu")) == pytest.approx(np.mean(means), rel=1e-6)
 
@@ -95,9 +107,11 @@ def test_a_filler_weighs_nothing_and_is_not_asked(average: str) -> None:
     weights, total = loss_weights(plan, "token", average)
     assert (weights.tolist(), total) == ([0], 0)
     answers: list = []
-    step = ForwardStep("token", average, on_answers=lambda plan, predicted: answers.append(plan))
+    step = ForwardStep(on_answers=lambda plan, predicted: answers.append(plan))
     right = torch.zeros(1)  # token 0, which the filler wants
-    weighted, _, report = step.loss(plan, False, torch.stack([torch.full((1,), 3.0), right]))
+    weighted, _, report = step.loss(
+        weighed(plan, "token", average), False, torch.stack([torch.full((1,), 3.0), right])
+    )
     assert (weighted.item(), report["loss"].tolist(), report["accuracy"].tolist()) == (0, [0, 0], [0, 0])
 
 
@@ -121,8 +135,8 @@ def test_nothing_supervised(tiles: int, weighting: str) -> None:
     labels = np.full(len(visual), -100)
     plan = plan_for(model, [np.full(len(visual), 3)], [labels], [visual])
     batch = micro_batch(plan, torch.rand(tiles, 3, 28, 28))
-    step = ForwardStep(weighting)
-    loss, weight, report = step.loss(plan, True, model.train()(batch))
+    step, weights = ForwardStep(), weighed(plan, weighting)
+    loss, weight, report = step.loss(weights, True, model.train()(batch))
     assert (loss.item(), weight.item()) == (0, 0)
     assert report["loss"].tolist() == [0, 0]
     loss.backward()
@@ -130,7 +144,7 @@ def test_nothing_supervised(tiles: int, weighting: str) -> None:
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name  # NaN would count as nonzero
     with torch.no_grad():
-        _, weight, report = step.loss(plan, False, model.eval()(batch))
+        _, weight, report = step.loss(weights, False, model.eval()(batch))
     assert weight.item() == 0
     assert report["accuracy"].tolist() == [0, 0]
 
@@ -143,7 +157,7 @@ def test_answers_are_right_as_a_whole() -> None:
 
 def test_counters() -> None:
     """Rows, padding and tiles of training micro-batches; evaluation is not counted."""
-    step = ForwardStep("token")
+    step = ForwardStep()
     ids = [np.array([1, 0, 0, 0, 0, 2])]
     visual = [np.array([False, True, True, True, True, False])]
     plan = build_plan(ids, ids, visual, PlanSettings(1, 2, alignment=8))

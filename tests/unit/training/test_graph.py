@@ -1,0 +1,99 @@
+"""What surrounds the recording of a step: kept buffers, counting, and the check of every step's numbers."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.parallel.plans import plan  # isort: skip  (sets Megatron up)
+from megatron_internvlx.parallel.batch import MicroBatch
+from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.training.graph import BadNumbers, KeptBatches, StepGraph, stop_at_bad_numbers
+from megatron_internvlx.training.step import ForwardStep
+
+BUDGET = Budget(20, 40, 3)
+
+
+def batch(*tiles: int) -> MicroBatch:
+    """A micro-batch of samples with so many tiles."""
+    return MicroBatch(plan(tiles, BUDGET), torch.full((3, 1), sum(tiles), dtype=torch.uint8))
+
+
+def test_buffers_stay_and_contents_change() -> None:
+    """The n-th micro-batch of every step is at the same place; it is counted once, when it comes."""
+    kept, step = KeptBatches(), ForwardStep()
+    first = kept.fill(iter([batch(1), batch(2, 1)]), step, 2)
+    places = [part.data_ptr() for kept_one in first for part in (kept_one.plan.flat, kept_one.tiles)]
+    incoming = [batch(0), batch(1, 1)]
+    second = kept.fill(iter(incoming), step, 2)
+    assert [part.data_ptr() for one in second for part in (one.plan.flat, one.tiles)] == places
+    for ours, theirs in zip(second, incoming, strict=True):
+        assert torch.equal(ours.plan.flat, theirs.plan.flat) and torch.equal(ours.tiles, theirs.tiles)
+        assert torch.equal(ours.plan.deep.cu_seqlens, theirs.plan.deep.cu_seqlens)
+        assert ours.plan.host is None
+    assert step.take().tiles == 1 + 3 + 0 + 2
+    step.next_batch(iter(second), counted=True)
+    assert step.take().tiles == 0
+
+
+def test_a_buffer_is_of_static_plans() -> None:
+    with pytest.raises(AssertionError, match="without static boundaries differ"):
+        MicroBatch(plan((1,)), None).kept()
+
+
+def test_evaluation_is_not_recorded() -> None:
+    """Its iterator goes to the schedule as it is; in training the buffers do."""
+    seen: list[object] = []
+    graph = StepGraph(lambda **given: seen.append(given["data_iterator"]), cuda_graph_warmup_steps=9)
+    data = iter([batch(1)])
+    common = {"model": [None], "num_microbatches": 1, "seq_length": 1, "forward_step_func": ForwardStep()}
+    graph(data_iterator=data, forward_only=True, **common)
+    assert seen == [data]
+    graph(data_iterator=data, forward_only=False, **common)
+    assert isinstance(seen[1], list) and next(seen[1][0]) is graph.kept.batches[0]
+    graph.reset_cuda_graph()
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
+def test_bad_numbers_end_training_at_once(loss: float, norm: float) -> None:
+    """The step is named, and what of it is bad; nothing after it runs, a save least of all."""
+    step = stop_at_bad_numbers(lambda **_: ({"loss": torch.tensor(loss)}, 0, False, False, 0, norm, 0, 0))
+    bad = "loss" if not math.isfinite(loss) else "gradient norm"
+    with pytest.raises(BadNumbers, match=rf"step 12: {bad} (nan|inf).*nothing of this step is saved"):
+        step(iteration=11)
+
+
+@pytest.mark.parametrize("norm", [0.5, None])
+def test_good_numbers_pass(norm: float | None) -> None:
+    """Stages without a loss have none to check; a rank without parameters has no norm."""
+    result = ({}, 0, False, False, 0, norm, 0, 0)
+    assert stop_at_bad_numbers(lambda **_: result)(iteration=3) is result
+
+
+def sizes(values: Iterator[MicroBatch]) -> set[tuple]:
+    """Shapes of all tensors of the plans."""
+    return {
+        tuple(
+            tuple(part.shape)
+            for owner in (one.plan, one.plan.shallow, one.plan.deep)
+            for part in vars(owner).values()
+            if isinstance(part, torch.Tensor)
+        )
+        for one in values
+    }
+
+
+def test_static_plans_have_one_shape() -> None:
+    """Whatever the samples: no tiles, all tiles, one sample, as many as fit; padding weighs nothing."""
+    batches = [batch(*tiles) for tiles in ((0,), (3,), (1, 1, 1), (0, 0, 0))]
+    assert len(sizes(iter(batches))) == 1
+    for one in batches:
+        host, device = one.plan.host, one.plan
+        real = len(host.loss_rows)
+        assert device.loss_weights.tolist() == [1] * real + [0] * (20 - real)
+        assert (device.total_weight.item(), device.supervised.item()) == (real, real)
+        assert device.real_tiles.tolist() == [1] * host.num_tiles + [0] * (3 - host.num_tiles)
+        assert device.deep.cu_seqlens[-1] == 40 and (np.diff(device.deep.cu_seqlens) >= 0).all()
+        assert device.deep.used.item() == sum(host.deep.segment_lengths[: len(host.sample_ids)])
