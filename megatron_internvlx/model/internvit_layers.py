@@ -135,11 +135,15 @@ def _rng_of_this_rank() -> AbstractContextManager:
     return tracker.fork(_TP_RNG) if _TP_RNG in tracker.get_states() else nullcontext()
 
 
-def _with(linear: Callable[..., nn.Module], **settings: bool) -> Callable[..., nn.Module]:
-    """Builds a linear layer with some of Megatron's settings replaced."""
+def _adding_its_bias(column: Callable[..., nn.Module], **settings: bool) -> Callable[..., nn.Module]:
+    """Builds a column-parallel layer, also where Megatron asks for a row-parallel one.
 
-    def build(*args: Any, **kwargs: Any) -> nn.Module:
-        return linear(*args, **{**kwargs, **settings})
+    Over one rank both are the same, but Transformer Engine adds the bias of a row-parallel layer, and sums its
+    gradient, in kernels of their own: between product and bias it would sum over the ranks.
+    """
+
+    def build(*args: Any, input_is_parallel: bool = True, **kwargs: Any) -> nn.Module:
+        return column(*args, **{"gather_output": False, **kwargs, "skip_bias_add": False, **settings})
 
     return build
 
@@ -157,7 +161,7 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
     """
     impl = config.transformer_impl
     backend = get_backend(impl)
-    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    linear = backend.column_parallel_linear()
     attention = ModuleSpec(
         module=InternViTSelfAttention,
         params={
@@ -166,15 +170,13 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
         },
         submodules=SelfAttentionSubmodules(
             # Megatron gives all projections of a layer a bias or none.
-            linear_qkv=column if vit.qkv_bias else _with(column, bias=False),
+            linear_qkv=_adding_its_bias(linear, **({} if vit.qkv_bias else {"bias": False})),
             core_attention=PackedDotProductAttention if impl == "local" else backend.core_attention(),
-            linear_proj=_with(row, skip_bias_add=False),
+            linear_proj=_adding_its_bias(linear),
         ),
     )
     norm = partial(KernelNorm, normalization=config.normalization)
-    linears = MLPSubmodules(
-        linear_fc1=_with(column, skip_bias_add=False), linear_fc2=_with(row, skip_bias_add=False)
-    )
+    linears = MLPSubmodules(linear_fc1=_adding_its_bias(linear), linear_fc2=_adding_its_bias(linear))
     mlp = partial(MLP.as_mlp_submodule, submodules=linears)
 
     def layer(index: int, drop_path_rate: float) -> ModuleSpec:
