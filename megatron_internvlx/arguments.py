@@ -76,7 +76,8 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _pretend_world_size(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
-    defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
+    deterministic = chosen.deterministic_mode or bool(recipe.get("deterministic_mode"))
+    defaults = platform.args_defaults(deterministic=deterministic) | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
@@ -101,6 +102,7 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
+    peek.add_argument("--deterministic-mode", action="store_true")
     peek.add_argument("--dry-run", action="store_true")
     peek.add_argument("--dry-run-world-size", type=int)
     return peek.parse_known_args(argv)[0]
@@ -297,6 +299,8 @@ def validate(args: argparse.Namespace) -> None:
     """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
     if args.use_checkpoint_opt_param_scheduler:
         args.override_opt_param_scheduler = False
+    if args.transformer_impl == "local" and not platform.output_layer_fuses_accumulation():
+        args.gradient_accumulation_fusion = False
     with refusals(args):
         validate_args(args)
 

@@ -97,9 +97,20 @@ class InternVLXLayer(TransformerLayer):
 
     A layer named in `compression.injection_layers` first expands the visual rows (the first of
     them) or adds a projection of the ViT features to them (the others).
+    `gradient_accumulation_fusion` may be on here and off in `config`; see `language_model_config`.
     """
 
-    def __init__(self, config, submodules, *, compression: CompressionPlan, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config,
+        submodules,
+        *,
+        compression: CompressionPlan,
+        gradient_accumulation_fusion: bool,
+        **kwargs: Any,
+    ) -> None:
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = gradient_accumulation_fusion
         super().__init__(config, submodules, **kwargs)
         kept = getattr(self.self_attention.core_attention, "kept_packed_seq_params", None)
         if kept is not None:  # Transformer Engine's, for which these would mean gaps between segments

@@ -8,17 +8,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_
 from torch import Tensor
 
 
-def drop_path(branch: Tensor, rate: float) -> Tensor:
-    """Zero whole entries of dim 0 with probability `rate`; scale the kept ones by 1/(1-rate).
+def kept_entries(branch: Tensor, keep_rate: float) -> Tensor:
+    """1 with probability `keep_rate`, else 0, for every entry of dim 0 of `branch`: `[N, 1, ...]`.
 
-    The mask is drawn from Megatron's data-parallel generator: the branch is replicated over the
-    tensor-parallel group, and inside a sequence-parallel decoder the default generator is not.
+    Drawn from Megatron's data-parallel generator: the branch is replicated over the tensor-parallel group, and
+    inside a sequence-parallel decoder the default generator is not.
     """
-    if rate == 0.0:
-        return branch
-    keep = 1.0 - rate
     tracker = get_cuda_rng_tracker()
     name = get_data_parallel_rng_tracker_name()
     with tracker.fork(name) if name in tracker.get_states() else nullcontext():
-        mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(keep)
-    return branch * mask.div_(keep)
+        return branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1)).bernoulli_(keep_rate)

@@ -25,13 +25,17 @@ from torch import Tensor, nn
 
 from megatron_internvlx.model.attention import PackedDotProductAttention
 from megatron_internvlx.model.internvit_config import InternViTConfig
-from megatron_internvlx.model.norm import NormBuilder, norm_builder
+from megatron_internvlx.model.norm import KernelNorm, NormBuilder
+from megatron_internvlx.platform import kernels
+from megatron_internvlx.platform.packed_attention import attend_packed
 
 _TP_RNG = "model-parallel-rng"
 
 
 class InternViTLayer(TransformerLayer):
-    """A transformer layer; when `unused`, it only holds its weights for the checkpoint.
+    """A transformer layer whose residuals, branch ends and norms are one kernel wherever they meet.
+
+    When `unused`, it only holds its weights for the checkpoint.
 
     Args:
         unused: whether the layer lies above the selected hidden state.
@@ -39,18 +43,20 @@ class InternViTLayer(TransformerLayer):
 
     def __init__(self, *args: Any, unused: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Megatron ends branches under enable_grad, harmless without parameters there; ours has one, and
-        # would keep activations in evaluation.
-        self.bias_dropout_add_exec_handler = nullcontext
         self.unused = unused
         if unused:
             self.requires_grad_(False)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **_unused: Any) -> tuple[Tensor, Tensor | None]:
         """Maps `hidden_states` `[S, T, C]` to `([S, T, C], None)`."""
         if self.unused:
-            return kwargs["hidden_states"], None
-        return super().forward(*args, **kwargs)
+            return hidden_states, None
+        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
+        normed, residual = kernels.norm_and_pass(residual, self.input_layernorm())
+        branch, _ = self.self_attention(normed)
+        normed, residual = self.self_attn_bda(residual, branch, self.pre_mlp_layernorm())
+        branch, _ = self.mlp(normed)
+        return self.mlp_bda(residual, branch), None
 
 
 class InternViTSelfAttention(SelfAttention):
@@ -71,46 +77,52 @@ class InternViTSelfAttention(SelfAttention):
             self.q_norm = build(hidden_size=self.query_projection_size)
             self.k_norm = build(hidden_size=self.kv_projection_size)
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries, keys and values, each `[S, T, N, D]`."""
-        q_STND, k_STND, v_STND = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_STND = self.q_norm(q_STND.flatten(2)).view_as(q_STND)
-            k_STND = self.k_norm(k_STND.flatten(2)).view_as(k_STND)
-        return q_STND, k_STND, v_STND
+    def forward(self, hidden_states: Tensor, **_unused: Any) -> tuple[Tensor, None]:
+        """Maps `hidden_states` `[S, T, C]` to `([S, T, C], None)`; the bias is in the result."""
+        qkv_STc, _ = self.linear_qkv(hidden_states)
+        qkv_STN3D = qkv_STc.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
+        if self.q_norm is None or self.k_norm is None:
+            attended = attend_packed(self.core_attention, qkv_STN3D)
+        else:
+            q_STND, k_STND, v_STND = kernels.split_packed(qkv_STN3D, -2)
+            q_STC, _ = kernels.norm_and_pass(q_STND.flatten(2), self.q_norm())
+            k_STC, _ = kernels.norm_and_pass(k_STND.flatten(2), self.k_norm())
+            apart = q_STC.view(q_STND.shape), k_STC.view(k_STND.shape), v_STND.contiguous()
+            attended = self.core_attention(*apart, None, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(attended)[0], None
 
 
 class LayerScaleDropPath(nn.Module):
-    """Ends a branch: `residual + drop_path((x + bias) * layer_scale)`; takes the place of bias-dropout-add.
+    """Ends a branch: `residual + drop_path(branch * layer_scale)`; takes the place of bias-dropout-add.
 
     Args:
         hidden_size: C.
         init: initial value of the factor.
         drop_path_rate: probability that a tile skips the branch while training; kept ones are scaled by
             1 / (1 - rate). 0: off.
-        dtype: type of the factor.
+        config: gives the type of the factor and `gradient_accumulation_fusion`.
     """
 
-    def __init__(self, hidden_size: int, init: float, drop_path_rate: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden_size: int, init: float, drop_path_rate: float, config: TransformerConfig
+    ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.layer_scale = nn.Parameter(torch.full((hidden_size,), init, dtype=dtype))
+        self.accumulate = config.gradient_accumulation_fusion
+        self.layer_scale = nn.Parameter(torch.full((hidden_size,), init, dtype=config.params_dtype))
 
-    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Returns the function that Megatron applies to `((x, bias), residual, dropout)`, all `[S, T, C]`."""
-        return partial(self._add, training)
-
-    def _add(
-        self, training: bool, x_bias: tuple[Tensor, Tensor | None], residual_STC: Tensor, dropout: float
-    ) -> Tensor:
-        x_STC, bias_C = x_bias
-        branch_STC = (x_STC if bias_C is None else x_STC + bias_C) * self.layer_scale
-        if training and self.drop_path_rate > 0:
-            keep = 1 - self.drop_path_rate
+    def forward(
+        self, residual_STC: Tensor, branch_STC: Tensor, norm: kernels.Norm | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Adds the branch, `[S, T, C]`; with `norm`, returns its norm as well: `(norm, sum)`."""
+        keep_1T1 = None
+        if self.training and self.drop_path_rate > 0:
             with _rng_of_this_rank():
-                kept_1T1 = branch_STC.new_empty(1, branch_STC.size(1), 1).bernoulli_(keep)
-            branch_STC = branch_STC * kept_1T1.div_(keep)
-        return residual_STC + branch_STC
+                keep_1T1 = branch_STC.new_empty(1, branch_STC.size(1), 1).bernoulli_(1 - self.drop_path_rate)
+        parts = {"scale": self.layer_scale, "keep": keep_1T1, "keep_rate": 1 - self.drop_path_rate}
+        if norm is None:
+            return kernels.add_branch(residual_STC, branch_STC, **parts, accumulate=self.accumulate)
+        return kernels.add_branch_and_norm(residual_STC, branch_STC, norm, **parts)
 
 
 def _rng_of_this_rank() -> AbstractContextManager:
@@ -123,11 +135,15 @@ def _rng_of_this_rank() -> AbstractContextManager:
     return tracker.fork(_TP_RNG) if _TP_RNG in tracker.get_states() else nullcontext()
 
 
-def _without_bias(linear: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Megatron gives all projections of a layer a bias or none; here only the qkv projection lacks it."""
+def _adding_its_bias(column: Callable[..., nn.Module], **settings: bool) -> Callable[..., nn.Module]:
+    """Builds a column-parallel layer, also where Megatron asks for a row-parallel one.
 
-    def build(*args: Any, **kwargs: Any) -> nn.Module:
-        return linear(*args, **{**kwargs, "bias": False})
+    Over one rank both are the same, but Transformer Engine adds the bias of a row-parallel layer, and sums its
+    gradient, in kernels of their own: between product and bias it would sum over the ranks.
+    """
+
+    def build(*args: Any, input_is_parallel: bool = True, **kwargs: Any) -> nn.Module:
+        return column(*args, **{"gather_output": False, **kwargs, "skip_bias_add": False, **settings})
 
     return build
 
@@ -136,7 +152,8 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
     """Returns the layers of an InternViT; there is no final norm.
 
     Norms and linear layers stay separate modules in both implementations, so that their parameters have
-    the same names.
+    the same names. Every linear layer adds its own bias: Transformer Engine does so at the end of the matrix
+    product, and sums the bias's gradient at the end of another.
 
     Args:
         vit: the architecture.
@@ -144,21 +161,23 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
     """
     impl = config.transformer_impl
     backend = get_backend(impl)
-    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    linear = backend.column_parallel_linear()
     attention = ModuleSpec(
         module=InternViTSelfAttention,
         params={
             "attn_mask_type": AttnMaskType.no_mask,
-            "qk_norm": norm_builder("RMSNorm", impl) if vit.qk_normalization else None,
+            "qk_norm": partial(KernelNorm, normalization="RMSNorm") if vit.qk_normalization else None,
         },
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column if vit.qkv_bias else _without_bias(column),
+            # Megatron gives all projections of a layer a bias or none.
+            linear_qkv=_adding_its_bias(linear, **({} if vit.qkv_bias else {"bias": False})),
             core_attention=PackedDotProductAttention if impl == "local" else backend.core_attention(),
-            linear_proj=row,
+            linear_proj=_adding_its_bias(linear),
         ),
     )
-    norm = norm_builder(config.normalization, impl)
-    mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    norm = partial(KernelNorm, normalization=config.normalization)
+    linears = MLPSubmodules(linear_fc1=_adding_its_bias(linear), linear_fc2=_adding_its_bias(linear))
+    mlp = partial(MLP.as_mlp_submodule, submodules=linears)
 
     def layer(index: int, drop_path_rate: float) -> ModuleSpec:
         end_of_branch = ModuleSpec(
@@ -167,7 +186,7 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
                 "hidden_size": vit.hidden_size,
                 "init": vit.layer_scale_init,
                 "drop_path_rate": drop_path_rate,
-                "dtype": config.params_dtype,
+                "config": config,
             },
         )
         return ModuleSpec(

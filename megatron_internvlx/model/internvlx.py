@@ -27,7 +27,7 @@ from megatron_internvlx.model.attention import causal_within_segments
 from megatron_internvlx.model.decoder import CompressionPlan, DecoderInputs, PhaseAttention, PhaseInputs
 from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
 from megatron_internvlx.model.internvit_config import InternViTConfig
-from megatron_internvlx.model.layer_specs import decoder_spec
+from megatron_internvlx.model.layer_specs import decoder_spec, language_model_config
 from megatron_internvlx.model.lvtc import merge_visual
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
@@ -105,7 +105,7 @@ class InternVLX(MegatronModule):
             self.vision_model = InternViT(vision, vision_settings, self.tp_group)
             self.projector = compression.build_projector(config, compression.entry_grid, self.pg_collection)
         self.language_model = GPTModel(
-            config=config,
+            config=language_model_config(config),
             transformer_layer_spec=decoder_spec(config, compression, pp_rank=pp_rank, vp_stage=vp_stage),
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
@@ -259,9 +259,15 @@ class InternVLX(MegatronModule):
         rows = self._supervised_rows(hidden_states, context.loss_rows)
         logits = self._local_logits(rows, output_layer, output_weight)
         predicted = None if self.training else self._argmax(logits)
-        losses = self.language_model.compute_language_model_loss(context.targets.long()[None], logits)
-        losses = losses.view(-1)
+        losses = self._losses(logits, context.targets.long())
         return losses if predicted is None else torch.stack([losses, predicted.to(losses.dtype)])
+
+    def _losses(self, logits_n1V: Tensor, targets_n: Tensor) -> Tensor:
+        """Cross entropy of each row: [n]."""
+        if logits_n1V.shape[0] == 0:
+            # Transformer Engine's kernel refuses no rows; the graph stays, so that gradients are zeros.
+            return logits_n1V.float().sum(-1).view(-1)
+        return self.language_model.compute_language_model_loss(targets_n[None], logits_n1V).view(-1)
 
     def _argmax(self, logits_n1V: Tensor) -> Tensor:
         """Most likely token id per row over all vocabulary shards: [n]."""

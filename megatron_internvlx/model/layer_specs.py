@@ -22,6 +22,7 @@ from megatron_internvlx.model.decoder import CompressionPlan, InternVLXLayer
 from megatron_internvlx.model.norm import norm_builder
 from megatron_internvlx.model.router import LossWeightedMoELayer, LossWeightedRouter
 from megatron_internvlx.parallel.layout import stage_layers
+from megatron_internvlx.platform import output_layer_fuses_accumulation
 
 
 def _localize(submodules, normalization: str):
@@ -56,6 +57,18 @@ def _weigh_load_balancing(submodules):
     return submodules
 
 
+def language_model_config(config: TransformerConfig) -> TransformerConfig:
+    """The decoder's config as Megatron's GPT model gets it, whose output layer may lack the fused accumulation.
+
+    The layers of `decoder_spec` keep theirs.
+    """
+    if not config.gradient_accumulation_fusion or output_layer_fuses_accumulation():
+        return config
+    own = copy.copy(config)
+    own.gradient_accumulation_fusion = False
+    return own
+
+
 def decoder_spec(
     config: TransformerConfig, compression: CompressionPlan, *, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
@@ -71,7 +84,14 @@ def decoder_spec(
         if local:
             submodules = _localize(submodules, config.normalization)
         built.append(
-            ModuleSpec(module=InternVLXLayer, submodules=submodules, params={"compression": compression})
+            ModuleSpec(
+                module=InternVLXLayer,
+                submodules=submodules,
+                params={
+                    "compression": compression,
+                    "gradient_accumulation_fusion": config.gradient_accumulation_fusion,
+                },
+            )
         )
     return TransformerBlockSubmodules(
         layer_specs=built, layer_norm=norm_builder(config.normalization, config.transformer_impl)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_internvlx.platform import kernels
+
 NormBuilder = Callable[..., nn.Module]
 
 
@@ -74,6 +76,32 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes `x`."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class KernelNorm(nn.Module):
+    """The parameters of a norm that a fused kernel applies together with its neighbours.
+
+    Calling it gives what the kernel needs. It has to be called, not only read: Megatron's hooks wait there for
+    weights that are still being gathered.
+
+    Args:
+        config: gives the parameter type, `sequence_parallel` and `gradient_accumulation_fusion`.
+        hidden_size: H.
+        eps: added to the mean square or the variance.
+        normalization: "RMSNorm" or "LayerNorm".
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, normalization: str
+    ) -> None:
+        super().__init__()
+        self.eps, self.accumulate = eps, config.gradient_accumulation_fusion
+        self.weight = _parameter(config, hidden_size, 1.0)
+        self.bias = _parameter(config, hidden_size, 0.0) if normalization == "LayerNorm" else None
+
+    def forward(self) -> kernels.Norm:
+        """The norm's parameters."""
+        return kernels.Norm(self.weight, self.bias, self.eps, self.accumulate)
 
 
 def norm_builder(normalization: str, transformer_impl: str) -> NormBuilder:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from math import isqrt
+from typing import Any
 
 import torch
 from megatron.core.models.backends import get_backend
@@ -21,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_internvlx.model.drop_path import drop_path
-from megatron_internvlx.model.norm import norm_builder
+from megatron_internvlx.model.drop_path import kept_entries
+from megatron_internvlx.model.norm import KernelNorm
+from megatron_internvlx.platform import kernels
 from megatron_internvlx.precision import high_precision, projector_precision
 
 PVTC_HEADS = 16
@@ -35,6 +38,7 @@ def projector_config(config: TransformerConfig) -> TransformerConfig:
     own = copy.copy(config)
     own.sequence_parallel = False
     own.tp_comm_overlap = False
+    own.layernorm_zero_centered_gamma = False  # the released projectors' norms are plain
     return own
 
 
@@ -74,15 +78,32 @@ def row_linear(config, in_size: int, out_size: int, group, *, bias: bool = False
     )
 
 
-def tile_windows(patches_TPPc: Tensor, block: int) -> Tensor:
-    """Cut every tile into non-overlapping block x block windows: [T,P,P,c] -> [T*g*g, b*b, c].
+class _TileWindows(torch.autograd.Function):
+    """`tile_windows`; its backward writes each gradient once, without zeros for the other."""
 
-    Windows and the patches inside them are in row-major order.
+    @staticmethod
+    def forward(ctx: Any, features_TLc: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        T, L, c = features_TLc.shape
+        P = isqrt(L - 1)
+        ctx.cut = (T, P // block, block, P // block, block, c)
+        windows = features_TLc[:, 1:].view(ctx.cut).transpose(2, 3)
+        return windows.reshape(-1, block * block, c), features_TLc[:, 0].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, g_windows: Tensor, g_cls: Tensor) -> tuple[Tensor, None]:
+        T, g, b, _, _, c = ctx.cut
+        gradient = g_windows.new_empty(T, 1 + (g * b) ** 2, c)
+        gradient[:, 0] = g_cls
+        gradient[:, 1:].view(ctx.cut).copy_(g_windows.view(T, g, g, b, b, c).transpose(2, 3))
+        return gradient, None
+
+
+def tile_windows(features_TLc: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Cuts every tile into non-overlapping block x block windows: `[T, 1+P*P, c] -> [T*g*g, b*b, c]` and `[T, c]`.
+
+    Windows and the patches inside them are in row-major order; the second result is the CLS features.
     """
-    T, P, _, c = patches_TPPc.shape
-    g = P // block
-    x = patches_TPPc.view(T, g, block, g, block, c).transpose(2, 3)
-    return x.reshape(T * g * g, block * block, c)
+    return _TileWindows.apply(features_TLc, block)
 
 
 class ProjectionMLP(MegatronModule):
@@ -91,12 +112,13 @@ class ProjectionMLP(MegatronModule):
     def __init__(self, config: TransformerConfig, in_size: int, group) -> None:
         super().__init__(config)
         self.group = group
-        self.norm = norm_builder("RMSNorm", config.transformer_impl)(config, in_size, PVTC_EPS)
+        self.norm = KernelNorm(config, in_size, PVTC_EPS, normalization="RMSNorm")
         self.linear = column_linear(config, in_size, config.hidden_size, group)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] -> [.., h]."""
-        y, _ = self.linear(self.norm(x))
+        normed, _ = kernels.norm_and_pass(x, self.norm())
+        y, _ = self.linear(normed)
         return gather_from_tensor_model_parallel_region(F.silu(y), group=self.group)
 
 
@@ -106,7 +128,7 @@ class WindowAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, drop_path_rate: float, group) -> None:
         super().__init__(config)
         h = config.hidden_size
-        norm = partial(norm_builder("RMSNorm", config.transformer_impl), config, h, PVTC_EPS)
+        norm = partial(KernelNorm, config, h, PVTC_EPS, normalization="RMSNorm")
         self.drop_path_rate = drop_path_rate
         self.local_heads = PVTC_HEADS // group.size()
         self.head_dim = h // PVTC_HEADS
@@ -121,27 +143,23 @@ class WindowAttention(MegatronModule):
         self.linear_up = column_linear(config, h, PVTC_MLP_RATIO * h, group)
         self.linear_down = row_linear(config, PVTC_MLP_RATIO * h, h, group)
 
-    def forward(self, query_Nh: Tensor, kv_Nwh: Tensor) -> Tensor:
-        """[N, h] queries and [N, w, h] window patches -> [N, h]."""
-        x = query_Nh + self._drop(self._attend(self.norm_query(query_Nh), self.norm_kv(kv_Nwh)))
-        return x + self._drop(self._mlp(self.norm_mlp(x)))
+    def forward(self, query_Nh: Tensor, keys_Nwh: Tensor, values_Nwh: Tensor) -> Tensor:
+        """`[N, h]` queries, and window patches `[N, w, h]` normalized by `norm_kv` for keys and values: `[N, h]`."""
+        normed, query_Nh = kernels.norm_and_pass(query_Nh, self.norm_query())
+        k, v = self.linear_k(keys_Nwh)[0], self.linear_v(values_Nwh)[0]
+        out = kernels.window_attention(self.linear_q(normed)[0], k, v, self.local_heads)
+        branch = self.linear_proj(out)[0]
+        normed, x = kernels.add_branch_and_norm(query_Nh, branch, self.norm_mlp(), **self._kept(branch))
+        inner = kernels.gated_silu(self.linear_gate(normed)[0], self.linear_up(normed)[0])
+        branch = self.linear_down(inner)[0]
+        return kernels.add_branch(x, branch, **self._kept(branch))
 
-    def _attend(self, query_Nh: Tensor, kv_Nwh: Tensor) -> Tensor:
-        N, w = kv_Nwh.shape[:2]
-        q = self.linear_q(query_Nh)[0].view(N, 1, self.local_heads, self.head_dim)
-        k = self.linear_k(kv_Nwh)[0].view(N, w, self.local_heads, self.head_dim)
-        v = self.linear_v(kv_Nwh)[0].view(N, w, self.local_heads, self.head_dim)
-        # One query and a handful of keys: elementwise products beat N*a matrix products of 1 x w.
-        scores_Nwa = (q * self.head_dim**-0.5 * k).sum(-1)
-        weights_Nwa1 = scores_Nwa.softmax(dim=1).unsqueeze(-1)
-        out_Nh = (weights_Nwa1 * v).sum(1).view(N, self.local_heads * self.head_dim)
-        return self.linear_proj(out_Nh)[0]
-
-    def _mlp(self, x_Nh: Tensor) -> Tensor:
-        return self.linear_down(F.silu(self.linear_gate(x_Nh)[0]) * self.linear_up(x_Nh)[0])[0]
-
-    def _drop(self, branch_Nh: Tensor) -> Tensor:
-        return drop_path(branch_Nh, self.drop_path_rate) if self.training else branch_Nh
+    def _kept(self, branch_Nh: Tensor) -> dict[str, Any]:
+        """Which windows keep a branch, as the kernels take it."""
+        if not self.training or self.drop_path_rate == 0:
+            return {}
+        keep_rate = 1 - self.drop_path_rate
+        return {"keep": kept_entries(branch_Nh, keep_rate), "keep_rate": keep_rate}
 
 
 class PVTC(MegatronModule):
@@ -189,19 +207,21 @@ class PVTC(MegatronModule):
             return self._project(features_TLc)
 
     def _project(self, features_TLc: Tensor) -> Tensor:
-        T, _, c = features_TLc.shape
-        g, h = self.grid, self.config.hidden_size
-        windows_Nwc = tile_windows(features_TLc[:, 1:].reshape(T, self.patches, self.patches, c), self.block)
+        T, g, h = len(features_TLc), self.grid, self.config.hidden_size
+        windows_Nwc, cls_Tc = tile_windows(features_TLc, self.block)
         kv_Nwh = self.kv_proj(windows_Nwc)
         # A window's patches side by side are exactly the pixel-shuffled channels of its cell.
-        shuffled = windows_Nwc.reshape(T, g, g, -1)
+        shuffled = windows_Nwc.view(T, g, g, -1)
         if self.transpose_query:
             shuffled = shuffled.transpose(1, 2)
         query_local = self.query_proj(shuffled.reshape(T * g * g, -1))
         with high_precision(self.config):  # one row per tile: too few for FP8
-            cls_Th = self.cls_proj(features_TLc[:, 0])
+            cls_Th = self.cls_proj(cls_Tc)
         query_global = cls_Th.view(T, 1, 1, h) * self.cls_scale
-        out_Nh = self.attn_local(query_local, kv_Nwh) + self.attn_global(query_global.view(-1, h), kv_Nwh)
+        # Both branches norm the same rows; each norm is read by a key's and a value's matrix.
+        local, around = kernels.twin_norm(kv_Nwh, self.attn_local.norm_kv(), self.attn_global.norm_kv())
+        out_Nh = self.attn_local(query_local, *local)
+        out_Nh = out_Nh + self.attn_global(query_global.view(-1, h), *around)
         return out_Nh.view(T, g * g, h)
 
 
@@ -225,20 +245,20 @@ class MLPProjector(MegatronModule):
         self.grid, self.patches, self.block = grid, patches, patches // grid
         self.transpose_output = pixel_shuffle_version == "v1"
         width = self.block**2 * vision_hidden_size
-        self.norm = norm_builder("LayerNorm", config.transformer_impl)(config, width, 1e-5)
+        self.norm = KernelNorm(config, width, 1e-5, normalization="LayerNorm")
         self.linear_fc1 = column_linear(config, width, config.hidden_size, group, bias=True)
         self.linear_fc2 = row_linear(config, config.hidden_size, config.hidden_size, group, bias=True)
 
     def forward(self, features_TLc: Tensor) -> Tensor:
         """ViT features [T, 1+P*P, c] -> visual rows [T, g*g, h]."""
-        T, _, c = features_TLc.shape
-        g = self.grid
-        windows = tile_windows(features_TLc[:, 1:].reshape(T, self.patches, self.patches, c), self.block)
-        shuffled = windows.reshape(T, g, g, -1)
+        T, g = len(features_TLc), self.grid
+        windows_Nwc, _ = tile_windows(features_TLc, self.block)
+        shuffled = windows_Nwc.view(T, g, g, -1)
         if self.transpose_output:
             shuffled = shuffled.transpose(1, 2)
+        normed, _ = kernels.norm_and_pass(shuffled.reshape(T, g * g, -1), self.norm())
         with projector_precision(self.config):
-            x, _ = self.linear_fc1(self.norm(shuffled.reshape(T, g * g, -1)))
+            x, _ = self.linear_fc1(normed)
             return self.linear_fc2(F.gelu(x))[0]
 
 

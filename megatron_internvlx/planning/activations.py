@@ -2,7 +2,8 @@
 
 Counted are the tensors that autograd saves, each storage once, for the two implementations: "local"
 (measured on CPU by tests) and "transformer_engine" (the same modules with fused norms, SwiGLU and
-attention, which keep less; FP8 keeps its linear inputs at half of what is counted here).
+attention, which keep less; FP8 keeps its linear inputs at half of what is counted here). Vision encoder and
+PVTC have the same kernels, and so keep the same, in both.
 
 Letters: h, c widths of the decoder and of the vision encoder, t tensor-parallel size, S rows.
 """
@@ -29,13 +30,12 @@ class ActivationModel:
     local: bool
     """Megatron's local implementation instead of Transformer Engine."""
 
-    def norm(self, elements: int, *, trained: bool, shared: bool = False) -> int:
-        """A norm and the linear layer that reads it; `shared`: its fp32 input is kept elsewhere."""
+    def norm(self, elements: int, *, trained: bool) -> int:
+        """A norm of the decoder and the linear layer that reads it."""
         out = elements * self.width * trained
         if not self.local:
-            return (0 if shared else elements * self.width) + out
-        own = 0 if shared and self.width == 4 else 4 * elements
-        return own + elements * self.width * trained + out
+            return elements * self.width + out
+        return 4 * elements + elements * self.width * trained + out
 
     def decoder_layer(self, layer: int, stats: PlanStats) -> int:
         """A decoder layer that is not recomputed, its injection included."""
@@ -96,14 +96,13 @@ class ActivationModel:
         if shape.compression.projector == "mlp":
             norm = b * patches * c * (1 + trained)
             return tiles * (norm + b * cells * (h // t) * (2 if trained else 1))
-        windows = self.norm(patches * c, trained=trained) + self.norm(
-            patches * c, trained=trained, shared=True
-        )
+        # Fused kernels keep what they normalize and its norm; both projections norm the same windows.
+        windows = b * patches * c * (1 + 2 * trained)
         keys = b * patches * (h // t + (h if t > 1 else 0))  # before SiLU, and gathered
         keys += 0 if t > 1 else b * patches * h
-        branch = self.norm(patches * h, trained=trained, shared=True) + 2 * b * patches * (h // t)
-        cell = 2 * self.norm(h, trained=trained)
-        cell += b * (h // t) * (1 + trained + PVTC_MLP_RATIO * (3 + trained))
+        branch = b * patches * (h * trained + 2 * (h // t))
+        cell = 2 * b * h * (1 + trained)
+        cell += b * (h // t) * (1 + trained + PVTC_MLP_RATIO * (2 + trained))
         queries = b * cells * (h // t)
         return tiles * (windows + keys + queries + 2 * (branch + cells * cell))
 
@@ -121,11 +120,10 @@ class ActivationModel:
         """One layer of the vision encoder that is not recomputed."""
         vit, b = self.shape.vision, self.width
         c, rows = vit.hidden_size, tiles * vit.tokens_per_tile
-        norms = (
-            2 * 2 * rows * c * b if vit.norm_type == "layer_norm" else 2 * self.norm(rows * c, trained=True)
-        )
+        norms = 2 * 2 * rows * c * b
         attention = 4 * c + (c if self.local else 0)
-        queries = 2 * self.norm(rows * c, trained=False) + 2 * rows * c * b if vit.qk_normalization else 0
+        # Queries and keys before their norms; those after them, and values, stand in for the packed ones.
+        queries = 2 * rows * c * b if vit.qk_normalization else 0
         scales = 2 * c
         return norms + queries + rows * b * (attention + scales + 2 * vit.ffn_hidden_size)
 

@@ -23,6 +23,7 @@ __all__ = [
     "device",
     "device_name",
     "install_log_line",
+    "output_layer_fuses_accumulation",
     "peak_memory",
     "pretend_hopper",
     "quiet_logs",
@@ -99,15 +100,31 @@ def pretend_hopper() -> None:
     cpu.put(torch.cuda, get_device_capability=lambda *_args, **_kwargs: (9, 0))
 
 
-def args_defaults() -> dict[str, Any]:
-    """Values of Megatron arguments (argparse destinations) that this machine needs."""
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def args_defaults(*, deterministic: bool = False) -> dict[str, Any]:
+    """Values of Megatron arguments (argparse destinations) that this machine needs, or that are faster on it.
+
+    Args:
+        deterministic: leave out what `--deterministic-mode` refuses.
+    """
     if not _CUDA:
         return dict(cpu.ARGS_DEFAULTS)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        # Megatron 0.19's output layer refuses to be built with its default, a kernel of apex, where that is
-        # not installed.
-        return {"gradient_accumulation_fusion": False}
+    if _installed("transformer_engine") and not deterministic:
+        # One kernel each way that keeps no fp32 copy of the logits.
+        return {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
     return {}
+
+
+def output_layer_fuses_accumulation() -> bool:
+    """Whether Megatron's own linear layers can add weight gradients in their matrix products: a kernel of apex.
+
+    Without it Megatron 0.19 refuses to build them with `gradient_accumulation_fusion`; Transformer Engine's layers
+    need nothing.
+    """
+    return _installed("fused_weight_gradient_mlp_cuda")
 
 
 def set_args_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

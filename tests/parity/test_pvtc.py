@@ -19,6 +19,7 @@ from tests.single import decoder_config, single  # isort: skip  (sets Megatron u
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 
 from megatron_internvlx.model.pvtc import PVTC, tile_windows
+from megatron_internvlx.platform import kernels
 from tests.golden_weights import GOLDEN
 from tests.parity.released import gradients, projector_as_released, projector_from_released
 
@@ -90,7 +91,9 @@ def test_intermediates() -> None:
     for theirs, ours in (("mlp1", module.query_proj), ("mlp2", module.cls_proj), ("mlp3", module.kv_proj)):
         assert worst(ours(golden[f"{theirs}.in"]), golden[f"{theirs}.out"]) < TOLERANCE
     for name in ("attn_local", "attn_global"):
-        out = getattr(module, name)(golden[f"{name}.q_in"].squeeze(1), golden[f"{name}.kv_in"])
+        branch = getattr(module, name)
+        normed, _ = kernels.twin_norm(golden[f"{name}.kv_in"], branch.norm_kv(), branch.norm_kv())
+        out = branch(golden[f"{name}.q_in"].squeeze(1), *normed)
         assert worst(out, golden[f"{name}.out"].squeeze(1)) < TOLERANCE
 
 
@@ -113,11 +116,14 @@ def test_pixel_shuffle_orders() -> None:
     """The channels of a shuffled cell are its window's patches, row by row; v1 transposes the cells."""
     golden = load_file(FOLDER / "pixel_shuffle.safetensors")
     x = golden["x"]
-    assert torch.equal(tile_windows(x, 1), golden["windows1x1"])
-    assert torch.equal(tile_windows(x, 2), golden["windows2x2"])
-    assert torch.equal(tile_windows(x, 2).reshape(2, 2, 2, 12), golden["v2_r05"])
-    assert torch.equal(tile_windows(x, 2).reshape(2, 2, 2, 12).transpose(1, 2), golden["v1_r05"])
-    assert torch.equal(tile_windows(x, 4).reshape(2, 1, 1, 48), golden["v2_r025"])
+    features = torch.cat([torch.full((2, 1, x.shape[-1]), 9.0), x.flatten(1, 2)], dim=1)
+    windows = {block: tile_windows(features, block)[0] for block in (1, 2, 4)}
+    assert torch.equal(windows[1], golden["windows1x1"])
+    assert torch.equal(windows[2], golden["windows2x2"])
+    assert torch.equal(windows[2].reshape(2, 2, 2, 12), golden["v2_r05"])
+    assert torch.equal(windows[2].reshape(2, 2, 2, 12).transpose(1, 2), golden["v1_r05"])
+    assert torch.equal(windows[4].reshape(2, 1, 1, 48), golden["v2_r025"])
+    assert torch.equal(tile_windows(features, 2)[1], features[:, 0])
 
 
 def test_v1_transposes_the_local_queries_only() -> None:

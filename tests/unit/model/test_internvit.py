@@ -118,16 +118,16 @@ def test_drop_path_rates_rise_over_the_layers() -> None:
 
 def test_drop_path_drops_whole_tiles_and_keeps_the_mean() -> None:
     single()
-    end = LayerScaleDropPath(8, 0.5, 0.25, torch.float32)
-    residual, x, bias = torch.randn(5, 4000, 8), torch.ones(5, 4000, 8), torch.ones(8)
+    end = LayerScaleDropPath(8, 0.5, 0.25, decoder_config())
+    residual, branch = torch.randn(5, 4000, 8), torch.full((5, 4000, 8), 2.0)
     state = torch.get_rng_state()
-    added = end(True, False)((x, bias), residual, 0.0) - residual
+    added = end(residual, branch) - residual
     assert torch.equal(torch.get_rng_state(), state), "the decoder's generator must not depend on the tiles"
     kept = added.abs().amax((0, 2)) > 0.5
     torch.testing.assert_close(added[:, kept], torch.full_like(added[:, kept], 1 / 0.75))
     assert added[:, ~kept].abs().max() < 1e-6
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
-    assert torch.equal(end(False, False)((x, bias), residual, 0.0), residual + 1)
+    assert torch.equal(end.eval()(residual, branch), residual + 1)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

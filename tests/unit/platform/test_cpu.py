@@ -140,13 +140,16 @@ def test_argument_defaults_are_arguments_of_megatron() -> None:
     assert chosen.transformer_impl == "transformer_engine"
 
 
-def test_a_gpu_without_apex_does_not_ask_for_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_what_is_installed_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "_CUDA", True)
-    assert platform.args_defaults() == {"gradient_accumulation_fusion": False}
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: name == "fused_weight_gradient_mlp_cuda" or None
-    )
     assert platform.args_defaults() == {}
+    assert not platform.output_layer_fuses_accumulation()
+    installed = {"fused_weight_gradient_mlp_cuda", "transformer_engine"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    loss = {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
+    assert platform.args_defaults() == loss
+    assert platform.args_defaults(deterministic=True) == {}, "Megatron refuses a fused loss there"
+    assert platform.output_layer_fuses_accumulation()
 
 
 def test_fork_keeps_both_streams() -> None:

@@ -1,0 +1,105 @@
+"""Run as a program with TRITON_INTERPRET=1: every Triton kernel against torch's operations, on CPU tensors.
+
+Prints one line of JSON: the worst difference of each kernel, relative to the largest number of its result.
+"""
+
+import itertools
+import json
+
+import torch
+from torch import Tensor
+
+from megatron_internvlx.platform import kernels_torch, kernels_triton
+
+S, T, C = 7, 3, 24
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def compare(name: str, call, worst: dict[str, float]) -> None:
+    """`call(module)` gives tensors; both modules' must be alike in shape, type and numbers."""
+    for found, wanted in zip(call(kernels_triton), call(kernels_torch), strict=True):
+        assert found.numel() == wanted.numel() and (found.dtype == wanted.dtype or not found.numel()), name
+        if found.numel():
+            found, wanted = found.double().flatten(), wanted.double().flatten()
+            away = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+            worst[name] = max(worst.get(name, 0.0), away)
+
+
+def sums_of(wanted: list[bool], dtype: torch.dtype, add: bool) -> list[Tensor | None]:
+    return [
+        torch.full((C,), float(add), dtype=torch.float32 if add else dtype) if w else None for w in wanted
+    ]
+
+
+def add_norms(dtype: torch.dtype, worst: dict[str, float]) -> None:
+    """Every combination of parts."""
+    keep = torch.tensor([1.0, 0.0, 1.0], dtype=dtype).view(1, T, 1)
+    for number, parts in enumerate(itertools.product((True, False), repeat=6)):
+        branched, scaled, kept, normed, rms, passed = parts
+        if not (branched or normed) or (not branched and (scaled or kept)) or (rms and not normed):
+            continue
+        x, branch, g_y, g_out = (draw(S, T, C, dtype=dtype) for _ in range(4))
+        scale = draw(C, dtype=dtype) if scaled else None
+        weight = draw(C, dtype=dtype) if normed else None
+        bias = draw(C, dtype=dtype) if normed and not rms else None
+        mask = keep if kept else None
+        parts = (branch if branched else None, scale, mask, 0.75, weight, bias)
+
+        def forward(module, x=x, parts=parts, rms=rms):
+            return module.add_norm(x, *parts, 1e-6, rms)
+
+        compare(f"add_norm {dtype}", lambda module, forward=forward: forward(module)[:2], worst)
+        if not passed and not normed:
+            continue
+        grads = (g_y if normed else None, g_out if passed or not normed else None)
+
+        def backward(module, grads=grads, x=x, parts=parts, forward=forward, add=number % 3 == 0, rms=rms):
+            branch, scale, mask, rate, weight, bias = parts
+            sums = sums_of([scale is not None, weight is not None, bias is not None], dtype, add)
+            branch_dtype = None if branch is None else branch.dtype
+            statistics = forward(module)[2:]
+            found = module.add_norm_backward(
+                *grads, x, branch, scale, mask, rate, weight, bias, *statistics, rms, branch_dtype, sums, add
+            )
+            return [*found, *(s for s in sums if s is not None)]
+
+        compare(f"add_norm_backward {dtype}", backward, worst)
+
+
+def others(dtype: torch.dtype, worst: dict[str, float]) -> None:
+    gate, up, g = (draw(5, 300, dtype=dtype) for _ in range(3))
+    compare(f"gated_silu {dtype}", lambda m: [m.gated_silu(gate, up)], worst)
+    compare(f"gated_silu_backward {dtype}", lambda m: m.gated_silu_backward(g, gate, up), worst)
+    for keys, heads in ((4, 2), (3, 2), (16, 4)):
+        q, g = (draw(5, C, dtype=dtype) for _ in range(2))
+        k, v = (draw(5, keys, C, dtype=dtype) for _ in range(2))
+        pack = (q, k, v, heads)
+        compare(f"window_attention {dtype}", lambda m, pack=pack: [m.window_attention(*pack)], worst)
+        compare(
+            f"window_attention_backward {dtype}",
+            lambda m, g=g, pack=pack: m.window_attention_backward(g, *pack),
+            worst,
+        )
+    x, *grads = (draw(9, C, dtype=dtype) for _ in range(5))
+    weights = (draw(C, dtype=dtype), draw(C, dtype=dtype))
+    compare(f"twin_norm {dtype}", lambda m: m.twin_norm(x, *weights, 1e-6)[:2], worst)
+    for add in (True, False):
+
+        def backward(module, add=add):
+            sums = sums_of([True, True], dtype, add)
+            rstd = module.twin_norm(x, *weights, 1e-6)[2]
+            return [module.twin_norm_backward(*grads, x, *weights, rstd, sums, add), *sums]
+
+        compare(f"twin_norm_backward {dtype}", backward, worst)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    found: dict[str, float] = {}
+    for kind in (torch.float32, torch.bfloat16):
+        add_norms(kind, found)
+        others(kind, found)
+    print(json.dumps(found))
