@@ -21,15 +21,14 @@ class TileDecoder:
         name: dali or pillow.
         tile_size: side of a tile, in pixels.
         apply_exif: turn images upright.
-        gpu: with dali, number of the GPU that decodes; None for the CPU.
 
     ``fallbacks`` counts the images that DALI left to Pillow, per reason.
     """
 
-    def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True, gpu: int | None = None):
+    def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True):
         if name not in DECODERS:
             raise ValueError(f"unknown image decoder {name!r}; choose one of {', '.join(DECODERS)}")
-        self.name, self.tile_size, self.apply_exif, self.gpu = name, tile_size, apply_exif, gpu
+        self.name, self.tile_size, self.apply_exif = name, tile_size, apply_exif
         self.fallbacks: Counter[str] = Counter()
         self._dali: Any = None
 
@@ -62,12 +61,7 @@ class TileDecoder:
             # DALI takes a second to import, and each process needs a decoder of its own.
             from megatron_internvlx.data.decode_dali import DaliDecoder
 
-            self._dali = DaliDecoder(
-                "cpu" if self.gpu is None else "mixed",
-                tile_size=self.tile_size,
-                apply_exif=self.apply_exif,
-                device_id=self.gpu or 0,
-            )
+            self._dali = DaliDecoder(tile_size=self.tile_size, apply_exif=self.apply_exif)
             self._dali.fallbacks = self.fallbacks
         return self._dali
 

@@ -14,7 +14,6 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
-from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.energon_loader import (
@@ -29,10 +28,7 @@ from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.parallel.batch import HostBatch
-from megatron_internvlx.platform.transfer import side_stream
 
-# Packs that a GPU decodes ahead of training.
-AHEAD = 2
 FOLDER = "loader"
 _REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
 
@@ -78,10 +74,7 @@ def energon_loader(
         shuffle_buffer=data.shuffle_buffer,
     )
     state, settings = _resumed(args, data, settings)
-    gpu = platform.device().index if data.image_decoder == "dali" else None
-    decoder = TileDecoder(
-        data.image_decoder, tile_size=args.image_size, apply_exif=encoder.apply_exif, gpu=gpu
-    )
+    decoder = TileDecoder(data.image_decoder, tile_size=args.image_size, apply_exif=encoder.apply_exif)
     batches = EnergonBatches(
         data.data or "",
         encoder,
@@ -89,10 +82,6 @@ def energon_loader(
         settings,
         reject_log=rejects,
         decode=decoder,
-        # A worker process cannot use the GPU of its parent: the bytes come here then.
-        in_worker=gpu is None,
-        ahead=AHEAD if gpu is not None and settings.workers else 0,
-        stream=side_stream,
     )
     if state is not None:
         batches.restore(state)
