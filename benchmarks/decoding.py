@@ -96,9 +96,9 @@ def host_time(images: list[EncodedImage], batch: int, device_id: int | None = 0,
     return {"batch": batch, "tiles": len(out), "start_ms": middle[0], "collect_ms": middle[1]}
 
 
-def gpu_rows(seconds: float) -> list[dict]:
+def gpu_rows(seconds: float, images: list[EncodedImage] | None = None) -> list[dict]:
     """Rows of a table, one per batch size, engine share and upsampling; takes about ``seconds`` on a GPU."""
-    images = photographs(BATCH)
+    images = images or photographs(BATCH)
     variants: list[tuple[int, dict[str, Any]]] = [
         *((batch, {"engine_share": ENGINE_SHARE}) for batch in (8, 24, BATCH, 2 * BATCH)),
         *((BATCH, {"engine_share": share}) for share in (0.0, 0.5, 0.8, 1.0)),

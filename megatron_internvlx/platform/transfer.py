@@ -1,7 +1,5 @@
 """Copies that do not wait, and how to wait for them later."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 
 from megatron_internvlx.platform import backend, device
@@ -12,11 +10,6 @@ def to_device(host: torch.Tensor) -> torch.Tensor:
     if backend() == "gloo":
         return host
     return host.pin_memory().to(device(), non_blocking=True)
-
-
-def side_stream() -> AbstractContextManager:
-    """A queue of the device beside that of training, for the thread that enters it."""
-    return nullcontext() if backend() == "gloo" else torch.cuda.stream(torch.cuda.Stream())
 
 
 class Marker:

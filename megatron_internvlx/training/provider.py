@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,8 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
 from megatron_internvlx.data.packing import Budget
@@ -32,9 +35,11 @@ from megatron_internvlx.parallel.batch import (
     SharedBatches,
 )
 from megatron_internvlx.precision import row_alignment
-from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.ranks import is_first_rank, ranks_per_node
 from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
 
+# Of DALI on a rank: more decode no faster while the GPU does most of it.
+MOST_THREADS = 8
 # Held-out records that are tried before training starts.
 FIRST_RECORDS = 64
 
@@ -110,6 +115,8 @@ class DataProvider:
     def __init__(self, args: argparse.Namespace, held_out: Manifest | None = None) -> None:
         self.args = args
         self.data = settings_from(args, DataSettings)
+        self.pipeline: TilePipeline | None = None
+        """Cuts the training images of this rank; None where tiles come as pixels, or not at all."""
         self.rejects: RejectLog | None = None
         """Unusable and shortened training samples so far; None where this rank does not load."""
         self.valid_manifest = held_out
@@ -192,7 +199,7 @@ class DataProvider:
 
     def _iterator(self, split: str, vp_stage: int | None) -> BatchIterator:
         if split not in self._shared:
-            channel = self._channel()
+            channel = self._channel(split)
             loader = self._loader(split) if channel.is_source else None
             readers = self.args.virtual_pipeline_model_parallel_size or 1
             self._shared[split] = SharedBatches(channel, loader, readers)
@@ -200,7 +207,7 @@ class DataProvider:
         self._iterators[split, vp_stage or 0] = iterator
         return iterator
 
-    def _channel(self) -> BatchChannel:
+    def _channel(self, split: str) -> BatchChannel:
         if self._groups is None:
             ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
             width = self.args.tensor_model_parallel_size
@@ -209,7 +216,23 @@ class DataProvider:
             stage = next(stage for stage in stages if dist.get_rank() in stage)
             self._groups = (stages, host_group(ranks), host_group(stage))
         stages, group, stage_group = self._groups
-        return BatchChannel(stages, group, stage_group, self.args.image_size)
+        if split == "train" and dist.get_rank() in stages[0]:
+            self.pipeline = self._pipeline()
+        pipeline = self.pipeline if split == "train" else None
+        return BatchChannel(stages, group, stage_group, self.args.image_size, pipeline)
+
+    def _pipeline(self) -> TilePipeline | None:
+        """What cuts this rank's training images, if their files come to it; held-out data come as tiles."""
+        if self.data.loader != "energon":
+            return None
+        from megatron_internvlx.training.loader_state import ranks_cut
+
+        if not ranks_cut(self.data):
+            return None
+        cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)
+        return TilePipeline(
+            platform.device().index, self.args.image_size, threads=min(max(cores // 2, 1), MOST_THREADS)
+        )
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         return self._training_loader() if split == "train" else self._evaluations()
