@@ -27,7 +27,6 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from benchmarks.decoding import gpu_rows
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_tiles
 from megatron_internvlx.data.packing import Budget, fill, pack, tile_spread
