@@ -64,6 +64,11 @@ class Ahead:
         self._room.release()
         return result
 
+    @property
+    def ready(self) -> int:
+        """Results that no one has taken yet."""
+        return self._ready.qsize()
+
     def at_rest(self, save: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """``save()`` while the thread reads nothing, and the keys of the items that no one has taken."""
         with self._lock:

@@ -9,6 +9,7 @@ Pillow's whatever decodes.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,21 @@ _MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "CMYK", "1"})
 HUGE_PIXELS = 1 << 25
 
 _TIFF_TURN = 0x0112
+
+# Reasons why Pillow cuts an image, in a fixed order, which lets ranks add up their counts.
+FALLBACKS = (
+    "format",
+    "mode",
+    "16-bit",
+    "TIFF",
+    "frames",
+    "not whole",
+    "kinds",
+    "extended",
+    "huge",
+    "augmentation",
+)
+FAILED = "DALI failed"
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,14 @@ class EncodedImage:
 
 # An image of a micro-batch: to be decoded where its tiles are encoded, or tiles uint8 [T, 3, S, S] already.
 PackImage = EncodedImage | torch.Tensor
+
+
+def fallback_counts(reasons: Mapping[str, int]) -> list[int]:
+    """Images per entry of `FALLBACKS`, and behind them those of other reasons."""
+    counts = [0] * (len(FALLBACKS) + 1)
+    for reason, count in reasons.items():
+        counts[next((i for i, kind in enumerate(FALLBACKS) if kind in reason), len(FALLBACKS))] += count
+    return counts
 
 
 def encoded(data: bytes, image: ImageTiles, *, apply_exif: bool) -> EncodedImage | str:

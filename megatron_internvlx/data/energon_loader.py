@@ -174,6 +174,11 @@ class EnergonBatches:
             watchdog_timeout_seconds=600,
         )
 
+    @property
+    def ready(self) -> int:
+        """Packs that the thread ahead of training has ready."""
+        return 0 if self._ahead is None else self._ahead.ready
+
     def __iter__(self) -> EnergonBatches:
         return self
 

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
 from megatron_internvlx.data.packing import Budget
@@ -106,6 +107,20 @@ def released_quirks() -> ReleasedQuirks:
     return replace(ReleasedQuirks.all(), mask_id_zero=False)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What became of the training images of one rank."""
+
+    cut: int
+    """Images that its pipeline cut in this log interval."""
+    blank: int
+    """Images so far that nobody could read after their micro-batch was planned."""
+    fallbacks: list[int]
+    """Images so far that Pillow cut, in the order of `fallback_counts`."""
+    ready: int | None
+    """Packs that wait for this rank; None where it does not load them."""
+
+
 class DataProvider:
     """Builds the training and validation iterators; Megatron calls it once per virtual stage."""
 
@@ -115,6 +130,7 @@ class DataProvider:
     def __init__(self, args: argparse.Namespace, held_out: Manifest | None = None) -> None:
         self.args = args
         self.data = settings_from(args, DataSettings)
+        self._cut_before = 0
         self.pipeline: TilePipeline | None = None
         """Cuts the training images of this rank; None where tiles come as pixels, or not at all."""
         self.rejects: RejectLog | None = None
@@ -179,6 +195,18 @@ class DataProvider:
         if log is None:
             return ValidationCounts()
         return ValidationCounts(log.good, dict(log.counts), log.cut_tiles, log.cut_tokens)
+
+    def take_decoding(self) -> Decoding:
+        """What became of this rank's training images; those cut by the pipeline since the last call."""
+        loader = self._shared["train"].loader if "train" in self._shared else None
+        batches = getattr(loader, "batches", None)
+        pipeline, cut = self.pipeline, 0
+        if pipeline is not None:
+            cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
+        fallbacks = fallback_counts(batches.fallbacks if batches else {})
+        fallbacks[-1] += pipeline.rescued if pipeline else 0
+        blank = sum(pipeline.blank.values()) if pipeline else 0
+        return Decoding(cut, blank, fallbacks, batches.ready if batches and pipeline else None)
 
     @property
     def is_loading_rank(self) -> bool:

@@ -93,11 +93,19 @@ def test_resume_gives_the_same_losses_bit_for_bit(
 
 def test_ranks_that_cut_their_own_tiles_resume_bit_for_bit(pool: Pool, demo: Path, tmp_path: Path) -> None:
     """A micro-batch is begun ahead of training when a checkpoint is saved, and comes again."""
-    more = ["--pipeline-model-parallel-size", "1", "--tensor-model-parallel-size", "2", "--loader-workers", "1"]
+    more = [
+        "--pipeline-model-parallel-size",
+        "1",
+        "--tensor-model-parallel-size",
+        "2",
+        "--loader-workers",
+        "1",
+    ]
     saved, ranks = tmp_path / "saved", [*more, "--decode-at", "rank"]
     unbroken = pool.run(2, entry.run, arguments(demo, *ranks, "--save", str(saved), "--save-interval", "2"))
     assert [r["code"] for r in unbroken] == [0, 0]
     losses = unbroken[-1]["losses"]
+    assert " images/s, " in unbroken[-1]["out"] and " packs ready" in unbroken[-1]["out"]
     resumed = pool.run(
         2, entry.run, arguments(demo, *ranks, "--load", str(back_to(saved, 2, tmp_path / "two")))
     )
