@@ -27,6 +27,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from megatron_internvlx import platform
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_tiles
 from megatron_internvlx.data.packing import Budget, fill, pack, tile_spread
@@ -246,6 +247,9 @@ def main() -> None:
         data = folder / "demo"
         command = [sys.executable, "tools/make_demo_data.py", "--out", str(data), "--train", "2400"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        if platform.backend() == "nccl":
+            rows = gpu_rows(30)
+            out += ["", f"## Cut on a GPU: {platform.device_name()}", "", *(f"    {row}" for row in rows)]
         out += ["", "## Resume: 2,400 records, 500 samples per pack buffer, 256 in the shuffle buffer", ""]
         out += ["| workers | packs taken | state, KiB | s to save | s to the first pack after a restart |"]
         out += ["|---|---|---|---|---|", *time_resume(data)]

@@ -26,6 +26,7 @@ from megatron_internvlx.config import (
     RunSettings,
     TrainSettings,
     check_compression,
+    check_decoding,
     check_packing,
     check_projector,
     check_static_budgets,
@@ -292,6 +293,7 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
         raise ValueError(f"--min-tiles {data.min_tiles} --max-tiles {data.max_tiles}: want 1 <= min <= max")
     if not args.calculate_per_token_loss:
         raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
+    check_decoding(data)
     check_packing(data, train, micro_batch_size=args.micro_batch_size)
 
 

@@ -108,7 +108,9 @@ class DataSettings:
     shuffle_buffer: int = 256
     """Samples of each loader process from which the next is drawn at random (energon loader)."""
     image_decoder: Literal["dali", "pillow"] = "pillow"
-    """Image decoder of the energon loader: DALI (on the GPU if there is one) or the Pillow reference."""
+    """Image decoder of the energon loader: DALI or the Pillow reference."""
+    decode_at: Literal["auto", "loader", "rank"] = "auto"
+    """Where DALI cuts images: in loader processes, or on the ranks that encode the tiles. auto: there if on GPUs."""
     dataloader_save: str | None = None
     """Directory for the energon loader's position, saved with each checkpoint. Unset: loader/ in --save."""
     restart_data: bool = False
@@ -293,6 +295,15 @@ def check_static_budgets(
         raise ValueError(
             f"--shallow-seq-length {shallow} is more than --seq-length {deep}: the shallow phase has fewer "
             "rows than the deep one"
+        )
+
+
+def check_decoding(data: DataSettings) -> None:
+    """Raises ValueError where images are to be cut by ranks that would not get their files."""
+    if data.decode_at == "rank" and (data.loader, data.image_decoder) != ("energon", "dali"):
+        raise ValueError(
+            f"--decode-at rank needs --loader energon and --image-decoder dali, not {data.loader} and "
+            f"{data.image_decoder}"
         )
 
 

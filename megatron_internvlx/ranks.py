@@ -26,3 +26,8 @@ def launched_ranks() -> int:
 def launched_nodes() -> int:
     """Groups of processes that the launcher made, one for each node; 1 without a launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def ranks_per_node() -> int:
+    """Processes of the run on this node; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -12,6 +12,7 @@ with PREFLIGHT=2 the second one.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import resource
 import shutil
@@ -30,8 +31,10 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from megatron_internvlx import platform
+from megatron_internvlx.data.rvtc import tile_grid
 from megatron_internvlx.ranks import local_rank
 from tools.values import real, whole
 
@@ -40,6 +43,8 @@ MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compare
 # GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, stay below;
 # one InfiniBand adapter of 200 Gbit/s per node is enough to be above.
 SLOW_LINK = 20.0
+# Images per second of 1200x900 on one GPU: an H100 without its JPEG engines does three times as many.
+SLOW_DECODING = 1000.0
 SLOW_SHARE = 0.8  # of the median: a rank below it holds all others back
 
 
@@ -119,28 +124,35 @@ def _transformer_engine() -> Check:
 
 
 def _dali() -> Check:
-    """Decode one small picture, on the GPU if there is one."""
-    import io
+    """Cut pictures for a second, on the GPU if there is one."""
+    from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
+    from megatron_internvlx.data.encoded import EncodedImage
 
-    import numpy as np
-    from PIL import Image
-
-    fn = import_module("nvidia.dali.fn")
-    pipeline_def = import_module("nvidia.dali").pipeline_def
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(buffer, "JPEG")
-    encoded = np.frombuffer(buffer.getvalue(), np.uint8)
     on_gpu = platform.backend() == "nccl"
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=0 if on_gpu else None, prefetch_queue_depth=1)
-    def pipeline():
-        data = fn.external_source(source=lambda: [encoded])
-        return fn.decoders.image(data, device="mixed" if on_gpu else "cpu")
-
-    built = pipeline()
-    built.build()
-    built.run()
-    return Check("ok", "DALI", f"decodes on the {'GPU' if on_gpu else 'CPU'}")
+    # With a GPU photographs; on CPU one picture shows that DALI works, and rates do not matter.
+    width, height, count = (1200, 900, 32) if on_gpu else (64, 64, 1)
+    noise = torch.randint(0, 255, (height // 4, width // 4, 3), dtype=torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((width, height)).save(buffer, "JPEG", quality=90)
+    cols, rows = tile_grid(width, height)
+    wanted = [Wanted.whole(EncodedImage(buffer.getvalue(), cols, rows, True))] * count
+    pipeline = TilePipeline(0 if on_gpu else None, 448)
+    pipeline.cut(wanted)  # the first time starts the decoders
+    platform.synchronize()
+    done, began = 0, time.perf_counter()
+    while done == 0 or (on_gpu and time.perf_counter() - began < 1):
+        pipeline.cut(wanted)
+        platform.synchronize()
+        done += count
+    speed = done / (time.perf_counter() - began)
+    failed = pipeline.rescued + sum(pipeline.blank.values())
+    pipeline.close()
+    if failed:
+        return Check("missing", "DALI", f"{failed} of {pipeline.images} pictures failed")
+    status = "slow" if on_gpu and speed < SLOW_DECODING else "ok"
+    return Check(
+        status, "DALI", f"cuts {speed:,.0f} images/s of {width}x{height} on the {'GPU' if on_gpu else 'CPU'}"
+    )
 
 
 def world_checks(shared: Path | None, megabytes: int, slowest: float) -> list[Check]:

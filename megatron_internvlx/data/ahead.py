@@ -6,7 +6,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
@@ -18,7 +17,6 @@ class Ahead:
         key_of: name of an item, by which it can be made again.
         work: what the thread does with an item; by default it only fetches it.
         depth: results kept ready.
-        stream: entered by the thread for its life: the device queue that its copies and kernels use.
 
     An exception of ``items`` or ``work`` comes up where the result would have.
     """
@@ -29,9 +27,8 @@ class Ahead:
         key_of: Callable[[Any], Any] = lambda _: None,
         work: Callable[[Any], Any] = lambda item: item,
         depth: int = 1,
-        stream: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self._items, self._key_of, self._work, self._stream = items, key_of, work, stream
+        self._items, self._key_of, self._work = items, key_of, work
         self._ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._lock = threading.Lock()
@@ -41,19 +38,18 @@ class Ahead:
         self._thread.start()
 
     def _run(self) -> None:
-        with self._stream():
-            while True:
-                self._room.acquire()
-                if self._stopped:
-                    return
-                try:
-                    with self._lock:
-                        item = next(self._items)
-                        self._keys.append(self._key_of(item))
-                    self._ready.put((self._work(item), None))
-                except BaseException as error:
-                    self._ready.put((None, error))
-                    return
+        while True:
+            self._room.acquire()
+            if self._stopped:
+                return
+            try:
+                with self._lock:
+                    item = next(self._items)
+                    self._keys.append(self._key_of(item))
+                self._ready.put((self._work(item), None))
+            except BaseException as error:
+                self._ready.put((None, error))
+                return
 
     def __iter__(self) -> Ahead:
         return self
@@ -67,6 +63,11 @@ class Ahead:
             self._keys.popleft()
         self._room.release()
         return result
+
+    @property
+    def ready(self) -> int:
+        """Results that no one has taken yet."""
+        return self._ready.qsize()
 
     def at_rest(self, save: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """``save()`` while the thread reads nothing, and the keys of the items that no one has taken."""

@@ -1,54 +1,79 @@
-"""The image decoder of a loader: DALI, or the Pillow reference, by name."""
+"""What a loader does with an image, by name of the decoder: cut it here, or leave it whole for a GPU."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_internvlx.data import decode_pil
+from megatron_internvlx.data.encoded import EncodedImage, encoded
 from megatron_internvlx.data.sample import ImageTiles
 
 DECODERS = ("dali", "pillow")
 
 
 class TileDecoder:
-    """Bytes or path of an image -> tiles uint8 [T, 3, S, S]; pickles, and starts DALI at the first image.
+    """Bytes or path of an image -> tiles uint8 [T, 3, S, S], or with ``travel`` the file; pickles.
 
     Args:
         name: dali or pillow.
         tile_size: side of a tile, in pixels.
         apply_exif: turn images upright.
-        gpu: with dali, number of the GPU that decodes; None for the CPU.
+        travel: leave files whole where a GPU can cut them; Pillow cuts the others here.
 
-    ``fallbacks`` counts the images that DALI left to Pillow, per reason.
+    ``fallbacks`` counts the images that DALI or the GPU left to Pillow, per reason.
     """
 
-    def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True, gpu: int | None = None):
+    def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True, travel: bool = False):
         if name not in DECODERS:
             raise ValueError(f"unknown image decoder {name!r}; choose one of {', '.join(DECODERS)}")
-        self.name, self.tile_size, self.apply_exif, self.gpu = name, tile_size, apply_exif, gpu
+        if travel and name != "dali":
+            raise ValueError(f"only DALI cuts images on a GPU, and the decoder is {name}")
+        self.name, self.tile_size, self.apply_exif, self.travel = name, tile_size, apply_exif, travel
         self.fallbacks: Counter[str] = Counter()
         self._dali: Any = None
 
     def __call__(
         self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
-    ) -> np.ndarray:
-        """Tiles of ``image``; BadSample if it is broken."""
+    ) -> np.ndarray | EncodedImage:
+        """Tiles of ``image``, or the file that a GPU will cut; BadSample if it is broken."""
+        if self.travel:
+            return self._left_whole(source, image, jpeg_augment)
         if self.name == "pillow":
-            return decode_pil.load_tiles(
-                source,
-                image.cols,
-                image.rows,
-                tile_size=self.tile_size,
-                thumbnail=image.thumbnail,
-                jpeg_augment=jpeg_augment,
-                apply_exif=self.apply_exif,
-            )
+            return self._by_pillow(source, image, jpeg_augment)
         return self._decoder().load_tiles(
             source, image.cols, image.rows, thumbnail=image.thumbnail, jpeg_augment=jpeg_augment
+        )
+
+    def _left_whole(
+        self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
+    ) -> np.ndarray | EncodedImage:
+        reason = "JPEG augmentation"
+        if jpeg_augment is None:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            found = encoded(data, image, apply_exif=self.apply_exif)
+            if isinstance(found, EncodedImage):
+                return found
+            reason = found
+        tiles = self._by_pillow(source, image, jpeg_augment)
+        self.fallbacks[reason] += 1  # a broken image is a reject, no fallback
+        return tiles
+
+    def _by_pillow(
+        self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
+    ) -> np.ndarray:
+        return decode_pil.load_tiles(
+            source,
+            image.cols,
+            image.rows,
+            tile_size=self.tile_size,
+            thumbnail=image.thumbnail,
+            jpeg_augment=jpeg_augment,
+            apply_exif=self.apply_exif,
         )
 
     def take_fallbacks(self) -> dict[str, int]:
@@ -62,12 +87,7 @@ class TileDecoder:
             # DALI takes a second to import, and each process needs a decoder of its own.
             from megatron_internvlx.data.decode_dali import DaliDecoder
 
-            self._dali = DaliDecoder(
-                "cpu" if self.gpu is None else "mixed",
-                tile_size=self.tile_size,
-                apply_exif=self.apply_exif,
-                device_id=self.gpu or 0,
-            )
+            self._dali = DaliDecoder(tile_size=self.tile_size, apply_exif=self.apply_exif)
             self._dali.fallbacks = self.fallbacks
         return self._dali
 

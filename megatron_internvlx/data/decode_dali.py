@@ -1,9 +1,8 @@
 """Image bytes to tiles with DALI: same contract as the Pillow reference in `decode_pil.py`.
 
-On CPU, DALI decodes and torch resizes: its uint8 antialiased bicubic is Pillow's algorithm with 16-bit
-weights, four times as fast as Pillow's and DALI's own. On a GPU nvJPEG decodes in hybrid mode, and resize
-and tiling stay on the device. Pillow reads every header first: it knows the size before any pixel is
-decoded (a bomb is refused), the orientation, and which files DALI would decode otherwise.
+DALI decodes and torch resizes: its uint8 antialiased bicubic is Pillow's algorithm with 16-bit weights, four times
+as fast as Pillow's and DALI's own. Pillow reads every header first: it knows the size before any pixel is decoded (a
+bomb is refused), the orientation, and which files DALI would decode otherwise. For a GPU see `dali_pipeline.py`.
 """
 
 import random
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.functional import interpolate
 
 from megatron_internvlx.data.decode_pil import (
@@ -25,61 +23,29 @@ from megatron_internvlx.data.decode_pil import (
     reencode,
 )
 from megatron_internvlx.data.decode_pil import load_tiles as pillow_tiles
+from megatron_internvlx.data.encoded import unsupported
 from megatron_internvlx.data.rejects import BadSample
-
-# What DALI decodes bit for bit as Pillow does; GIF and AVIF it cannot read.
-_FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP", "TIFF"})
-# 16 bits: DALI scales, Pillow clips or cuts. TIFF of other kinds: compressions differ between the two.
-_MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "CMYK", "1"})
-
-
-def _unsupported(image: Image.Image) -> str | None:
-    """Why DALI must not decode this image, None if it may."""
-    if image.format not in _FORMATS:
-        return f"format {image.format}"
-    if image.mode not in _MODES:
-        return f"mode {image.mode}"
-    # Pillow reads 16-bit colours as 8-bit modes; only the decoder it chose tells.
-    if image.format == "PNG" and any("16B" in str(tile) for tile in getattr(image, "tile", ())):
-        return "16-bit PNG"
-    if image.format == "TIFF" and image.mode != "RGB":
-        return f"TIFF of mode {image.mode}"
-    if getattr(image, "n_frames", 1) > 1:
-        return "several frames"
-    return None
 
 
 class DaliDecoder:
     """Decodes images to tiles; one per process.
 
     Args:
-        device: "cpu", or "mixed" for hybrid decoding on the GPU of this process.
         tile_size: side of a tile, in pixels.
         apply_exif: turn images upright, which the released code does not.
-        device_id: the GPU of "mixed".
 
     ``fallbacks`` counts, per reason, the images that went to Pillow.
     """
 
-    def __init__(
-        self, device: str = "cpu", *, tile_size: int = 448, apply_exif: bool = True, device_id: int = 0
-    ):
-        if device not in ("cpu", "mixed"):
-            raise ValueError(f"device {device!r} must be cpu or mixed")
+    def __init__(self, *, tile_size: int = 448, apply_exif: bool = True):
         import nvidia.dali.experimental.dynamic as ndd
         from nvidia.dali import types
 
-        self.device, self.tile_size, self.apply_exif, self.device_id = (
-            device,
-            tile_size,
-            apply_exif,
-            device_id,
-        )
+        self.tile_size, self.apply_exif = tile_size, apply_exif
         self.fallbacks: Counter[str] = Counter()
         self._dali: Any = ndd
         self._types: Any = types
-        if device == "cpu":
-            ndd.set_num_threads(1)  # a worker has one core
+        ndd.set_num_threads(1)  # a worker has one core
 
     def load_tiles(
         self,
@@ -98,7 +64,7 @@ class DaliDecoder:
             raise ValueError(f"cols {cols} and rows {rows} must be at least 1")
         with opened(source) as image:
             turn = orientation(image) if self.apply_exif else 1
-            reason = _unsupported(image)
+            reason = unsupported(image)
         if reason is None:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
             try:
@@ -120,18 +86,15 @@ class DaliDecoder:
         self.fallbacks[reason] += 1  # a broken image is a reject, no fallback
         return tiles
 
-    def _decode(self, data: bytes) -> Any:
-        """Decoded pixels uint8 [height, width, 3] as the file holds them, on the decoder's device."""
+    def _decode(self, data: bytes) -> np.ndarray:
+        """Decoded pixels uint8 [height, width, 3] as the file holds them."""
         encoded = self._dali.as_tensor(np.frombuffer(data, np.uint8))
         options: dict[str, Any] = {"output_type": self._types.RGB, "adjust_orientation": False}
-        if self.device == "cpu":
-            return np.asarray(self._dali.decoders.image(encoded, device="cpu", **options))
-        with self._dali.Device("gpu", self.device_id):
-            return self._dali.decoders.image(encoded, device="gpu", **options)
+        return np.asarray(self._dali.decoders.image(encoded, device="cpu", **options))
 
     def _tiles(
         self,
-        pixels: Any,
+        pixels: np.ndarray,
         turn: int,
         grid: tuple[int, int],
         thumbnail: bool,
@@ -141,25 +104,23 @@ class DaliDecoder:
         upright = turned(_as_torch(pixels), turn)
         count = cols * rows
         with_thumbnail = thumbnail and count > 1
-        tiles = torch.empty((count + with_thumbnail, 3, size, size), dtype=torch.uint8, device=upright.device)
+        tiles = torch.empty((count + with_thumbnail, 3, size, size), dtype=torch.uint8)
         whole = resize(upright, rows * size, cols * size)
         view = tiles[:count].view(rows, cols, 3, size, size)
         view.copy_(whole.view(3, rows, size, cols, size).permute(1, 3, 0, 2, 4))
         if with_thumbnail:
             tiles[-1] = resize(upright, size, size)
-        result = tiles.to("cpu").numpy()
+        result = tiles.numpy()
         if jpeg_augment is None:
             return result
         again = [reencode(np.ascontiguousarray(tile.transpose(1, 2, 0)), jpeg_augment) for tile in result]
         return np.ascontiguousarray(np.stack(again).transpose(0, 3, 1, 2))
 
 
-def _as_torch(pixels: Any) -> torch.Tensor:
+def _as_torch(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [1, 3, height, width] that shares memory with DALI's [height, width, 3]."""
-    if isinstance(pixels, np.ndarray):
-        pixels = pixels if pixels.flags.writeable else pixels.copy()
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return torch.from_dlpack(pixels).permute(2, 0, 1)[None]
+    pixels = pixels if pixels.flags.writeable else pixels.copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def turned(image: torch.Tensor, turn: int) -> torch.Tensor:
@@ -175,15 +136,12 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """uint8 [1, 3, h, w] -> [3, height, width], bicubic and antialiased as Pillow's."""
     if image.shape[2:] == (height, width):  # Pillow copies then; so must this, not filter
         return image[0].contiguous()
-    if image.device.type == "cpu":
-        return interpolate(image, (height, width), mode="bicubic", antialias=True)[0].contiguous()
-    whole = interpolate(image.float(), (height, width), mode="bicubic", antialias=True)
-    return whole.round_().clamp_(0, 255).to(torch.uint8)[0]
+    return interpolate(image, (height, width), mode="bicubic", antialias=True)[0].contiguous()
 
 
 @lru_cache(maxsize=4)
 def _shared(tile_size: int, apply_exif: bool) -> DaliDecoder:
-    return DaliDecoder("cpu", tile_size=tile_size, apply_exif=apply_exif)
+    return DaliDecoder(tile_size=tile_size, apply_exif=apply_exif)
 
 
 def load_tiles(

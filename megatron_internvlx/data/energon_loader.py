@@ -7,8 +7,9 @@ import gc
 import io
 import queue
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from megatron.energon.errors import reraise_exception
 from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megatron_internvlx.data.ahead import Ahead
-from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder, RawPack, finish
+from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepare import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
@@ -82,10 +83,8 @@ class EnergonBatches:
         plan: grids, alignment and static budgets.
         settings: the share of this rank.
         reject_log: counts and lists bad samples; TooManyRejects ends the iteration.
-        decode: bytes of an image -> tiles.
-        in_worker: decode in the worker processes; otherwise here, in a thread that is ``ahead`` packs
-            ahead (0: no thread; it needs workers).
-        stream: entered by that thread: the device queue it uses.
+        decode: bytes of an image -> tiles, or the file for a GPU.
+        ahead: packs that a thread takes from the workers before they are asked for. 0: no thread.
     """
 
     def __init__(
@@ -97,16 +96,16 @@ class EnergonBatches:
         *,
         reject_log: RejectLog,
         decode: Decode,
-        in_worker: bool = True,
         ahead: int = 0,
-        stream: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        if ahead and (in_worker or not settings.workers):
-            raise ValueError("a decoding thread needs worker processes that leave the decoding to it")
+        if ahead and not settings.workers:
+            raise ValueError("a thread ahead of training needs worker processes to take packs from")
         self.directory, self.encoder, self.plan = Path(directory), encoder, plan
         self.settings, self.reject_log, self.decode = settings, reject_log, decode
         self.taken = 0
-        self._in_worker, self._depth, self._stream = in_worker, ahead, stream
+        self._depth = ahead
+        self.fallbacks: Counter[str] = Counter()
+        """Images so far that went to Pillow instead of DALI, per reason."""
         self._pending: list[Any] = []
         self._ahead: Ahead | None = None
         self._made_with = self._identity()
@@ -162,7 +161,7 @@ class EnergonBatches:
                 self.plan,
                 micro_batch_size=settings.micro_batch_size,
                 buffer_size=settings.pack_buffer if packing else 8 * settings.micro_batch_size,
-                decode=self.decode if self._in_worker else None,
+                decode=self.decode,
                 seed=settings.seed,
             ),
         )
@@ -175,6 +174,11 @@ class EnergonBatches:
             watchdog_timeout_seconds=600,
         )
 
+    @property
+    def ready(self) -> int:
+        """Packs that the thread ahead of training has ready."""
+        return 0 if self._ahead is None else self._ahead.ready
+
     def __iter__(self) -> EnergonBatches:
         return self
 
@@ -185,6 +189,7 @@ class EnergonBatches:
                 self.reject_log.add(bad)
             self.reject_log.saw(batch.seen - len(batch.rejects), len(batch.rejects), batch.pictured)
             self.reject_log.shortened(batch.dropped_tiles, batch.dropped_tokens)
+            self.fallbacks.update(batch.fallbacks)
             if batch.plan is not None:
                 self.taken += 1
                 return batch
@@ -197,13 +202,11 @@ class EnergonBatches:
                 self._ahead = Ahead(
                     self._packs,
                     lambda delivery: delivery.__restore_key__,
-                    lambda delivery: self.finished(delivery.content),
-                    self._depth,
-                    self._stream,
+                    depth=self._depth,
                 )
-        if self._ahead is not None:
-            return next(self._ahead)
-        return self.finished(next(self._packs).content)
+        delivery = next(self._packs if self._ahead is None else self._ahead)
+        delivery.content.restore_key = delivery.__restore_key__
+        return delivery.content
 
     def _deliveries(self) -> Iterator[Delivery]:
         """Packs that were on their way when the state was saved, made again, and then new ones."""
@@ -216,14 +219,8 @@ class EnergonBatches:
             yield self._loader.restore_sample(self._pending.pop(0))
         yield from new
 
-    def finished(self, content: Batch | RawPack) -> Batch:
-        """A pack decoded, unless its worker did that."""
-        if isinstance(content, Batch):
-            return content
-        return finish(content, self.decode, self.plan, self.encoder.settings.tile_size)
-
-    def save_state(self) -> LoaderState:
-        """State after the micro-batches taken so far; no worker's lead is lost."""
+    def save_state(self, unused: Sequence[Any] = ()) -> LoaderState:
+        """State after the micro-batches taken so far; the last ones, of restore keys ``unused``, come again."""
         settings = self.settings
 
         def position() -> tuple[SavableDataLoaderState | None, list[Any]]:
@@ -234,6 +231,7 @@ class EnergonBatches:
         else:
             (state, waiting), taken = self._ahead.at_rest(position)
             pending = taken + waiting
+        pending = [*unused, *pending]
         return LoaderState(self._made_with, settings.rank, settings.world, settings.workers, state, pending)
 
     def restore(self, state: LoaderState) -> None:

@@ -22,6 +22,7 @@ from megatron.energon import Sample as EnergonSample
 from megatron.energon.wrappers import PackingDataset
 
 from megatron_internvlx.data.decode import TileDecoder
+from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
 from megatron_internvlx.data.manifest import Record, is_url
 from megatron_internvlx.data.packing import pack
@@ -30,8 +31,8 @@ from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
 from megatron_internvlx.data.shards import META
 
-# Tiles uint8 [T, 3, S, S] of one undecoded image; BadSample if it is broken.
-Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray]
+# Tiles uint8 [T, 3, S, S] of one image, or the file if a GPU will cut it; BadSample if it is broken.
+Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray | EncodedImage]
 
 
 @edataclass
@@ -66,9 +67,9 @@ class RawPack:
 class Batch:
     """A planned micro-batch; ``plan`` is None when every sample of it was bad.
 
-    ``tiles`` uint8 [T, 3, S, S] in the order of the plan; ``keys`` of the samples; ``rejects`` found on
-    the way; ``seen`` samples that came up, bad ones included; ``pictured`` good ones with images; what the budgets
-    cost in ``dropped_tiles`` and ``dropped_tokens``.
+    ``tiles`` uint8 [T, 3, S, S] in the order of the plan, or instead the ``images`` that a GPU will cut; ``keys`` of
+    the samples; ``rejects`` found on the way; ``seen`` samples that came up, bad ones included; ``pictured`` good
+    ones with images; what the budgets cost in ``dropped_tiles`` and ``dropped_tokens``.
     """
 
     plan: SequencePlan | None
@@ -81,18 +82,26 @@ class Batch:
     pictured: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Images that went to Pillow instead of DALI, per reason."""
+    images: list[PackImage] | None = None
+    """Files, and tiles of what no GPU cuts, in the order of the plan."""
+    restore_key: Any = None
+    """By which the loader makes this pack again."""
 
 
 @edataclass
 class Delivery(EnergonSample):
-    """What a worker hands over: a finished batch, or a pack that the training process decodes."""
+    """What a worker hands over."""
 
-    content: Batch | RawPack
+    content: Batch
 
 
-def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.ndarray], list[BadSample]]:
-    """Samples whose images all decode, their tiles, and the rejects; a broken image costs its own sample."""
-    good, parts, rejects = [], [], list(raw.rejects)
+def decode_pack(
+    raw: RawPack, decode: Decode
+) -> tuple[list[Sample], list[np.ndarray | EncodedImage], list[BadSample]]:
+    """Samples whose images are all good, what is made of these, and the rejects: a bad image costs its own sample."""
+    good: list[Sample] = []
+    parts: list[np.ndarray | EncodedImage] = []
+    rejects = list(raw.rejects)
     for sample, blobs, seed in zip(raw.samples, raw.blobs, raw.seeds, strict=True):
         rng = random.Random(seed) if sample.jpeg_augment else None
         try:
@@ -107,7 +116,7 @@ def decode_pack(raw: RawPack, decode: Decode) -> tuple[list[Sample], list[np.nda
 
 
 def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> Batch:
-    """Decode the images of a pack and plan it."""
+    """Decode the images of a pack, or see that they can be, and plan it."""
     samples, parts, rejects = decode_pack(raw, decode)
     fallbacks = decode.take_fallbacks() if isinstance(decode, TileDecoder) else {}
     keys = [sample.key for sample in samples]
@@ -121,10 +130,15 @@ def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> 
         plan,
         [sample.number for sample in samples],
     )
-    tiles = np.concatenate(parts) if parts else np.empty((0, 3, tile_size, tile_size), np.uint8)
+    tiles, images = None, None
+    if isinstance(decode, TileDecoder) and decode.travel:
+        images = [part if isinstance(part, EncodedImage) else torch.from_numpy(part) for part in parts]
+    else:
+        cut = [part for part in parts if not isinstance(part, EncodedImage)]
+        tiles = torch.from_numpy(np.concatenate([np.empty((0, 3, tile_size, tile_size), np.uint8), *cut]))
     return Batch(
         planned,
-        torch.from_numpy(tiles),
+        tiles,
         keys,
         rejects,
         seen,
@@ -132,6 +146,7 @@ def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> 
         sum(sample.dropped_tokens for sample in samples),
         sum(bool(sample.images) for sample in samples),
         fallbacks,
+        images,
     )
 
 
@@ -182,7 +197,7 @@ class PackEncoder(TaskEncoder):
         plan: grids, alignment and static budgets.
         micro_batch_size: samples of a micro-batch without packing.
         buffer_size: samples among which packs are chosen.
-        decode: decodes in the worker; None hands the bytes to the training process.
+        decode: what a worker does with an image.
         seed: of the JPEG augmentation.
     """
 
@@ -196,7 +211,7 @@ class PackEncoder(TaskEncoder):
         *,
         micro_batch_size: int,
         buffer_size: int,
-        decode: Decode | None,
+        decode: Decode,
         seed: int,
     ):
         from functools import partial
@@ -246,7 +261,7 @@ class PackEncoder(TaskEncoder):
 
     @stateless
     def pack_selected_samples(self, samples: list[Encoded]) -> Delivery:
-        """Read the images of a pack; decode and plan it, unless the training process does."""
+        """Read the images of a pack, decode them or see that they are whole, and plan it."""
         raw = RawPack()
         for item in samples:
             if item.sample is None:
@@ -262,9 +277,7 @@ class PackEncoder(TaskEncoder):
             raw.samples.append(item.sample)
             raw.blobs.append(blobs)
             raw.seeds.append(item.seed)
-        content: Batch | RawPack = raw
-        if self.decode is not None:
-            content = finish(raw, self.decode, self.plan, self.encoder.settings.tile_size)
+        content = finish(raw, self.decode, self.plan, self.encoder.settings.tile_size)
         return Delivery(__key__="", __restore_key__=(), content=content)
 
     def build_batch(

@@ -3,12 +3,13 @@
 One rank per data-parallel replica (first stage, TP rank 0) loads samples. The plan, the token ids
 and the targets of a micro-batch are a few kilobytes of int32: they go to the first rank of each
 stage and from there to its TP ranks in one broadcast, all on the host, so that every rank has the
-same plan without a device synchronization. Pixels go only to the first stage, each TP rank receiving
-the tiles it encodes.
+same plan without a device synchronization. Images go only to the first stage, each TP rank receiving
+the tiles it encodes, or the files to cut them from; see `tiles.py`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.plan import SequencePlan, pack_plan, unpack_plan
 from megatron_internvlx.parallel.device_plan import DevicePlan, Weigh, device_plan
-from megatron_internvlx.platform.transfer import to_device
+from megatron_internvlx.parallel.tiles import FileScatter, PixelScatter
 
 
 @dataclass
@@ -32,13 +35,21 @@ class HostBatch:
     """
 
     plan: SequencePlan
-    tiles: Tensor
-    """uint8 [num_tiles, 3, S, S], in the order of the plan's visual rows."""
+    tiles: Tensor | None
+    """uint8 [num_tiles, 3, S, S], in the order of the plan's visual rows; None if there are images instead."""
+    images: list[PackImage] | None = None
+    """Files that the ranks cut, and tiles of others, in the same order."""
+    key: Any = None
+    """What the loader makes this micro-batch from again."""
 
     def __post_init__(self) -> None:
-        if len(self.tiles) != self.plan.num_tiles:
+        found = sum(
+            image.num_tiles if isinstance(image, EncodedImage) else len(image) for image in self.images or ()
+        )
+        found += 0 if self.tiles is None else len(self.tiles)
+        if found != self.plan.num_tiles:
             raise ValueError(
-                f"a micro-batch has {len(self.tiles)} tiles, its plan has {self.plan.num_tiles}: "
+                f"a micro-batch has {found} tiles, its plan has {self.plan.num_tiles}: "
                 "placeholders and image features do not match"
             )
 
@@ -73,12 +84,20 @@ class BatchChannel:
         stage_group: host group of this rank's stage; None when it holds one rank.
         tile_size: side of a tile, in pixels.
         weigh: what the loss rows of a micro-batch weigh.
+        pipeline: on the first stage, cuts images whose files come instead of their tiles; a micro-batch is then
+            begun while the one before it is computed.
     """
 
     START_CAPACITY = 1 << 14
 
     def __init__(
-        self, stages: list[list[int]], group, stage_group, tile_size: int, weigh: Weigh = loss_weights
+        self,
+        stages: list[list[int]],
+        group,
+        stage_group,
+        tile_size: int,
+        weigh: Weigh = loss_weights,
+        pipeline: TilePipeline | None = None,
     ) -> None:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.source = stages[0][0]
@@ -86,7 +105,12 @@ class BatchChannel:
         self.leaders = [stage[0] for stage in stages]
         self.stage = next(stage for stage in stages if self.rank in stage)
         self.group, self.stage_group = group, stage_group
-        self.tile_size, self.weigh = tile_size, weigh
+        self.weigh = weigh
+        self.pixels = PixelScatter(self.first_stage, stage_group, tile_size)
+        self.files: FileScatter | None = None
+        if pipeline is not None:
+            self.files = FileScatter(self.first_stage, stage_group, tile_size, pipeline)
+        self._begun: deque[tuple[SequencePlan, HostBatch | None]] = deque()
         self.capacity = self.START_CAPACITY
         self.broadcasts = 0
         self._sending: list[tuple[dist.Work, Tensor]] = []
@@ -98,12 +122,33 @@ class BatchChannel:
 
     def receive(self, loader: Iterator[HostBatch] | None) -> MicroBatch:
         """Next micro-batch; `loader` is read on the loading rank only."""
-        batch = next(loader) if self.is_source else None  # type: ignore[arg-type]
-        plan = unpack_plan(self._broadcast(pack_plan(batch.plan) if batch else None))
-        tiles = None
-        if self.rank in self.first_stage:
-            tiles = to_device(self._scatter_tiles(plan, batch.tiles if batch else None))
+        if self.files is None:
+            plan, batch = self._next_plan(loader)
+            tiles = None
+            if self.rank in self.first_stage:
+                tiles = self.pixels(plan.tile_capacity, batch.tiles if batch else None)
+            return MicroBatch(device_plan(plan, self.weigh), tiles)
+        if not self._begun:
+            self._begin(self.files, loader)
+        plan, _ = self._begun.popleft()
+        tiles = self.files.collect()
+        self._begin(self.files, loader)
         return MicroBatch(device_plan(plan, self.weigh), tiles)
+
+    def _next_plan(self, loader: Iterator[HostBatch] | None) -> tuple[SequencePlan, HostBatch | None]:
+        batch = next(loader) if self.is_source else None  # type: ignore[arg-type]
+        return unpack_plan(self._broadcast(pack_plan(batch.plan) if batch else None)), batch
+
+    def _begin(self, files: FileScatter, loader: Iterator[HostBatch] | None) -> None:
+        """Let the images of the next micro-batch be cut; it has no end here: the loader of files is endless."""
+        plan, batch = self._next_plan(loader)
+        files.start(plan.tile_capacity, batch.images if batch else None)
+        self._begun.append((plan, batch))
+
+    @property
+    def begun_keys(self) -> list[Any]:
+        """Keys of the micro-batches that the loader gave and no one has received; on the loading rank."""
+        return [batch.key for _, batch in self._begun if batch is not None]
 
     def _broadcast(self, flat: np.ndarray | None) -> np.ndarray:
         if self.group is None:
@@ -144,22 +189,6 @@ class BatchChannel:
             self.broadcasts += 1
             dist.broadcast(buffer, self.stage[0], group=self.stage_group)
 
-    def _scatter_tiles(self, plan: SequencePlan, tiles: Tensor | None) -> Tensor:
-        world = len(self.first_stage)
-        share = plan.tile_capacity // world
-        shape = (share, 3, self.tile_size, self.tile_size)
-        padded = None
-        if tiles is not None:
-            blank = plan.tile_capacity - tiles.shape[0]
-            padded = torch.cat([tiles, tiles.new_zeros((blank, *shape[1:]))]) if blank else tiles
-        if world == 1:
-            assert padded is not None
-            return padded
-        mine = torch.empty(shape, dtype=torch.uint8)
-        parts = list(padded.contiguous().chunk(world)) if padded is not None else None
-        dist.scatter(mine, parts, src=self.source, group=self.stage_group)
-        return mine
-
 
 class SharedBatches:
     """Lets every virtual pipeline chunk of a rank read the same micro-batches in its own order.
@@ -183,7 +212,7 @@ class SharedBatches:
         if self._kept:
             raise RuntimeError(f"{len(self._kept)} micro-batches are received and not yet consumed")
         save = getattr(self.loader, "save_state", None)
-        return save() if save is not None else None
+        return save(self.channel.begun_keys) if save is not None else None
 
     def peek(self, number: int) -> MicroBatch:
         """The micro-batch with this number, which stays for its readers."""

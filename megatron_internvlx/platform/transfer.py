@@ -1,6 +1,4 @@
-"""Host to device copies that do not wait."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""Copies that do not wait, and how to wait for them later."""
 
 import torch
 
@@ -14,6 +12,15 @@ def to_device(host: torch.Tensor) -> torch.Tensor:
     return host.pin_memory().to(device(), non_blocking=True)
 
 
-def side_stream() -> AbstractContextManager:
-    """A queue of the device beside that of training, for the thread that enters it."""
-    return nullcontext() if backend() == "gloo" else torch.cuda.stream(torch.cuda.Stream())
+class Marker:
+    """A point in the current queue of the device, to wait for later; nothing without a GPU."""
+
+    def __init__(self) -> None:
+        self._event = None if backend() == "gloo" else torch.cuda.Event()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until the device has done what it was given before the mark."""
+        if self._event is not None:
+            self._event.synchronize()

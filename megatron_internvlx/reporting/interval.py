@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx import platform
+from megatron_internvlx.data.encoded import FAILED, FALLBACKS
 from megatron_internvlx.data.rejects import CAUSES
 from megatron_internvlx.planning.metrics import TERA, mfu
 from megatron_internvlx.training.provider import DataProvider
@@ -40,6 +41,14 @@ class IntervalTotals:
     """Unusable samples since the start, per cause."""
     cut_tiles: float
     cut_tokens: float
+    images_per_s: float = 0.0
+    """Images that ranks cut themselves; one that two ranks need counts twice."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Images that Pillow cut instead of DALI since the start, per reason."""
+    blank_images: int = 0
+    """Images since the start that were found broken after planning, and are black."""
+    packs_ready: float | None = None
+    """Fewest packs that waited for a loading rank at the end of the interval; None where files do not travel."""
 
 
 def interval_totals(
@@ -58,7 +67,7 @@ def interval_totals(
     flops = step.meter.take().model_flops if step.meter else 0
     world = dist.get_world_size()
     replicas = world // mpu.get_data_parallel_world_size()
-    rejects = data.rejects
+    rejects, decoding = data.rejects, data.take_decoding()
     sums = torch.tensor(
         [
             flops / TERA / replicas,
@@ -66,15 +75,20 @@ def interval_totals(
             counters.padding / replicas,
             *((rejects.cut_tiles, rejects.cut_tokens) if rejects else (0, 0)),
             *((rejects.counts if rejects else {}).get(cause, 0) for cause in CAUSES),
+            decoding.cut,
+            decoding.blank,
+            *decoding.fallbacks,
         ],
         device=platform.device(),
     )
     dist.all_reduce(sums)
     wait = counters.data_wait if data.is_loading_rank else 0.0
-    peaks = torch.tensor([wait, platform.peak_memory() / GIB], dtype=torch.float32, device=platform.device())
+    lacking = -1000.0 if decoding.ready is None else -float(decoding.ready)
+    peaks = torch.tensor([wait, platform.peak_memory() / GIB, lacking], device=platform.device())
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    teraflop, rows, padding, cut_tiles, cut_tokens, *rejected = sums.tolist()
-    wait, memory = peaks.tolist()
+    teraflop, rows, padding, cut_tiles, cut_tokens, *counts = sums.tolist()
+    rejected, (images, blank, *fallbacks) = counts[: len(CAUSES)], counts[len(CAUSES) :]
+    wait, memory, lacking = peaks.tolist()
     interval = max(seconds * steps, 1e-9)
     return IntervalTotals(
         seconds=seconds,
@@ -87,6 +101,10 @@ def interval_totals(
         rejects=_per_cause(rejected),
         cut_tiles=cut_tiles,
         cut_tokens=cut_tokens,
+        images_per_s=images / interval,
+        fallbacks={r: int(n) for r, n in zip((*FALLBACKS, FAILED), fallbacks, strict=True) if n},
+        blank_images=int(blank),
+        packs_ready=None if lacking < -999 else -lacking,
     )
 
 

@@ -26,6 +26,12 @@ def training_line(record: LogRecord, totals: IntervalTotals) -> str:
         f"data wait {totals.wait:.1%}",
         f"memory {totals.memory:.2f} GiB",
     ]
+    if totals.packs_ready is not None:
+        parts.append(f"{totals.images_per_s:,.0f} images/s, {totals.packs_ready:.0f} packs ready")
+    if totals.fallbacks:
+        parts.append(f"images cut by Pillow {sum(totals.fallbacks.values())} ({_causes(totals.fallbacks)})")
+    if totals.blank_images:
+        parts.append(f"black images {totals.blank_images}")
     if totals.rejects:
         parts.append(f"unusable samples {sum(totals.rejects.values())} ({_causes(totals.rejects)})")
     parts += _cut(totals.cut_tiles, totals.cut_tokens)
@@ -64,6 +70,10 @@ def tracked_values(record: LogRecord, totals: IntervalTotals, world_size: int) -
         "skipped_steps": float(record.skipped),
         "consumed_samples": float(record.consumed_samples),
         "teraflop_per_step": totals.tflops * totals.seconds * world_size,
+        "images_per_s": totals.images_per_s,
+        "images_cut_by_pillow": float(sum(totals.fallbacks.values())),
+        "black_images": float(totals.blank_images),
+        "packs_ready": totals.packs_ready,
         **{f"rejects_{cause}": float(count) for cause, count in totals.rejects.items()},
     }
 
@@ -73,7 +83,7 @@ def _number(value: float | None, digits: str) -> str:
 
 
 def _causes(rejects: Mapping[str, int]) -> str:
-    """Unusable samples per cause, the most frequent first."""
+    """Counts per cause, the most frequent first."""
     counts = sorted(rejects.items(), key=lambda item: -item[1])
     return ", ".join(f"{cause} {count}" for cause, count in counts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.parallel.batch import HostBatch
-from megatron_internvlx.platform.transfer import side_stream
 
-# Packs that a GPU decodes ahead of training.
+# Packs whose files the training process has taken from its workers before it asks for them.
 AHEAD = 2
 FOLDER = "loader"
 _REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
@@ -48,18 +47,25 @@ class EnergonLoader:
 
     def __next__(self) -> HostBatch:
         batch = next(self.batches)
-        assert batch.plan is not None and batch.tiles is not None
-        return HostBatch(batch.plan, batch.tiles)
+        assert batch.plan is not None
+        return HostBatch(batch.plan, batch.tiles, batch.images, batch.restore_key)
 
-    def save_state(self) -> LoaderState:
-        """Position after the micro-batches given so far."""
-        return self.batches.save_state()
+    def save_state(self, unused: Sequence[Any] = ()) -> LoaderState:
+        """Position after the micro-batches given so far, without the last ones, whose keys are ``unused``."""
+        return self.batches.save_state(unused)
 
 
 def say(message: str) -> None:
     """Tell the user once, from the first loading rank."""
     if mpu.get_data_parallel_rank() == 0:
         print(f"data loader: {message}", flush=True)
+
+
+def ranks_cut(data: DataSettings) -> bool:
+    """Whether images travel undecoded to the ranks that encode their tiles."""
+    if data.loader != "energon" or data.image_decoder != "dali":
+        return False
+    return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
 
 
 def energon_loader(
@@ -78,9 +84,9 @@ def energon_loader(
         shuffle_buffer=data.shuffle_buffer,
     )
     state, settings = _resumed(args, data, settings)
-    gpu = platform.device().index if data.image_decoder == "dali" else None
+    travel = ranks_cut(data)
     decoder = TileDecoder(
-        data.image_decoder, tile_size=args.image_size, apply_exif=encoder.apply_exif, gpu=gpu
+        data.image_decoder, tile_size=args.image_size, apply_exif=encoder.apply_exif, travel=travel
     )
     batches = EnergonBatches(
         data.data or "",
@@ -89,10 +95,7 @@ def energon_loader(
         settings,
         reject_log=rejects,
         decode=decoder,
-        # A worker process cannot use the GPU of its parent: the bytes come here then.
-        in_worker=gpu is None,
-        ahead=AHEAD if gpu is not None and settings.workers else 0,
-        stream=side_stream,
+        ahead=AHEAD if travel and settings.workers else 0,
     )
     if state is not None:
         batches.restore(state)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
@@ -33,9 +37,11 @@ from megatron_internvlx.parallel.batch import (
 )
 from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.precision import row_alignment
-from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.ranks import is_first_rank, ranks_per_node
 from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
 
+# Of DALI on a rank: more decode no faster while the GPU does most of it.
+MOST_THREADS = 8
 # Held-out records that are tried before training starts.
 FIRST_RECORDS = 64
 
@@ -114,6 +120,20 @@ def released_quirks() -> ReleasedQuirks:
     return replace(ReleasedQuirks.all(), mask_id_zero=False)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What became of the training images of one rank."""
+
+    cut: int
+    """Images that its pipeline cut in this log interval."""
+    blank: int
+    """Images so far that nobody could read after their micro-batch was planned."""
+    fallbacks: list[int]
+    """Images so far that Pillow cut, in the order of `fallback_counts`."""
+    ready: int | None
+    """Packs that wait for this rank; None where it does not load them."""
+
+
 class DataProvider:
     """Builds the training and validation iterators; Megatron calls it once per virtual stage."""
 
@@ -123,6 +143,9 @@ class DataProvider:
     def __init__(self, args: argparse.Namespace, held_out: Manifest | None = None) -> None:
         self.args = args
         self.data = settings_from(args, DataSettings)
+        self._cut_before = 0
+        self.pipeline: TilePipeline | None = None
+        """Cuts the training images of this rank; None where tiles come as pixels, or not at all."""
         self.rejects: RejectLog | None = None
         """Unusable and shortened training samples so far; None where this rank does not load."""
         self.valid_manifest = held_out
@@ -186,6 +209,18 @@ class DataProvider:
             return ValidationCounts()
         return ValidationCounts(log.good, dict(log.counts), log.cut_tiles, log.cut_tokens)
 
+    def take_decoding(self) -> Decoding:
+        """What became of this rank's training images; those cut by the pipeline since the last call."""
+        loader = self._shared["train"].loader if "train" in self._shared else None
+        batches = getattr(loader, "batches", None)
+        pipeline, cut = self.pipeline, 0
+        if pipeline is not None:
+            cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
+        fallbacks = fallback_counts(batches.fallbacks if batches else {})
+        fallbacks[-1] += pipeline.rescued if pipeline else 0
+        blank = sum(pipeline.blank.values()) if pipeline else 0
+        return Decoding(cut, blank, fallbacks, batches.ready if batches and pipeline else None)
+
     @property
     def is_loading_rank(self) -> bool:
         """Whether this rank reads files; the others of its replica receive."""
@@ -205,7 +240,7 @@ class DataProvider:
 
     def _iterator(self, split: str, vp_stage: int | None) -> BatchIterator:
         if split not in self._shared:
-            channel = self._channel()
+            channel = self._channel(split)
             loader = self._loader(split) if channel.is_source else None
             readers = self.args.virtual_pipeline_model_parallel_size or 1
             self._shared[split] = SharedBatches(channel, loader, readers)
@@ -213,7 +248,7 @@ class DataProvider:
         self._iterators[split, vp_stage or 0] = iterator
         return iterator
 
-    def _channel(self) -> BatchChannel:
+    def _channel(self, split: str) -> BatchChannel:
         if self._groups is None:
             ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
             width = self.args.tensor_model_parallel_size
@@ -222,8 +257,24 @@ class DataProvider:
             stage = next(stage for stage in stages if dist.get_rank() in stage)
             self._groups = (stages, host_group(ranks), host_group(stage))
         stages, group, stage_group = self._groups
+        if split == "train" and dist.get_rank() in stages[0]:
+            self.pipeline = self._pipeline()
+        pipeline = self.pipeline if split == "train" else None
         weigh = partial(loss_weights, weighting=self.args.loss_weighting, average=self.args.loss_average)
-        return BatchChannel(stages, group, stage_group, self.args.image_size, weigh)
+        return BatchChannel(stages, group, stage_group, self.args.image_size, weigh, pipeline)
+
+    def _pipeline(self) -> TilePipeline | None:
+        """What cuts this rank's training images, if their files come to it; held-out data come as tiles."""
+        if self.data.loader != "energon":
+            return None
+        from megatron_internvlx.training.loader_state import ranks_cut
+
+        if not ranks_cut(self.data):
+            return None
+        cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)
+        return TilePipeline(
+            platform.device().index, self.args.image_size, threads=min(max(cores // 2, 1), MOST_THREADS)
+        )
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         return self._training_loader() if split == "train" else self._evaluations()

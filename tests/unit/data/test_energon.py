@@ -66,7 +66,6 @@ def loader(encoder):
             LoaderSettings(**given),
             reject_log=log or RejectLog(None, None),
             decode=decoder,
-            in_worker=not ahead,
             ahead=ahead,
         )
         if late:
@@ -151,7 +150,7 @@ def test_a_state_saved_while_workers_still_start_is_right(prepared, loader, monk
 
 
 def test_packs_that_a_thread_has_on_their_way_come_again(prepared, loader):
-    """Decoding in a thread gives the batches of decoding in workers, and its lead is part of the state."""
+    """A thread ahead of training changes no batch, and its lead is part of the state."""
     plain = loader(prepared, workers=2)
     expected = [digest(next(plain)) for _ in range(14)]
     batches = loader(prepared, workers=2, ahead=3)
