@@ -25,7 +25,7 @@ from megatron_internvlx.files import write_atomically
 
 MORE_PACKAGES = ("transformer-engine", "nvidia-cudnn-cu13", "nvidia-dali-cuda130", "flash-attn")
 LOSS_STEPS = (1, 10, 25, 50, 100)
-IMAGES_HEAD = 8  # columns of a table of images per second at most
+IMAGES_HEAD = 12  # columns of a table of images per second at most
 
 
 class Report:
