@@ -27,6 +27,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from benchmarks.decoding import gpu_rows
 from megatron_internvlx import platform
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize_tiles

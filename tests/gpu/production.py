@@ -28,6 +28,9 @@ def arguments(precision: str) -> list[str]:
         "512",
     ]
     words += ["--max-tiles-per-pack", "32", "--global-batch-size", "2", "--lr", "1e-3", "--min-lr", "1e-3"]
+    # As in every recipe the first step's rate is 0. With delayed scaling that step has no history: its scales are 1,
+    # under which small gradients vanish, and Adam's first update, of full size for any gradient, would follow them.
+    words += ["--lr-warmup-iters", "1"]
     if precision != "bf16":
         # MXFP8 wants 32 rows per tile, and the first projector gives 16.
         projectors = [] if precision == "mxfp8" else ["projectors"]

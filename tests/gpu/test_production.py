@@ -21,13 +21,18 @@ import transformer_engine.pytorch  # noqa: E402, F401
 from benchmarks.common import Worker  # noqa: E402
 from tests.gpu.production import MICRO_BATCHES, arguments  # noqa: E402
 
+<<<<<<< .merge_file_geixqH
 STEPS = 6
 FP8 = ("fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8")
+=======
+STEPS = 7
+>>>>>>> .merge_file_2PhFNG
 
 
-def losses(precision: str) -> list[float]:
-    """Of each step, in a process of its own."""
-    worker = Worker({"kind": "ours", "argv": arguments(precision), "micro_batches": MICRO_BATCHES})
+def losses(precision: str, *more: str) -> list[float]:
+    """Of each step, in a process of its own; the first two are of the same weights."""
+    argv = [*arguments(precision), *more]
+    worker = Worker({"kind": "ours", "argv": argv, "micro_batches": MICRO_BATCHES})
     try:
         return [worker.step()["loss"] for _ in range(STEPS)]
     finally:
@@ -74,3 +79,15 @@ def test_fp8_learns_like_bf16(bf16: list[float], curves, precision: str, capsys)
         print(f"\nlosses in {precision}, from bf16: at most {away:.2%}")
     assert 1e-6 < away < 0.03
     assert found[-1] < found[0] - 0.1
+
+
+def test_accumulation_in_the_products_changes_rounding_only(bf16: list[float]) -> None:
+    """Weight gradients added by Transformer Engine, in fp32, or afterwards, rounded to bf16 first."""
+    found = losses("bf16", "--no-gradient-accumulation-fusion")
+    assert max(abs(a - b) / b for a, b in zip(found, bf16, strict=True)) < 0.01
+
+
+def test_weights_held_in_fp8(bf16: list[float]) -> None:
+    """`--fp8-param-gather`, injections and vision encoder included."""
+    found = losses("fp8_tensorwise", "--use-distributed-optimizer", "--fp8-param-gather")
+    assert max(abs(a - b) / b for a, b in zip(found, bf16, strict=True)) < 0.03

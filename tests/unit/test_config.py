@@ -10,6 +10,7 @@ from megatron_internvlx.config import (
     DataSettings,
     TrainSettings,
     check_compression,
+    check_decoding,
     check_projector,
     check_static_budgets,
     grid_side,
@@ -175,3 +176,11 @@ def test_static_budgets_that_work() -> None:
 def test_static_budgets_that_cannot_work(train: TrainSettings, budgets: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_static_budgets(train, **BUDGETS | budgets)
+
+
+def test_ranks_cut_images_only_if_their_files_reach_them():
+    check_decoding(DataSettings(loader="energon", image_decoder="dali", decode_at="rank"))
+    check_decoding(DataSettings(decode_at="loader"))
+    for wrong in ({"loader": "energon"}, {"image_decoder": "dali"}):
+        with pytest.raises(ValueError, match="--decode-at rank needs"):
+            check_decoding(DataSettings(decode_at="rank", **wrong))

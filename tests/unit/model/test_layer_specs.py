@@ -12,10 +12,12 @@ import pytest
 import torch
 from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.tensor_parallel import layers as tensor_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_internvlx.model import layer_specs
 from megatron_internvlx.model.attention import PackedDotProductAttention
 from megatron_internvlx.model.norm import norm_builder
 
@@ -160,3 +162,21 @@ def test_both_implementations_store_the_same(decoder: dict) -> None:
     engine = stored("transformer_engine", **decoder)
     assert stored("local", **decoder) == engine
     assert any(".linear_qkv.layer_norm_weight" in key for key in engine)
+
+
+def test_the_output_layer_alone_is_built_without_the_fused_accumulation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without apex it could not be built with it; Transformer Engine's layers, local ones here, could."""
+    monkeypatch.setattr(tensor_layers, "_grad_accum_fusion_available", True)
+    for apex in (False, True):
+        monkeypatch.setattr(layer_specs, "output_layer_fuses_accumulation", lambda apex=apex: apex)
+        model = build("local", torch.float32, gradient_accumulation_fusion=True)
+        fused = {
+            name: module.gradient_accumulation_fusion
+            for name, module in model.named_modules()
+            if hasattr(module, "gradient_accumulation_fusion")
+        }
+        assert fused.pop("language_model.output_layer") is apex
+        assert all(fused.values())
+        assert {name.split(".")[0] for name in fused} == {"language_model", "vision_model", "projector"}

@@ -17,7 +17,7 @@ def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
     assert code == 1
     assert any(line.startswith("missing") and "GPUs" in line for line in lines)
     assert any("megatron-core" in line and line.startswith("ok") for line in lines)
-    assert any("DALI: decodes" in line for line in lines)
+    assert any("DALI: cuts" in line for line in lines)
 
 
 def test_a_broken_package_is_a_finding(monkeypatch):
