@@ -16,7 +16,17 @@ def arguments(precision: str) -> list[str]:
     """pretrain_vlm.py's arguments: LVTC and a further injection, static budgets, all that can be in `precision`."""
     words = argv(SIZE, "pvtc", 1, TOKENIZER)
     words += ["--precision", precision, "--transformer-impl", "transformer_engine", "--inject-layers", "3"]
-    words += ["--boundary", "static", "--seq-length", "1024", "--shallow-seq-length", "512"]
+    words += [
+        "--boundary",
+        "static",
+        "--packing",
+        "--loader",
+        "energon",
+        "--seq-length",
+        "1024",
+        "--shallow-seq-length",
+        "512",
+    ]
     words += ["--max-tiles-per-pack", "32", "--global-batch-size", "2", "--lr", "1e-3", "--min-lr", "1e-3"]
     # As in every recipe the first step's rate is 0. With delayed scaling that step has no history: its scales are 1,
     # under which small gradients vanish, and Adam's first update, of full size for any gradient, would follow them.
