@@ -17,10 +17,7 @@ from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.data.rejects import CAUSES
-from megatron_internvlx.model.settings import compression_plan, vision_config
-from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.metrics import TERA, StepMeter, mfu, peak_flops
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.reporting.answers import AnswerBook
 from megatron_internvlx.reporting.curve import Curve
 from megatron_internvlx.reporting.tracking import mark_failed, sinks
@@ -72,8 +69,7 @@ class TrainingLog:
     def install(self, step: ForwardStep) -> None:
         """Take over Megatron's output; before `pretrain`."""
         self.step = step
-        shape = ModelShape.from_args(self.args, vision_config(self.args), compression_plan(self.args))
-        step.meter = StepMeter(shape, BackwardSettings.from_args(self.args))
+        step.meter = StepMeter.from_args(self.args)
         platform.install_log_line(self.train_line, self.eval_line)
 
     def answers(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
