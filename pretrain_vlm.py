@@ -20,13 +20,18 @@ def main() -> int:
     """Train; returns 2 for a mistake of the caller, after one message."""
     if usage.wanted(sys.argv[1:]):  # before the seconds that torch takes to import
         return usage.show()
-    signals.hold()
+    signals.block_stop_signals()
     signals.interrupts.arm()
     try:
         check_command_line(sys.argv[1:])
     except ValueError as error:
         return complain(error)
-    signals.say("importing PyTorch and Megatron")
+    signals.report_phase("importing PyTorch and Megatron")
+    return train()
+
+
+def train() -> int:
+    """Parse, build the parts of a run, and hand them to Megatron's loop; returns the exit code."""
     # The imports stay in here because the loader's worker processes import this file again. The platform comes
     # before Megatron: without CUDA it prepares torch for it.
     from megatron_internvlx import platform
@@ -38,12 +43,17 @@ def main() -> int:
 
     from megatron_internvlx import arguments
     from megatron_internvlx.data.rejects import UnusableData
+    from megatron_internvlx.lifecycle.continuation import Continuation
     from megatron_internvlx.lifecycle.lock import lock_save
-    from megatron_internvlx.lifecycle.origin import layout_to_keep
-    from megatron_internvlx.lifecycle.run import Run
+    from megatron_internvlx.lifecycle.origin import layout_to_keep, mistake_behind
+    from megatron_internvlx.lifecycle.outcome import Outcome
+    from megatron_internvlx.lifecycle.saves import GuardedSaves
+    from megatron_internvlx.lifecycle.setup import setup_from
+    from megatron_internvlx.lifecycle.watch import watch
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.planning import dryrun
     from megatron_internvlx.reporting.log import TrainingLog
+    from megatron_internvlx.reporting.tracking import Trackers
     from megatron_internvlx.training.builder import ModelProvider
     from megatron_internvlx.training.pipeline import boundary_communicator
     from megatron_internvlx.training.provider import DataProvider
@@ -57,38 +67,43 @@ def main() -> int:
         held_out = settle_validation(args)
         check_paths(args)
         lock = lock_save(args)
-        arguments.alone()
+        arguments.default_to_one_rank()
         data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
-    log = TrainingLog(args, data)
-    step = ForwardStep(args.loss_weighting, args.loss_average, on_answers=log.answers)
-    log.install(step)
+    setup, stop, trackers = setup_from(args), signals.StopSignals(), Trackers(args)
+    step = ForwardStep(args.loss_weighting, args.loss_average)
+    log = TrainingLog(args, data, step, trackers)
+    outcome = Outcome(setup, stop, trackers.close, lock)
+    saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
+    watch(args, setup, stop, step, saves, outcome.failed)
     communicator = boundary_communicator(args, data)
-    run = Run(args, step, log.close_sinks, log.keep_curve, lock)
+    provider = ModelProvider(args, communicator, step.weights)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
             data,
             ModelType.encoder_or_decoder,
             step,
-            run.before(ModelProvider(args, communicator, step.weights)),
+            Continuation(args, setup, stop, lock).before(provider),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )
     except UnusableData as error:
-        run.failed(str(error), say=False)
+        outcome.failed(str(error), quiet=True)
         return complain(error)
-    except SystemExit as stop:  # how Megatron ends before the last step
-        return int(stop.code) if stop.code else run.ended(early=True)
+    except SystemExit as stopped:  # how Megatron ends before the last step
+        return int(stopped.code) if stopped.code else outcome.ended(early=True, unsaved=saves.unsaved)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if mistake := run.crashed(error):
+        mistake = mistake_behind(args, error)
+        outcome.crashed(error, mistake)
+        if mistake is not None:
             return complain(mistake)
         raise
     log.close()
-    return run.ended(early=False)
+    return outcome.ended(early=False, unsaved=saves.unsaved)
 
 
 if __name__ == "__main__":

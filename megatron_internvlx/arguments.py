@@ -274,8 +274,8 @@ def parse(
     return args
 
 
-def alone() -> None:
-    """A process that no launcher started is a world of one rank."""
+def default_to_one_rank() -> None:
+    """Set RANK=0, WORLD_SIZE=1 and a free MASTER_PORT where no launcher such as torchrun has set them."""
     if "RANK" in os.environ or "MASTER_ADDR" in os.environ:
         return
     with socket.socket() as free:

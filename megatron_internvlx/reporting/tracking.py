@@ -1,4 +1,4 @@
-"""What a run tells its sinks, and which sinks it has."""
+"""Trackers of a run (MLflow), and what they are told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform as machine
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from megatron_internvlx.parallel.layout import layout_name
 
 
 class Sink(Protocol):
-    """Takes what a run measures. No method may raise, or wait for anything outside this process."""
+    """Receiver of a run's measurements. No method may raise or wait for anything outside this process."""
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Values of a training step."""
@@ -26,7 +26,7 @@ class Sink(Protocol):
         """A file that belongs to the run."""
 
     def close(self, status: str, seconds: float = 60.0) -> None:
-        """The end: FINISHED, FAILED, KILLED or SCHEDULED."""
+        """End of the run: FINISHED, FAILED, KILLED or SCHEDULED."""
 
 
 # Megatron's arguments that make runs comparable; all of them are in the artifact arguments.json.
@@ -78,9 +78,36 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
     return [MlflowSink(info, Path(args.save or "."))]
 
 
-def mark_failed(args: argparse.Namespace) -> None:
-    """Mark the run as FAILED from a rank without sinks: that one's may be killed before it says so itself."""
-    if settings_from(args, RunSettings).mlflow_experiment:
-        from megatron_internvlx.reporting.mlflow_sink import mark_failed
+class Trackers:
+    """All sinks of a run, on the last rank, where losses are known; on the others, none."""
 
-        mark_failed(Path(args.save or "."))
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.sinks = sinks(args) if args.rank == args.world_size - 1 else []
+        self._tracked = bool(settings_from(args, RunSettings).mlflow_experiment)
+        self._folder = Path(args.save or ".")
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Values of a training step."""
+        for sink in self.sinks:
+            sink.metrics(step, values)
+
+    def artifacts(self, paths: Iterable[str]) -> None:
+        """Files that belong to the run."""
+        for sink in self.sinks:
+            for path in paths:
+                sink.artifact(path)
+
+    def close(self, status: str, only_here: bool = False) -> None:
+        """Record how the run ends: FINISHED, FAILED, KILLED, or SCHEDULED to go on later.
+
+        `only_here`: whether no other rank knows, so that a rank without sinks writes to MLflow itself: the rank
+        that has them may be killed before it does.
+        """
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            # A rank that failed has little time until its launcher ends it; after Ctrl-C a person waits.
+            sink.close(status, seconds={"FAILED": 15.0, "KILLED": 8.0}.get(status, 60.0))
+        if only_here and status == "FAILED" and not sinks and self._tracked:
+            from megatron_internvlx.reporting.mlflow_sink import mark_failed
+
+            mark_failed(self._folder)

@@ -303,11 +303,11 @@ def test_paths_that_cannot_be_used(flags: list[str], message: str, monkeypatch: 
 def test_a_process_without_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.setenv(name, "kept")
-    arguments.alone()
+    arguments.default_to_one_rank()
     assert os.environ["MASTER_ADDR"] == "kept"
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name)
-    arguments.alone()
+    arguments.default_to_one_rank()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
     assert int(os.environ["MASTER_PORT"]) > 0
 

@@ -17,7 +17,7 @@ from megatron_internvlx import launch
 RANK = """
 import os, sys, time
 from megatron_internvlx.lifecycle import complaint, signals
-signals.hold()
+signals.block_stop_signals()
 signals.interrupts.arm()
 if sys.argv[1] == "mistake":
     if os.environ["RANK"] == "0":
@@ -29,7 +29,7 @@ if sys.argv[1] == "crash" and os.environ["RANK"] == "1":
         time.sleep(0.01)
     os._exit(74)
 if sys.argv[1] == "crash":
-    signals.let_go()
+    signals.unblock_stop_signals()
 time.sleep(60)
 """
 

@@ -23,7 +23,7 @@ from megatron_internvlx.lifecycle.interrupt import newest_checkpoint
 from pathlib import Path
 
 interrupts = signals.interrupts
-signals.hold()
+signals.block_stop_signals()
 interrupts.arm()
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
 worker.start()
@@ -40,7 +40,7 @@ print("up", worker.pid, flush=True)
 if case == "lets go":
     while not signals.pending():
         time.sleep(0.01)
-    signals.let_go()
+    signals.unblock_stop_signals()
 if case == "step":
     while not interrupts.asked:
         time.sleep(0.01)

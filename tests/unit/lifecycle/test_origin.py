@@ -7,16 +7,16 @@ from typing import Any
 from tests import single  # noqa: F401  # isort: skip  (sets Megatron up)
 import pytest
 import torch.distributed as dist
-from megatron.training import training
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_internvlx import files
 from megatron_internvlx.config import SETTINGS
-from megatron_internvlx.lifecycle import origin
+from megatron_internvlx.lifecycle import origin, signals
+from megatron_internvlx.lifecycle.continuation import Continuation
+from megatron_internvlx.lifecycle.outcome import Outcome
 from megatron_internvlx.lifecycle.resume import RunState
-from megatron_internvlx.lifecycle.run import Run
+from megatron_internvlx.lifecycle.setup import setup_from
 from megatron_internvlx.platform.schedule import OtherGroups
-from megatron_internvlx.training.step import ForwardStep
 from tests.unit.lifecycle.test_resume import checkpoint
 
 MADE = {
@@ -45,6 +45,7 @@ def arguments(save: Path | None, **changes: Any) -> Namespace:
     args = Namespace(
         rank=0, world_size=2, exit_signal_handler=False, load=None, ckpt_step=None, finetune=False
     )
+    args.train_iters, args.exit_duration_in_mins = 10, None
     for settings in SETTINGS:
         vars(args).update(vars(settings()))
     vars(args).update({"save": save and str(save), "auto_resume": True} | MADE | changes)
@@ -84,19 +85,26 @@ def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
-    return lambda args: Run(args, ForwardStep("token"))  # type: ignore[arg-type]
+def crash(monkeypatch: pytest.MonkeyPatch):
+    """What a caller is told of an error that ends training with these arguments; it is recorded, too."""
+    monkeypatch.setattr(signals.interrupts, "last_acts", [])
+
+    def record(args: Namespace, error: BaseException) -> ValueError | None:
+        mistake = origin.mistake_behind(args, error)
+        Outcome(setup_from(args), signals.StopSignals()).crashed(error, mistake)
+        return mistake
+
+    return record
 
 
 def failure() -> CheckpointException:
     return CheckpointException("load", {1: (ValueError("Size mismatch between saved 3 and current 4"), None)})  # type: ignore[dict-item]
 
 
-def test_a_checkpoint_that_does_not_fit(tmp_path: Path, made: dict, run) -> None:
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path, made: dict, crash) -> None:
     checkpoint(tmp_path, 3)
     now = arguments(tmp_path, pipeline_model_parallel_layout="Et|ttL", freeze_llm=True)
-    told = run(now).crashed(failure())
+    told = crash(now, failure())
     assert str(told).startswith(
         f"{tmp_path / 'iter_0000003'} does not fit this run, checkpoint -> arguments: "
         "--pipeline-model-parallel-layout 'Ett|tL' -> 'Et|ttL', --freeze-llm False -> True: give what"
@@ -107,27 +115,31 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, made: dict, run) -> None
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "curr_iteration": 3}], ids=["fits", "later"])
-def test_another_failure_is_recorded_as_itself(tmp_path: Path, made: dict, run, changes: dict) -> None:
+def test_another_failure_is_recorded_as_itself(tmp_path: Path, made: dict, crash, changes: dict) -> None:
     checkpoint(tmp_path, 3)
-    assert run(arguments(tmp_path, **changes)).crashed(failure()) is None
+    assert crash(arguments(tmp_path, **changes), failure()) is None
     state = RunState.read(tmp_path)
     assert state.status == "failed"
     assert state.reason.endswith(": ValueError: Size mismatch between saved 3 and current 4")
 
 
-def test_other_groups_are_a_mistake(tmp_path: Path, run) -> None:
+def test_other_groups_are_a_mistake(tmp_path: Path, crash) -> None:
     error = OtherGroups("of others")
-    assert run(arguments(tmp_path)).crashed(error) is error
+    assert crash(arguments(tmp_path), error) is error
     assert RunState.read(tmp_path).reason.endswith("of others")
 
 
-def test_ranks_that_found_other_layouts_stop(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def continuation(args: Namespace) -> Continuation:
+    return Continuation(args, setup_from(args), signals.StopSignals())
+
+
+def test_ranks_that_found_other_layouts_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_rank_0(objects: list, src: int) -> None:
         objects[0] = "Et|ttL"
 
     monkeypatch.setattr(dist, "broadcast_object_list", of_rank_0)
-    run(arguments(tmp_path, pipeline_model_parallel_layout="Et|ttL"))._check_layout()
+    continuation(arguments(tmp_path, pipeline_model_parallel_layout="Et|ttL")).check_layout()
     with pytest.raises(RuntimeError, match=r"'Ett\|tL' and that of rank 0 'Et\|ttL'"):
-        run(arguments(tmp_path))._check_layout()
+        continuation(arguments(tmp_path)).check_layout()
     monkeypatch.undo()
-    run(arguments(tmp_path, pipeline_model_parallel_layout=None))._check_layout()
+    continuation(arguments(tmp_path, pipeline_model_parallel_layout=None)).check_layout()

@@ -132,11 +132,11 @@ def test_a_launchers_mistake_is_no_reason_to_start_again(tmp_path, capsys):
     """A start that ended before it wrote anything is tried again; a mistyped path is not."""
     for arguments, message in (
         ([str(tmp_path / "nope")], "nope: no such directory"),
-        ([str(tmp_path), "--since", "nan"], "--since nan: want seconds of the epoch"),
+        ([str(tmp_path), "--since", "nan"], "--since nan: must be seconds since the epoch"),
         ([str(tmp_path), "--since", "inf"], "--since inf"),
         ([str(tmp_path), "--since", "-5"], "--since -5.0"),
         ([str(tmp_path), "--since", "yesterday"], "invalid float value"),
-        ([str(tmp_path), "--max-tries", "0"], "--max-tries 0: want at least 1"),
+        ([str(tmp_path), "--max-tries", "0"], "--max-tries 0: must be at least 1"),
         ([str(tmp_path), "--max-tries", "-1"], "--max-tries -1"),
         ([], "required: save"),
     ):
@@ -167,8 +167,8 @@ def test_blocked_signals_are_inherited_and_seen():
     program = """
 import os, signal, subprocess, sys, time
 from megatron_internvlx.lifecycle import signals
-signals.hold()
-signals.also_other_threads()
+signals.block_stop_signals()
+signals.catch_in_other_threads()
 child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(30)"],
                          stdout=subprocess.PIPE)
 child.stdout.readline()

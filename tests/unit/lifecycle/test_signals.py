@@ -23,7 +23,7 @@ def delivery(records):
 
 
 if __name__ == "__main__":
-    signals.hold()
+    signals.block_stop_signals()
     signals.interrupts.arm()
     from multiprocessing.forkserver import _forkserver
     import torch.distributed as dist

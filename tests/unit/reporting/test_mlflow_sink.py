@@ -65,20 +65,19 @@ def test_one_run_over_two_starts_in_a_local_store(tmp_path, monkeypatch):
 
 def crash_on_a_rank_without_sinks(save: Path, monkeypatch) -> None:
     """Rank 0 of two fails; the sink is on the last, which nobody asks."""
-    from megatron.training import training
-
     from megatron_internvlx.config import SETTINGS
-    from megatron_internvlx.lifecycle.run import Run
-    from megatron_internvlx.reporting.log import TrainingLog
-    from megatron_internvlx.training.step import ForwardStep
+    from megatron_internvlx.lifecycle import signals
+    from megatron_internvlx.lifecycle.outcome import Outcome
+    from megatron_internvlx.lifecycle.setup import setup_from
+    from megatron_internvlx.reporting.tracking import Trackers
 
-    monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
+    monkeypatch.setattr(signals.interrupts, "last_acts", [])
     args = Namespace(rank=0, world_size=2, save=str(save), load=None, exit_signal_handler=False)
+    args.train_iters, args.exit_duration_in_mins = 10, None
     for settings in SETTINGS:
         vars(args).update(vars(settings()))
     args.auto_resume, args.mlflow_experiment = True, "tests"
-    step = ForwardStep("token")
-    Run(args, step, TrainingLog(args, None).close_sinks).failed("a bug")  # type: ignore[arg-type]
+    Outcome(setup_from(args), signals.StopSignals(), Trackers(args).close).failed("a bug")
     assert "rank 0 on" in RunState.read(save).reason
 
 

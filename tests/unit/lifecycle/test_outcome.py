@@ -1,36 +1,25 @@
 """What a rank records when it ends; whole runs are in tests/parallel/test_faults.py."""
 
 import threading
-from argparse import Namespace
 
 import pytest
 
-from megatron_internvlx import platform
-from megatron_internvlx.config import SETTINGS
+from megatron_internvlx.config import RunSettings
 from megatron_internvlx.lifecycle import signals
+from megatron_internvlx.lifecycle.outcome import Outcome
 from megatron_internvlx.lifecycle.resume import RunState
-from megatron_internvlx.training.step import ForwardStep
-
-platform.setup()
+from megatron_internvlx.lifecycle.setup import RunSetup
 
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """Makes rank 3 of 4, with a list of what it tells MLflow."""
-    from megatron.training import training
-
-    from megatron_internvlx.lifecycle.run import Run
-
-    monkeypatch.setattr(training, "save_checkpoint", training.save_checkpoint)  # put back afterwards
     monkeypatch.setattr(signals.interrupts, "last_acts", [])
-    args = Namespace(rank=3, world_size=4, save=str(tmp_path), load=None, exit_signal_handler=False)
-    for settings in SETTINGS:
-        vars(args).update(vars(settings()))
-    args.auto_resume = True
 
-    def start():
+    def start(rank=3):
         told: list[tuple[str, bool]] = []
-        return Run(args, ForwardStep("token"), lambda *what: told.append(what)), told
+        setup = RunSetup(tmp_path, True, rank, 4, 10, False, False, RunSettings(auto_resume=True))
+        return Outcome(setup, signals.StopSignals(), lambda *what: told.append(what)), told
 
     return start
 
@@ -46,7 +35,7 @@ def test_a_node_that_is_left_alone_does_not_take_ctrl_c_for_a_failure(started, t
     run, told = started()
     begin(tmp_path)
     interrupted, _ = started()  # of another node
-    interrupted._interrupted()
+    interrupted.interrupted()
     run.failed("connection reset by peer")
     state = RunState.read(tmp_path)
     assert (state.status, state.reason) == ("stopped", "by Ctrl-C")
@@ -69,14 +58,13 @@ def test_no_rank_of_a_node_goes_before_it_is_known(started, tmp_path, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "1")
     run, _ = started()
     begin(tmp_path)
-    waiting = threading.Thread(target=run._interrupted)
+    waiting = threading.Thread(target=run.interrupted)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive()
-    first, _ = started()
-    first.args.rank = 0
+    first, _ = started(rank=0)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first._interrupted()
+    first.interrupted()
     waiting.join(20)
     assert not waiting.is_alive()
     assert RunState.read(tmp_path).status == "stopped"
@@ -86,6 +74,6 @@ def test_ctrl_c_before_a_start_that_follows_one_is_recorded_as_new(started, tmp_
     old = RunState(status="stopped")
     old.write(tmp_path)
     run, told = started()
-    run._interrupted()
+    run.interrupted()
     assert RunState.read(tmp_path).updated > old.updated
     assert told == [("KILLED", False)]

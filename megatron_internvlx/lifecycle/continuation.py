@@ -1,0 +1,143 @@
+"""The checkpoint that a start goes on from: chosen by rank 0, the same on all ranks, before the model is built."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_internvlx import files
+from megatron_internvlx.config import DataSettings, settings_from
+from megatron_internvlx.lifecycle import resume, signals
+from megatron_internvlx.lifecycle.lock import SaveLock
+from megatron_internvlx.lifecycle.setup import RunSetup
+from megatron_internvlx.lifecycle.signals import StopSignals
+from megatron_internvlx.ranks import is_first_rank
+
+
+class Continuation:
+    """Finds the newest complete checkpoint of `--save`, and has Megatron load it.
+
+    Args:
+        args: Megatron's parsed arguments. What says which checkpoint Megatron loads is set here and nowhere
+            else: it is not known earlier, because the ranks must agree on it.
+        setup: the run's directory and ranks.
+        stop: its clock starts when communication is ready.
+        lock: of `--save`, on the rank that holds it.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, setup: RunSetup, stop: StopSignals, lock: SaveLock | None = None
+    ) -> None:
+        self.args, self.setup, self.stop, self.lock = args, setup, stop, lock
+        risk = resume.launcher_risk(os.environ)
+        if risk and is_first_rank():
+            print(f"pretrain_vlm.py: {risk}", file=sys.stderr, flush=True)
+
+    def before(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
+        """The model provider, preceded by the choice of a checkpoint.
+
+        It is the one place that Megatron calls on all ranks with communication ready and nothing loaded.
+        """
+        chosen = False
+
+        def provide(*args: Any, **kwargs: Any) -> Any:
+            nonlocal chosen
+            if not chosen:
+                chosen = True
+                self.choose()
+                signals.report_phase("building the model")
+            return model_provider(*args, **kwargs)
+
+        return provide
+
+    def choose(self) -> None:
+        """Decide on all ranks what to load. Exits where another start would not get further."""
+        if self.stop.clock is not None:
+            self.stop.clock.restart()
+        self.check_layout()
+        folder = self.setup.state_folder
+        if folder is None:
+            return
+        answer: list[Any] = [None]
+        if dist.get_rank() == 0:
+            answer = [self._choice(folder)]
+        dist.broadcast_object_list(answer, src=0)
+        found = answer[0]
+        if found == resume.STOP:
+            self.stop.release()
+            if self.lock is not None:
+                self.lock.release()
+            sys.exit(resume.STOP)
+        if isinstance(found, tuple):
+            self._load(*found)
+
+    def check_layout(self) -> None:
+        """Compare the layout that each rank read from a checkpoint: a slow file system may show one an older one.
+
+        Raises RuntimeError on a rank whose layout is not that of rank 0.
+        """
+        mine = self.args.pipeline_model_parallel_layout
+        if mine is None:  # of none or of all: the number of layers decides
+            return
+        first = [mine]
+        dist.broadcast_object_list(first, src=0)
+        if first[0] != mine:
+            raise RuntimeError(
+                f"this rank's --pipeline-model-parallel-layout is {mine!r} and that of rank 0 {first[0]!r}: they found "
+                f"different checkpoints in {self.args.save or self.args.load}; start again, or give the layout"
+            )
+
+    def _choice(self, save: Path) -> tuple[int] | int | None:
+        """On rank 0: (iteration,) to go on from, None to start, or STOP."""
+        state = resume.RunState.read(save)
+        if reason := state.stopped_by_disk(save):
+            print(f"pretrain_vlm.py: {reason}; make room, then start again", file=sys.stderr, flush=True)
+            state.write(save)  # its time tells the launcher that this start has ended
+            return resume.STOP
+        found, broken = resume.newest_complete(save, self._position_fault)
+        if found is None and (whole := resume.newest_complete(save)[0]) is not None:
+            # Setting them aside would throw away weights for want of a file that says where the data was.
+            # A launcher that asks why this start ended is told not to try again.
+            state.status = "stuck"
+            state.reason = (
+                f"{dict(broken)[whole]}, and no checkpoint in {save} has a complete one: bring it back, or "
+                "start the data anew with --restart-data"
+            )
+            state.write(save)
+            print(f"pretrain_vlm.py: {state.reason}", file=sys.stderr, flush=True)
+            return resume.STOP
+        for line in resume.messages(save, found, broken):
+            print(line, flush=True)
+        goes_on = state.begin(found, self.setup.settings.max_tries)
+        state.write(save)
+        if not goes_on:
+            print(f"pretrain_vlm.py: {state.reason}: giving up", file=sys.stderr, flush=True)
+            return resume.STOP
+        resume.set_aside(save, broken)
+        if found is None:
+            return None
+        # A run killed while it wrote this file leaves it empty, and Megatron would stop.
+        files.write_atomically(save / files.TRACKER, str(found))
+        return (found,)
+
+    def _position_fault(self, iteration: int) -> str | None:
+        """What is wrong with the position of the data saved with a checkpoint in `--save`."""
+        data = settings_from(self.args, DataSettings)
+        if data.loader != "energon" or data.restart_data:
+            return None
+        from megatron_internvlx.training.loader_state import position_fault  # Energon takes seconds to import
+
+        return position_fault(self.args, iteration)
+
+    def _load(self, iteration: int) -> None:
+        args = self.args
+        args.load, args.ckpt_step = args.save, iteration
+        # These are about the weights that the first start took over.
+        args.pretrained_checkpoint = None
+        args.finetune = args.no_load_optim = args.no_load_rng = False

@@ -1,0 +1,72 @@
+"""The run's curve and its picture, written by the rank that knows the losses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_internvlx.reporting.answers import AnswerBook
+from megatron_internvlx.reporting.curve import Curve
+
+
+class Report:
+    """Loss and accuracy by step, and the picture of them.
+
+    Args:
+        args: Megatron's arguments, in which it notes the checkpoint that it loaded.
+        path: of the picture; None for none.
+        book: answers of the latest evaluation, None without held-out data.
+        writes: whether this rank writes files.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, path: str | None, book: AnswerBook | None, *, writes: bool
+    ) -> None:
+        self.args, self.book, self.writes = args, book, writes
+        self.path = Path(path) if path else None
+        self._curve: Curve | None = None
+
+    @property
+    def curve(self) -> Curve:
+        """The curve so far. Read it only when it is known which checkpoint was loaded."""
+        if self._curve is None:
+            self._curve = Curve()
+            if self.args.load and self.args.iteration and self.writes:
+                self._curve.load_earlier(Path(self.args.load), self.args.iteration)
+        return self._curve
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers in the latest evaluation, None before the first."""
+        return self.curve.accuracies[-1][1] if self.curve.accuracies else None
+
+    def save_curve(self) -> None:
+        """Write the curve for a later start; called with every checkpoint."""
+        if self.args.save and "://" not in self.args.save and self.writes:
+            self.curve.save(Path(self.args.save))
+
+    def draw(self) -> bool:
+        """Write the picture; returns whether it was written."""
+        losses = self.curve.losses
+        if not (self.writes and self.path and losses):
+            return False  # an evaluation before the first log interval has ended, for instance
+        # matplotlib takes a second to import and is needed on one rank only.
+        from megatron_internvlx.reporting.picture import choose_examples, write_report
+
+        caption = f"loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"
+        if self.accuracy is not None:
+            caption += f", held-out answers right {self.accuracy:.1%}"
+        try:
+            write_report(
+                self.path,
+                losses=losses,
+                accuracies=self.curve.accuracies,
+                examples=choose_examples(self.book.predictions()) if self.book else [],
+                title=f"InternVL-X: {losses[-1][0]} steps",
+                caption=caption,
+            )
+        except OSError as error:  # a full disk, for instance: training goes on
+            print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
