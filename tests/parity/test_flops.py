@@ -159,6 +159,11 @@ def test_parameters_of_built_models(model: str, flags: str, build) -> None:
     assert parameters(built.sizes) == real
 
 
+def test_parameters_with_biases(build) -> None:
+    built = build(add_bias_linear=True)
+    assert sum(parameters(built.sizes).values()) == sum(p.numel() for p in built.model.parameters())
+
+
 def test_tied_embeddings_count_once() -> None:
     sizes = released_sizes("2B", "pvtc")
     tied = parameters(dataclasses.replace(sizes, tied=True))
