@@ -283,7 +283,8 @@ def check_static_budgets(
         alignment: rows per phase must be a multiple of it.
         samples: of a micro-batch, each of which has an equal share of the budgets.
         sample_tiles: most tiles that one sample's image is cut into, thumbnail included.
-        low_rows, high_rows: visual rows per tile in the shallow and the deep phase.
+        low_rows: visual rows per tile in the shallow phase.
+        high_rows: visual rows per tile in the deep phase.
         lvtc: whether there is a shallow phase.
     """
     shallow, tiles = train.shallow_seq_length, train.max_tiles_per_pack

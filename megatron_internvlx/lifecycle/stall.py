@@ -61,7 +61,8 @@ class StallClock:
     Args:
         seconds: longest time between two calls of `restart`. 0: the clock does nothing.
         folder: directory of the heartbeats, visible to all ranks. None: nothing is known about other ranks.
-        rank, world: number of this rank, and of ranks.
+        rank: number of this rank.
+        world: number of ranks.
         position: returns how far this rank has come; called from another thread.
         report: called with the reason on the lowest living rank, before it ends.
     """

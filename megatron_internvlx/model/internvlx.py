@@ -51,10 +51,12 @@ class InternVLX(MegatronModule):
         config: Megatron's config of the language model.
         sizes: of the whole model. Logits of the vocabulary's padding are masked, so that the loss does
             not depend on the tensor-parallel size.
-        rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
+        rotary_base: base of RoPE's frequencies.
+        rope_scaling_factor: factor of Llama 3's rule; None: plain RoPE.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
-        vision_recompute, vision_fp8: recomputation and precision of the vision encoder.
-        projector_fp8: projectors run in the decoder's FP8; else in bf16, inside its layers too.
+        vision_recompute: recompute the vision encoder's layers in the backward pass.
+        vision_fp8: run the vision encoder's layers in the decoder's FP8.
+        projector_fp8: run the projectors in the decoder's FP8; else in bf16, inside its layers too.
         loss_weight: total loss weight of a micro-batch; for the experts' load-balancing loss.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """

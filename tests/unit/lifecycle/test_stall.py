@@ -80,4 +80,4 @@ def test_the_clock_beats_and_cleans_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("numbers", "shown"), [([], ""), ([3], "3"), ([0, 1, 2, 7, 9, 10], "0-2, 7, 9-10")])
 def test_ranges(numbers, shown):
-    assert stall._ranges(numbers) == shown
+    assert stall._format_ranks(numbers) == shown
