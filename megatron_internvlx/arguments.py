@@ -25,16 +25,14 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
-    check_compression,
     check_decoding,
     check_packing,
     check_projector,
     check_static_budgets,
-    grid_side,
     settings_from,
 )
 from megatron_internvlx.model.presets import preset
-from megatron_internvlx.model.settings import vision_config
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.planning.split import settle_split
 from megatron_internvlx.precision import check_precision, precision_defaults, row_alignment
@@ -133,18 +131,24 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_numbers(args)
     check_given(args)
     check_schedule(args)
-    vision = vision_config(args)
-    compression = settings_from(args, CompressionSettings)
-    check_compression(compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers)
+    sizes = model_sizes(args)
     check_projector(
-        compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
+        settings_from(args, CompressionSettings),
+        hidden_size=sizes.hidden,
+        tensor_parallel=args.tensor_model_parallel_size,
     )
     _check_world(args)
     _check_unsupported(args)
-    _check_precision(args, compression)
-    _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
-    _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
-    _check_graph(args, settings_from(args, TrainSettings))
+    train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
+    check_precision(
+        args,
+        train.fp8_parts or ["decoder"],
+        tokens_per_tile=sizes.vision.tokens_per_tile,
+        cells=(sizes.entry_grid**2, sizes.high_grid**2),
+    )
+    _check_static(args, sizes, train, data)
+    _check_training(args, train, data)
+    _check_graph(args, train)
 
 
 def _check_world(args: argparse.Namespace) -> None:
@@ -190,20 +194,6 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _check_precision(args: argparse.Namespace, compression: CompressionSettings) -> None:
-    vision = vision_config(args)
-    patches = vision.patches_per_side
-    ratios = (
-        (compression.low_ratio, compression.high_ratio) if compression.lvtc else (compression.high_ratio,)
-    )
-    check_precision(
-        args,
-        settings_from(args, TrainSettings).fp8_parts or ["decoder"],
-        tokens_per_tile=vision.tokens_per_tile,
-        cells=tuple(round(patches * ratio) ** 2 for ratio in ratios),
-    )
-
-
 def _check_unsupported(args: argparse.Namespace) -> None:
     refused = {
         "--context-parallel-size": args.context_parallel_size > 1,
@@ -229,15 +219,10 @@ def _check_unsupported(args: argparse.Namespace) -> None:
 
 
 def _check_static(
-    args: argparse.Namespace, compression: CompressionSettings, train: TrainSettings, data: DataSettings
+    args: argparse.Namespace, sizes: ModelSizes, train: TrainSettings, data: DataSettings
 ) -> None:
     if train.boundary != "static":
         return
-    vision = vision_config(args)
-    patches = vision.image_size // vision.patch_size
-    high = grid_side(patches, compression.high_ratio, "--high-ratio")
-    low = grid_side(patches, compression.low_ratio, "--low-ratio") if compression.lvtc else high
-    tiles = data.max_tiles + (not data.no_thumbnail and data.max_tiles > 1)
     check_static_budgets(
         train,
         deep=args.seq_length,
@@ -246,10 +231,10 @@ def _check_static(
             1 if data.packing else args.micro_batch_size,
             (args.eval_micro_batch_size or args.micro_batch_size) if data.valid_data else 1,
         ),
-        sample_tiles=1 if data.static_image_size else tiles,
-        low_rows=low**2,
-        high_rows=high**2,
-        lvtc=compression.lvtc,
+        sample_tiles=1 if data.static_image_size else data.image_tiles,
+        low_rows=sizes.low_grid**2,
+        high_rows=sizes.high_grid**2,
+        lvtc=sizes.lvtc,
     )
 
 

@@ -6,8 +6,17 @@ so that an impossible combination stops before anything is built.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+PVTC_HEADS = 16
+"""Attention heads of PVTC, released."""
+PVTC_MLP_RATIO = 4
+"""Inner width of PVTC's gated MLP over h, released."""
+
+Arguments = argparse.Namespace | Mapping[str, Any]
+"""Parsed arguments, or some of them by name: a preset, an import's recipe, those in a checkpoint."""
 
 
 @dataclass
@@ -146,6 +155,11 @@ class DataSettings:
     report_file: str | None = None
     """PNG with the loss curve and six validation images, drawn at each evaluation. Unset: report.png in --save."""
 
+    @property
+    def image_tiles(self) -> int:
+        """Tiles of an image at most, thumbnail included."""
+        return self.max_tiles + (not self.no_thumbnail and self.max_tiles > 1)
+
 
 @dataclass
 class RunSettings:
@@ -172,9 +186,15 @@ class RunSettings:
 SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
 
 
-def settings_from[Settings](args: argparse.Namespace, settings: type[Settings]) -> Settings:
-    """One of our settings classes filled from the parsed arguments."""
-    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
+def as_mapping(arguments: Arguments) -> Mapping[str, Any]:
+    """Arguments by name."""
+    return arguments if isinstance(arguments, Mapping) else vars(arguments)
+
+
+def settings_from[Settings](arguments: Arguments, settings: type[Settings]) -> Settings:
+    """One of our settings classes filled from arguments; those left out keep their defaults."""
+    given = as_mapping(arguments)
+    return settings(**{field.name: given[field.name] for field in fields(settings) if field.name in given})  # type: ignore[arg-type]
 
 
 def grid_side(patches: int, ratio: float, name: str) -> int:
@@ -224,16 +244,28 @@ def check_compression(settings: CompressionSettings, *, patches: int, num_layers
 
 
 def check_projector(settings: CompressionSettings, *, hidden_size: int, tensor_parallel: int) -> None:
-    """Check that PVTC's 16 heads and widths divide over the tensor-parallel group."""
+    """Check that PVTC's heads and widths divide over the tensor-parallel group."""
     if settings.projector != "pvtc":
         return
-    if hidden_size % 16:
-        raise ValueError(f"PVTC has 16 attention heads: --hidden-size {hidden_size} is not a multiple of 16")
-    if 16 % tensor_parallel:
+    if hidden_size % PVTC_HEADS:
         raise ValueError(
-            f"PVTC has 16 attention heads, which --tensor-model-parallel-size {tensor_parallel} "
+            f"PVTC has {PVTC_HEADS} attention heads: --hidden-size {hidden_size} is not a multiple of {PVTC_HEADS}"
+        )
+    if PVTC_HEADS % tensor_parallel:
+        raise ValueError(
+            f"PVTC has {PVTC_HEADS} attention heads, which --tensor-model-parallel-size {tensor_parallel} "
             "does not divide: use 1, 2, 4, 8 or 16"
         )
+
+
+def misaligned(name: str, rows: int, alignment: int) -> str:
+    """What is wrong with a row count that is not a multiple of `alignment`, and the remedy; "" if it is one."""
+    if not rows % alignment:
+        return ""
+    return (
+        f"{name} {rows} is not a multiple of {alignment}, which the precision and sequence parallelism of this "
+        f"layout need: use {-(-rows // alignment) * alignment}"
+    )
 
 
 def check_static_budgets(
@@ -273,11 +305,8 @@ def check_static_budgets(
     if lvtc and shallow is not None:
         sizes["--shallow-seq-length"] = shallow
     for name, rows in sizes.items():
-        if rows % alignment:
-            raise ValueError(
-                f"{name} {rows} is not a multiple of {alignment}, which the precision and sequence "
-                f"parallelism of this layout need: use {-(-rows // alignment) * alignment}"
-            )
+        if text := misaligned(name, rows, alignment):
+            raise ValueError(text)
     shared = f" for each of {samples} samples of a micro-batch" if samples > 1 else ""
     if tiles // samples < sample_tiles:
         raise ValueError(

@@ -129,7 +129,8 @@ def run_stats(argv: Sequence[str]) -> None:
         if over:
             print(f"{over} samples are over a budget by themselves and were cut down to it")
     if args.model_preset:
-        stats.add_flops(found, args.model_preset, low_grid=low, high_grid=high, patches=patches)
+        flags = ("image_size", "patch_size", "low_ratio", "high_ratio")
+        stats.add_flops(found, args.model_preset, {name: getattr(args, name) for name in flags})
     print(stats.table(found, budget))
     if args.png:
         stats.draw(found, args.png, budget)

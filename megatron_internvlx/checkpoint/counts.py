@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.mapping import Dims
+from megatron_internvlx.model.sizes import ModelSizes
 
 _DECODER = r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d{1,9})\."
 # What is counted: (key of config.json, a word for it, the numbers in the names of tensors).
@@ -18,7 +18,7 @@ _VISION = re.compile(
 )
 
 
-def check_counts(sizes: Dims, layout: str, names: Iterable[str]) -> None:
+def check_counts(sizes: ModelSizes, layout: str, names: Iterable[str]) -> None:
     """Layers of decoder and encoder, and experts, are as many as the weights have.
 
     Args:

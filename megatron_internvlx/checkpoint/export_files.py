@@ -48,7 +48,7 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
     if same:
         _keep_config(plan, partial, same_projector)
     else:
-        config = chat_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype)
+        config = chat_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype)
         write_json(partial / "config.json", config)
     if not (same and _keeps_template(plan, partial)):
         write_chat_template(plan, partial)

@@ -12,9 +12,9 @@ import torch
 from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
+from megatron_internvlx.checkpoint.hf_config import DTYPES, family_of
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
-from megatron_internvlx.checkpoint.mapping import LAYOUTS, Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.mapping import LAYOUTS, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import (
     SINGLE,
@@ -22,6 +22,7 @@ from megatron_internvlx.checkpoint.safetensors_io import (
 )
 from megatron_internvlx.checkpoint.target import group_by_size
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SHARD_BYTES = 5 * 10**9
 
@@ -34,7 +35,7 @@ class ExportPlan:
     arguments: dict[str, Any]
     family: str
     layout: str
-    dims: Dims
+    sizes: ModelSizes
     dtype: str
     entries: tuple[Entry, ...]
     tensors: dict[str, TensorInfo]
@@ -120,7 +121,7 @@ def plan_export(
     notes = read_notes(side)
     family = family or notes.get("family") or family_of(arguments)
     try:
-        sizes = dims(arguments, family)
+        sizes = model_sizes(arguments)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ConversionError(
@@ -129,7 +130,7 @@ def plan_export(
     layout = _layout(sizes, notes)
     if side is not None and layout == notes.get("layout") != "internvlx":
         read_object(side / "config.json")
-    entries = table(sizes, layout)
+    entries = table(sizes, family, layout)
     original: Mapping[str, Any] = notes.get("tensors", {}) if layout == notes.get("layout") else {}
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
@@ -160,9 +161,9 @@ def plan_export(
     )
 
 
-def _layout(sizes: Dims, notes: Mapping[str, Any]) -> str:
+def _layout(sizes: ModelSizes, notes: Mapping[str, Any]) -> str:
     """Released names wherever they exist; with LVTC ours. An original MLP model keeps its own format."""
-    if sizes.injections:
+    if sizes.injection_layers:
         return "internvlx"
     source = notes.get("layout", "chat")
     if source == "internvlx" or (source != "chat" and sizes.projector != "mlp"):
@@ -177,7 +178,7 @@ def _model_dtype(original: Mapping[str, Any], arguments: Mapping[str, Any]) -> s
     return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
 
 
-def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
+def _check_shape(reader: CheckpointReader, entry: Entry, sizes: ModelSizes) -> None:
     key, place = reader.find(entry.ours)
     stored = reader.tensors[key].shape
     stored = stored if place is None else stored[1:]

@@ -15,11 +15,10 @@ from megatron_internvlx.checkpoint import checks
 from megatron_internvlx.checkpoint.checks import check_images, compression_part, model_part, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.mapping import Dims, output_names
-from megatron_internvlx.config import CompressionSettings, check_compression, grid_side
+from megatron_internvlx.checkpoint.mapping import output_names
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.model.internvit_config import PRESETS as VISION_PRESETS
-from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from megatron_internvlx.model.internvit_config import InternViTConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,57 +68,6 @@ class TensorNames(Protocol):
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same bits."""
-
-
-def dims(arguments: Mapping[str, Any], family: str) -> Dims:
-    """Sizes of the model that the arguments (of an import, or of a training run) describe.
-
-    Raises ValueError where the settings do not fit each other.
-    """
-    get = arguments.get
-    vision = vision_from(arguments)
-    settings = compression_from(arguments)
-    patches = vision.patches_per_side
-    check_compression(settings, patches=patches, num_layers=arguments["num_layers"])
-    high = grid_side(patches, settings.high_ratio, "--high-ratio")
-    low = grid_side(patches, settings.low_ratio, "--low-ratio") if settings.lvtc else high
-    heads, experts = arguments["num_attention_heads"], get("num_experts") or 0
-    return Dims(
-        family=family,
-        layers=arguments["num_layers"],
-        hidden=arguments["hidden_size"],
-        heads=heads,
-        groups=arguments["num_query_groups"] if get("group_query_attention") else heads,
-        head_dim=get("kv_channels") or arguments["hidden_size"] // heads,
-        ffn=arguments["ffn_hidden_size"],
-        vocab=arguments["vocab_size"],
-        vision=vision,
-        projector=settings.projector,
-        entry_grid=low,
-        high_grid=high,
-        injections=settings.injection_layers(),
-        qkv_bias=bool(get("add_qkv_bias")),
-        qk_norm=bool(get("qk_layernorm")),
-        tied=not get("untie_embeddings_and_output_weights"),
-        experts=experts,
-        expert_ffn=(get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]) if experts else 0,
-    )
-
-
-def compression_from(arguments: Mapping[str, Any]) -> CompressionSettings:
-    """The compression settings among the arguments; absent ones take their defaults."""
-    names = CompressionSettings.__dataclass_fields__
-    return CompressionSettings(**{name: arguments[name] for name in names if name in arguments})
-
-
-def vision_from(arguments: Mapping[str, Any]) -> InternViTConfig:
-    """The vision encoder that the arguments name; as `vision_config`, without Megatron."""
-    changes = {"image_size": arguments.get("image_size", 448)}
-    for name in ("patch_size", "select_layer"):
-        if arguments.get(name) is not None:
-            changes[name] = arguments[name]
-    changes |= json.loads(arguments.get("vision_overrides") or "{}")
-    return internvit_preset(arguments.get("vision_preset", "internvit_300m"), **changes)
 
 
 def vision_arguments(vision: InternViTConfig) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.hf_config import compression_from, vision_from
+from megatron_internvlx.config import CompressionSettings, settings_from
+from megatron_internvlx.model.sizes import vision_config
 
 _DECODER = {
     "num_hidden_layers": "num_layers",
@@ -64,10 +65,15 @@ def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "max_dynamic_patch": get("max_tiles", 12),
         "ps_version": get("pixel_shuffle_version", "v2"),
         "rvtc": get("rvtc", "area"),
-        "select_layer": vision_from(arguments).select_layer,
+        "select_layer": vision_config(arguments).select_layer,
         "template": get("conversation_template", "internvl2_5"),
         "use_thumbnail": not get("no_thumbnail", False),
     }
+
+
+def _vision(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The `vision_config` of a directory; the drop path of a training run is none of the model's."""
+    return vision_config({**arguments, "vision_drop_path": 0.0}).to_hf()
 
 
 def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: str) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: st
         "torch_dtype": dtype,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
-        "vision_config": vision_from(arguments).to_hf() | {"torch_dtype": dtype},
+        "vision_config": _vision(arguments) | {"torch_dtype": dtype},
     }
 
 
@@ -105,8 +111,7 @@ def remote_code_config(
         dtype: name of the weights' type.
         token_ids: image_token_id, bos_token_id, eos_token_id and pad_token_id.
     """
-    compression = compression_from(arguments)
-    vision = vision_from(arguments).to_hf()
+    compression = settings_from(arguments, CompressionSettings)
     model = "modeling_internvlx.InternVLXForConditionalGeneration"
     return {
         "architectures": ["InternVLXForConditionalGeneration"],
@@ -129,6 +134,6 @@ def remote_code_config(
         "dtype": dtype,
         "llm_config": _remote_decoder(arguments, family, tied),
         "tie_word_embeddings": tied,
-        "vision_config": vision,
+        "vision_config": _vision(arguments),
         **token_ids,
     }  # fmt: skip

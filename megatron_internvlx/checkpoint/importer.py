@@ -23,13 +23,11 @@ from megatron_internvlx.checkpoint.counts import check_counts
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import (
     ModelConfig,
-    compression_from,
-    dims,
     model_config,
     read_config,
 )
 from megatron_internvlx.checkpoint.import_recipe import recipe_text
-from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.mapping import Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
 from megatron_internvlx.checkpoint.target import (
@@ -41,7 +39,8 @@ from megatron_internvlx.checkpoint.target import (
 )
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import Written, keys_for, save_tensor, write_metadata
-from megatron_internvlx.config import check_projector
+from megatron_internvlx.config import CompressionSettings, check_projector, settings_from
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
 UNIT_BYTES = 256 << 20
@@ -70,7 +69,7 @@ class ImportPlan:
     """Everything that is known before the first byte is written."""
 
     config: ModelConfig
-    dims: Dims
+    sizes: ModelSizes
     sources: tuple[Source, ...]
     initialised: tuple[str, ...]
     """Full names of tensors that the directory lacks."""
@@ -102,8 +101,8 @@ def plan_import(
     found = model_config(read_config(directory), weights)
     config = replace(found, arguments={**found.arguments, **changes})
     try:
-        sizes = dims(config.arguments, config.family)
-        compression = compression_from(config.arguments)
+        sizes = model_sizes(config.arguments)
+        compression = settings_from(config.arguments, CompressionSettings)
         check_projector(compression, hidden_size=sizes.hidden, tensor_parallel=1)
     except ValueError as error:
         raise ConversionError(f"{'' if changes else 'config.json: '}{error}") from error
@@ -112,7 +111,7 @@ def plan_import(
     missing: list[Entry] = []
     mismatched: list[Entry] = []
     used: set[str] = set()
-    for entry in table(sizes, config.layout):
+    for entry in table(sizes, config.family, config.layout):
         state = _compare(entry, weights)
         if state == "there":
             used |= set(entry.theirs)
@@ -292,8 +291,8 @@ def import_checkpoint(
         units = [
             Unit(
                 number, str(directory), weights.pickled, str(folder),
-                tuple(plan.sources[i] for i in group), seed, plan.dims.experts,
-                plan.dims.vision.num_layers,
+                tuple(plan.sources[i] for i in group), seed, plan.sizes.experts,
+                plan.sizes.vision.num_layers,
             )
             for number, group in enumerate(groups)
         ]  # fmt: skip
@@ -348,7 +347,7 @@ def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: Im
         "unused": list(plan.unused),
         "derived": list(plan.derived),
         "has_index": (directory / INDEX).is_file(),
-        "tied_copy": tied if plan.dims.tied and tied in weights.names else None,
+        "tied_copy": tied if plan.sizes.tied and tied in weights.names else None,
         "tensors": {
             name: {"file": info.file, "dtype": str(info.dtype).removeprefix("torch.")}
             for name, info in weights.tensors.items()

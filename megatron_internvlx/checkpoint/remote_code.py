@@ -15,8 +15,8 @@ from megatron_internvlx import hf
 from megatron_internvlx.checkpoint.checks import has_tokenizer, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
-from megatron_internvlx.checkpoint.mapping import Dims
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
+from megatron_internvlx.model.sizes import ModelSizes
 
 if TYPE_CHECKING:
     from megatron_internvlx.checkpoint.export_plan import ExportPlan
@@ -35,7 +35,7 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
         shutil.copyfile(path, partial / path.name)
     template = write_chat_template(plan, partial)
     ids = token_ids(partial, template)
-    config = remote_code_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype, ids)
+    config = remote_code_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype, ids)
     write_json(partial / "config.json", config)
     write_json(partial / PROCESSOR, processor_config(plan))
     write_json(partial / "generation_config.json", generation_config(ids))
@@ -131,16 +131,16 @@ def processor_config(plan: ExportPlan) -> dict[str, Any]:
     return {
         "auto_map": {"AutoProcessor": "processing_internvlx.InternVLXProcessor"},
         "processor_class": "InternVLXProcessor",
-        **processor_settings(plan.arguments, plan.dims),
+        **processor_settings(plan.arguments, plan.sizes),
     }
 
 
-def processor_settings(arguments: Mapping[str, Any], dims: Dims) -> dict[str, Any]:
+def processor_settings(arguments: Mapping[str, Any], sizes: ModelSizes) -> dict[str, Any]:
     """What the processor is made with, beside a tokenizer."""
     get = arguments.get
     return {
-        "tile_size": dims.vision.image_size,
-        "tokens_per_tile": dims.high_grid**2,
+        "tile_size": sizes.vision.image_size,
+        "tokens_per_tile": sizes.high_grid**2,
         "min_tiles": get("min_tiles", 1),
         "max_tiles": get("max_tiles", 12),
         "use_thumbnail": not get("no_thumbnail", False),
@@ -256,17 +256,17 @@ def model_card(plan: ExportPlan, directory: Path) -> str:
 
     `directory` holds everything else already: only code that works with it is shown.
     """
-    get, dims = plan.arguments.get, plan.dims
-    low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
+    get, sizes = plan.arguments.get, plan.sizes
+    low, high, side = sizes.entry_grid**2, sizes.high_grid**2, sizes.vision.image_size
     visual, injections = f"{high} tokens per tile", []
-    if dims.injections:
-        visual = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
-        injections = [("Injections at layers", ", ".join(map(str, dims.injections)))]
+    if sizes.injection_layers:
+        visual = f"{low} tokens per tile before layer {sizes.injection_layers[0]}, {high} from it on"
+        injections = [("Injections at layers", ", ".join(map(str, sizes.injection_layers)))]
     facts = [
-        ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
-        ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
-        ("Tile", f"{side} x {side} pixels, {dims.vision.patches_per_side**2} patches"),
-        ("Projector", f"{dims.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
+        ("Language model", f"{plan.family}, {sizes.layers} layers, width {sizes.hidden}"),
+        ("Vision encoder", f"InternViT, {sizes.vision.num_layers} layers, width {sizes.vision.hidden_size}"),
+        ("Tile", f"{side} x {side} pixels, {sizes.vision.patches_per_side**2} patches"),
+        ("Projector", f"{sizes.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
         ("Visual tokens", visual),
         *injections,
         ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
@@ -294,8 +294,8 @@ def _summary(plan: ExportPlan) -> str:
     steps = [
         text
         for used, text in (
-            (plan.dims.projector == "pvtc", "in the projector (PVTC)"),
-            (plan.dims.injections, "inside the language model (LVTC)"),
+            (plan.sizes.projector == "pvtc", "in the projector (PVTC)"),
+            (plan.sizes.injection_layers, "inside the language model (LVTC)"),
             (plan.arguments.get("rvtc", "area") != "off", "when the image is cut into tiles (RVTC)"),
         )
         if used

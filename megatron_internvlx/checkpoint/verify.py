@@ -26,26 +26,26 @@ from torch import Tensor
 from megatron_internvlx.checkpoint.case import Case, check_case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_plan import plan_export
-from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
 from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
 from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Layout, Request
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
 from megatron_internvlx.files import unfinished
+from megatron_internvlx.model.sizes import model_sizes
 
 MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
 
 
-def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
-    """(arguments, table, family) of the model to run. Raises ConversionError."""
+def model_of(request: Request) -> tuple[dict[str, Any], list[Entry]]:
+    """(arguments, table) of the model to run. Raises ConversionError."""
     if request.hf:
         weights = WeightFiles(Path(request.hf), allow_pickle=request.allow_pickle)
         plan = plan_import(Path(request.hf), weights, {})
-        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources], plan.config.family
+        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources]
     assert request.load is not None
     exported = plan_export(Path(request.load))
-    return exported.arguments, list(exported.entries), exported.family
+    return exported.arguments, list(exported.entries)
 
 
 _ARCHITECTURE = (
@@ -189,10 +189,10 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
     if out.exists():
         raise ConversionError(f"{out} exists already; remove it, or choose another name")
     case = load_case(Path(request.inputs))
-    arguments, entries, family = model_of(request)
+    arguments, entries = model_of(request)
     check_case(case, arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sizes = dims(arguments, family)
+    sizes = model_sizes(arguments)
     token = case.image_token(sizes.high_grid**2, request.image_token)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         write_recipe(arguments, Path(folder))

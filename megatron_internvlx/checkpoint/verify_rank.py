@@ -185,7 +185,7 @@ def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
     count: Any = SimpleNamespace(encoded_tiles=len(tiles))  # all that `encode` reads of a plan
     features = stage.encode(share_of_tiles(tiles, capacity), count)
     tokens = stage.projector(features)
-    grid = stage.compression.entry_grid
+    grid = stage.sizes.entry_grid
     return {
         "vit_last_hidden_state": features,
         "projector_output": tokens.view(len(tiles), grid, grid, -1),

@@ -16,7 +16,7 @@ from megatron_internvlx import arguments, paths
 from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.model.presets import PRESETS, preset
-from megatron_internvlx.model.settings import vision_config
+from megatron_internvlx.model.sizes import vision_config
 from tests.golden_weights import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"

@@ -9,14 +9,13 @@ from transformers import AutoConfig
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES as ROWS
 from megatron_internvlx.checkpoint.hf_config import (
-    dims,
     family_of,
     model_config,
     vision_arguments,
-    vision_from,
 )
 from megatron_internvlx.checkpoint.hf_write import chat_config
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from megatron_internvlx.model.sizes import model_sizes, vision_config
 from tests.converting import FAMILIES, MARKS, Named, lvtc_config
 from tests.golden_weights import GOLDEN
 
@@ -116,8 +115,8 @@ def test_family_of_a_model_trained_from_scratch() -> None:
 
 def test_lvtc_sizes() -> None:
     found = read(lvtc_config(), "projector.cls_scale")
-    sizes = dims(found.arguments, found.family)
-    assert (sizes.entry_grid, sizes.high_grid, sizes.injections) == (1, 2, (1, 2))
+    sizes = model_sizes(found.arguments)
+    assert (sizes.entry_grid, sizes.high_grid, sizes.injection_layers) == (1, 2, (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_lvtc_sizes() -> None:
 )
 def test_any_vision_encoder_has_arguments(vision: InternViTConfig) -> None:
     arguments = vision_arguments(vision)
-    assert vision_from(arguments) == vision
+    assert vision_config(arguments) == vision
     assert ("vision_overrides" in arguments) is (vision.hidden_size == 48)
 
 

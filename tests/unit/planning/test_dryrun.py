@@ -65,7 +65,10 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     assert {layer for stage in plan.stages for a, b in stage.chunks for layer in range(a, b)} == set(
         range(args.num_layers)
     )
-    assert plan.micro_batches * plan.layout.data * args.micro_batch_size == args.global_batch_size
+    assert (
+        plan.pipeline.schedule.micro_batches * plan.model.layout.data * args.micro_batch_size
+        == args.global_batch_size
+    )
     # Matrix products over a vocabulary that 64 does not divide take several times as long.
     assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
@@ -87,13 +90,13 @@ def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, r
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven
-    assert dryrun.check(args).layout.counts == best.counts
+    assert dryrun.check(args).model.layout.counts == best.counts
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
     plan = dryrun.check(dry(monkeypatch, SFT_8B, "--dry-run-world-size", "128"))
-    assert plan.layout.data == 32
-    assert plan.micro_batches == 4
+    assert plan.model.layout.data == 32
+    assert plan.pipeline.schedule.micro_batches == 4
 
 
 @pytest.mark.parametrize(
