@@ -3,6 +3,8 @@
 Shapes: `...` rows, C channels of a row, N windows, w keys of a window, a heads of d channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ def _keep_factor(keep: Tensor, keep_rate: float) -> Tensor:
     return keep / keep_rate
 
 
-def _put(sums: list[Tensor | None], gradients: list[Tensor | None], add: bool) -> None:
+def _put(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], add: bool) -> None:
     for total, gradient in zip(sums, gradients, strict=True):
         if total is not None:
             assert gradient is not None
@@ -77,7 +79,8 @@ def add_norm_backward(
         gradients of residual (empty without a norm: then it is `g_out`) and of branch (empty without one).
     """
     none = rstd.new_empty(0)
-    g, gradients = g_out, [None, None, None]
+    g = g_out
+    gradients: list[Tensor | None] = [None, None, None]
     if g_y is not None:
         g, *gradients[1:] = _norm_backward(g_y, x, weight, bias, mean, rstd, rms)
         g = g if g_out is None else g_out + g

@@ -240,6 +240,11 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ),
         ([*TINY, "--use-megatron-fsdp"], "--use-megatron-fsdp: not supported"),
         ([*TINY, "--cuda-graph-impl", "local"], "--cuda-graph-impl local: graphs of single layers"),
+        (
+            [*TINY, "--cuda-graph-impl", "full_iteration", "--clip-grad", "0"],
+            "--cuda-graph-impl full_iteration cannot go with --boundary variable (micro-batches of different shapes; "
+            "use static); --transformer-impl local (no GPU kernels); --clip-grad 0 (the norm shows",
+        ),
         ([*TINY, "--heterogeneous-layers-config-path", "x"], "--heterogeneous-layers-config-path: not supp"),
         (
             [*TINY, "--max-position-embeddings", "128"],
