@@ -28,13 +28,13 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.target import warm_up
-from tools.values import real, whole
+from megatron_internvlx.checkpoint.target import preload_workers
+from tools.values import float_in_range, int_in_range
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of '5GB' or '800MB'."""
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
     if match is None or int(match[1]) == 0:
@@ -54,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--processes", type=whole(1), default=min(4, os.cpu_count() or 1),
+        "--processes", type=int_in_range(1), default=min(4, os.cpu_count() or 1),
         help="processes that convert (default: one per core, four at most)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -77,23 +77,30 @@ def _import_parser(commands: Any) -> None:
         "--list-tensors", action="store_true",
         help="name every tensor that was initialised or not taken over (they are in CKPT/hf/conversion.json, too)",
     )  # fmt: skip
-    it.add_argument("--seed", type=whole(0), default=1234, help="of what is initialised (default: 1234)")
+    it.add_argument(
+        "--seed", type=int_in_range(0), default=1234, help="of what is initialised (default: 1234)"
+    )
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
     model.add_argument("--projector", choices=("pvtc", "mlp"))
     model.add_argument(
-        "--expand-layer", type=whole(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
+        "--expand-layer", type=int_in_range(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
     )
     model.add_argument(
-        "--inject-layers", type=whole(0, 65_536), nargs="*", help="LVTC: further layers with a projection"
+        "--inject-layers",
+        type=int_in_range(0, 65_536),
+        nargs="*",
+        help="LVTC: further layers with a projection",
     )
     model.add_argument(
         "--low-ratio",
-        type=real(0, 1, above=True),
+        type=float_in_range(0, 1, above=True),
         help="side ratio of tokens to patches before the expansion",
     )
-    model.add_argument("--high-ratio", type=real(0, 1, above=True), help="the same from the expansion on")
+    model.add_argument(
+        "--high-ratio", type=float_in_range(0, 1, above=True), help="the same from the expansion on"
+    )
     model.add_argument("--upsample", choices=("bilinear", "nearest"))
-    _common(it)
+    _add_common_arguments(it)
 
 
 def _export_parser(commands: Any) -> None:
@@ -114,9 +121,9 @@ def _export_parser(commands: Any) -> None:
         help="of the weights (default: the original's, or that of training)",
     )  # fmt: skip
     it.add_argument(
-        "--max-shard-size", type=size, default=size("5GB"), help="of a weight file (default: 5GB)"
+        "--max-shard-size", type=parse_size, default=parse_size("5GB"), help="of a weight file (default: 5GB)"
     )
-    _common(it)
+    _add_common_arguments(it)
 
 
 def _verify_parser(commands: Any) -> None:
@@ -130,21 +137,26 @@ def _verify_parser(commands: Any) -> None:
         "(or CASE.outputs.safetensors and CASE.grads.safetensors beside CASE.inputs.safetensors)",
     )  # fmt: skip
     it.add_argument("--out", type=Path, required=True, help="safetensors file to be made")
-    it.add_argument("--tensor-model-parallel-size", type=whole(1), default=1)
-    it.add_argument("--pipeline-model-parallel-size", type=whole(1), default=1)
-    it.add_argument("--expert-model-parallel-size", type=whole(1), default=1)
+    it.add_argument("--tensor-model-parallel-size", type=int_in_range(1), default=1)
+    it.add_argument("--pipeline-model-parallel-size", type=int_in_range(1), default=1)
+    it.add_argument("--expert-model-parallel-size", type=int_in_range(1), default=1)
     it.add_argument("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
-    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=whole(1))
+    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1))
     it.add_argument("--sequence-parallel", action="store_true")
-    it.add_argument("--nproc", type=whole(1), help="processes (default: as many as the layout needs)")
+    it.add_argument("--nproc", type=int_in_range(1), help="processes (default: as many as the layout needs)")
     it.add_argument(
         "--grads", action="store_true", help="gradients of the loss too, under Hugging Face names"
     )
     it.add_argument(
-        "--image-token-id", type=whole(0), help="id of the image placeholder (default: found in the ids)"
+        "--image-token-id",
+        type=int_in_range(0),
+        help="id of the image placeholder (default: found in the ids)",
     )
     it.add_argument(
-        "--tolerance", type=real(0), default=1e-4, help="largest absolute difference (default: 1e-4)"
+        "--tolerance",
+        type=float_in_range(0),
+        default=1e-4,
+        help="largest absolute difference (default: 1e-4)",
     )
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 
@@ -265,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             loading = "PyTorch and Megatron" if args.command == "verify" else "PyTorch"
             print(f"convert_checkpoint.py {args.command}: loading {loading} ...", file=sys.stderr, flush=True)
         if argv is None and args.command != "verify" and args.processes > 1:
-            warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
+            preload_workers(f"megatron_internvlx.checkpoint.{args.command}er")
         return run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 from megatron_internvlx.data.manifest import JsonlFile
 from megatron_internvlx.data.messages import conversation_of
 from megatron_internvlx.data.rejects import BadSample, blamed_on
-from megatron_internvlx.files import unfinished
+from megatron_internvlx.files import atomic_path
 
 SHOWN = 20  # bad records that are named one by one
 
@@ -33,7 +33,7 @@ def convert(source: Path, out: Path, images: Path) -> tuple[int, list[BadSample]
     if not source.is_file():
         raise ValueError(f"no such file: {source}")
     file, written, bad = JsonlFile(source, source.name), 0, []
-    with unfinished(out) as partial, partial.open("w", encoding="utf-8") as lines:
+    with atomic_path(out) as partial, partial.open("w", encoding="utf-8") as lines:
         for index in range(len(file)):
             key = file.key(index)
             try:

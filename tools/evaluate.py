@@ -22,7 +22,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rejects import BadSample
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -37,10 +37,12 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--hf", type=Path, required=True, help="directory with model, tokenizer and config.json")
     it.add_argument("--data", type=Path, required=True, help="InternVL meta.json of the questions")
     it.add_argument("--out", type=Path, default=Path("evaluation"), help="directory (default: evaluation)")
-    it.add_argument("--batch-size", type=positive, default=8, help="answers generated together (default: 8)")
-    it.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
-    it.add_argument("--limit", type=positive, help="records at most (default: all)")
-    it.add_argument("--page-limit", type=positive, default=300, help="answers on the page (default: 300)")
+    it.add_argument(
+        "--batch-size", type=positive_int, default=8, help="answers generated together (default: 8)"
+    )
+    it.add_argument("--max-new-tokens", type=positive_int, default=64, help="of an answer (default: 64)")
+    it.add_argument("--limit", type=positive_int, help="records at most (default: all)")
+    it.add_argument("--page-limit", type=positive_int, default=300, help="answers on the page (default: 300)")
     it.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation"
     )

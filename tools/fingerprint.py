@@ -28,7 +28,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 HF_MODEL = "tests/golden/models/internlm2_tiny"
 
 _DEMO = ["--recipe", "examples/demo/demo.yaml"]
-_ALONE = ["--pipeline-model-parallel-size", "1"]
+_ONE_STAGE = ["--pipeline-model-parallel-size", "1"]
 _SHORT = ["--train-iters", "10", "--lr-decay-iters", "10", "--lr-warmup-fraction", "0"]
 _PACKED = [
     *("--loader", "energon", "--packing", "--micro-batch-size", "1", "--global-batch-size", "4"),
@@ -49,10 +49,10 @@ RUNS: dict[str, list[str]] = {
         *("--seq-length", "512", "--shallow-seq-length", "256", "--max-tiles-per-pack", "28"),
     ],
     "tensor and sequence parallel": [
-        *(*_DEMO, *_SHORT, *_ALONE, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *(*_DEMO, *_SHORT, *_ONE_STAGE, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
     ],
-    "packed": [*_DEMO, *_SHORT, *_ALONE, *_PACKED],
-    "experts": [*_DEMO, *_SHORT, *_ALONE, *_EXPERTS],
+    "packed": [*_DEMO, *_SHORT, *_ONE_STAGE, *_PACKED],
+    "experts": [*_DEMO, *_SHORT, *_ONE_STAGE, *_EXPERTS],
 }
 
 
@@ -76,7 +76,7 @@ def run(command: Sequence[str], checkout: Path) -> str:
     return done.stdout
 
 
-def losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> list[list[Any]]:
+def training_losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> list[list[Any]]:
     """[step, loss] of a short run, the loss as a hexadecimal float."""
     source = data / ("prepared" if "energon" in arguments else "meta.json")
     command = [
@@ -89,13 +89,13 @@ def losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> 
     return [[step, float(loss).hex()] for step, loss in points]
 
 
-def files(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def tensors(checkpoint: Path) -> dict[str, str]:
+def hash_tensors(checkpoint: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint, with its type and shape; the reader is this checkout's."""
     import torch
 
@@ -119,16 +119,16 @@ def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
         run(["tools/prepare_data.py", str(data / "meta.json"), str(data / "prepared")], checkout)
         for name in names:
             save = work / name.replace(" ", "-").replace(",", "")
-            yield f"losses: {name}", losses(checkout, data, save, RUNS[name])
+            yield f"losses: {name}", training_losses(checkout, data, save, RUNS[name])
             if name == "demo":
                 export = ["export", "--load", str(save), "--hf", str(work / "hf"), "--quiet"]
                 run(["tools/convert_checkpoint.py", *export], checkout)
-                yield "export", files(work / "hf")
+                yield "export", hash_files(work / "hf")
         # Golden weights are kept as a recipe and a seed; this writes them out.
         run(["-c", "from tests import golden_weights; golden_weights.materialize()"], checkout)
         convert = ["import", "--hf", HF_MODEL, "--save", str(work / "imported"), "--quiet"]
         run(["tools/convert_checkpoint.py", *convert], checkout)
-        yield "import", tensors(work / "imported")
+        yield "import", hash_tensors(work / "imported")
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
@@ -143,11 +143,11 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
         yield (
             f"{where}{before} -> {after}"
             if not isinstance(before, list)
-            else f"{where}{_first(before, after)}"
+            else f"{where}{_first_difference(before, after)}"
         )
 
 
-def _first(before: list[Any], after: list[Any]) -> str:
+def _first_difference(before: list[Any], after: list[Any]) -> str:
     for one, other in zip(before, after, strict=False):
         if one != other:
             values = f"{float.fromhex(one[1]):.9g} -> {float.fromhex(other[1]):.9g}"

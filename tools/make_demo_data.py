@@ -35,7 +35,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_picture, shape_picture
-from tools.values import whole
+from tools.values import int_in_range
 
 # ------------------------------------------------------------------------------------------------ knobs
 
@@ -144,7 +144,7 @@ def _pick_kind(rng: random.Random, size: tuple[int, int]) -> str:
     return rng.choices(list(kinds), list(kinds.values()))[0]
 
 
-def _turns(*rounds: tuple[str, str]) -> list[dict[str, str]]:
+def _make_turns(*rounds: tuple[str, str]) -> list[dict[str, str]]:
     return [SYSTEM_TURN] + [
         {"from": role, "value": value}
         for question, answer in rounds
@@ -163,7 +163,7 @@ def _save(rng: random.Random, picture: Picture, folder: Path, stem: str) -> str:
 
 def _text_only(rng: random.Random) -> dict[str, Any]:
     word = rng.choice(WORDS)
-    rounds = _turns((TEXT_QUESTION.format(word=word), word))
+    rounds = _make_turns((TEXT_QUESTION.format(word=word), word))
     return {"conversations": rounds, "kind": "text_only", "kinds": ["text_only"]}
 
 
@@ -183,7 +183,7 @@ def _two_images(rng: random.Random, folder: Path, stem: str) -> dict[str, Any]:
         "image": names,
         "width_list": widths,
         "height_list": heights,
-        "conversations": _turns((text, colours[which])),
+        "conversations": _make_turns((text, colours[which])),
         "kind": "two_images",
         "kinds": ["two_images"],
     }
@@ -213,7 +213,7 @@ def make_sample(seed: int, split: str, index: int, folder: Path) -> dict[str, An
         "image": _save(rng, picture, folder, stem),
         "width": size[0],
         "height": size[1],
-        "conversations": _turns(*rounds),
+        "conversations": _make_turns(*rounds),
         "kind": kinds[0] if len(kinds) == 1 else "two_rounds",
         "kinds": kinds,
     }
@@ -291,7 +291,7 @@ def _write_split(root: Path, split: str, count: int, seed: int) -> None:
     _write_json(root / ("meta.json" if split == "train" else f"meta_{split}.json"), meta)
 
 
-def _found_settings(out: Path) -> dict[str, Any] | None:
+def _read_settings(out: Path) -> dict[str, Any] | None:
     """The settings of a directory this tool made; None for a path that is free."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -310,7 +310,7 @@ def make_demo_data(out: Path, *, train: int, val: int, seed: int, vocab_size: in
     no half a data set. Raises ValueError where `out` holds something else.
     """
     settings = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed, "vocab_size": vocab_size}
-    found = _found_settings(out)
+    found = _read_settings(out)
     if found == settings and not force:
         return False
     if found is not None and found != settings and not force:
@@ -335,11 +335,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; exits with a message on values that make no data set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--train", type=whole(1, 10_000_000), default=2400, help="number of training samples")
-    parser.add_argument("--val", type=whole(1, 10_000_000), default=320, help="number of held-out samples")
-    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument(
-        "--vocab-size", type=whole(1, 10_000_000), default=512, help="tokens, the special ones included"
+        "--train", type=int_in_range(1, 10_000_000), default=2400, help="number of training samples"
+    )
+    parser.add_argument(
+        "--val", type=int_in_range(1, 10_000_000), default=320, help="number of held-out samples"
+    )
+    parser.add_argument("--seed", type=int_in_range(0), default=0)
+    parser.add_argument(
+        "--vocab-size",
+        type=int_in_range(1, 10_000_000),
+        default=512,
+        help="tokens, the special ones included",
     )
     parser.add_argument("--force", action="store_true", help="draw again over a directory this tool made")
     args = parser.parse_args(argv)

@@ -19,45 +19,53 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_internvlx import platform
 from megatron_internvlx.ranks import is_first_rank
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 MOST = 65_536
 
 
-def own_arguments() -> argparse.ArgumentParser:
+def planner_parser() -> argparse.ArgumentParser:
     """The planner's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--pipeline", type=whole(1, MOST), help="pipeline ranks; default: --pipeline-model-parallel-size")
+    add(
+        "--pipeline",
+        type=int_in_range(1, MOST),
+        help="pipeline ranks; default: --pipeline-model-parallel-size",
+    )
     add(
         "--virtual",
-        type=whole(1, MOST),
+        type=int_in_range(1, MOST),
         default=None,
         help="model chunks per rank; default: the arguments' own, or 1",
     )
-    add("--micro-batches", type=whole(1, MOST), help="per step and replica; default: from the batch sizes")
+    add(
+        "--micro-batches",
+        type=int_in_range(1, MOST),
+        help="per step and replica; default: from the batch sizes",
+    )
     add(
         "--tflops",
-        type=real(0, 1e9, above=True),
+        type=float_in_range(0, 1e9, above=True),
         help="sustained TFLOP/s of one GPU; default 400, with FP8 600 (assumed)",
     )
     add(
         "--bandwidth",
-        type=real(0, 1e9, above=True),
+        type=float_in_range(0, 1e9, above=True),
         help="GB/s between stages, per GPU; default 50 (400 Gbit/s)",
     )
-    add("--latency", type=real(0, 1e9), help="microseconds per message; default 20")
+    add("--latency", type=float_in_range(0, 1e9), help="microseconds per message; default 20")
     add("--profile", metavar="JSON", help="measured seconds instead of FLOPs")
     add("--measure", metavar="JSON", help="time the layers on this machine and write them; plans nothing")
-    add("--repeats", type=whole(1, MOST), default=5, help="with --measure; default 5")
+    add("--repeats", type=int_in_range(1, MOST), default=5, help="with --measure; default 5")
     add("--timeline", metavar="PNG", help="draw the simulated step, planned and uniform")
     add("--expansions", action="store_true", help="also compare places for the expansion (LVTC)")
-    add("--gpus", type=whole(1, 1_000_000), help="also propose TP, PP and DP for so many GPUs")
+    add("--gpus", type=int_in_range(1, 1_000_000), help="also propose TP, PP and DP for so many GPUs")
     add(
         "--gpus-per-node",
-        type=whole(1, MOST),
+        type=int_in_range(1, MOST),
         default=8,
         help="tensor parallelism stays inside a node; default 8",
     )
@@ -66,7 +74,7 @@ def own_arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Plan or measure; returns 2 after saying what is wrong with the arguments."""
-    parser = own_arguments()
+    parser = planner_parser()
     parser.exit_on_error = False
     try:
         own, rest = parser.parse_known_args()

@@ -33,7 +33,7 @@ GIB = 1 << 30
 NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
 
 
-def stand_in(args: argparse.Namespace) -> None:
+def fill_unused_arguments(args: argparse.Namespace) -> None:
     """Nothing is trained: what only the optimizer and the loader need may be left out."""
     args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
     args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
@@ -44,7 +44,7 @@ class Task:
     """A run's arguments, seen by the planner."""
 
     def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.args = own, arguments.parse(stand_in)
+        self.own, self.args = own, arguments.parse(fill_unused_arguments)
         args = self.args
         try:
             self.layout = Layout.from_args(args, core_transformer_config_from_args(args))
@@ -135,7 +135,7 @@ def plan(own: argparse.Namespace) -> None:
     costs = task.costs()
     best = find_plan(costs, schedule, memory)
     plans = {"planned": best}
-    given = _given(task)
+    given = _requested_split(task)
     if given and given != best.counts:
         plans["as given"] = evaluate(costs, schedule, given, memory)
     uniform = uniform_counts(task.shape.layers, schedule.stages)
@@ -156,7 +156,7 @@ def plan(own: argparse.Namespace) -> None:
         print("\n" + "\n".join(_parallelism(task)))
 
 
-def _given(task: Task) -> tuple[int, ...] | None:
+def _requested_split(task: Task) -> tuple[int, ...] | None:
     """The split that the arguments ask for, if it has the stages that are planned."""
     layout, schedule = task.layout, task.schedule
     same = layout.pipeline == schedule.pipeline and len(layout.stages[0]) == schedule.chunks
@@ -267,7 +267,7 @@ def measure(own: argparse.Namespace) -> None:
 
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
-    stand_in(args)
+    fill_unused_arguments(args)
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     args.padded_vocab_size = None
     whole = ModelShape.from_args(args, vision_config(args), compression_plan(args))

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
@@ -35,14 +35,14 @@ def _prepare_parser() -> argparse.ArgumentParser:
     parser.add_argument("meta", type=Path, help="InternVL meta.json; its paths may be object-store URLs")
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument(
-        "--validation", type=real(0, 1), default=0.0, help="share of each set, its last records"
+        "--validation", type=float_in_range(0, 1), default=0.0, help="share of each set, its last records"
     )
     parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
     parser.add_argument(
         "--to-webdataset", action="store_true", help="write tar shards, image bytes untouched"
     )
-    parser.add_argument("--shard-size", type=whole(1), default=1000, help="records of a shard")
-    parser.add_argument("--threads", type=whole(1, 4096), default=8, help="images measured at once")
+    parser.add_argument("--shard-size", type=int_in_range(1), default=1000, help="records of a shard")
+    parser.add_argument("--threads", type=int_in_range(1, 4096), default=8, help="images measured at once")
     return parser
 
 
@@ -70,17 +70,17 @@ def _stats_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-model", required=True, help="Hugging Face tokenizer directory")
     parser.add_argument("--conversation-template", default="internvl2_5", choices=sorted(TEMPLATES))
     parser.add_argument("--png", type=Path, help="picture to write")
-    parser.add_argument("--samples", type=whole(1), default=20_000, help="records looked at")
+    parser.add_argument("--samples", type=int_in_range(1), default=20_000, help="records looked at")
     parser.add_argument("--model-preset", help="model whose compute is predicted, e.g. internvlx_8b")
-    parser.add_argument("--image-size", type=whole(1, 65_536), default=448)
-    parser.add_argument("--patch-size", type=whole(1, 4096), default=14)
-    parser.add_argument("--low-ratio", type=real(0, 1, above=True), default=0.25)
-    parser.add_argument("--high-ratio", type=real(0, 1, above=True), default=0.5)
-    parser.add_argument("--max-tiles", type=whole(1, 4096), default=12)
+    parser.add_argument("--image-size", type=int_in_range(1, 65_536), default=448)
+    parser.add_argument("--patch-size", type=int_in_range(1, 4096), default=14)
+    parser.add_argument("--low-ratio", type=float_in_range(0, 1, above=True), default=0.25)
+    parser.add_argument("--high-ratio", type=float_in_range(0, 1, above=True), default=0.5)
+    parser.add_argument("--max-tiles", type=int_in_range(1, 4096), default=12)
     parser.add_argument("--no-thumbnail", action="store_true")
-    parser.add_argument("--seq-length", type=whole(1), help="packing budget of deep tokens")
-    parser.add_argument("--shallow-seq-length", type=whole(1), help="packing budget of shallow tokens")
-    parser.add_argument("--max-tiles-per-pack", type=whole(1, 65_536), help="packing budget of tiles")
+    parser.add_argument("--seq-length", type=int_in_range(1), help="packing budget of deep tokens")
+    parser.add_argument("--shallow-seq-length", type=int_in_range(1), help="packing budget of shallow tokens")
+    parser.add_argument("--max-tiles-per-pack", type=int_in_range(1, 65_536), help="packing budget of tiles")
     return parser
 
 

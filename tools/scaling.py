@@ -96,7 +96,7 @@ class Grid:
 
 def read_grid(path: Path) -> Grid:
     """A grid file. Raises ValueError naming what is wrong with it."""
-    content = _mapping(path)
+    content = _read_mapping(path)
     missing = [key for key in ("name", "axes", "base") if key not in content]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
@@ -106,13 +106,13 @@ def read_grid(path: Path) -> Grid:
             raise ValueError(f"{path}: {key} is no mapping")
     base = dict(content["base"] or {})
     if recipe := base.pop("recipe", None):
-        base = _mapping(Path(str(recipe))) | base
+        base = _read_mapping(Path(str(recipe))) | base
     slurm = content.get("slurm")
     for where, key in ((content, "ranks"), (slurm or {}, "nodes"), (slurm or {}, "parallel")):
         value = where.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
             raise ValueError(f"{path}: {key} is {value!r}: want a whole number of at least 1")
-    axes = {axis: _entries(axis, entries) for axis, entries in (content["axes"] or {}).items()}
+    axes = {axis: _parse_axis(axis, entries) for axis, entries in (content["axes"] or {}).items()}
     points = []
     for labels in itertools.product(*axes.values()):
         settings = dict(base)
@@ -124,7 +124,7 @@ def read_grid(path: Path) -> Grid:
     return Grid(str(content["name"]), out, points, content.get("ranks", 1), slurm)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; an empty one holds none."""
     try:
         content = load_yaml(path)
@@ -135,7 +135,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _entries(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
+def _parse_axis(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
     """{label: settings}; a list of values is short for {value: {axis: value}}."""
     if isinstance(entries, list):
         return {str(value): {axis: value} for value in entries}
@@ -206,18 +206,18 @@ def submit(grid: Grid) -> int:
     ready = [point for point in grid.points if point.figures() is not None]
     if not ready:
         raise ValueError("no point has been planned: run `tools/scaling.py plan` first")
-    unfinished = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
+    pending = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
     if grid.slurm is None:
-        return sum(_run_here(grid, point) != 0 for point in unfinished)
+        return sum(_train_locally(grid, point) != 0 for point in pending)
     chains: list[str | None] = [None] * int(grid.slurm.get("parallel", 1))
-    for number, point in enumerate(unfinished):
+    for number, point in enumerate(pending):
         chain = number % len(chains)
-        chains[chain] = _sbatch(grid, point, chains[chain])
+        chains[chain] = _submit_job(grid, point, chains[chain])
         print(f"{chains[chain]}: {point.name}")
     return 0
 
 
-def _run_here(grid: Grid, point: Point) -> int:
+def _train_locally(grid: Grid, point: Point) -> int:
     """Train one point on this machine, starting again after faults as long as it gets on."""
     point.save.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -238,7 +238,7 @@ def _run_here(grid: Grid, point: Point) -> int:
     return code
 
 
-def _sbatch(grid: Grid, point: Point, after: str | None) -> str:
+def _submit_job(grid: Grid, point: Point, after: str | None) -> str:
     """Submit one point to run after another job; returns its job id."""
     assert grid.slurm is not None
     settings = yaml.safe_load(point.recipe.read_text())
@@ -271,7 +271,7 @@ def report(grid: Grid) -> int:
         figures = point.figures()
         if series and figures:
             rows.append(scaling_report.Result(point.name, point.labels, figures, series))
-    path = scaling_report.write(grid.out, grid.name, rows)
+    path = scaling_report.write_report(grid.out, grid.name, rows)
     print(path.read_text())
     return len(grid.points) - len(rows)
 
@@ -283,10 +283,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("action", choices=["plan", "submit", "report"])
     parser.add_argument("grid", type=Path, help="grid file, YAML")
-    asked = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        grid = read_grid(asked.grid)
-        missing = {"plan": plan, "submit": submit, "report": report}[asked.action](grid)
+        grid = read_grid(options.grid)
+        missing = {"plan": plan, "submit": submit, "report": report}[options.action](grid)
     except (ValueError, OSError) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2

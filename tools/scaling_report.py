@@ -85,7 +85,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def write(out: Path, name: str, results: Sequence[Result]) -> Path:
+def write_report(out: Path, name: str, results: Sequence[Result]) -> Path:
     """Write report.md and its pictures to a directory; returns the report's path."""
     if not results:
         raise ValueError("no run of this grid has measured anything yet")
@@ -103,11 +103,11 @@ def write(out: Path, name: str, results: Sequence[Result]) -> Path:
                 str(result.figures["tokens_per_tile"]),
                 str(result.figures["world_size"]),
                 f"{compute[-1][0]:.3g}" if compute else "-",
-                _shown(result.last("loss"), ".3f"),
-                _shown(result.last("validation_loss", 0), ".3f"),
-                _shown(result.last("validation_accuracy", 0), ".1%"),
-                _shown(result.median("tokens_per_s"), ",.0f"),
-                _shown(None if seconds is None else seconds * 1000, ".0f"),
+                _format_value(result.last("loss"), ".3f"),
+                _format_value(result.last("validation_loss", 0), ".3f"),
+                _format_value(result.last("validation_accuracy", 0), ".1%"),
+                _format_value(result.median("tokens_per_s"), ",.0f"),
+                _format_value(None if seconds is None else seconds * 1000, ".0f"),
             ]
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -124,11 +124,11 @@ def write(out: Path, name: str, results: Sequence[Result]) -> Path:
     return path
 
 
-def _shown(value: float | None, digits: str) -> str:
+def _format_value(value: float | None, digits: str) -> str:
     return "-" if value is None else f"{value:{digits}}"
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+def _make_axes(title: str, x: str, y: str) -> tuple[Any, Any]:
     # Not pyplot: it would pick the process's backend and keep figures alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _draw_compute(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = _axes("Loss against compute", "PFLOP of forward and backward", "training loss")
+    figure, axes = _make_axes("Loss against compute", "PFLOP of forward and backward", "training loss")
     for number, result in enumerate(results):
         points = [(x, y) for x, y in result.compute() if x > 0]
         if points:
@@ -160,8 +160,8 @@ def _draw_compute(path: Path, results: Sequence[Result]) -> None:
 
 
 def _draw_throughput(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = _axes("Throughput against GPUs", "GPUs", "tokens/s")
-    for number, (label, members) in enumerate(_grouped(results, "layout").items()):
+    figure, axes = _make_axes("Throughput against GPUs", "GPUs", "tokens/s")
+    for number, (label, members) in enumerate(_group_by_other_axes(results, "layout").items()):
         points = sorted((r.figures["world_size"], r.median("tokens_per_s") or 0.0) for r in members)
         axes.plot(
             *zip(*points, strict=True),
@@ -179,13 +179,13 @@ def _draw_throughput(path: Path, results: Sequence[Result]) -> None:
 def _draw_quality(path: Path, results: Sequence[Result]) -> None:
     measured = all(result.last("validation_accuracy", 0) is not None for result in results)
     title = "Quality and step time against visual tokens"
-    figure, axes = _axes(
+    figure, axes = _make_axes(
         title, "visual tokens per tile", "held-out accuracy (%)" if measured else "training loss"
     )
     twin = axes.twinx()
     twin.set_ylabel("ms per step (dashed)", color=FAINT)
     twin.spines["top"].set_visible(False)
-    for number, (label, members) in enumerate(_grouped(results, "tokens").items()):
+    for number, (label, members) in enumerate(_group_by_other_axes(results, "tokens").items()):
         members = sorted(members, key=lambda r: r.figures["tokens_per_tile"])
         tokens = [r.figures["tokens_per_tile"] for r in members]
         accuracy = [100 * (r.last("validation_accuracy", 0) or 0.0) for r in members]
@@ -201,7 +201,7 @@ def _draw_quality(path: Path, results: Sequence[Result]) -> None:
     figure.savefig(path)
 
 
-def _grouped(results: Sequence[Result], along: str) -> dict[str, list[Result]]:
+def _group_by_other_axes(results: Sequence[Result], along: str) -> dict[str, list[Result]]:
     """Results that differ only on one axis, by their other labels."""
     groups: dict[str, list[Result]] = {}
     for result in results:

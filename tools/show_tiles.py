@@ -20,7 +20,7 @@ if __name__ == "__main__":  # a checkout that was not installed runs too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
 PICTURE_WIDTH = 560  # pixels at most for one policy's resized image
@@ -160,19 +160,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("image", type=Path)
     parser.add_argument("--out", type=Path, default=Path("tiles.png"), help="PNG to write")
-    parser.add_argument("--tile-size", type=whole(1, 65_536), default=448, help="pixels")
-    parser.add_argument("--min-tiles", type=whole(0, 4096), default=1)
+    parser.add_argument("--tile-size", type=int_in_range(1, 65_536), default=448, help="pixels")
+    parser.add_argument("--min-tiles", type=int_in_range(0, 4096), default=1)
     parser.add_argument(
-        "--max-tiles", type=whole(0, 4096), default=12, help="tiles at most, the thumbnail not counted"
+        "--max-tiles", type=int_in_range(0, 4096), default=12, help="tiles at most, the thumbnail not counted"
     )
     parser.add_argument(
-        "--patch", type=whole(0, 4096), default=14, help="patch size of the vision model, in pixels"
+        "--patch", type=int_in_range(0, 4096), default=14, help="patch size of the vision model, in pixels"
     )
     parser.add_argument(
-        "--low-ratio", type=real(0, 1), default=0.25, help="tokens per patch side, shallow layers"
+        "--low-ratio", type=float_in_range(0, 1), default=0.25, help="tokens per patch side, shallow layers"
     )
     parser.add_argument(
-        "--high-ratio", type=real(0, 1), default=0.5, help="tokens per patch side, deep layers"
+        "--high-ratio", type=float_in_range(0, 1), default=0.5, help="tokens per patch side, deep layers"
     )
     parser.add_argument("--thumbnail", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)

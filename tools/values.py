@@ -9,10 +9,10 @@ from collections.abc import Callable
 LARGE = 2**31 - 1
 
 
-def whole(low: int, high: int = LARGE) -> Callable[[str], int]:
+def int_in_range(low: int, high: int = LARGE) -> Callable[[str], int]:
     """A whole number in low..high."""
 
-    def value(text: str) -> int:
+    def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
@@ -21,13 +21,13 @@ def whole(low: int, high: int = LARGE) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text[:40]}: want a whole number in {low:,}..{high:,}")
         return number
 
-    return value
+    return parse
 
 
-def real(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
+def float_in_range(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
     """A number in low..high, `above` low itself; never nan or infinite."""
 
-    def value(text: str) -> float:
+    def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
@@ -37,4 +37,4 @@ def real(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[st
             raise argparse.ArgumentTypeError(f"{text[:40]}: want a number {bounds}")
         return number
 
-    return value
+    return parse

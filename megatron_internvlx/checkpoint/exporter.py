@@ -30,7 +30,7 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_header,
 )
 from megatron_internvlx.checkpoint.target import fingerprint, group_by_size, new_directory, run_units
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, Stored
+from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, StoredTensor
 
 UNIT_BYTES = 256 << 20
 
@@ -41,7 +41,7 @@ class Unit:
 
     folder: str
     partial: str
-    items: tuple[tuple[Entry, Stored, int | None], ...]
+    items: tuple[tuple[Entry, StoredTensor, int | None], ...]
     places: Mapping[str, tuple[str, int, str]]
     """Per Hugging Face name: file, position, type."""
     copies: Mapping[str, str]
@@ -74,13 +74,13 @@ class _UnitWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def copy(self, entry: Entry, stored: Stored, place: int | None) -> bool:
+    def copy(self, entry: Entry, stored: StoredTensor, place: int | None) -> bool:
         """Copy bytes; False if they must be rearranged or get another type."""
         folder = Path(self.unit.folder)
         types = {getattr(torch, self.unit.places[name][2]) for name in entry.theirs}
         if not entry.op.keeps_order or types != {stored.dtype}:
             return False
-        runs = torch_dist.stored_runs(folder, stored, place)
+        runs = torch_dist.byte_ranges(folder, stored, place)
         if runs is None:
             return False
         begin = 0
@@ -96,7 +96,7 @@ class _UnitWriter:
             begin = end
         return True
 
-    def convert(self, entry: Entry, stored: Stored, place: int | None) -> None:
+    def convert(self, entry: Entry, stored: StoredTensor, place: int | None) -> None:
         """Read the tensor, rearrange it, write it in its type."""
         ours = torch_dist.read_stored(Path(self.unit.folder), stored, place)
         for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):

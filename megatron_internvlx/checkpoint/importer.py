@@ -33,14 +33,19 @@ from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, tab
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
 from megatron_internvlx.checkpoint.target import (
-    file_marks,
+    file_stamps,
     fingerprint,
     group_by_size,
     new_directory,
     run_units,
 )
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
-from megatron_internvlx.checkpoint.torch_dist_write import Written, keys_for, save_tensor, write_metadata
+from megatron_internvlx.checkpoint.torch_dist_write import (
+    WrittenTensor,
+    checkpoint_keys,
+    save_tensor,
+    write_metadata,
+)
 from megatron_internvlx.config import check_projector
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
@@ -128,7 +133,7 @@ def plan_import(
     left = sorted(weights.names - used)
     derived = [name for name in left if name.endswith(_DERIVED)]
     unused = [name for name in left if not name.endswith(_DERIVED)]
-    _refuse(directory, weights, missing, mismatched, unused, init_missing)
+    _check_tensors(directory, weights, missing, mismatched, unused, init_missing)
     return ImportPlan(
         config, sizes, tuple(sources), tuple(e.ours for e in missing), tuple(unused), tuple(derived)
     )
@@ -149,7 +154,7 @@ def _dtype_of(entry: Entry, weights: WeightFiles) -> str:
     return str(types.pop()).removeprefix("torch.")
 
 
-def _refuse(
+def _check_tensors(
     directory: Path,
     weights: WeightFiles,
     missing: Sequence[Entry],
@@ -167,16 +172,16 @@ def _refuse(
                     )
         raise ConversionError(
             f"{directory}: config.json: {len(lines)} tensors have other shapes than it says; correct it, or bring the "
-            "weights that belong to it:\n  " + _lines(lines, 10)
+            "weights that belong to it:\n  " + _join_limited(lines, 10)
         )
     absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
     if absent:
-        raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _lines(absent))
+        raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _join_limited(absent))
     if missing and not init_missing:
         names = [name for entry in missing for name in entry.theirs if name not in weights.names]
         raise ConversionError(
             f"{directory}: it has no projector of the wanted kind; --init-missing would initialise\n  "
-            + _lines(names)
+            + _join_limited(names)
         )
     replaced = (
         "mlp1.",
@@ -188,11 +193,11 @@ def _refuse(
     unknown = [name for name in unused if not (init_missing and name.startswith(replaced))]
     if unknown:
         raise ConversionError(
-            f"{directory}: {len(unknown)} tensors have no place in this model:\n  " + _lines(unknown)
+            f"{directory}: {len(unknown)} tensors have no place in this model:\n  " + _join_limited(unknown)
         )
 
 
-def _lines(names: Sequence[str], most: int = 40) -> str:
+def _join_limited(names: Sequence[str], most: int = 40) -> str:
     more = [f"... and {len(names) - most} more"] if len(names) > most else []
     return "\n  ".join([*names[:most], *more])
 
@@ -243,10 +248,12 @@ def write_unit(unit: Unit) -> list[dict[str, Any]]:
     with (Path(unit.folder) / name).open("wb", buffering=1 << 20) as file:
         for source in unit.sources:
             tensor = make_tensor(Path(unit.directory), source, unit.pickled, unit.seed)
-            keys, place = keys_for(source.entry.ours, unit.experts > 0)
+            keys, place = checkpoint_keys(source.entry.ours, unit.experts > 0)
             start, length = save_tensor(file, tensor if place is None else tensor[None])
             count = 0 if place is None else unit.experts if ".experts." in keys[0] else unit.vision_layers
-            item = Written(tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length)
+            item = WrittenTensor(
+                tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length
+            )
             written.append(asdict(item))
     return written
 
@@ -283,7 +290,7 @@ def import_checkpoint(
     weights = WeightFiles(directory, allow_pickle=allow_pickle)
     plan = plan_import(directory, weights, changes or {}, init_missing=init_missing)
     files = sorted({info.file for info in weights.tensors.values()})
-    mark = fingerprint("import", file_marks(directory, ["config.json", *files]), plan.config.arguments, seed)
+    mark = fingerprint("import", file_stamps(directory, ["config.json", *files]), plan.config.arguments, seed)
     needed = plan.nbytes + (64 << 20)
     with new_directory(save, mark, needed) as target:
         folder = target.partial / RELEASE
@@ -303,8 +310,8 @@ def import_checkpoint(
         results = run_units(
             target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
         )
-        written = [Written(**item) for number in sorted(results) for item in results[number]]
-        write_metadata(folder, written, _common(plan))
+        written = [WrittenTensor(**item) for number in sorted(results) for item in results[number]]
+        write_metadata(folder, written, _common_state(plan))
         (target.partial / TRACKER).write_text(RELEASE)
         write_side_files(directory, target.partial / SIDE, weights, plan)
         recipe = recipe_text(recipe_of(plan, save.resolve()), directory.resolve())
@@ -312,7 +319,7 @@ def import_checkpoint(
     return plan
 
 
-def _common(plan: ImportPlan) -> dict[str, Any]:
+def _common_state(plan: ImportPlan) -> dict[str, Any]:
     """What Megatron, and our export, read beside the tensors."""
     return {
         "checkpoint_version": 3.0,

@@ -182,26 +182,26 @@ def chat_template(template: Template, image: str = IMAGE) -> str:
     `image` is what a processor replaces by the tokens of an image.
     """
 
-    def quoted(text: str) -> str:
+    def quote(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
 
     text = "message.content if message.content is string else parts.text"
     strip = " | trim" if template.strip else ""
-    end = quoted(template.end + template.gap)
+    end = quote(template.end + template.gap)
     return (
         "{%- if messages[0].role != 'system' -%}"
-        f"{{{{- {quoted(template.system_header + template.system)} + {end} }}}}"
+        f"{{{{- {quote(template.system_header + template.system)} + {end} }}}}"
         "{%- endif -%}"
         "{%- for message in messages -%}"
         "{%- set parts = namespace(text='') -%}"
         "{%- if message.content is not string -%}{%- for part in message.content -%}"
-        f"{{%- set parts.text = parts.text + ({quoted(image + chr(10))} if part.type == 'image' else part.text) -%}}"
+        f"{{%- set parts.text = parts.text + ({quote(image + chr(10))} if part.type == 'image' else part.text) -%}}"
         "{%- endfor -%}{%- endif -%}"
-        f"{{%- set headers = {{'system': {quoted(template.system_header)}, "
-        f"'user': {quoted(template.user_header)}, 'assistant': {quoted(template.answer_header)}}} -%}}"
+        f"{{%- set headers = {{'system': {quote(template.system_header)}, "
+        f"'user': {quote(template.user_header)}, 'assistant': {quote(template.answer_header)}}} -%}}"
         f"{{{{- headers[message.role] + (({text}){strip}) + {end} }}}}"
         "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.answer_header)} }}}}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {quote(template.answer_header)} }}}}{{%- endif -%}}"
     )
 
 
@@ -272,8 +272,8 @@ def model_card(plan: ExportPlan, directory: Path) -> str:
         ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
-        ("Data", _data(plan)),
-        ("Training", _training(plan)),
+        ("Data", _describe_data(plan)),
+        ("Training", _describe_training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return f"{_CARD.format(summary=_summary(plan), usage=_usage(plan, directory))}| | |\n|---|---|\n{rows}\n"
@@ -305,41 +305,42 @@ def _summary(plan: ExportPlan) -> str:
     return f"A vision-language model whose visual tokens are compressed {' and '.join(steps)}."
 
 
-def _data(plan: ExportPlan) -> str:
+def _describe_data(plan: ExportPlan) -> str:
     """The data sets of a meta.json or a prepared directory, with their records, if it is still where it was."""
     data = plan.arguments.get("data")
     if not plan.iteration or not data:
         return "not recorded"
     try:
-        sets = _prepared(Path(data)) if Path(data).is_dir() else _listed(Path(data))
+        sets = _prepared_sets(Path(data)) if Path(data).is_dir() else _meta_sets(Path(data))
     except (ConversionError, AttributeError, KeyError, TypeError, ValueError):
         return Path(data).name
     more = f" and {len(sets) - 20} more" if len(sets) > 20 else ""
     return f"{Path(data).name}: {', '.join(sets[:20])}{more}"
 
 
-def _listed(meta: Path) -> list[str]:
+def _meta_sets(meta: Path) -> list[str]:
     return [
-        _set(name, entry.get("length"), entry.get("repeat_time", 1))
+        _describe_set(name, entry.get("length"), entry.get("repeat_time", 1))
         for name, entry in read_object(meta).items()
     ]
 
 
-def _prepared(directory: Path) -> list[str]:
+def _prepared_sets(directory: Path) -> list[str]:
     from megatron_internvlx.data.prepare import prepared_sets
 
     return [
-        _set(report["name"], report["train"], report["repeat_time"]) for report in prepared_sets(directory)
+        _describe_set(report["name"], report["train"], report["repeat_time"])
+        for report in prepared_sets(directory)
     ]
 
 
-def _set(name: str, records: int | None, repeat: float) -> str:
+def _describe_set(name: str, records: int | None, repeat: float) -> str:
     facts = [f"{records} records"] if records is not None else []
     facts += [f"{repeat:g} times"] if repeat != 1 else []
     return f"{name} ({', '.join(facts)})" if facts else name
 
 
-def _training(plan: ExportPlan) -> str:
+def _describe_training(plan: ExportPlan) -> str:
     get = plan.arguments.get
     if not plan.iteration:
         return "none after import"

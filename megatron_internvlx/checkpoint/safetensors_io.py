@@ -94,7 +94,7 @@ class WeightFiles:
     def _files(self, allow_pickle: bool) -> list[str]:
         if (self.directory / INDEX).is_file():
             self.index = read_object(self.directory / INDEX)
-            return _listed_files(self.directory / INDEX, self.index, ".safetensors")
+            return _indexed_files(self.directory / INDEX, self.index, ".safetensors")
         if (self.directory / SINGLE).is_file():
             return [SINGLE]
         pickles = sorted(p.name for p in self.directory.glob("pytorch_model*.bin"))
@@ -107,10 +107,10 @@ class WeightFiles:
             )
         self.pickled = True
         index = self.directory / PICKLES[1]
-        return _listed_files(index, read_object(index), ".bin") if index.is_file() else pickles
+        return _indexed_files(index, read_object(index), ".bin") if index.is_file() else pickles
 
     def _infos(self, file: str) -> dict[str, TensorInfo]:
-        with _opened(self.directory / file) as handle:
+        with _open_safetensors(self.directory / file) as handle:
             infos = {}
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 view = handle.get_slice(name)
@@ -139,7 +139,7 @@ class WeightFiles:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle
@@ -153,11 +153,11 @@ def read_tensor(directory: Path, file: str, name: str, pickled: bool = False) ->
     """One tensor of one file. Raises ConversionError for a broken file."""
     if pickled:
         return _load_pickle(directory / file, "cpu")[name]
-    with _opened(directory / file) as handle:
+    with _open_safetensors(directory / file) as handle:
         return handle.get_tensor(name)
 
 
-def _listed_files(path: Path, index: Mapping[str, Any], suffix: str) -> list[str]:
+def _indexed_files(path: Path, index: Mapping[str, Any], suffix: str) -> list[str]:
     """The files of a weight index, which must all be there. Raises ConversionError."""
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -266,13 +266,13 @@ def copy_bytes(source: Path, start: int, length: int, descriptor: int, offset: i
     """
     with source.open("rb", buffering=0) as file:
         while length:
-            got = _copy_some(file.fileno(), start, length, descriptor, offset)
+            got = _copy_chunk(file.fileno(), start, length, descriptor, offset)
             if got == 0:
                 raise ConversionError(f"{source}: ends at byte {start}, {length} more expected")
             start, offset, length = start + got, offset + got, length - got
 
 
-def _copy_some(source: int, start: int, length: int, target: int, offset: int) -> int:
+def _copy_chunk(source: int, start: int, length: int, target: int, offset: int) -> int:
     """Bytes copied, at least one unless the source ends."""
     try:
         if got := os.copy_file_range(source, target, length, start, offset):

@@ -90,7 +90,7 @@ def full_tensor(shard: Shard, value: Tensor) -> Tensor:
     return join_shards(parts, shard.dim, shard.gated).to("cpu")
 
 
-def unpadded(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+def remove_vocab_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     """Embedding and output rows without the padding that the layout asked for."""
     vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
     return tensor[:vocab_size] if vocabulary else tensor
@@ -111,17 +111,17 @@ def full_tensors(
             value = value_of(shard.parameter)
             if value is not None:
                 full = full_tensor(shard, value)
-                mine[shard.name] = unpadded(shard.name, full, stage.real_vocab_size)
+                mine[shard.name] = remove_vocab_padding(shard.name, full, stage.real_vocab_size)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, _flat(mine))
-    return {name: tensor for part in everyone for name, tensor in _from_flat(*part)}
+    dist.all_gather_object(everyone, _serialize_tensors(mine))
+    return {name: tensor for part in everyone for name, tensor in _deserialize_tensors(*part)}
 
 
 # Names, types and shapes, and the bytes of all in a row. Pickled one by one, tensors take a millisecond each.
-_Described = list[tuple[str, torch.dtype, torch.Size]]
+_TensorHeaders = list[tuple[str, torch.dtype, torch.Size]]
 
 
-def _flat(tensors: dict[str, Tensor]) -> tuple[_Described, bytearray]:
+def _serialize_tensors(tensors: dict[str, Tensor]) -> tuple[_TensorHeaders, bytearray]:
     content = bytearray()
     for tensor in tensors.values():
         content += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -129,7 +129,7 @@ def _flat(tensors: dict[str, Tensor]) -> tuple[_Described, bytearray]:
     return [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], content
 
 
-def _from_flat(described: _Described, content: bytearray) -> Iterator[tuple[str, Tensor]]:
+def _deserialize_tensors(described: _TensorHeaders, content: bytearray) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, dtype, shape in described:
         count = shape.numel()
@@ -152,7 +152,7 @@ def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:
             if shard.name not in weights:
                 problems.append(f"{shard.name} is missing")
                 continue
-            full = _padded(shard, weights[shard.name])
+            full = _pad_vocab(shard, weights[shard.name])
             if shard.dim is not None and shard.group is not None:
                 full = cut_shard(full, shard.dim, shard.gated, shard.group.rank(), shard.group.size())
             if full.shape != shard.parameter.shape:
@@ -172,7 +172,7 @@ def _tied_output(stage: InternVLX) -> Shard:
     return Shard(name, weight, 0 if sharded else None, False, stage.tp_group if sharded else None)
 
 
-def _padded(shard: Shard, full: Tensor) -> Tensor:
+def _pad_vocab(shard: Shard, full: Tensor) -> Tensor:
     """Vocabulary rows padded with zeros to what the layout holds."""
     if not shard.name.endswith(("word_embeddings.weight", "output_layer.weight")):
         return full

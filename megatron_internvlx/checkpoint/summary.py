@@ -14,7 +14,7 @@ from megatron_internvlx.checkpoint.importer import NOTES, RECIPE, SIDE, ImportPl
 _INJECTION = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.injection\.")
 
 
-def part_of(name: str) -> str:
+def model_part(name: str) -> str:
     """The part of the model that a tensor, of ours or of a directory, belongs to."""
     if match := _INJECTION.match(name):
         return f"projector of layer {match[1]}"
@@ -24,9 +24,9 @@ def part_of(name: str) -> str:
     return f"{head}.{rest.partition('.')[0]}" if head == "language_model" else head
 
 
-def by_part(names: Iterable[str]) -> str:
+def count_by_part(names: Iterable[str]) -> str:
     """`projector 27, projector of layer 8 27`, in the order of the names."""
-    return ", ".join(f"{part} {count}" for part, count in Counter(map(part_of, names)).items())
+    return ", ".join(f"{part} {count}" for part, count in Counter(map(model_part, names)).items())
 
 
 def import_summary(
@@ -50,7 +50,7 @@ def import_summary(
         ("not stored, because they follow from the configuration", plan.derived),
     ):
         if names:
-            lines.append(f"{len(names)} tensors {title}: {by_part(names)}")
+            lines.append(f"{len(names)} tensors {title}: {count_by_part(names)}")
             lines += [f"  {name}" for name in names if everything]
     if (plan.initialised or plan.unused or plan.derived) and not everything:
         lines.append(f"their names: {save / SIDE / NOTES}, or with --list-tensors")

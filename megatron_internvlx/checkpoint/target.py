@@ -29,7 +29,7 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 NOTES = ".finished-units"
 LOCK = ".lock"
 # Under this size starting processes takes longer than the work.
-ALONE_BELOW = 512 << 20
+MIN_PARALLEL_BYTES = 512 << 20
 
 
 def fingerprint(*parts: Any) -> str:
@@ -37,7 +37,7 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def file_marks(folder: Path, names: Sequence[str]) -> list[list[Any]]:
+def file_stamps(folder: Path, names: Sequence[str]) -> list[list[Any]]:
     """Name, size and time of files, for a fingerprint."""
     return [[name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in names]
 
@@ -72,9 +72,9 @@ class Target:
                 "free some, or choose another disk"
             )
         (self.partial / NOTES).mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = self._acquire_lock()
 
-    def _locked(self) -> int:
+    def _acquire_lock(self) -> int:
         """The open lock file of the partial directory; the system releases it when this process ends."""
         lock = os.open(self.partial / NOTES / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
@@ -92,14 +92,14 @@ class Target:
         """Release the partial directory."""
         os.close(self._lock)
 
-    def finished(self) -> dict[int, Any]:
+    def finished_units(self) -> dict[int, Any]:
         """Results of the units that an earlier run has finished."""
         notes = {}
         for path in (self.partial / NOTES).glob("*.json"):
             notes[int(path.stem)] = json.loads(path.read_text())
         return notes
 
-    def note(self, unit: int, result: Any) -> None:
+    def record_unit(self, unit: int, result: Any) -> None:
         """Remember that a unit is finished, with its result."""
         path = self.partial / NOTES / f"{unit}.json"
         unfinished = path.with_suffix(".tmp")
@@ -164,24 +164,24 @@ def run_units(
         sizes: bytes of each unit, for the bar.
         processes: at most so many at a time; 1 works in this process.
     """
-    results = {number: result for number, result in target.finished().items() if number < len(units)}
+    results = {number: result for number, result in target.finished_units().items() if number < len(units)}
     todo = [number for number in range(len(units)) if number not in results]
     # The largest first: none is begun when all others are done.
     todo.sort(key=lambda number: -sizes[number])
     bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=quiet)
     with bar:
         bar.update(sum(sizes[number] for number in results))
-        for number, result in _results(units, todo, work, processes, sum(sizes[n] for n in todo)):
-            target.note(number, result)
+        for number, result in _run_pending(units, todo, work, processes, sum(sizes[n] for n in todo)):
+            target.record_unit(number, result)
             results[number] = result
             bar.update(sizes[number])
     return results
 
 
-def _results(
+def _run_pending(
     units: Sequence[Any], todo: list[int], work: Callable[[Any], Any], processes: int, size: int
 ) -> Iterator[tuple[int, Any]]:
-    if processes == 1 or len(todo) < 2 or size < ALONE_BELOW:
+    if processes == 1 or len(todo) < 2 or size < MIN_PARALLEL_BYTES:
         for number in todo:
             yield number, work(units[number])
         return
@@ -207,7 +207,7 @@ def _results(
             raise
 
 
-def warm_up(module: str) -> None:
+def preload_workers(module: str) -> None:
     """Start the server that workers are forked from, which imports `module` while this process does other things.
 
     Otherwise every worker would import it, for seconds, when there is work to do.

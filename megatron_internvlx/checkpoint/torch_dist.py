@@ -44,7 +44,7 @@ def location(full_name: str) -> tuple[str, int | None]:
         return _VISION_LAYER.sub("vision_model.encoder.layers.", full_name), int(match[1])
     if full_name.startswith("language_model.decoder.layers."):
         name = full_name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-        # A router follows the second norm of a layer with experts, which keeps its name: see `keys_for`.
+        # A router follows the second norm of a layer with experts, which keeps its name: see `checkpoint_keys`.
         return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"), None
     return full_name, None
 
@@ -61,7 +61,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a checkpoint."""
 
     shape: tuple[int, ...]
@@ -160,7 +160,7 @@ _METADATA_GLOBALS = {
 _METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 
 
-def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
+def _load_metadata(path: Path) -> tuple[dict[str, StoredTensor], Piece | None]:
     """(tensors by key, where the common state is) of a `.metadata`."""
     try:
         with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
             (index.fqn, getattr(index, "offset", None)): info for index, info in metadata.storage_data.items()
         }
         tensors = {
-            key: _stored(key, entry, places)
+            key: _stored_tensor(key, entry, places)
             for key, entry in metadata.state_dict_metadata.items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
@@ -181,10 +181,10 @@ def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
         raise ConversionError(f"{path}: unreadable: {error}") from error
 
 
-def _stored(key: str, entry: Any, places: Mapping[tuple[str, Any], Any]) -> Stored:
+def _stored_tensor(key: str, entry: Any, places: Mapping[tuple[str, Any], Any]) -> StoredTensor:
     pieces = [_piece(chunk.offsets, chunk.sizes, places[key, chunk.offsets]) for chunk in entry.chunks]
     # TensorProperties are pickled as a tuple: type, layout and three more.
-    return Stored(tuple(entry.size), entry.properties.state[0], tuple(pieces))
+    return StoredTensor(tuple(entry.size), entry.properties.state[0], tuple(pieces))
 
 
 def _piece(offsets: Iterable[int], sizes: Iterable[int], info: Any) -> Piece:
@@ -208,7 +208,7 @@ def _load_common(path: Path, data: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Run:
+class ByteRange:
     """Bytes of a file that are consecutive bytes of a tensor, from its byte `at` on."""
 
     path: Path
@@ -217,7 +217,7 @@ class Run:
     at: int
 
 
-def stored_runs(folder: Path, stored: Stored, place: int | None = None) -> list[Run] | None:
+def byte_ranges(folder: Path, stored: StoredTensor, place: int | None = None) -> list[ByteRange] | None:
     """Where a tensor's bytes are, if its pieces are whole rows of it; None: only `read_stored` can tell."""
     shape = stored.shape if place is None else stored.shape[1:]
     runs = []
@@ -236,11 +236,11 @@ def stored_runs(folder: Path, stored: Stored, place: int | None = None) -> list[
         length = math.prod(sizes) * head.itemsize
         start += 0 if place is None else (place - piece.offsets[0]) * length
         at = offsets[0] * math.prod(sizes[1:]) * head.itemsize if sizes else 0
-        runs.append(Run(folder / piece.file, start, length, at))
+        runs.append(ByteRange(folder / piece.file, start, length, at))
     return runs
 
 
-def _pieces(folder: Path, stored: Stored, place: int | None) -> list[Piece]:
+def _pieces(folder: Path, stored: StoredTensor, place: int | None) -> list[Piece]:
     """The pieces of a tensor, or of its slice at `place`. Raises ConversionError if they leave a gap."""
     pieces = [
         piece
@@ -257,7 +257,7 @@ def _pieces(folder: Path, stored: Stored, place: int | None) -> list[Piece]:
     return pieces
 
 
-def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tensor:
+def read_stored(folder: Path, stored: StoredTensor, place: int | None = None) -> Tensor:
     """Put a tensor together; of stacked tensors [n, ...] the slice at `place`. Raises ConversionError."""
     shape = stored.shape if place is None else stored.shape[1:]
     whole: Tensor | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, location
 
 
-def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
+def checkpoint_keys(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
     """All keys under which a written tensor is to be found, and its place along the leading dimension.
 
     The second norm of a layer has two in a model with experts: a dense layer stores it with the linear layer after
@@ -30,7 +30,7 @@ def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
     """Append a tensor as the format wants it; returns (start, length) in bytes."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    start, sink = file.tell(), _Sink(file)
+    start, sink = file.tell(), _RecordingFile(file)
     try:
         torch.save(tensor, cast(IO[bytes], sink))
     except RuntimeError as error:
@@ -39,7 +39,7 @@ def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
     return start, file.tell() - start
 
 
-class _Sink:
+class _RecordingFile:
     """A file that remembers why it could not be written."""
 
     def __init__(self, file: Any) -> None:
@@ -58,7 +58,7 @@ class _Sink:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTensor:
     """What a writer has put where: one entry per tensor, or slice of a stacked tensor."""
 
     keys: tuple[str, ...]
@@ -73,7 +73,7 @@ class Written:
     length: int
 
 
-def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str, Any]) -> None:
+def write_metadata(folder: Path, written: Iterable[WrittenTensor], common: Mapping[str, Any]) -> None:
     """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
 
     Args:

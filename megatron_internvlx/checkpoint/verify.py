@@ -32,7 +32,7 @@ from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
 from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Layout, Request
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
-from megatron_internvlx.files import unfinished
+from megatron_internvlx.files import atomic_path
 
 MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
 
@@ -199,6 +199,6 @@ def verify(request: Request, out: Path, *, ranks: int | None = None, start=start
         changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
         found = gather(Path(folder), case, entries, request.gradients, vision_layers=sizes.vision.layers_run)
-    with unfinished(out) as partial:
+    with atomic_path(out) as partial:
         save_file(found.tensors, partial, metadata={"format": "pt"})
     return found

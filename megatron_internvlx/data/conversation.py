@@ -1,7 +1,7 @@
 """Chat templates: from a conversation to the prompt text, the token ids and the labels.
 
-Templates and label rules are those of the released code (``conversation.py`` and the ``preprocess_*``
-functions of ``internvl/train/dataset.py``). Ids come from one pass over the whole text; which of them are
+Templates and label rules are those of the released code (`conversation.py` and the `preprocess_*`
+functions of `internvl/train/dataset.py`). Ids come from one pass over the whole text; which of them are
 supervised is read from their character offsets, so no token arithmetic can drift.
 """
 
@@ -26,7 +26,7 @@ _IMAGE_BLOCK = IMG_START + IMG_CONTEXT + IMG_END
 
 @dataclass(frozen=True)
 class Template:
-    """One chat format. Every message is ``header + text + end + gap``; ``gap`` is never supervised."""
+    """One chat format. Every message is `header + text + end + gap`; `gap` is never supervised."""
 
     name: str
     system: str
@@ -66,13 +66,13 @@ TEMPLATES = {
 class ReleasedQuirks:
     """Behaviours of the released code that are off by default; each True brings one back.
 
-    ``mask_id_zero``: tokens with id 0 get no attention ("!" for Qwen2), as ``attention_mask = ids != 0``.
-    ``literal_surplus_placeholders``: ``<image>`` beyond the number of images stays as plain text.
-    ``drop_surplus_images``: images without an ``<image>`` are dropped and the sample gives no loss.
-    ``ignore_exif``: images are not turned upright by their EXIF orientation.
-    ``ignore_labels_on_length_mismatch``: internlm2-chat and Hermes-2 samples whose parts tokenize to
+    `mask_id_zero`: tokens with id 0 get no attention ("!" for Qwen2), as `attention_mask = ids != 0`.
+    `literal_surplus_placeholders`: `<image>` beyond the number of images stays as plain text.
+    `drop_surplus_images`: images without an `<image>` are dropped and the sample gives no loss.
+    `ignore_exif`: images are not turned upright by their EXIF orientation.
+    `ignore_labels_on_length_mismatch`: internlm2-chat and Hermes-2 samples whose parts tokenize to
     another length than the whole (a pad token in the text, an empty answer) give no loss.
-    ``partial_answers``: a text over the length limit is cut anywhere, also inside an answer.
+    `partial_answers`: a text over the length limit is cut anywhere, also inside an answer.
     """
 
     mask_id_zero: bool = False
@@ -92,9 +92,9 @@ class ReleasedQuirks:
 class Encoded:
     """A tokenized conversation of n tokens.
 
-    ``input_ids`` int64 [n]; ``labels`` int64 [n], ``-100`` where ignored, not shifted; ``is_visual`` bool
-    [n], True on image placeholders; ``attention_mask`` bool [n], or None when every token is attended to;
-    ``num_images`` images used; ``dropped_tokens`` tokens cut from the end by the length limit.
+    `input_ids` int64 [n]; `labels` int64 [n], `-100` where ignored, not shifted; `is_visual` bool
+    [n], True on image placeholders; `attention_mask` bool [n], or None when every token is attended to;
+    `num_images` images used; `dropped_tokens` tokens cut from the end by the length limit.
     """
 
     input_ids: np.ndarray
@@ -115,10 +115,10 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def _messages(
+def _parse_messages(
     template: Template, conversations: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[str, list[tuple[str, str]]]:
-    """The system text and the (role, text) turns, checked; roles are ``human`` and ``gpt``."""
+    """The system text and the (role, text) turns, checked; roles are `human` and `gpt`."""
     system, turns = template.system, []
     for number, message in enumerate(conversations):
         role, text = message.get("from"), message.get("value")
@@ -150,7 +150,7 @@ def questions(template: str, conversations: Sequence[Mapping[str, Any]]) -> list
 
     Raises ValueError for an unknown template, BadSample for unusable turns.
     """
-    _, turns = _messages(get_template(template), conversations, "?")
+    _, turns = _parse_messages(get_template(template), conversations, "?")
     asked, found = "", []
     for role, text in turns:
         if role == "human":
@@ -167,14 +167,14 @@ def render_prompt(
     generation_prompt: bool = False,
     key: str = "?",
 ) -> str:
-    """The text of a conversation, ``<image>`` left as it is and no message stripped.
+    """The text of a conversation, `<image>` left as it is and no message stripped.
 
-    With ``generation_prompt`` it ends with the header of the answer to be generated: that of the last gpt
+    With `generation_prompt` it ends with the header of the answer to be generated: that of the last gpt
     turn, whose text is left out, or a new one after a human turn. Raises ValueError for an unknown
-    template, BadSample named ``key`` for unusable turns.
+    template, BadSample named `key` for unusable turns.
     """
     form = get_template(template)
-    system, turns = _messages(form, conversations, key)
+    system, turns = _parse_messages(form, conversations, key)
     text = form.system_header + system + form.end + form.gap
     last = len(turns) - 1
     for number, (role, message) in enumerate(turns):
@@ -208,14 +208,14 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase", template: Template) -> tu
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
-    """Raise ValueError, with the remedy, if ``tokenizer`` cannot serve ``template``."""
+    """Raise ValueError, with the remedy, if `tokenizer` cannot serve `template`."""
     _special_ids(tokenizer, get_template(template))
 
 
 def _place_images(
     system: str, turns: list[tuple[str, str]], num_images: int, quirks: ReleasedQuirks, key: str
 ) -> tuple[list[tuple[str, str]], int]:
-    """Turns with the first ``num_images`` ``<image>`` of the human turns as image blocks; their number."""
+    """Turns with the first `num_images` `<image>` of the human turns as image blocks; their number."""
     usable = sum(text.count(IMAGE) for role, text in turns if role == "human")
     elsewhere = system.count(IMAGE) + sum(text.count(IMAGE) for role, text in turns if role == "gpt")
     if not quirks.literal_surplus_placeholders and (usable > num_images or elsewhere):
@@ -270,7 +270,7 @@ def _compose(
     return pieces, spans
 
 
-def _label(
+def _label_answers(
     ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of the tokens that lie inside a span, and the flag of the last token of each span."""
@@ -295,7 +295,7 @@ def _lengths_differ(
 def _kept_length(
     labels: np.ndarray, last: np.ndarray, is_visual: np.ndarray, limit: int, partial: bool, key: str
 ) -> int:
-    """Tokens to keep of a sample over ``limit``; BadSample if an image or every answer is cut."""
+    """Tokens to keep of a sample over `limit`; BadSample if an image or every answer is cut."""
     total, num_visual = len(labels), int(is_visual.sum())
     remedy = "raise the sequence length, or lower max_tiles or the tokens per tile"
     ends = np.flatnonzero(last[:limit])
@@ -324,7 +324,7 @@ def _tokenize(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     text = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(text.input_ids, dtype=np.int64)
-    return ids, *_label(ids, np.asarray(text.offset_mapping, dtype=np.int64).reshape(-1, 2), spans)
+    return ids, *_label_answers(ids, np.asarray(text.offset_mapping, dtype=np.int64).reshape(-1, 2), spans)
 
 
 def encode(
@@ -339,17 +339,17 @@ def encode(
 ) -> Encoded:
     """Tokenize a conversation and mark what is supervised: answers with their end token, every round.
 
-    ``image_tokens``: placeholders of each image, in the order of the ``<image>`` they replace.
-    ``max_length``: tokens, bos and images included; None for no limit. A longer conversation is cut after
+    `image_tokens`: placeholders of each image, in the order of the `<image>` they replace.
+    `max_length`: tokens, bos and images included; None for no limit. A longer conversation is cut after
     its last whole answer that fits; an image block is never cut or dropped.
 
     Raises ValueError for an unknown template or a tokenizer without the needed special tokens, and
-    BadSample named ``key``: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
+    BadSample named `key`: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
     image_truncated, answer_truncated.
     """
     form = get_template(template)
     context_id, bos = _special_ids(tokenizer, form)
-    system, turns = _messages(form, conversations, key)
+    system, turns = _parse_messages(form, conversations, key)
     if form.strip:
         turns = [(role, text.strip()) for role, text in turns]
     _check_text(form, system, turns, compat, key)

@@ -1,7 +1,7 @@
-"""InternVL's training set description: ``meta.json`` naming JSONL files of conversations.
+"""InternVL's training set description: `meta.json` naming JSONL files of conversations.
 
-``meta.json`` is ``{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}``; keys that begin
-with ``_`` are comments. Records stay on disk; only their byte offsets are held in memory (16 bytes each).
+`meta.json` is `{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}`; keys that begin
+with `_` are comments. Records stay on disk; only their byte offsets are held in memory (16 bytes each).
 """
 
 import json
@@ -30,10 +30,10 @@ def read_json(text: str | bytes) -> Any:
 
     Raises ValueError, and RecursionError for too many brackets.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_reject_duplicate_keys)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -43,9 +43,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Record:
-    """One parsed line: ``key`` (``file.jsonl:12``), its JSON object, and the settings of its dataset.
+    """One parsed line: `key` (`file.jsonl:12`), its JSON object, and the settings of its dataset.
 
-    ``root`` is the folder of its images, ``max_tiles`` the dataset's own maximum or None.
+    `root` is the folder of its images, `max_tiles` the dataset's own maximum or None.
     """
 
     key: str
@@ -58,7 +58,7 @@ class Record:
 class JsonlFile:
     """Records of a JSONL file by number, read from disk when asked for. Blank lines are not records.
 
-    ``label`` is how the file is named in keys. Picklable: each process opens the file for itself.
+    `label` is how the file is named in keys. Picklable: each process opens the file for itself.
     """
 
     def __init__(self, path: Path, label: str):
@@ -95,7 +95,7 @@ class JsonlFile:
         return len(self._starts)
 
     def key(self, index: int) -> str:
-        """Name and line number of record ``index``."""
+        """Name and line number of record `index`."""
         return f"{self.label}:{index + 1 if self._numbers is None else self._numbers[index]}"
 
     def offsets(self) -> np.ndarray | None:
@@ -105,7 +105,7 @@ class JsonlFile:
         return np.append(self._starts, self.path.stat().st_size)
 
     def line(self, index: int) -> bytes:
-        """Record ``index`` as it is in the file, without white space around it."""
+        """Record `index` as it is in the file, without white space around it."""
         return self._read(self._starts[index], self._lengths[index]).strip()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class JsonlFile:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of ``meta.json``; ``repeat_time`` is how often an epoch holds each of its records."""
+    """One dataset of `meta.json`; `repeat_time` is how often an epoch holds each of its records."""
 
     name: str
     file: JsonlFile
@@ -141,11 +141,11 @@ class DatasetEntry:
 
     @property
     def epoch_size(self) -> int:
-        """Records that an epoch holds: ``floor(repeat_time * records)``."""
+        """Records that an epoch holds: `floor(repeat_time * records)`."""
         return math.floor(self.repeat_time * len(self.file) + 1e-6)
 
     def select(self, position: int) -> int:
-        """Record number at ``position`` of the unshuffled epoch.
+        """Record number at `position` of the unshuffled epoch.
 
         Whole repeats take every record. The rest of the repeat time takes records spread evenly over the
         file, the same ones each epoch, where the released code takes the first lines.
@@ -158,7 +158,7 @@ class DatasetEntry:
 
 
 def _resolve(path: str, folder: Path) -> Path:
-    """``path`` as given if that exists, otherwise relative to the folder of ``meta.json``."""
+    """`path` as given if that exists, otherwise relative to the folder of `meta.json`."""
     given = Path(path).expanduser()
     if not given.parts:  # "" and ".": the working directory always exists, so that says nothing
         return folder
@@ -166,11 +166,11 @@ def _resolve(path: str, folder: Path) -> Path:
 
 
 def is_url(path: str) -> bool:
-    """Whether ``path`` names an object in a store (``msc://profile/folder``) and not a file."""
+    """Whether `path` names an object in a store (`msc://profile/folder`) and not a file."""
     return "://" in path
 
 
-def _number(
+def _read_number(
     name: str, entry: dict[str, Any], key: str, default: Any, least: float, most: float = 1 << 31
 ) -> Any:
     value = entry.get(key, default)
@@ -188,7 +188,7 @@ def _number(
     return value
 
 
-def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
+def _parse_entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     if not isinstance(entry, dict) or not {"root", "annotation"} <= entry.keys():
         has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"dataset {name!r} needs the keys 'root' and 'annotation'; it has {has}")
@@ -209,7 +209,7 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
         raise ValueError(
             f"dataset {name!r}: no annotation file {entry['annotation']!r}, neither as given nor in {folder}"
         )
-    max_tiles = _number(name, entry, "max_dynamic_patch", None, 1)
+    max_tiles = _read_number(name, entry, "max_dynamic_patch", None, 1)
     if max_tiles is not None and max_tiles != int(max_tiles):
         raise ValueError(f"dataset {name!r}: max_dynamic_patch is {max_tiles}; it must be a whole number")
     return DatasetEntry(
@@ -217,17 +217,17 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
         file=JsonlFile(annotation, entry["annotation"]),
         root=entry["root"] if is_url(entry["root"]) else str(_resolve(entry["root"], folder)),
         data_augment=entry.get("data_augment", False),
-        repeat_time=_number(name, entry, "repeat_time", 1, 0, MAX_REPEAT),
+        repeat_time=_read_number(name, entry, "repeat_time", 1, 0, MAX_REPEAT),
         max_tiles=None if max_tiles is None else int(max_tiles),
     )
 
 
 class Manifest:
-    """All datasets of a ``meta.json``, concatenated with their repeats; ``len`` is the size of an epoch.
+    """All datasets of a `meta.json`, concatenated with their repeats; `len` is the size of an epoch.
 
-    Relative paths that do not exist as given are taken from the folder of ``meta.json``, as is an empty
-    root. ``repeat_time`` 0 leaves a dataset out. ``length`` is not needed and not read. ``each_once``, for
-    held-out data: any other ``repeat_time`` counts as 1.
+    Relative paths that do not exist as given are taken from the folder of `meta.json`, as is an empty
+    root. `repeat_time` 0 leaves a dataset out. `length` is not needed and not read. `each_once`, for
+    held-out data: any other `repeat_time` counts as 1.
 
     Raises ValueError naming the file and dataset: unreadable JSON, missing keys, missing annotation, values
     out of range, no record at all.
@@ -246,7 +246,7 @@ class Manifest:
                 f"{self.path} must hold an object {{name: dataset}}, found {type(meta).__name__}"
             )
         try:
-            self.entries = [_entry(name, entry, self.path.parent) for name, entry in meta.items()]
+            self.entries = [_parse_entry(name, entry, self.path.parent) for name, entry in meta.items()]
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         if each_once:
@@ -263,8 +263,8 @@ class Manifest:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def _place(self, position: int) -> tuple[DatasetEntry, int]:
-        """Set and number in its file of the record at ``position``."""
+    def _locate(self, position: int) -> tuple[DatasetEntry, int]:
+        """Set and number in its file of the record at `position`."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of an epoch of {len(self)} records")
         number = int(np.searchsorted(self._ends, position, side="right"))
@@ -272,17 +272,17 @@ class Manifest:
         return entry, entry.select(position - (int(self._ends[number - 1]) if number else 0))
 
     def key(self, position: int) -> str:
-        """Name (file:line) of the record at ``position`` of the unshuffled epoch, which is not read."""
-        entry, index = self._place(position)
+        """Name (file:line) of the record at `position` of the unshuffled epoch, which is not read."""
+        entry, index = self._locate(position)
         return entry.file.key(index)
 
     def record(self, position: int) -> Record:
-        """Record at ``position`` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
-        entry, index = self._place(position)
+        """Record at `position` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
+        entry, index = self._locate(position)
         return Record(
             entry.file.key(index), entry.file[index], entry.root, entry.data_augment, entry.max_tiles
         )
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Positions int64 [len] in the order of ``epoch``: a permutation that depends on the seed alone."""
+        """Positions int64 [len] in the order of `epoch`: a permutation that depends on the seed alone."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))

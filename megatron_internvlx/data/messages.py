@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.rejects import BadSample
-from megatron_internvlx.files import unfinished
+from megatron_internvlx.files import atomic_path
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _DATA = re.compile(r"data:image/(?P<kind>[a-z0-9.+-]+);base64,", re.IGNORECASE)
@@ -45,14 +45,14 @@ def conversation_of(record: Mapping[str, Any], key: str, images: Path) -> dict[s
             raise BadSample(
                 key, "bad_message", f"message {number} has the role {role!r}; usable are {', '.join(ROLES)}"
             )
-        text, found = _content(message.get("content"), f"message {number}", key, images)
+        text, found = _convert_content(message.get("content"), f"message {number}", key, images)
         turns.append({"from": ROLES[role], "value": text})
         names += found
     kept = {name: value for name, value in record.items() if name not in ("messages", "image")}
     return {**kept, **({"image": names} if names else {}), "conversations": turns}
 
 
-def _content(content: Any, where: str, key: str, images: Path) -> tuple[str, list[str]]:
+def _convert_content(content: Any, where: str, key: str, images: Path) -> tuple[str, list[str]]:
     """Text with an `<image>` for each image, and the images' names."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
@@ -67,7 +67,7 @@ def _content(content: Any, where: str, key: str, images: Path) -> tuple[str, lis
                 )
             texts.append(part["text"])
         elif kind in ("image_url", "image"):
-            names.append(_image(part, where, key, images))
+            names.append(_convert_image(part, where, key, images))
             texts.append(IMAGE)
         else:
             raise BadSample(
@@ -76,7 +76,7 @@ def _content(content: Any, where: str, key: str, images: Path) -> tuple[str, lis
     return "\n".join(texts), names
 
 
-def _image(part: Mapping[str, Any], where: str, key: str, images: Path) -> str:
+def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) -> str:
     """Name of an image; one that lies in the record is written below `images` first."""
     address = part.get("image_url", part.get("image"))
     if isinstance(address, dict):
@@ -92,7 +92,7 @@ def _image(part: Mapping[str, Any], where: str, key: str, images: Path) -> str:
             ) from error
         name = f"{hashlib.sha256(content).hexdigest()[:32]}.{data['kind'].partition('+')[0].lower()}"
         if not (images / name).exists():
-            with unfinished(images / name) as partial:
+            with atomic_path(images / name) as partial:
                 partial.write_bytes(content)
         return name
     if address.startswith("file://"):

@@ -7,7 +7,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_tiles(tiles_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``(tiles / 255 - mean) / std`` per channel: uint8 [T, 3, S, S] (RGB) to ``dtype`` [T, 3, S, S].
+    """`(tiles / 255 - mean) / std` per channel: uint8 [T, 3, S, S] (RGB) to `dtype` [T, 3, S, S].
 
     Computed in float32 and then cast, as the released transform (ToTensor, Normalize) does. T may be 0.
     """

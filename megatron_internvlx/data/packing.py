@@ -81,7 +81,7 @@ def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
         raise ValueError(
             f"sample {number} has {table[number, which]} {NAMES[which]}, over the budget of {limits[which]}"
         )
-    owner = _place(table, limits)
+    owner = _assign_packs(table, limits)
     order = np.argsort(owner, kind="stable")
     ends = np.cumsum(np.bincount(owner))
     packs = [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True) if end > start]
@@ -95,48 +95,52 @@ def lower_bound(costs: Int64, limits: Int64) -> int:
     return max(1, int(np.max(-(-costs.sum(0) // limits))))
 
 
-def _place(costs: Int64, limits: Int64) -> Int64:
+def _assign_packs(costs: Int64, limits: Int64) -> Int64:
     """Number of the pack of each sample."""
     shares = costs / limits
     order = np.argsort(-shares.max(1), kind="stable")
     least = lower_bound(costs, limits)
-    tight = _assign(costs, shares, order, limits, least, spread=False)
+    tight = _assign_greedily(costs, shares, order, limits, least, spread=False)
     most = int(tight.max()) + 1
     for attempt in range(_TRIES):
         count = least + int(np.ceil(attempt * _GROWTH * least))
         if count >= most and attempt:
             break
-        even = _assign(costs, shares, order, limits, count, spread=True)
+        even = _assign_greedily(costs, shares, order, limits, count, spread=True)
         if int(even.max()) < count:
             return even
     return tight
 
 
-def _assign(costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: int, *, spread: bool) -> Int64:
+def _assign_greedily(
+    costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: int, *, spread: bool
+) -> Int64:
     """One greedy pass, the largest samples first.
 
-    ``spread``: into the one of ``count`` packs where it adds least to the sum of squared loads, which evens
+    `spread`: into the one of `count` packs where it adds least to the sum of squared loads, which evens
     out all three sums. Otherwise: into the fullest one where it fits, which needs the fewest packs.
-    Packs beyond ``count`` are opened when nothing fits.
+    Packs beyond `count` are opened when nothing fits.
     """
     owner = np.zeros(len(costs), np.int64)
     free = np.repeat(limits[:, None], len(costs) + 1, axis=1)
     loads = np.zeros((3, len(costs) + 1))
-    opened = count if spread else 1
+    open_packs = count if spread else 1
     for i in order:
         (a, b, c), (x, y, z) = costs[i], shares[i]
-        fits = (free[0, :opened] >= a) & (free[1, :opened] >= b) & (free[2, :opened] >= c)
+        fits = (free[0, :open_packs] >= a) & (free[1, :open_packs] >= b) & (free[2, :open_packs] >= c)
         if spread:
             score = np.where(
-                fits, x * loads[0, :opened] + y * loads[1, :opened] + z * loads[2, :opened], np.inf
+                fits,
+                x * loads[0, :open_packs] + y * loads[1, :open_packs] + z * loads[2, :open_packs],
+                np.inf,
             )
             best = int(score.argmin())
         else:
-            score = np.where(fits, loads[:, :opened].max(0), -np.inf)
+            score = np.where(fits, loads[:, :open_packs].max(0), -np.inf)
             best = int(score.argmax())
         if not fits[best]:
-            best = opened
-            opened += 1
+            best = open_packs
+            open_packs += 1
         owner[i] = best
         free[:, best] -= costs[i]
         loads[:, best] += shares[i]
@@ -164,7 +168,7 @@ class Fill:
 
 
 def fill(costs: Sequence[Cost] | Int64, packs: Sequence[Int64], budget: Budget) -> Fill:
-    """Share of every budget that ``packs`` use; 0 for tiles without a limit."""
+    """Share of every budget that `packs` use; 0 for tiles without a limit."""
     used = as_costs(costs).sum(0) / np.maximum(len(packs), 1) / budget.limits()
     return Fill(len(packs), *(float(share) for share in used))
 

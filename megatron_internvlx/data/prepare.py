@@ -1,12 +1,12 @@
-"""From InternVL's ``meta.json`` to a directory that the Energon loader reads.
+"""From InternVL's `meta.json` to a directory that the Energon loader reads.
 
     OUT/metadataset.yaml             Energon's MetadatasetV2: what is blended, and how often
     OUT/broken.jsonl                 every unreadable image, line or record: key, cause, detail
     OUT/<set>/records.jsonl(.idx)    a link to the annotations and their index; or the good lines of them
-    OUT/<set>/rest.jsonl(.idx)       the records of the fractional part of ``repeat_time``
+    OUT/<set>/rest.jsonl(.idx)       the records of the fractional part of `repeat_time`
     OUT/<set>/media/.nv-meta/        sizes of all images, upright (Energon's media metadata table)
-    OUT/<set>/shards/                with ``to_webdataset``: tar files instead of the two above
-    OUT/validation/meta.json         the records kept out of training, for ``--valid-data``
+    OUT/<set>/shards/                with `to_webdataset`: tar files instead of the two above
+    OUT/validation/meta.json         the records kept out of training, for `--valid-data`
 
 Images are not copied, except into shards. Work that is done is kept: a run that was stopped goes on where
 it was.
@@ -32,7 +32,7 @@ from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_imag
 from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import parse_record
-from megatron_internvlx.files import unfinished, write_atomically
+from megatron_internvlx.files import atomic_path, write_atomically
 
 VERSION = 1
 MARK = "prepared.json"
@@ -41,8 +41,8 @@ METADATASET = "metadataset.yaml"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """``validation`` share of each set kept out of training, its last records; ``verify`` decodes every
-    image instead of reading its header; ``to_webdataset`` writes tar shards of ``shard_size`` records."""
+    """`validation` share of each set kept out of training, its last records; `verify` decodes every
+    image instead of reading its header; `to_webdataset` writes tar shards of `shard_size` records."""
 
     validation: float = 0.0
     verify: bool = False
@@ -82,12 +82,12 @@ class _Scan:
     bad: list[BadSample] = field(default_factory=list)
 
 
-def _bar(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+def _progress_bar(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     return iter(tqdm(items, total=total, desc=what, unit="", disable=not sys.stderr.isatty()))
 
 
-def _fetched(meta_path: str | Path, out: Path) -> Path:
-    """``meta.json``, its annotations copied to ``out`` where they are URLs; images stay where they are."""
+def _download_annotations(meta_path: str | Path, out: Path) -> Path:
+    """`meta.json`, its annotations copied to `out` where they are URLs; images stay where they are."""
     path = Path(meta_path)
     try:
         meta = read_json(path.read_bytes())
@@ -102,7 +102,7 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
     for number, entry in enumerate(remote):
         local = out / "annotations" / f"{number}-{entry['annotation'].rsplit('/', 1)[-1]}"
         if not local.exists():
-            with unfinished(local) as partial:
+            with atomic_path(local) as partial:
                 partial.write_bytes(EPath(entry["annotation"]).read_bytes())
         entry["annotation"] = str(local.absolute())
         if not is_url(entry["root"]) and not Path(entry["root"]).is_absolute():
@@ -115,7 +115,7 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
 def _scan(entry: DatasetEntry) -> _Scan:
     """Read every line: which records have the right shape, and which images they name."""
     found = _Scan()
-    for index in _bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
+    for index in _progress_bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
         key = entry.file.key(index)
         try:
             with blamed_on(key):
@@ -129,7 +129,7 @@ def _scan(entry: DatasetEntry) -> _Scan:
     return found
 
 
-def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
+def _measure_image(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
     try:
         with blamed_on(name):
             path = os.path.join(root, name)  # noqa: PTH118 (keeps URLs as written)
@@ -144,7 +144,7 @@ def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings: PrepareSettings) -> int:
-    """Measure the images that the table does not hold yet; add the broken ones to ``found.bad``."""
+    """Measure the images that the table does not hold yet; add the broken ones to `found.bad`."""
     connection = table.create()
     known = {row[0] for row in connection.execute("SELECT entry_key FROM media_metadata")}
     todo = [name for name in found.images if name not in known]
@@ -153,9 +153,9 @@ def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings:
         results = (
             result
             for chunk in batched(todo, 512)
-            for result in threads.map(lambda name: _measured(entry.root, name, settings.verify), chunk)
+            for result in threads.map(lambda name: _measure_image(entry.root, name, settings.verify), chunk)
         )
-        for rows in batched(_bar(results, len(todo), f"{entry.name}: images"), 512):
+        for rows in batched(_progress_bar(results, len(todo), f"{entry.name}: images"), 512):
             connection.executemany(
                 "INSERT OR REPLACE INTO media_metadata VALUES (?, 'image', ?)",
                 [(name, json.dumps(size)) for name, size in rows],
@@ -174,19 +174,19 @@ def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings:
     return broken
 
 
-def _relative(path: str, out: Path) -> str:
+def _relative_path(path: str, out: Path) -> str:
     """A path that stays right when the prepared directory and the data move together; URLs as they are."""
     return path if is_url(path) else os.path.relpath(Path(path).absolute(), out.absolute())
 
 
-def _part(
+def _blend_part(
     folder: Path, out: Path, entry: DatasetEntry, file: str, repetitions: int, count: int
 ) -> dict[str, Any]:
     copied = (folder / file).with_suffix(".lines.npy").exists()
     flavors = {
         "set": entry.name,
         "label": entry.file.label,
-        "root": _relative(entry.root, out),
+        "root": _relative_path(entry.root, out),
         "lines": str((folder / file).with_suffix(".lines.npy").relative_to(out)) if copied else None,
         "data_augment": entry.data_augment,
         "max_tiles": entry.max_tiles,
@@ -208,12 +208,12 @@ def _index_set(
     whole = int(entry.repeat_time + 1e-9)
     if whole:
         _link_or_copy(entry, good, records)
-        parts.append(_part(folder, out, entry, records.name, whole, train))
+        parts.append(_blend_part(folder, out, entry, records.name, whole, train))
     rest = int((entry.repeat_time - whole) * train + 1e-6)
     if rest:
         chosen = [good[i * train // rest] for i in range(rest)]
         copy_lines(entry, chosen, folder / "rest.jsonl")
-        parts.append(_part(folder, out, entry, "rest.jsonl", 1, rest))
+        parts.append(_blend_part(folder, out, entry, "rest.jsonl", 1, rest))
     return parts
 
 
@@ -248,13 +248,13 @@ def _earlier_report(done: Path, mark: dict[str, Any]) -> SetReport | None:
         return None
 
 
-def _mended(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) -> bool:
+def _forget_repaired_images(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) -> bool:
     """Forget broken images that can be read by now, as after mounting what was missing; whether any can."""
     connection = table.create()
     rows = connection.execute(
         "SELECT entry_key FROM media_metadata WHERE json_extract(metadata_json, '$.format') = ?", (BROKEN,)
     ).fetchall()
-    sizes = (_measured(entry.root, name, settings.verify) for (name,) in rows)
+    sizes = (_measure_image(entry.root, name, settings.verify) for (name,) in rows)
     names = [name for name, size in sizes if size["format"] != BROKEN]
     connection.executemany("DELETE FROM media_metadata WHERE entry_key = ?", [(name,) for name in names])
     connection.commit()
@@ -268,7 +268,7 @@ def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> S
     done, mark = folder / "done.json", _fingerprint(entry, settings)
     table = SizeTable(folder / "media")
     earlier = _earlier_report(done, mark)
-    if earlier and not (earlier.broken_images and _mended(entry, table, settings)):
+    if earlier and not (earlier.broken_images and _forget_repaired_images(entry, table, settings)):
         return earlier
     # From here on the directory is that of neither run, until the new marks are written.
     for stale in (done, out / MARK):
@@ -298,19 +298,19 @@ def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> S
 
 
 def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -> list[SetReport]:
-    """Prepare every set of ``meta.json``; returns a report for each. Safe to stop and repeat.
+    """Prepare every set of `meta.json`; returns a report for each. Safe to stop and repeat.
 
     Raises ValueError for a meta file that cannot be used, names that are no folder names, or no record.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(_fetched(meta_path, out))
+    manifest = Manifest(_download_annotations(meta_path, out))
     for entry in manifest.entries:
         name = entry.name
         if not name or "/" in name or name.startswith(".") or name in ("validation", "annotations"):
             raise ValueError(f"data set {name!r} cannot have a folder of its name: rename it in {meta_path}")
     reports = [_prepare_set(entry, out, settings) for entry in manifest.entries]
-    with unfinished(out / "broken.jsonl") as partial, partial.open("wb") as log:
+    with atomic_path(out / "broken.jsonl") as partial, partial.open("wb") as log:
         for report in reports:
             log.write((out / report.name / "broken.jsonl").read_bytes())
     for entry, report in zip(manifest.entries, reports, strict=True):

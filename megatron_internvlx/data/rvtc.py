@@ -1,7 +1,7 @@
 """RVTC: how many tiles an image is cut into, decided from its width and height alone.
 
-The search is InternVL's ``find_closest_aspect_ratio``; the released InternVL-X first caps the number of
-tiles by the area of the image (``dynamic_preprocess`` of its dataset code). All sizes are in pixels.
+The search is InternVL's `find_closest_aspect_ratio`; the released InternVL-X first caps the number of
+tiles by the area of the image (`dynamic_preprocess` of its dataset code). All sizes are in pixels.
 """
 
 from functools import lru_cache
@@ -9,7 +9,7 @@ from functools import lru_cache
 POLICIES = ("off", "area", "edge")
 
 
-def _positive(**sizes: int) -> None:
+def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(
@@ -41,18 +41,18 @@ def tile_grid(
     max_tiles: int = 12,
     policy: str = "area",
 ) -> tuple[int, int]:
-    """Grid ``(cols, rows)`` of tiles for an image of ``width`` x ``height`` pixels.
+    """Grid `(cols, rows)` of tiles for an image of `width` x `height` pixels.
 
-    ``policy``: ``off`` is InternVL's search for the nearest aspect ratio with at most ``max_tiles`` tiles;
-    ``area`` (released InternVL-X) first lowers ``max_tiles`` to ``ceil(width/S) * ceil(height/S)``; ``edge``
-    also keeps ``cols <= ceil(width/S)`` and ``rows <= ceil(height/S)``, so that no edge is upsampled
-    past its next whole tile. With ``min_tiles`` 1 the area rule already ensures that, and both policies
+    `policy`: `off` is InternVL's search for the nearest aspect ratio with at most `max_tiles` tiles;
+    `area` (released InternVL-X) first lowers `max_tiles` to `ceil(width/S) * ceil(height/S)`; `edge`
+    also keeps `cols <= ceil(width/S)` and `rows <= ceil(height/S)`, so that no edge is upsampled
+    past its next whole tile. With `min_tiles` 1 the area rule already ensures that, and both policies
     give the same grid: of two grids that fit the area, the one inside both edges is always nearer. They
-    part only when ``min_tiles`` forbids it. Without any candidate the grid is 1x1.
+    part only when `min_tiles` forbids it. Without any candidate the grid is 1x1.
 
-    Raises ValueError for sizes below 1, negative ``max_tiles`` or an unknown policy.
+    Raises ValueError for sizes below 1, negative `max_tiles` or an unknown policy.
     """
-    _positive(width=width, height=height, tile_size=tile_size, min_tiles=min_tiles)
+    _check_positive(width=width, height=height, tile_size=tile_size, min_tiles=min_tiles)
     if max_tiles < 0:
         raise ValueError(f"max_tiles is {max_tiles}; it must not be negative (0 gives one tile)")
     if policy not in POLICIES:
@@ -79,6 +79,6 @@ def tile_grid(
 
 
 def tile_count(cols: int, rows: int, *, thumbnail: bool) -> int:
-    """Tiles of a ``cols`` x ``rows`` grid, with the thumbnail that follows every grid but 1x1."""
-    _positive(cols=cols, rows=rows)
+    """Tiles of a `cols` x `rows` grid, with the thumbnail that follows every grid but 1x1."""
+    _check_positive(cols=cols, rows=rows)
     return cols * rows + int(thumbnail and cols * rows > 1)

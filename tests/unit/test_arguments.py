@@ -354,7 +354,7 @@ def test_flags_stay() -> None:
 def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arguments.add_our_arguments(add_megatron_arguments(parser))
-    for flag in (*paths.PATHS, "--save"):
+    for flag in (*paths.PATH_FLAGS, "--save"):
         action = parser._option_string_actions[flag]
         assert (action.nargs, action.type in (None, str), action.option_strings) == (None, True, [flag])
         assert action.dest == flag[2:].replace("-", "_")

@@ -91,7 +91,7 @@ def test_ranks_that_crash_after_a_signal_are_named(tmp_path):
     ],
 )
 def test_how_ranks_end_after_a_signal(number, codes, ends, said, capsys):
-    assert launch._ended_by(number, codes) == ends
+    assert launch._exit_code_after_signal(number, codes) == ends
     line = capsys.readouterr().err
     assert line.endswith(f"of this node's ranks: {said}\n") if said else line == ""
 

@@ -43,7 +43,7 @@ def test_every_range_is_of_an_argument_and_holds_its_default(parser: argparse.Ar
         assert f"--{name.replace('_', '-')}" in action.option_strings
         assert action.type in (int, float), name
         assert span.low < span.high and span.what
-        assert action.default is None or span.holds(action.default), name
+        assert action.default is None or span.contains(action.default), name
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def slow(unit):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    target.ALONE_BELOW = 0
+    target.MIN_PARALLEL_BYTES = 0
     with target.new_directory(Path({final!r}), "mark", 1) as made:
         units = [str(made.partial / f"part{{i}}") for i in range(40)]
         try:

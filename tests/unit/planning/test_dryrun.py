@@ -81,7 +81,7 @@ def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, cap
 def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
     args = dry(monkeypatch, recipe)
     forget()
-    task = planning.Task(plan_pipeline.own_arguments().parse_args([]))
+    task = planning.Task(plan_pipeline.planner_parser().parse_args([]))
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven

@@ -10,7 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import global_vars
 
-from megatron_internvlx.platform.schedule import OtherGroups
+from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 
 
 def scheduler(**changes: Any) -> OptimizerParamScheduler:
@@ -91,12 +91,12 @@ def test_groups_that_only_learning_rates_tell_apart(monkeypatch) -> None:
     saved = groups((1.0, 0.0), (0.1, 0.0))
     load(groups((1.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     with pytest.raises(
-        OtherGroups, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Give"
+        ParameterGroupMismatch, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Give"
     ):
         load(groups((2.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     load(groups((2.0, 0.0)), groups((1.0, 0.0)), monkeypatch)
 
 
 def test_other_groups_are_named(monkeypatch) -> None:
-    with pytest.raises(OtherGroups, match="resume with the same --freeze"):
+    with pytest.raises(ParameterGroupMismatch, match="resume with the same --freeze"):
         load(groups((1.0, 0.0)), groups((1.0, 0.0), wd_mult=0.0), monkeypatch)
