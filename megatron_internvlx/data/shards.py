@@ -1,4 +1,4 @@
-"""WebDataset shards: records and their undecoded images in tar files, indexed by Energon."""
+"""WebDataset shards: tar files of records and their encoded images, indexed by Energon."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _write_record(
     tar: tarfile.TarFile, entry: DatasetEntry, index: int, sizes: dict[str, dict[str, Any]]
 ) -> None:
-    """One record: its JSON under new image names, then the images, byte for byte."""
+    """Write a record: its JSON with new image names, then the unchanged images."""
     data = entry.file[index]
     record = Record(entry.file.key(index), data, "", False, None)
     names, _ = parse_record(record)
@@ -57,10 +57,10 @@ def _write_record(
 def write_shards(
     entry: DatasetEntry, indices: list[int], folder: Path, out: Path, table: SizeTable, size: int
 ) -> list[dict[str, Any]]:
-    """Write a set's records in a fixed random order; returns the parts that the metadataset blends.
+    """Write a data set's records in a fixed random order; returns the parts for the metadataset.
 
-    The fractional part of `repeat_time` is the first records of that order. Shards that an earlier run
-    finished are kept.
+    The fractional part of `repeat_time` uses the first records of that order. Finished shards of an earlier run
+    are kept.
     """
     from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def _image_sizes(connection: Any, data: dict[str, Any]) -> dict[str, dict[str, A
 
 
 def _write_index(shards: Path, names: Iterable[str]) -> None:
-    """Energon's own index of the shards, and how they are to be read: the JSON only."""
+    """Write Energon's index of the shards, and its configuration: read only the JSON files."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     with redirect_stdout(io.StringIO()):
@@ -108,7 +108,7 @@ def _write_index(shards: Path, names: Iterable[str]) -> None:
     (shards / ".nv-meta" / "dataset.yaml").write_text(
         "__module__: megatron.energon\n"
         "__class__: CrudeWebdataset\n"
-        # images are read when their pack is made, by their place in the shard
+        # images are read later, when their pack is made, from their position in the shard
         f"part_filter: [{META}.json]\n"
     )
 
@@ -124,7 +124,7 @@ def _blend_parts(entry: DatasetEntry, shards: Path, train: int) -> list[dict[str
     }
     wanted = [(whole, train), (1, rest)]
     return [
-        # a copy each: the same object twice would become a YAML alias, which Energon does not read
+        # a copy each: the same object twice would become a YAML alias, which Energon does not support
         {
             "path": str(shards),
             "repetitions": times,

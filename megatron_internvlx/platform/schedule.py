@@ -92,8 +92,9 @@ def _explain_group_mismatch(group: dict, saved: list[dict], *, rates_alone: bool
     """Reason why a group matches none of the checkpoint."""
     if not rates_alone:
         return (
-            "the parameter groups of the checkpoint's optimizer differ from this run's: resume with the same --freeze-* "
-            "and weight-decay flags, or load only its weights with --pretrained-checkpoint and another --save"
+            "the parameter groups of the checkpoint's optimizer differ from this run's: resume with the same "
+            "--freeze-* and weight-decay flags, or load only its weights with --pretrained-checkpoint and "
+            "another --save"
         )
 
     def rates(one: dict) -> str:
