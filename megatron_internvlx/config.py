@@ -93,7 +93,7 @@ class TrainSettings:
 
 @dataclass
 class DataSettings:
-    """Where samples come from and how images are cut into tiles."""
+    """Settings of the data, its loader, and the tiles of images."""
 
     data: str | None = None
     """Training data: InternVL's meta.json, or with --loader energon the output of tools/prepare_data.py."""

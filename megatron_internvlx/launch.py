@@ -47,9 +47,9 @@ def _exit_code_after_signal(number: int, codes: Mapping[int, int | None]) -> int
     wrong = {rank: code for rank, code in codes.items() if code not in as_they_should}
     if not wrong:
         return 128 + number
-    said = ", ".join(f"rank {rank} {_describe_exit(code)}" for rank, code in sorted(wrong.items()))
+    failed = ", ".join(f"rank {rank} {_describe_exit(code)}" for rank, code in sorted(wrong.items()))
     print(
-        f"launch: after {signal.Signals(number).name}, of this node's ranks: {said}",
+        f"launch: after {signal.Signals(number).name}, of this node's ranks: {failed}",
         file=sys.stderr,
         flush=True,
     )

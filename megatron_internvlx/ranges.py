@@ -56,10 +56,10 @@ RANGES = _table(
     ("pack_buffer", Range(1, _LARGE, "samples of a loader process among which packs are chosen")),
     ("shuffle_buffer", Range(0, _LARGE, "samples of a loader process from which one is drawn")),
     ("loader_workers num_workers", Range(0, 4096, "processes, 0: none of their own")),
-    ("valid_records", Range(1, _LARGE, "held-out records; leave it out for all")),
-    ("max_rejects", Range(0, _LARGE, "samples; leave it out for no limit")),
+    ("valid_records", Range(1, _LARGE, "held-out records; unset for all")),
+    ("max_rejects", Range(0, _LARGE, "samples; unset for no limit")),
     ("max_reject_rate", Range(*_RATE, "a share of the samples, 1: no limit")),
-    # How a run is checked and goes on
+    # Dry runs, resuming and fault handling
     ("dry_run_world_size", Range(1, 10_000_000, "GPUs")),
     ("gpu_memory_gib", Range(0, 1e6, "GiB of one GPU", "low")),
     ("max_tries", Range(1, _LARGE, "starts without a newer checkpoint")),
@@ -76,7 +76,7 @@ RANGES = _table(
     ("moe_input_jitter_eps", Range(*_RATE, "a share", "high")),
     (
         "moe_expert_capacity_factor",
-        Range(0, 1e6, "a multiple of the mean load; leave it out to drop no token", "low"),
+        Range(0, 1e6, "a multiple of the mean load; unset to drop no token", "low"),
     ),
     ("hidden_dropout attention_dropout", Range(*_RATE, "the share that is dropped", "high")),
     ("norm_epsilon", Range(0, 1, "added to the variance, such as 1e-6", "low")),
@@ -84,7 +84,7 @@ RANGES = _table(
     ("rotary_percent", Range(*_RATE, "the share of a head that RoPE turns", "low")),
     ("rope_scaling_factor", Range(0, 1e6, "RoPE's stretch", "low")),
     ("init_method_std embedding_init_method_std", Range(0, 1e3, "the spread of random weights")),
-    ("vocab_size", Range(1, _LARGE, "token ids; leave it out for the tokenizer's")),
+    ("vocab_size", Range(1, _LARGE, "token ids; unset for the tokenizer's")),
     ("make_vocab_size_divisible_by", Range(1, _LARGE, "token ids")),
     # Layout
     (
@@ -231,7 +231,7 @@ def check_required(args: argparse.Namespace) -> None:
         wanted["data"] = (
             "meta.json of the training data"
             if args.loader == "simple"
-            else "what tools/prepare_data.py made of the training data"
+            else "directory made by tools/prepare_data.py"
         )
         wanted["tokenizer_model"] = "a Hugging Face tokenizer directory"
     missing = [

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What is missing or slow on a node, or between nodes, before a job finds out.
+"""Check nodes and their network for missing or slow parts before a job starts.
 
-    python tools/check_cluster.py --node                       # this node alone; seconds
+    python tools/check_cluster.py --node                       # only this node; takes seconds
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/check_cluster.py --shared /checkpoints
 
-Each line is `ok`, `slow` or `missing`, the check, and the host. Ends with 0 if nothing is missing, 1
-otherwise; with `--strict` slow counts too. train.sbatch runs the first form on every node before a job, and
-with PREFLIGHT=2 the second one.
+Each line is `ok`, `slow` or `missing`, the host, and the check. The exit code is 0 if nothing is missing, otherwise
+1; with `--strict`, slow counts as missing. train.sbatch runs the first form on every node before a job, and with
+PREFLIGHT=2 the second one too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -37,15 +37,15 @@ from tools.values import float_in_range, int_in_range
 
 GIB = 1 << 30
 MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
-# GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, stay below;
-# one InfiniBand adapter of 200 Gbit/s per node is enough to be above.
+# GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, are slower;
+# one InfiniBand adapter of 200 Gbit/s per node is faster.
 SLOW_LINK = 20.0
-SLOW_SHARE = 0.8  # of the median: a rank below it holds all others back
+SLOW_SHARE = 0.8  # of the median speed; a slower rank delays all others
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding."""
+    """Result of one check on one host."""
 
     status: str
     """ok, slow or missing."""
@@ -58,7 +58,7 @@ class Check:
 
 
 def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
-    """What can be seen from one process of a node. `gpus`: how many there should be; 0: any number."""
+    """Run all checks of one node in this process. `gpus`: expected number of GPUs; 0: any number."""
     yield from _run_check("GPUs", lambda: _check_gpus(gpus))
     for package in ("megatron-core", "megatron-energon", "mlflow", "transformers"):
         yield _check_package(package, needed=True)
@@ -67,7 +67,7 @@ def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
         yield _check_package("flash-attn", needed=False)
     yield from _run_check("DALI", _check_dali)
     yield from _run_check("scratch", lambda: _check_scratch(scratch))
-    shared = Path("/dev/shm")  # loader workers hand over pictures through it
+    shared = Path("/dev/shm")  # used by loader workers to pass images
     room = shutil.disk_usage(shared).total / GIB if shared.is_dir() else 0.0
     yield Check("ok" if room >= 1 else "slow", "shared memory", f"{room:.1f} GiB")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -88,7 +88,7 @@ def _check_scratch(folder: Path) -> Check:
 def _run_check(name: str, check: Callable[[], Check]) -> Iterator[Check]:
     try:
         yield check()
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a broken installation can raise any error
         yield Check("missing", name, f"{type(error).__name__}: {str(error).splitlines()[0][:150]}")
 
 
@@ -102,12 +102,12 @@ def _check_package(package: str, *, needed: bool) -> Check:
 def _check_gpus(wanted: int) -> Check:
     found = torch.cuda.device_count()
     if platform.backend() != "nccl":
-        return Check("missing" if wanted else "slow", "GPUs", "none: runs would be on the CPU")
+        return Check("missing" if wanted else "slow", "GPUs", "none found: runs would use the CPU")
     name = platform.device_name()
     free, total = torch.cuda.mem_get_info()
     detail = f"{found} x {name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
     if wanted and found < wanted:
-        return Check("missing", "GPUs", f"{detail}; {wanted} wanted")
+        return Check("missing", "GPUs", f"{detail}; {wanted} expected")
     return Check("ok" if free > 0.9 * total else "slow", "GPUs", detail)
 
 
@@ -119,7 +119,7 @@ def _check_transformer_engine() -> Check:
 
 
 def _check_dali() -> Check:
-    """Decode one small picture, on the GPU if there is one."""
+    """Decode a small image, on the GPU if there is one."""
     import io
 
     import numpy as np
@@ -144,7 +144,7 @@ def _check_dali() -> Check:
 
 
 def world_checks(shared: Path | None, megabytes: int, slowest: float) -> list[Check]:
-    """What concerns all ranks; every rank calls it, rank 0 gets the findings."""
+    """Run the checks between ranks; call it on every rank. Rank 0 gets all results."""
     checks = [*_compare_clocks(), *_time_matrix_products(), *_measure_all_reduce(megabytes, slowest)]
     if shared is not None:
         checks += _check_shared_files(shared, megabytes)
@@ -202,11 +202,11 @@ def _measure_all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
     speed = 2 * (ranks - 1) / ranks * buffer.nbytes / seconds / 1e9
     detail = f"{speed:.2f} GB/s over {ranks} ranks, {megabytes} MiB"
     slow = ranks > 1 and speed < slowest
-    yield Check("slow" if slow else "ok", "all-reduce", detail + (f"; {slowest:g} wanted" if slow else ""))
+    yield Check("slow" if slow else "ok", "all-reduce", detail + (f"; {slowest:g} expected" if slow else ""))
 
 
 def _check_shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
-    """Rank 0 writes a file, and every host must see all of it."""
+    """Check that every host sees the whole file that rank 0 writes."""
     path = folder / f".check-cluster-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
     written: list = [str(path), 0.0, ""]
     if dist.get_rank() == 0:
@@ -236,21 +236,19 @@ def _check_shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; see the module."""
+    """Run the checks; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--node", action="store_true", help="this node alone, also under torchrun")
+    parser.add_argument("--node", action="store_true", help="check only this node, also under torchrun")
     parser.add_argument(
         "--gpus",
         type=int_in_range(0, 65_536),
         default=os.environ.get("GPUS_PER_NODE", "0"),
-        help="GPUs wanted",
+        help="expected GPUs",
     )
     parser.add_argument("--scratch", type=Path, default=Path(os.environ.get("NODE_SCRATCH", "/tmp")))
-    parser.add_argument(
-        "--shared", type=Path, help="directory that all nodes must see, of --save for instance"
-    )
+    parser.add_argument("--shared", type=Path, help="directory shared by all nodes, such as --save")
     parser.add_argument(
         "--megabytes",
         type=int_in_range(1, 1 << 20),
@@ -267,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     single_node = options.node or "RANK" not in os.environ
     if single_node and (options.shared or options.min_bandwidth):
         parser.error(
-            "--shared and --min-bandwidth compare ranks: start this with torchrun, and without --node"
+            "--shared and --min-bandwidth compare ranks: start this with torchrun and without --node"
         )
     checks: list[Check] = []
     if single_node or local_rank() == 0:

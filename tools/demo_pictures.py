@@ -1,4 +1,4 @@
-"""The pictures of the demo's data set: coloured shapes, halves, dots and words, drawn with Pillow.
+"""Draw the pictures of the demo's data set: coloured shapes, halves, dots and words.
 
 Strong contrast and large forms: a model of a million parameters should read them after minutes of training.
 """
@@ -22,7 +22,7 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (15, 15, 15),
 }
-GREY = (128, 128, 128)  # of what no question is about
+GREY = (128, 128, 128)  # colour of parts that no question is about
 # Shapes to name, dots to count and words to read are black on one of these: with the same polarity
 # everywhere a model need not learn each form once per pair of colours.
 LIGHT = ("white", "yellow", "cyan")
@@ -35,14 +35,14 @@ WORDS = ("go", "cat", "stop", "bakery")
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn image and the answer to every kind of question that may be asked about it."""
+    """Drawn image, and the answer to every kind of question about it."""
 
     image: Image.Image
     answers: dict[str, str]
 
 
 def _add_colour_noise(rng: random.Random, colour: str | None) -> tuple[int, int, int]:
-    """The colour of that name, or grey, a little off."""
+    """Colour with this name, or grey, with a small random change."""
     exact = GREY if colour is None else COLOURS[colour]
     r, g, b = (min(255, max(0, c + rng.randint(-COLOUR_NOISE, COLOUR_NOISE))) for c in exact)
     return r, g, b
@@ -65,7 +65,7 @@ def _draw_shape(
 
 
 def shape_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Picture:
-    """One large shape near the middle; `size` is (width, height).
+    """Draw one large shape near the middle; `size` is (width, height).
 
     Asked for `background` both colours are free; for `shape_colour` the background is grey; for `shape` the
     shape is black on a light background.

@@ -1,11 +1,12 @@
-"""Record what a checkout computes, bit for bit, and compare: the proof of a change that must alter no number.
+"""Record the results of a checkout, bit for bit, and compare them: proof of a change that must not alter any number.
 
     git worktree add ../before HEAD~1
     python tools/fingerprint.py --checkout ../before --out before.json
     python tools/fingerprint.py --against before.json
 
-Five short runs on two CPU ranks (losses as exact floats), an export (SHA-256 of every file) and an import (of every
-tensor). Some minutes. Exit codes: 0 recorded, or equal; 1 something differs, each difference named; 2 a run failed.
+Recorded are five short runs on two CPU ranks (losses as exact floats), an export (SHA-256 of every file) and an import
+(SHA-256 of every tensor). It takes some minutes. Exit codes: 0 recorded, or equal; 1 different, each difference is
+printed; 2 a run failed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(ROOT))
 
 HF_MODEL = "tests/golden/models/internlm2_tiny"
@@ -44,7 +45,7 @@ RUNS: dict[str, list[str]] = {
     "demo": [*_DEMO, "--train-iters", "50", "--lr-decay-iters", "50"],
     "virtual stages, static": [
         *(*_DEMO, *_SHORT, "--num-layers-per-virtual-pipeline-stage", "1", "--boundary", "static"),
-        # One sample per micro-batch: several share the static budgets equally, which may cut them.
+        # One sample per micro-batch: several would share the static budgets, and might be cut to their shares.
         *("--micro-batch-size", "1", "--global-batch-size", "4"),
         *("--seq-length", "512", "--shallow-seq-length", "256", "--max-tiles-per-pack", "28"),
     ],
@@ -57,7 +58,7 @@ RUNS: dict[str, list[str]] = {
 
 
 class RunFailed(Exception):
-    """A command did not end with 0; the message holds the end of what it printed."""
+    """Error of a command with a nonzero exit code; the message contains the end of its output."""
 
 
 def run(command: Sequence[str], checkout: Path) -> str:
@@ -77,7 +78,7 @@ def run(command: Sequence[str], checkout: Path) -> str:
 
 
 def training_losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> list[list[Any]]:
-    """[step, loss] of a short run, the loss as a hexadecimal float."""
+    """Run a short training; returns [step, loss] of every step, the loss as a hexadecimal float."""
     source = data / ("prepared" if "energon" in arguments else "meta.json")
     command = [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_vlm.py"),
@@ -96,7 +97,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def hash_tensors(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a checkpoint, with its type and shape; the reader is this checkout's."""
+    """SHA-256 of every tensor of a checkpoint, including type and shape; read by this checkout's code."""
     import torch
 
     from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder, read_stored
@@ -111,7 +112,7 @@ def hash_tensors(checkpoint: Path) -> dict[str, str]:
 
 
 def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that is recorded."""
+    """Yield (name, value) of everything that is recorded."""
     with tempfile.TemporaryDirectory(prefix="fingerprint-") as folder:
         work = Path(folder)
         data = work / "data"
@@ -124,7 +125,7 @@ def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
                 export = ["export", "--load", str(save), "--hf", str(work / "hf"), "--quiet"]
                 run(["tools/convert_checkpoint.py", *export], checkout)
                 yield "export", hash_files(work / "hf")
-        # Golden weights are kept as a recipe and a seed; this writes them out.
+        # Golden weights are stored as a recipe and a seed; this creates the files.
         run(["-c", "from tests import golden_weights; golden_weights.materialize()"], checkout)
         convert = ["import", "--hf", HF_MODEL, "--save", str(work / "imported"), "--quiet"]
         run(["tools/convert_checkpoint.py", *convert], checkout)
@@ -132,7 +133,7 @@ def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Every place where two fingerprints differ."""
+    """Yield a line for every difference between two fingerprints."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
             if key not in before or key not in after:
@@ -156,15 +157,15 @@ def _first_difference(before: list[Any], after: list[Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout to run (default: this one)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--against", type=Path, help="JSON file of the state before, to compare with")
+    parser.add_argument("--against", type=Path, help="JSON file of an earlier record, to compare with")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="default: all")
     args = parser.parse_args(argv)
     if not (args.out or args.against):
-        parser.error("give --out, --against or both")
+        parser.error("set --out, --against or both")
     before = json.loads(args.against.read_text()) if args.against else None
     found = {}
     try:

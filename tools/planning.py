@@ -1,4 +1,4 @@
-"""What tools/plan_pipeline.py does, in a file of its own: Megatron must be set up before the imports here."""
+"""Implementation of tools/plan_pipeline.py, separate because Megatron must be set up before these imports."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from megatron_internvlx.planning.timeline import draw_timeline
 from megatron_internvlx.ranks import is_first_rank
 
 GIB = 1 << 30
-NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
+NVLINK = 300e9  # sustained bytes per second and GPU of a tensor-parallel all-gather, assumed for H100
 
 
 def fill_unused_arguments(args: argparse.Namespace) -> None:
-    """Nothing is trained: what only the optimizer and the loader need may be left out."""
+    """Set missing arguments that only the optimizer and the loader need, because nothing is trained."""
     args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
     args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
     args.data, args.tokenizer_model = args.data or "none", args.tokenizer_model or "none"
 
 
 class Task:
-    """A run's arguments, seen by the planner."""
+    """Planning task: a run's arguments as model shape, workload, machine and schedule."""
 
     def __init__(self, own: argparse.Namespace) -> None:
         self.own, self.args = own, arguments.parse(fill_unused_arguments)
@@ -54,7 +54,7 @@ class Task:
         self.stats: PlanStats = full_micro_batch(args, self.shape)
         self.settings, self.sizes = BackwardSettings.from_args(args), StateSizes.from_args(args)
         if args.recompute_granularity == "full" and args.recompute_method != "block":
-            # Every layer, wherever it will be.
+            # All layers, because their stages are not known yet.
             self.settings = replace(self.settings, full_layers=frozenset(range(self.shape.layers)))
         assumed = cost.Machine.assumed(fp8=bool(args.fp8), local=args.transformer_impl == "local")
         self.machine = cost.Machine(
@@ -77,21 +77,21 @@ class Task:
         if args.world_size % ranks and own.micro_batches is None:
             raise ValueError(
                 f"{args.world_size} GPUs cannot be divided into TP {args.tensor_model_parallel_size} x PP "
-                f"{pipeline}: use another --pipeline, or say --micro-batches"
+                f"{pipeline}: use another --pipeline, or set --micro-batches"
             )
         batches = own.micro_batches or max(self.global_batch // max(replicas, 1), 1)
         overlap = args.overlap_p2p_comm or chunks != (args.virtual_pipeline_model_parallel_size or 1)
         return Schedule(pipeline, chunks, batches, overlap)
 
     def costs(self, shape: ModelShape | None = None, tensor: int | None = None) -> cost.LayerCosts:
-        """By profile, if one was given, else by FLOPs."""
+        """Costs of the layers, from the profile if one is given, else from FLOPs."""
         shape, args = shape or self.shape, self.args
         tensor = tensor or args.tensor_model_parallel_size
         settings = replace(
             self.settings,
             full_layers=frozenset(range(shape.layers)) if self.settings.full_layers else frozenset(),
         )
-        # Rows do not depend on where the expansion is, so the micro-batch stands for any shape.
+        # Rows do not depend on the position of the expansion, so the micro-batch is the same for any shape.
         common = (shape, self.stats, settings, self.machine)
         counted = cost.costs_from_flops(
             *common, tensor_parallel=tensor, sequence_parallel=args.sequence_parallel
@@ -104,7 +104,7 @@ class Task:
     def memory(
         self, tensor: int, pipeline: int, data: int, shape: ModelShape | None = None
     ) -> cost.StageMemory:
-        """Bytes per layer, and what a GPU has for them."""
+        """Memory per layer and limit of a GPU, in bytes."""
         limit = self.args.gpu_memory_gib
         layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
         width = self.sizes.weight
@@ -115,7 +115,7 @@ class Task:
         return cost.stage_memory(model, self.stats, self.sizes, bytes_limit)
 
     def communication(self, tensor: int) -> float:
-        """Tensor-parallel communication of a micro-batch, not overlapped: 8 moves of a layer's rows."""
+        """Seconds of tensor-parallel communication per micro-batch, not overlapped: 8 transfers of a layer's rows."""
         if tensor == 1:
             return 0.0
         shallow = self.shape.shallow_layers
@@ -126,7 +126,7 @@ class Task:
 
 
 def plan(own: argparse.Namespace) -> None:
-    """Find the split and print everything about it. Raises ValueError."""
+    """Find the best split and print it with a comparison. Raises ValueError."""
     task = Task(own)
     args, schedule = task.args, task.schedule
     tensor = args.tensor_model_parallel_size
@@ -146,7 +146,7 @@ def plan(own: argparse.Namespace) -> None:
     one = "one stage: no --pipeline-model-parallel-layout is needed"
     print(f"--pipeline-model-parallel-layout '{best.layout}'" if schedule.stages > 1 else one)
     if not best.proven:
-        print("(the best found; the search was cut, so a slightly better split may exist)")
+        print("(the search was stopped early, so a slightly better split may exist)")
     if own.timeline:
         draw_timeline(plans, own.timeline)
         print(f"timeline: {own.timeline}")
@@ -157,7 +157,7 @@ def plan(own: argparse.Namespace) -> None:
 
 
 def _requested_split(task: Task) -> tuple[int, ...] | None:
-    """The split that the arguments ask for, if it has the stages that are planned."""
+    """Split of the arguments, or None if it has other stages than the plan."""
     layout, schedule = task.layout, task.schedule
     same = layout.pipeline == schedule.pipeline and len(layout.stages[0]) == schedule.chunks
     return layout.counts if same else None
@@ -236,7 +236,7 @@ def _parallelism(task: Task) -> list[str]:
     own, per_replica = task.own, task.global_batch
     if own.profile:
         raise ValueError(
-            "--gpus compares tensor-parallel sizes, and a profile is of one: leave --profile out"
+            "--gpus compares tensor-parallel sizes, but a profile is for one size: remove --profile"
         )
     if task.shape.experts:
         raise ValueError("--gpus does not place experts; use --pipeline for a given layout")
@@ -259,7 +259,7 @@ def _parallelism(task: Task) -> list[str]:
 
 
 def measure(own: argparse.Namespace) -> None:
-    """Time one layer of each kind here, and write the profile. Raises ValueError."""
+    """Measure one layer of each kind on this machine, and write the profile. Raises ValueError."""
     from megatron.training.initialize import initialize_megatron
 
     from megatron_internvlx.planning.measure import measure as timed

@@ -1,4 +1,4 @@
-"""What a scaling experiment measured: runs read from MLflow, a table, and three curves."""
+"""Report of a scaling experiment: a table and three plots of its runs in MLflow."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _COLOURS = ("#1f5fa8", "#c2570c", "#1a7f37", "#8250df", "#b42318", "#0e7490", "#
 
 @dataclass(frozen=True)
 class Result:
-    """One point of a grid with what its run measured."""
+    """A point of a grid with the metrics of its run."""
 
     name: str
     labels: dict[str, str]
     figures: dict[str, Any]
-    """Of its dry run."""
+    """Results of the dry run."""
     series: Series
 
     def last(self, metric: str, share: float = 0.1) -> float | None:
-        """Mean of the last tenth of a metric; None if it was not logged."""
+        """Mean of the last `share` of a metric's values; None if it was not logged."""
         values = [value for _, value in self.series.get(metric, [])]
         tail = values[-max(1, round(len(values) * share)) :]
         return sum(tail) / len(tail) if tail else None
 
     def median(self, metric: str) -> float | None:
-        """Median, which the slow first steps do not move."""
+        """Median of a metric, so that the slow first steps have no influence; None if it was not logged."""
         values = sorted(value for _, value in self.series.get(metric, []))
         return values[len(values) // 2] if values else None
 
     def compute(self) -> list[tuple[float, float]]:
-        """(PFLOP so far, loss) along the run."""
+        """Points (cumulative PFLOP, loss) of the run."""
         work = dict(self.series.get("teraflop_per_step", []))
         total, before, points = 0.0, 0, []
         for step, loss in self.series.get("loss", []):
@@ -56,19 +56,19 @@ class Result:
 
 
 def read_runs(uri: str, experiment: str) -> dict[str, Series]:
-    """Metrics of an experiment's runs, by run name; of several runs of a name the latest counts."""
+    """Read the metrics of an experiment's runs, by run name; the latest run with a name is used."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        raise ValueError(f"{uri} has no experiment {experiment!r}: nothing has been trained")
+        raise ValueError(f"{uri} has no experiment {experiment!r}: run `tools/scaling.py submit` first")
     runs: dict[str, Series] = {}
     for run in client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]):
         series = {}
         for metric in _METRICS:
-            # A step that was repeated after a restart counts once.
+            # A step that was repeated after a restart is used once.
             values = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metric)}
             series[metric] = sorted(values.items())
         runs[run.info.run_name] = series
@@ -76,7 +76,7 @@ def read_runs(uri: str, experiment: str) -> dict[str, Series]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Format a Markdown table; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -88,7 +88,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def write_report(out: Path, name: str, results: Sequence[Result]) -> Path:
     """Write report.md and its pictures to a directory; returns the report's path."""
     if not results:
-        raise ValueError("no run of this grid has measured anything yet")
+        raise ValueError("no run of this grid has results yet: run `tools/scaling.py submit` first")
     rows = [
         ["point", "parameters", "tokens/tile", "GPUs", "PFLOP", "loss", "validation loss", "accuracy",
          "tokens/s", "ms/step"]
@@ -129,7 +129,7 @@ def _format_value(value: float | None, digits: str) -> str:
 
 
 def _make_axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Not pyplot: it would pick the process's backend and keep figures alive.
+    # Not pyplot: it would select a backend for the whole process and keep figures in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -202,7 +202,7 @@ def _draw_quality(path: Path, results: Sequence[Result]) -> None:
 
 
 def _group_by_other_axes(results: Sequence[Result], along: str) -> dict[str, list[Result]]:
-    """Results that differ only on one axis, by their other labels."""
+    """Group results that differ only on one axis, by their other labels."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         rest = ", ".join(f"{axis} {label}" for axis, label in result.labels.items() if axis != along)

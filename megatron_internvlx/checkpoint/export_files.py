@@ -67,10 +67,10 @@ def _keeps_template(plan: ExportPlan, partial: Path) -> bool:
     """
     assert plan.side is not None
     ours = plan.arguments.get("conversation_template", "internvl2_5")
-    said = read_object(plan.side / "config.json").get("template")
-    if said == ours and not has_chat_template(partial):
+    original = read_object(plan.side / "config.json").get("template")
+    if original == ours and not has_chat_template(partial):
         return False
-    named = said if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
+    named = original if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
     return named == ours
 
 

@@ -34,7 +34,7 @@ from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
 from megatron_internvlx.files import atomic_path
 
-MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
+MOST_RANKS = 256  # each loads PyTorch and Megatron, on one machine
 
 
 def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
@@ -135,8 +135,8 @@ def check_ranks(layout: Layout, ranks: int) -> None:
         raise ConversionError(f"{ranks} processes on one machine are too many: use at most {MOST_RANKS}")
     if ranks < layout.ranks or ranks % (layout.tensor * layout.pipeline):
         raise ConversionError(
-            f"--nproc {ranks} does not fit TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: "
-            f"use {layout.ranks} or a multiple of {layout.tensor * layout.pipeline}"
+            f"--nproc {ranks} for TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: must be at least "
+            f"{layout.ranks} and a multiple of {layout.tensor * layout.pipeline}"
         )
 
 

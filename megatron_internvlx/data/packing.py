@@ -66,8 +66,8 @@ def as_costs(costs: Sequence[Cost] | Int64) -> Int64:
 def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
     """Assign every sample to exactly one pack; returns the sample indices of each pack.
 
-    Packs are sorted by decreasing deep tokens, then tiles, so that ranks with similar samples have similar loads
-    in the same step. Samples of a pack keep their order.
+    Packs are sorted by decreasing tiles, so that ranks with similar samples have similar numbers of tiles in the
+    same step. Samples of a pack keep their order.
 
     Raises ValueError for a sample that exceeds a budget by itself; `sample.py` prevents such samples.
     """

@@ -79,7 +79,7 @@ def test_new_compressors_are_summed_up(tmp_path: Path, capsys) -> None:
     assert new.startswith("81 tensors initialised")
     assert new.endswith(": projector 27, projector of layer 1 27, projector of layer 2 27")
     assert any(line.startswith("6 tensors not used: multi_modal_projector 6") for line in said)
-    assert any(line.startswith("rvtc: off, as the directory was made") for line in said)
+    assert any(line.startswith("rvtc is off, as in the directory") for line in said)
     notes = json.loads((tmp_path / "c k" / "hf" / "conversion.json").read_text())
     assert (len(notes["initialised"]), len(notes["unused"])) == (81, 6)
 

@@ -93,7 +93,7 @@ def test_a_killed_worker_is_told_and_its_parts_are_kept(tmp_path: Path) -> None:
     process, partial = started(tmp_path)
     os.kill(int(next(partial.glob("part*")).read_text()), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert "a process was killed, perhaps for want of memory" in errors
+    assert "a process was killed, perhaps because memory was full" in errors
     assert len(list((partial / target.NOTES).glob("*.json"))) >= 2
 
 

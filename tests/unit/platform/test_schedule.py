@@ -49,7 +49,7 @@ RISING = {"wd_incr_style": "linear", "end_wd": 0.2}
 )
 def test_all_of_a_schedule_is_compared(saved: dict, now: dict, said: str | None, capsys) -> None:
     scheduler(**now).load_state_dict(scheduler(**saved).state_dict())
-    wanted = said and f"learning-rate schedule, checkpoint -> arguments: {said}; the arguments count\n"
+    wanted = said and f"learning-rate schedule, checkpoint -> arguments: {said}; the arguments are used\n"
     assert capsys.readouterr().out == (wanted or "")
 
 
@@ -58,7 +58,7 @@ def test_the_checkpoints_schedule_can_be_kept_whole(capsys) -> None:
     saved = scheduler(**WSD, init_lr=0.5)
     kept = scheduler(**WSD | {"wsd_decay_steps": 30, "lr_wsd_decay_style": "cosine"}, **follows)
     kept.load_state_dict(saved.state_dict())
-    assert "the checkpoint counts" in capsys.readouterr().out
+    assert "the checkpoint is used" in capsys.readouterr().out
     for steps in (5, 80, 8):
         for one in (saved, kept):
             one.step(steps)

@@ -76,8 +76,8 @@ def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
     ("options", "message"),
     [
         (["--shared", "/tmp"], "start this with torchrun"),
-        (["--node", "--megabytes", "0"], "--megabytes: 0: want a whole number"),
-        (["--node", "--gpus", "x"], "--gpus: x: want a whole number"),
+        (["--node", "--megabytes", "0"], "--megabytes: 0: must be a whole number"),
+        (["--node", "--gpus", "x"], "--gpus: x: must be a whole number"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message, monkeypatch, capsys):
