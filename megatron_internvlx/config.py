@@ -25,7 +25,7 @@ class VisionSettings:
     vision_recompute: bool = False
     """Recompute every vision layer in the backward pass instead of keeping its activations."""
     select_layer: int | None = None
-    """Which hidden state feeds the projectors: -1 the last one. Unset: the preset's."""
+    """Index of the hidden state that feeds the projectors; -1: the last one. Unset: the preset's."""
     vision_overrides: str | None = None
     """JSON object of InternViTConfig fields that differ from the preset; written by imports. Unset: none."""
 

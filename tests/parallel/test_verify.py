@@ -249,9 +249,7 @@ def test_inputs_that_do_not_fit_the_model(tmp_path: Path, change, message: str) 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 0)])
 def test_inputs_without_rows_or_tokens(tmp_path: Path, shape: tuple[int, int]) -> None:
     save_file({"input_ids": torch.ones(*shape, dtype=torch.int64)}, tmp_path / "case.safetensors")
-    with pytest.raises(
-        ConversionError, match=r"must contain input_ids \[rows, tokens\], with at least one row and token"
-    ):
+    with pytest.raises(ConversionError, match=r"must contain input_ids \[rows, tokens\], with at least one"):
         load_case(tmp_path / "case.safetensors")
 
 

@@ -142,7 +142,7 @@ def test_json_array_and_broken_meta_are_refused(disk):
     (disk.folder / "meta.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not valid JSON"):
         Manifest(disk.folder / "meta.json")
-    with pytest.raises(ValueError, match="meta file .* not found"):
+    with pytest.raises(ValueError, match=r"meta file .* not found"):
         Manifest(disk.folder / "other.json")
 
 
