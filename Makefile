@@ -3,6 +3,7 @@
 # make test       the whole suite             make test-fast   without the slow and the parallel tests
 # make test-slurm  jobs on a real SLURM of two nodes (root; tests/slurm/cluster.sh install)
 # make test-gpu   the tests that need CUDA    make lint        ruff, mypy
+# make docs       the guides, the examples and the API as a site: site/index.html
 # make bench      the quick benchmarks
 
 SHELL := bash
@@ -13,7 +14,7 @@ PYTHON := .venv/bin/python
 # environment that forbids them is overruled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-fast test-slurm test-gpu lint bench
+.PHONY: setup demo test test-fast test-slurm test-gpu lint docs bench
 .DEFAULT_GOAL := setup
 
 ifneq ($(PYTHON),.venv/bin/python)
@@ -45,6 +46,15 @@ lint: setup
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+
+# The site opens from disk. A warning, such as a link that leads nowhere, is an error (mkdocs.yml: strict).
+docs: .venv/.docs
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
+	@echo "docs: site/index.html"
+
+.venv/.docs: .venv/.installed
+	@EXTRAS=dev,docs bash tools/setup_env.sh
+	@touch $@
 
 bench: setup
 	@$(PYTHON) -m benchmarks

@@ -75,7 +75,7 @@ def train() -> int:
     step = ForwardStep(args.loss_weighting, args.loss_average)
     log = TrainingLog(args, data, step, trackers)
     outcome = Outcome(setup, stop, trackers.close, lock)
-    saves = GuardedSaves(setup, outcome.failed, saved=log.report.keep_curve).install()
+    saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
     watch(args, setup, stop, step, saves, outcome.failed)
     communicator = boundary_communicator(args, data)
     provider = ModelProvider(args, communicator, step.weights)

@@ -40,11 +40,16 @@ EXTRAS = {
         "scikit-learn",
         "uv",
     ],
+    "docs": [
+        "mkdocs<2",
+        "mkdocs-material",
+        "mkdocstrings[python]",
+    ],
 }
 
 setup(
     name="megatron-internvlx",
-    version="0.1.0",
+    version="0.2.0",
     description="Distributed training of InternVL-X vision-language models on Megatron-Core",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

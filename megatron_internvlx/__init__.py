@@ -1,3 +1,3 @@
 """Megatron-InternVL-X: InternVL-X vision-language models trained on Megatron-Core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -251,7 +251,8 @@ def check_static_budgets(
         alignment: number of which the rows per phase must be a multiple.
         samples: number per micro-batch; each sample has an equal share of the budgets.
         sample_tiles: maximum number of tiles of one sample's image, thumbnail included.
-        low_rows, high_rows: visual rows per tile in the shallow and the deep phase.
+        low_rows: visual rows per tile in the shallow phase.
+        high_rows: visual rows per tile in the deep phase.
         lvtc: whether there is a shallow phase.
     """
     shallow, tiles = train.shallow_seq_length, train.max_tiles_per_pack

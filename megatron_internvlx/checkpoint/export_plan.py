@@ -11,7 +11,8 @@ import torch
 
 from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.hf_config import DTYPES, FAMILIES, dims, family_of
+from megatron_internvlx.checkpoint.families import FAMILIES
+from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import LAYOUTS, Dims, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from megatron_internvlx.checkpoint import checks
 from megatron_internvlx.checkpoint.checks import check_images, compression_part, model_part, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.families import FAMILIES
 from megatron_internvlx.checkpoint.mapping import Dims, output_names
 from megatron_internvlx.config import CompressionSettings, check_compression, grid_side
 from megatron_internvlx.data.conversation import TEMPLATES
@@ -41,28 +42,6 @@ _DECODER = {
     "vocab_size": "vocab_size",
     "rms_norm_eps": "layernorm_epsilon",
     "max_position_embeddings": "max_position_embeddings",
-}
-FAMILIES = {
-    "internlm2": "InternLM2ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
-# Settings that affect results and that our decoder lacks: (key, supported values). None is a missing key,
-# supported if the default of transformers' class is.
-_REFUSED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
-    "internlm2": (("bias", (False,)),),
-    "qwen2": (("use_sliding_window", (False, None)),),
-    "qwen3": (("use_sliding_window", (False, None)), ("attention_bias", (False, None))),
-    "qwen3_moe": (
-        ("use_sliding_window", (False, None)),
-        ("attention_bias", (False, None)),
-        ("decoder_sparse_step", (1, None)),
-        ("mlp_only_layers", ([], None)),
-        ("norm_topk_prob", (True,)),
-    ),
-    "llama": (("attention_bias", (False, None)), ("mlp_bias", (False, None))),
 }
 
 
@@ -219,16 +198,17 @@ def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
 
 def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """Convert the decoder's part of a config.json to (family, arguments)."""
-    by_class = {architecture: family for family, architecture in FAMILIES.items()}
+    by_class = {row.architecture: family for family, row in FAMILIES.items()}
     architectures = text.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = by_class.get(named) or text.get("model_type", "")
     if family not in FAMILIES:
         raise ConversionError(
             f"config.json: {where}: {named or family or 'unnamed'} cannot be imported; the decoder must be one of "
-            f"{', '.join(FAMILIES.values())}"
+            f"{', '.join(by_class)}"
         )
-    for key, fine in _REFUSED[family]:
+    row = FAMILIES[family]
+    for key, fine in row.refused:
         if text.get(key) not in fine:
             value = repr(text[key]) if key in text else "(default)"
             raise ConversionError(f"config.json: {where}.{key} = {value} is not supported by this decoder")
@@ -241,14 +221,14 @@ def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         default = text["num_attention_heads"] if theirs == "num_key_value_heads" else None
         value = text.get(theirs, default) if default is not None else text[theirs]
         arguments[ours] = default if value is None else value
-    head_dim = text.get("head_dim") or (128 if family.startswith("qwen3") else None)
+    head_dim = text.get("head_dim") or row.head_dim
     arguments["kv_channels"] = head_dim or text["hidden_size"] // text["num_attention_heads"]
     arguments |= _rope(text, where)
-    if family == "qwen2":
+    if row.qkv_bias:
         arguments["add_qkv_bias"] = True
-    if family.startswith("qwen3"):
+    if row.qk_norm:
         arguments["qk_layernorm"] = True
-    if family == "qwen3_moe":
+    if row.experts:
         arguments |= _experts(text)
     return family, arguments
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_internvlx.checkpoint.hf_config import FAMILIES, compression_from, vision_from
+from megatron_internvlx.checkpoint.families import FAMILIES
+from megatron_internvlx.checkpoint.hf_config import compression_from, vision_from
 
 _DECODER = {
     "num_hidden_layers": "num_layers",
@@ -21,19 +22,17 @@ _DECODER = {
 
 def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
     """Content of `llm_config` in config.json."""
-    config: dict[str, Any] = {"architectures": [FAMILIES[family]], "model_type": family}
+    row = FAMILIES[family]
+    config: dict[str, Any] = {"architectures": [row.architecture], "model_type": family}
     config |= {theirs: arguments[ours] for theirs, ours in _DECODER.items()}
     heads = arguments["num_attention_heads"]
     grouped = arguments.get("group_query_attention")
     config["num_key_value_heads"] = arguments["num_query_groups"] if grouped else heads
     head_dim = arguments.get("kv_channels") or arguments["hidden_size"] // heads
-    if family.startswith("qwen3") or head_dim * heads != arguments["hidden_size"]:
+    if row.head_dim or head_dim * heads != arguments["hidden_size"]:
         config["head_dim"] = head_dim
     config |= {"hidden_act": "silu", "tie_word_embeddings": tied, "use_cache": True}
-    if family == "internlm2":
-        config["bias"] = False
-    if family in ("llama", "qwen3", "qwen3_moe"):
-        config["attention_bias"] = False
+    config |= row.written
     if arguments.get("use_rope_scaling"):
         config["rope_scaling"] = {
             "rope_type": "llama3",
@@ -42,7 +41,7 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
             "high_freq_factor": 4,
             "original_max_position_embeddings": 8192,
         }
-    if family == "qwen3_moe":
+    if row.experts:
         config |= {
             "num_experts": arguments["num_experts"],
             "num_experts_per_tok": arguments["moe_router_topk"],

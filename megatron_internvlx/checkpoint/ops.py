@@ -60,7 +60,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class VisionQKV:
-    """InternViT's fused rows [3][H][D] and Megatron's [H][3][D]."""
+    """InternViT's fused rows `[3][H][D]` and Megatron's `[H][3][D]`."""
 
     keeps_order: ClassVar[bool] = False
 

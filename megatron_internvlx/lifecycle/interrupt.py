@@ -1,8 +1,8 @@
-"""Ctrl-C: one line and the end of the run, at whatever moment, and a checkpoint first where SIGTERM would make one.
+"""Ctrl-C: one line and the end of the run at any moment, after a checkpoint where SIGTERM would save one.
 
-SIGINT is blocked, also in everything that a rank starts, and a thread waits for it. An exception in the main
-thread would not do: it is raised only when Python code runs there (a rank may wait for others in a collective),
-in the middle of anything, and comes out as a traceback of every rank and every loader worker.
+SIGINT is blocked, in every child process too, and a thread waits for it. A KeyboardInterrupt in the main thread
+is not enough: Python raises it only while Python code runs there (a rank may wait in a collective), in the middle
+of anything, and it prints a traceback for every rank and every loader worker.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from megatron_internvlx.signal_mask import keep_signal_mask
 
 INTERRUPTED = 130  # what a shell reports after SIGINT
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
-_LAST_ACTS = 10.0  # seconds for what a run does when it is ended
+_LAST_ACTS = 10.0  # seconds that `last_acts` may take
 
 
 class Interrupts:
-    """What Ctrl-C does to this process. `arm` is called before anything heavy is imported.
+    """Ctrl-C handling of this process. Call `arm` before importing anything heavy.
 
     Args:
-        told: called with SIGTERM, which the thread may take in the main thread's place.
+        on_sigterm: called with SIGTERM, which the thread may receive instead of the main thread.
     """
 
-    def __init__(self, told: Callable[[int], None] = lambda number: None) -> None:
-        self.told = told
+    def __init__(self, on_sigterm: Callable[[int], None] = lambda number: None) -> None:
+        self.on_sigterm = on_sigterm
         self.asked = False
-        """The run ends after this step, with a checkpoint."""
+        """Whether the run is to end after this step, with a checkpoint."""
         self.ending = False
         self.can_finish_step = False
-        """Whether somebody will look at `asked` after the step."""
+        """Whether the training loop checks `asked` after the step."""
         self.newest: Callable[[], str] = lambda: "training has not begun"
-        """Says what is left of the run, when it is known."""
+        """Describes the newest checkpoint, once the run knows its directory."""
         self.last_acts: list[Callable[[], None]] = []
-        """Called when the run is ended at once, in another thread than the main one, for 10 s at most."""
+        """Functions to call when the run ends at once: from another thread than the main one, within 10 s in all."""
         self._thread: threading.Thread | None = None
 
     def arm(self) -> None:
-        """From now on Ctrl-C is taken by this object; safe to repeat."""
+        """Start handling Ctrl-C here; safe to repeat."""
         self.asked = self.ending = self.can_finish_step = False
         self.newest, self.last_acts = lambda: "training has not begun", []
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -62,7 +62,7 @@ class Interrupts:
         signal.signal(signal.SIGINT, lambda number, _frame: signal.pthread_kill(watcher, number))
 
     def yield_to_end(self) -> None:
-        """Wait for the end if this process is being ended: its errors are those of ranks that have gone."""
+        """Block forever if this process is ending: errors raised now come from ranks that are gone."""
         if self.ending:
             threading.Event().wait()
 
@@ -70,42 +70,42 @@ class Interrupts:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are meant for the main thread
         # Where SIGTERM is not blocked, it ends the process and never comes here.
         while (number := signal.sigwait(_WATCHED)) == signal.SIGTERM:
-            if complaint.said():
+            if complaint.mistake_was_reported():
                 # torchrun clears up after a rank that has named a mistake: there is nothing to save.
                 os._exit(128 + signal.SIGTERM)
-            self.told(number)
+            self.on_sigterm(number)
         if self.can_finish_step:
             self.asked = True
-            self._say(
+            self._print(
                 "Ctrl-C: the run ends after this step, with a checkpoint; press it again to end at once"
             )
             signal.sigwait(_WATCHED)  # torchrun sends SIGTERM when it is told a second time
         self.end()
 
     def end(self) -> None:
-        """End this process, after one line and the last acts; Ctrl-C again cuts those short."""
+        """End this process after one line and `last_acts`; a second Ctrl-C skips the rest of those."""
         self.ending = True
-        acts = threading.Thread(target=self._act, daemon=True)
+        acts = threading.Thread(target=self._run_last_acts, daemon=True)
         acts.start()
         for _ in range(int(_LAST_ACTS / 0.1)):
             acts.join(0.1)
             if not acts.is_alive() or signal.sigtimedwait([signal.SIGINT], 0):
                 break
-        _silence()
+        _discard_output()
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(INTERRUPTED)
 
-    def _act(self) -> None:
-        self._say(f"interrupted: {self.newest()}")
+    def _run_last_acts(self) -> None:
+        self._print(f"interrupted: {self.newest()}")
         for act in self.last_acts:
             with contextlib.suppress(Exception):
                 act()
-        _silence()
+        _discard_output()
         # As every exit does first: semaphores that are not given back are complained about by Python's tracker.
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if not is_first_rank():
             return
         # A terminal shows ^C, or half a progress bar.
@@ -114,15 +114,15 @@ class Interrupts:
             os.write(2, f"{start}pretrain_vlm.py: {text}\n".encode())
 
 
-def _silence() -> None:
-    """What comes from now on is about ranks and workers that end."""
+def _discard_output() -> None:
+    """Discard further output: it is about ranks and workers that end."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
 
 
 def newest_checkpoint(save: Path | None) -> str:
-    """What is left of an interrupted run, from the directory alone: neither torch nor the run is asked."""
+    """Sentence about the newest complete checkpoint in a directory; reads file names only, without torch."""
     if save is None:
         return "without --save there is no checkpoint"
     for iteration in files.iterations(save):

@@ -1,7 +1,8 @@
 """One run at a time writes to a --save directory.
 
-The lock is one of the system's (fcntl) on `run.lock`, which says who holds it. It goes with the process that holds
-it, however that ends, and is not inherited: a loader worker that outlives its rank does not keep the next start out.
+An fcntl lock on `run.lock`, whose content names the holder. The system frees it when the holding process ends,
+however that happens, and children do not inherit it: a loader worker that outlives its rank does not block the next
+start.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SaveInUse(ValueError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a directory."""
+    """The process that holds a directory."""
 
     host: str = "an unknown host"
     pid: int = 0
@@ -46,7 +47,7 @@ class Holder:
 
     @property
     def known(self) -> bool:
-        """Whether the file said who it is."""
+        """Whether the file named the holder."""
         return self.pid != 0
 
     @property
@@ -64,7 +65,7 @@ class Holder:
 
 
 def own_job() -> str | None:
-    """What stays the same over the starts of this job, and is no other job's; None if nothing is known."""
+    """Identifier shared by all starts of this job and by no other job; None if unknown."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return os.environ.get("SLURM_JOB_ID") or (run if run not in (None, "", "none") else None)
 
@@ -73,8 +74,8 @@ class SaveLock:
     """Holds a --save directory until `release`, or the end of this process.
 
     Raises SaveInUse, naming the holder, if another run has it. A holder on another host is waited for, whatever its
-    job: its node may have died without a word to the file system. On this host it lives, and is waited for only if
-    it is an earlier start of the same job. Raises ValueError if the file cannot be opened or locked.
+    job: its node may have died before the file system noticed. A holder on this host is alive, and is waited for only
+    if it is an earlier start of the same job. Raises ValueError if the file cannot be opened or locked.
     """
 
     def __init__(self, save: Path, patience: float = _PATIENCE) -> None:
@@ -85,9 +86,9 @@ class SaveLock:
             raise ValueError(f"--save: {self.path} cannot be written: {error.strerror}") from error
         end = time.monotonic() + patience
         said, looks = False, 0
-        while not self._taken():
-            holder = _read(self.path)
-            if _lives(holder) or time.monotonic() > end:
+        while not self._try_lock():
+            holder = _read_holder(self.path)
+            if _is_alive(holder) or time.monotonic() > end:
                 os.close(self._file)
                 raise SaveInUse(
                     f"--save {save} belongs to {holder}, which is still training: wait for it, end it, or choose "
@@ -113,7 +114,7 @@ class SaveLock:
             os.close(self._file)
             self._file = -1
 
-    def _taken(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -143,7 +144,7 @@ def lock_save(args: argparse.Namespace) -> SaveLock | None:
 
 
 def other_holder(save: Path) -> Holder | None:
-    """Another run that trains into this directory; None if there is none, or only earlier starts of this job."""
+    """Another run that trains into this directory; None if there is none or it is an earlier start of this job."""
     try:
         file = os.open(save / FILE, os.O_RDONLY)
     except OSError:
@@ -156,17 +157,17 @@ def other_holder(save: Path) -> Holder | None:
         return None
     finally:
         os.close(file)
-    holder = _read(save / FILE)
+    holder = _read_holder(save / FILE)
     return None if kind == fcntl.F_UNLCK or holder.ours else holder
 
 
-def _lives(holder: Holder) -> bool:
-    """Whether waiting is in vain: the system frees the lock of a process of this host as soon as it has ended."""
+def _is_alive(holder: Holder) -> bool:
+    """Whether waiting is pointless: the system frees the lock of a process on this host as soon as it ends."""
     return holder.host == socket.gethostname() and not holder.ours
 
 
-def _read(path: Path) -> Holder:
-    """Who says to hold it; a holder is named a moment after it has taken the lock."""
+def _read_holder(path: Path) -> Holder:
+    """The holder named in the file; it writes its name a moment after it locked."""
     try:
         return Holder(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

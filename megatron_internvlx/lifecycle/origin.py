@@ -1,4 +1,4 @@
-"""What the checkpoint that a run goes on from was made with: its layout is kept, and what does not fit it is named."""
+"""Layout of the checkpoint that a run resumes: kept where possible; arguments that do not fit it are listed."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def _unreadable(checkpoint: Path) -> str | None:
 
 
 def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The directory of the checkpoint whose optimizer a run goes on with: --auto-resume's, or --load's.
+    """Directory of the checkpoint whose optimizer state a run resumes: that of `--auto-resume`, or of `--load`.
 
-    None where the run begins anew, with an import's weights or --finetune for instance. All ranks find the same one
-    as long as they see the same files.
+    None where training starts anew, from an import or with `--finetune` for instance. All ranks that see the same
+    files find the same one.
     """
     if args.auto_resume and args.save and "://" not in args.save:
         save = Path(args.save)
@@ -73,7 +73,7 @@ def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
     if not step:
         try:
             step = int((load / files.TRACKER).read_text())
-        except (OSError, ValueError):  # of an import it says "release"; an empty --save has none
+        except (OSError, ValueError):  # an import has "release" in it; an empty --save has no such file
             return None
     checkpoint = files.checkpoint_directory(load, step)
     return checkpoint if checkpoint.is_dir() else None

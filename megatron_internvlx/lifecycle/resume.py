@@ -1,10 +1,10 @@
-"""Which checkpoint a run goes on from, how often it has tried, and what a launcher does when it ends.
+"""Which checkpoint a run resumes from, how many starts it has had, and what a launcher does when it ends.
 
     python -m megatron_internvlx.lifecycle.resume SAVE_DIRECTORY --since SECONDS
 
-prints why the run ended and exits with 0 (finished), 75 (start it again), 76 (stop: it does not get any
-further) or 2 (a mistake of the caller, such as a directory that is not there: the launcher makes it before the
-first start, so that only a mistyped path is missing). The state is in `run_state.json` beside the checkpoints.
+prints why the run ended and exits with 0 (finished), 75 (start it again), 76 (stop: it makes no progress) or
+2 (a mistake of the caller, such as a missing directory: the launcher creates it before the first start, so a missing
+one was mistyped). The state is in `run_state.json` beside the checkpoints.
 
 A checkpoint is complete when its `metadata.json` is there (Megatron writes it last), and every file holds
 as many bytes as the index in `.metadata` says. Megatron's `--verify-integrity` compares contents too.
@@ -43,7 +43,7 @@ class Unsaved(NamedTuple):
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint directory; None if it is complete."""
+    """Reason why a checkpoint directory is incomplete; None if it is complete."""
     config = checkpoint / "metadata.json"
     try:
         json.loads(config.read_text())
@@ -79,9 +79,9 @@ def indexed_sizes(checkpoint: Path) -> dict[str, int]:
 def newest_complete(
     save: Path, also: Callable[[int], str | None] = lambda iteration: None
 ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest complete checkpoint, and those newer than it with what is wrong with them.
+    """The newest complete checkpoint, and the incomplete ones newer than it, each with the reason.
 
-    `also` says what else is wrong with a checkpoint whose own files are whole.
+    `also` checks a checkpoint whose own files are complete; it returns a reason to skip it, or None.
     """
     broken: list[tuple[int, str]] = []
     for iteration in iterations(save):
@@ -93,7 +93,7 @@ def newest_complete(
 
 
 def shortage(save: Path) -> str | None:
-    """Why the disk does not hold another checkpoint as large as the last, in GB; None if it does."""
+    """Message if the disk lacks room for another checkpoint as large as the last, with GB; None if it has."""
     last = next((checkpoint_directory(save, iteration) for iteration in iterations(save)), None)
     if last is None:
         return None
@@ -114,17 +114,17 @@ def set_aside(save: Path, broken: list[tuple[int, str]]) -> None:
 
 @dataclass
 class RunState:
-    """What is known of a run over all its starts."""
+    """State of a run over all its starts."""
 
     status: str = "new"
-    """new, running, preempted, stopped (as asked), finished, failed (with a reason) or stuck."""
+    """One of new, running, preempted, stopped (on request), finished, failed (with a reason), stuck."""
     progress: int = -1
     """Iteration of the newest checkpoint that a start found."""
     tries: int = 0
     """Starts since then."""
     reason: str = ""
     unsaved: int | None = None
-    """Step at which the last start ended although the disk had no room for its checkpoint."""
+    """Last step of the start before, if the disk had no room for its checkpoint."""
     updated: float = 0.0
     history: list[dict] = field(default_factory=list)
 
@@ -138,13 +138,13 @@ class RunState:
             return cls()
 
     def write(self, save: Path) -> None:
-        """Keep it."""
+        """Write the state, with the time."""
         self.updated = time.time()
         save.mkdir(parents=True, exist_ok=True)
         write_atomically(save / STATE, json.dumps(asdict(self), indent=1))
 
     def begin(self, found: int | None, limit: int) -> bool:
-        """Count a start from checkpoint `found`; False if it is one too many without progress."""
+        """Count a start from checkpoint `found`; False if more than `limit` starts made no progress."""
         reached = -1 if found is None else found
         if reached > self.progress or self.status in ("preempted", "stopped", "finished"):
             self.progress, self.tries = max(reached, self.progress), 0
@@ -161,19 +161,19 @@ class RunState:
         return True
 
     def stopped_by_disk(self, save: Path) -> str | None:
-        """Why another start would end as the last one did, without a checkpoint; None if it would not."""
+        """Message if the disk still lacks room for the last checkpoint; None if another start can save."""
         lack = None if self.unsaved is None else shortage(save)
         return lack and f"step {self.unsaved} was not saved, and there is still no room: {lack}"
 
 
 def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
-    """What a launcher does after a run that it started at time `since` has ended: code and reason."""
+    """Exit code and reason for a launcher whose run, started at time `since`, has ended."""
     if holder := other_holder(save):
-        # Not a start of the run there: its state and its number of tries are not touched.
+        # It was no start of the run there, whose state and number of starts stay as they are.
         return STOP, f"{save} belongs to {holder}, which is still training"
     state = RunState.read(save)
     if state.updated < since:
-        # It ended before the first rank could write anything: a start all the same.
+        # It ended before the first rank could write anything; that counts as a start.
         going_on = state.begin(newest_complete(save)[0], limit)
         state.write(save)
         return (AGAIN, "it ended before training began") if going_on else (STOP, state.reason)
@@ -190,11 +190,11 @@ def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
             STOP,
             f"{state.tries} starts from iteration {max(state.progress, 0)} without a newer checkpoint",
         )
-    return AGAIN, state.reason or "it ended without a word: a rank or a node died"
+    return AGAIN, state.reason or "it ended without a recorded reason: a rank or a node died"
 
 
 def messages(save: Path, found: int | None, broken: list[tuple[int, str]]) -> Iterator[str]:
-    """What a person should know before training goes on."""
+    """Lines about skipped checkpoints and the one that training resumes from."""
     for iteration, reason in broken:
         yield f"checkpoint {checkpoint_directory(save, iteration)} is not complete ({reason}): skipped"
     if found is not None:
@@ -202,10 +202,10 @@ def messages(save: Path, found: int | None, broken: list[tuple[int, str]]) -> It
 
 
 def launcher_risk(environment: Mapping[str, str]) -> str | None:
-    """What may keep torchrun's restarts from working, None if nothing does.
+    """Warning about torchrun settings that break its restarts; None if there are none.
 
     torch 2.13's torchrun gives every restart the same key-value store. A rank that is faster than the others
-    reads the addresses of the ranks that died, and the restart fails or hangs. Not sharing it helps.
+    reads the addresses of ranks that died, and the restart fails or hangs. A store per restart avoids that.
     """
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if not restarts or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -217,7 +217,7 @@ def launcher_risk(environment: Mapping[str, str]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The launcher's question; see the module."""
+    """Answer a launcher; see the module's docstring."""
     parser = argparse.ArgumentParser(description="why a run ended, and whether to start it again")
     parser.add_argument("save", help="the run's --save directory")
     parser.add_argument(
@@ -226,18 +226,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tries", type=int, default=3, help="starts without progress")
     asked = parser.parse_args(argv)
     if not 0 <= asked.since < math.inf:
-        parser.error(f"--since {asked.since}: want seconds of the epoch, as `date +%s` prints them")
+        parser.error(f"--since {asked.since}: must be seconds since the epoch, as `date +%s` prints them")
     if asked.max_tries < 1:
-        parser.error(f"--max-tries {asked.max_tries}: want at least 1")
+        parser.error(f"--max-tries {asked.max_tries}: must be at least 1")
     if not asked.save:
         parser.error("the directory has an empty name: is the variable set that should hold it?")
     asked.save = Path(asked.save)
     if not asked.save.is_dir():
-        parser.error(f"{asked.save}: no such directory; a launcher makes it before the first start")
+        parser.error(f"{asked.save}: no such directory; a launcher creates it before the first start")
     code, reason = verdict(asked.save, asked.since, asked.max_tries)
     print(reason)
     if code != FINISHED and not other_holder(asked.save) and RunState.read(asked.save).status != "preempted":
-        # Processes that were killed could not say so themselves; a start that goes on takes it back.
+        # Killed processes could not do it themselves; a start that resumes marks it RUNNING again.
         from megatron_internvlx.reporting.mlflow_sink import mark_failed
 
         mark_failed(asked.save)

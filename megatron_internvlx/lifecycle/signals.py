@@ -1,4 +1,4 @@
-"""What ends a run from outside: SIGUSR1 and SIGTERM after the current step, with a checkpoint; Ctrl-C too, or at once.
+"""Signals that end a run: SIGUSR1 and SIGTERM after the current step, with a checkpoint; Ctrl-C likewise, or at once.
 
 The signals are blocked rather than handled. SLURM sends them to every process of a job step, and a mask
 is inherited by everything that a rank starts (loader workers, Megatron's savers), while a handler is lost
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # the script imports this file before it says that torch is b
     import torch.distributed as dist
 
 STOP = (signal.SIGUSR1, signal.SIGTERM)
-_TOLD, _INTERRUPTED = 1, 2
+_SIGNALED, _INTERRUPTED = 1, 2
 
 _caught: set[int] = set()
-interrupts = Interrupts(told=_caught.add)
-"""Of this process."""
+interrupts = Interrupts(on_sigterm=_caught.add)
+"""Ctrl-C handling of this process."""
 
 
 def block_stop_signals() -> None:
@@ -53,7 +53,7 @@ def catch_in_other_threads() -> None:
 
 
 def pending() -> bool:
-    """Whether this process was told to stop."""
+    """Whether this process received a stop signal."""
     return bool(_caught or signal.sigpending().intersection(STOP))
 
 
@@ -64,7 +64,7 @@ def report_phase(text: str) -> None:
 
 
 def end_children(*, daemons_only: bool = False) -> None:
-    """Kill loader workers that are still there: with SIGTERM blocked, nothing else would end them."""
+    """Kill loader workers that still run: with SIGTERM blocked, nothing else would end them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
     for child in multiprocessing.active_children():
         if child.daemon or not daemons_only:
@@ -72,16 +72,16 @@ def end_children(*, daemons_only: bool = False) -> None:
 
 
 def _end_daemons() -> None:
-    """At the end of Python, before multiprocessing sends them a SIGTERM, which they block, and waits for their end."""
+    """Kill daemon workers when Python exits: multiprocessing would send SIGTERM, which they block, and wait forever."""
     if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         end_children(daemons_only=True)
 
 
 class StopSignals:
-    """Takes the place of Megatron's signal handler, which asks it after every step on every rank.
+    """Replacement for Megatron's signal handler, which Megatron asks after every step on every rank.
 
-    The ranks agree over a host group, so the device is not waited for. Each time, the clock of a hung
-    step starts anew.
+    The ranks agree over a host group, so nothing waits for the device. Each call restarts the clock that
+    detects a hung step.
     """
 
     def __init__(self) -> None:
@@ -90,15 +90,15 @@ class StopSignals:
         """Whether it was Ctrl-C."""
         self.clock: StallClock | None = None
         self.waiting = False
-        """Whether this rank has ended its step, and waits for the others to do so."""
+        """Whether this rank finished its step and waits for the others."""
         self._group: dist.ProcessGroup | None = None
 
     def signals_received(self) -> list[bool]:
-        """Whether any rank was told to stop, in a list as Megatron expects it."""
+        """Whether any rank received a stop signal, as the list that Megatron expects."""
         import torch
         import torch.distributed as dist
 
-        told = torch.tensor([_INTERRUPTED if interrupts.asked else _TOLD if pending() else 0])
+        told = torch.tensor([_INTERRUPTED if interrupts.asked else _SIGNALED if pending() else 0])
         if dist.get_world_size() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")
@@ -107,13 +107,12 @@ class StopSignals:
             self.waiting = False
         if self.clock is not None:
             self.clock.restart()
-        # Were Python's tracker killed, whatever started it anew has unblocked them (signal_mask.py).
+        # If Python's resource tracker was killed and restarted, that unblocked them (signal_mask.py).
         signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP, signal.SIGINT))
         self.received = bool(told.item())
         self.interrupted = told.item() == _INTERRUPTED
-        # From now on Ctrl-C waits for the end of a step. The ranks come here one after another, within a moment:
-        # a Ctrl-C in just that moment, of the first step only, ends those that are not here yet at once, and so
-        # the run.
+        # From now on Ctrl-C waits for the end of a step. Ranks reach this line at slightly different times: a
+        # Ctrl-C in between, in the first step only, ends at once those that have not, and so the run.
         interrupts.can_finish_step = True
         return [self.received]
 

@@ -1,8 +1,8 @@
-"""When a step does not end: who keeps the others waiting, and the end of this process.
+"""Detection of a hung step: which rank keeps the others waiting, and the end of this process.
 
-In a hang all ranks wait, and the first to give up is as good as any: what torchrun reports is a healthy one.
-So each rank leaves a sign of life in a file beside the checkpoints. A rank that is stopped, or whose node is gone,
-leaves none; of the others it is known at which step they are, and whether they wait for data.
+In a hang all ranks wait, and the first one that times out, which torchrun reports, is usually healthy. So each rank
+writes a heartbeat to a file beside the checkpoints. A rank that is stopped, or whose node is gone, writes none; for
+the others it says at which step they are, and whether they wait for data.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "heartbeats"
-_LONGEST_INTERVAL = 30.0  # seconds between two signs of life; many ranks share a file system
+_LONGEST_INTERVAL = 30.0  # seconds between two heartbeats; many ranks share a file system
 _SIZE = 512  # bytes of a file, written at once: a reader never sees half of it
-_GRACE = 60.0  # seconds for naming ranks, before the process ends without
+_GRACE = 60.0  # seconds for naming ranks, before the process ends without it
 _NAMED = 16  # silent ranks with a line of their own
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a rank is."""
+    """How far a rank has come."""
 
     step: int
     passes: int
@@ -40,7 +40,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's sign of life."""
+    """A rank's heartbeat."""
 
     rank: int
     host: str
@@ -51,19 +51,20 @@ class Beat:
 
     @property
     def name(self) -> str:
-        """The rank, and where to look for it."""
+        """The rank, its host and its process."""
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
 
 
 class StallClock:
-    """Ends this process when a step takes too long, after saying which ranks are silent or behind.
+    """Ends this process when a step takes too long, after printing which ranks are silent or behind.
 
     Args:
         seconds: longest time between two calls of `restart`. 0: the clock does nothing.
-        folder: of the signs of life, where all ranks see it. None: nothing is known of the others.
-        rank, world: of this process, and how many there are.
-        position: tells how far this rank is; called from another thread.
-        report: called with the reason, on the lowest rank that lives, before it ends.
+        folder: directory of the heartbeats, visible to all ranks. None: nothing is known about other ranks.
+        rank: number of this rank.
+        world: number of ranks.
+        position: returns how far this rank has come; called from another thread.
+        report: called with the reason on the lowest living rank, before it ends.
     """
 
     def __init__(
@@ -81,10 +82,10 @@ class StallClock:
         self._deadline = 0.0
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
-        self._complained = False
+        self._warned = False
 
     def restart(self) -> None:
-        """A step has ended (or the first begins)."""
+        """Start the time of the next step."""
         if self.seconds <= 0:
             return
         self._deadline = time.monotonic() + self.seconds
@@ -95,14 +96,14 @@ class StallClock:
             self._thread.start()
 
     def release(self) -> None:
-        """Training is over."""
+        """Stop the clock, when training is over."""
         faulthandler.cancel_dump_traceback_later()
         if self._thread is None:
             return
         self._over.set()
         self._thread.join()
         if self.folder is not None:
-            path(self.folder, self.rank).unlink(missing_ok=True)
+            heartbeat_file(self.folder, self.rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while True:
@@ -114,25 +115,27 @@ class StallClock:
                 return
 
     def beat(self) -> None:
-        """Leave a sign of life."""
+        """Write this rank's heartbeat."""
         if self.folder is None:
             return
         beat = Beat(self.rank, socket.gethostname(), os.getpid(), time.time(), self.position())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Written in place and closed: other clients of a shared file system then see it when they open it.
-            file = os.open(path(self.folder, self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            file = os.open(heartbeat_file(self.folder, self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.pwrite(file, json.dumps(asdict(beat)).ljust(_SIZE).encode(), 0)
             finally:
                 os.close(file)
         except OSError as error:
-            if not self._complained:
-                print(f"no sign of life in {self.folder}: {error}", file=sys.__stderr__, flush=True)
-            self._complained = True
+            if not self._warned:
+                print(
+                    f"no heartbeat can be written to {self.folder}: {error}", file=sys.__stderr__, flush=True
+                )
+            self._warned = True
 
     def _end(self) -> None:
-        """Name the ranks that are to blame, print where this one is, and exit."""
+        """Print the ranks at fault and this rank's stacks, and exit."""
         try:
             reason, lines = self.findings()
             if lines:
@@ -146,24 +149,24 @@ class StallClock:
             os._exit(1)
 
     def findings(self) -> tuple[str, list[str]]:
-        """The reason in one line, and where all ranks are; no lines if a lower rank lives and says so."""
+        """The reason, and lines with the position of all ranks; no lines if a lower rank lives and prints them."""
         reason = f"no step has ended for {self.seconds / 60:.3g} minutes"
         if self.folder is None:
-            return reason, [f"{reason}; without --save nothing is known of the other ranks"]
+            return reason, [f"{reason}; without --save nothing is known about the other ranks"]
         now = time.time()
         beats: dict[int, Beat | None] = {}
         for rank in range(self.world):
-            beats[rank] = read(self.folder, rank)
+            beats[rank] = read_heartbeat(self.folder, rank)
             if rank < self.rank and not self._silent(beats[rank], now):
                 return reason, []
         silent = [rank for rank, beat in beats.items() if rank != self.rank and self._silent(beat, now)]
         living = [beat for rank, beat in beats.items() if beat and rank not in silent]
         lines = [f"{reason}; where the ranks are:"]
         for rank in silent[:_NAMED]:
-            lines.append(f"  {_silence(rank, beats[rank], now)}")
+            lines.append(f"  {_describe_silence(rank, beats[rank], now)}")
         if len(silent) > _NAMED:
-            lines.append(f"  as silent: ranks {_ranges(silent[_NAMED:])}")
-        lines += [f"  {line}" for line in _groups(living)]
+            lines.append(f"  as silent: ranks {_format_ranks(silent[_NAMED:])}")
+        lines += [f"  {line}" for line in _describe_positions(living)]
         return f"{reason}; {_blame(silent, living, beats, now)}", lines
 
     def _silent(self, beat: Beat | None, now: float) -> bool:
@@ -171,15 +174,15 @@ class StallClock:
         return beat is None or now - beat.time > self.seconds / 2
 
 
-def path(folder: Path, rank: int) -> Path:
+def heartbeat_file(folder: Path, rank: int) -> Path:
     """The file of a rank."""
     return folder / f"rank{rank:05d}.json"
 
 
-def read(folder: Path, rank: int) -> Beat | None:
-    """A rank's last sign of life; None if there is none that can be read."""
+def read_heartbeat(folder: Path, rank: int) -> Beat | None:
+    """A rank's last heartbeat; None if there is none that can be read."""
     try:
-        found = json.loads(path(folder, rank).read_text())
+        found = json.loads(heartbeat_file(folder, rank).read_text())
         return Beat(**(found | {"position": Position(**found["position"])}))
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -188,7 +191,7 @@ def read(folder: Path, rank: int) -> Beat | None:
 def _blame(silent: list[int], living: list[Beat], beats: dict[int, Beat | None], now: float) -> str:
     if silent:
         more = f", and {len(silent) - 1} more are silent" if silent[1:] else ""
-        return _silence(silent[0], beats[silent[0]], now) + more
+        return _describe_silence(silent[0], beats[silent[0]], now) + more
     last = min((beat.position for beat in living), key=lambda position: (position.step, position.passes))
     behind = [b for b in living if (b.position.step, b.position.passes) == (last.step, last.passes)]
     if not behind or 2 * len(behind) > len(living):
@@ -196,24 +199,24 @@ def _blame(silent: list[int], living: list[Beat], beats: dict[int, Beat | None],
     return f"all ranks live; furthest behind is {behind[0].name}: {behind[0].position}"
 
 
-def _silence(rank: int, beat: Beat | None, now: float) -> str:
+def _describe_silence(rank: int, beat: Beat | None, now: float) -> str:
     if beat is None:
-        return f"rank {rank} has never given a sign of life"
-    return f"{beat.name} has given no sign of life for {now - beat.time:.0f} s; it was at {beat.position}"
+        return f"rank {rank} has never written a heartbeat"
+    return f"{beat.name} has written no heartbeat for {now - beat.time:.0f} s; it was at {beat.position}"
 
 
-def _groups(beats: list[Beat]) -> Iterator[str]:
-    """Ranks at the same place, those behind first."""
+def _describe_positions(beats: list[Beat]) -> Iterator[str]:
+    """Lines of ranks at the same position, those behind first."""
     places: dict[Position, list[Beat]] = {}
     for beat in beats:
         places.setdefault(beat.position, []).append(beat)
     for place, there in sorted(places.items()):
-        who = there[0].name if len(there) == 1 else f"ranks {_ranges(beat.rank for beat in there)}"
+        who = there[0].name if len(there) == 1 else f"ranks {_format_ranks(beat.rank for beat in there)}"
         yield f"{who}: {place}"
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """0-3, 7, 9-10."""
+def _format_ranks(numbers: Iterable[int]) -> str:
+    """Rank numbers as `0-3, 7, 9-10`."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What a first start begins from: Megatron takes random weights, without a word, where it finds no others."""
+"""Checks before a start: Megatron silently starts from random weights if it finds no checkpoint."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ RELEASE = "release"
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Weights that are named are there, and those that lie in --save are not passed over.
+    """Check that weights named on the command line exist and that weights in `--save` are not ignored.
 
-    Random weights remain the start of a run that names none; with a frozen language model it is told what
-    that means.
+    A run that names no weights starts from random ones; with `--freeze-llm` a warning says so.
 
-    Raises ValueError for a directory without a checkpoint, for an import in --save that nothing loads, and for
-    checkpoints of an earlier run there that this one would write over.
+    Raises ValueError for a directory without a checkpoint, for an import in `--save` that nothing loads, and for
+    checkpoints of an earlier run in `--save` that this run would overwrite.
     """
     _check_save_is_free(args)
-    load = None if args.ckpt_step else args.load  # which needs no tracker file
+    load = None if args.ckpt_step else args.load  # a step that is named needs no tracker file
     for flag, path in (("--load", load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
-        # The run's own directory may be named before its first checkpoint is there.
+        # The run's own directory may be named before it holds a checkpoint.
         if path and path != args.save and "://" not in path and not (Path(path) / files.TRACKER).is_file():
             raise ValueError(
                 f"{flag} {path}: no checkpoint is in it (no {files.TRACKER}); a Hugging Face directory is imported "
@@ -37,7 +36,7 @@ def check_start(args: argparse.Namespace) -> None:
         return
     if args.save and (Path(args.save) / RELEASE).is_dir():
         raise ValueError(
-            f"--save {args.save} is an import ({RELEASE}/), and nothing says to begin with its weights: give "
+            f"--save {args.save} is an import ({RELEASE}/), and no flag loads its weights: give "
             f"--pretrained-checkpoint {args.save}, and another directory as --save"
         )
     if args.freeze_llm:
@@ -72,10 +71,7 @@ def _loads_something(args: argparse.Namespace) -> bool:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """What a run begins from is there and named, and what it writes can be written. Raises ValueError.
-
-    Of the ranks the first one looks.
-    """
+    """Check, on the first rank, that input paths exist and that output paths can be written. Raises ValueError."""
     if not is_first_rank():
         return
     for flag, path in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):

@@ -50,12 +50,15 @@ class InternVLX(MegatronModule):
         config: Megatron's config of the language model.
         vision: architecture of the vision encoder.
         compression: projector and LVTC sizes.
-        vocab_size: V padded for the layout. real_vocab_size: V of the tokenizer; logits of padding
-            columns are masked, so that the loss does not depend on the tensor-parallel size.
-        rotary_base, rope_scaling_factor: RoPE; factor None is plain RoPE, else Llama 3's rule.
+        vocab_size: V padded for the layout.
+        real_vocab_size: V of the tokenizer; logits of padding columns are masked, so that the loss does
+            not depend on the tensor-parallel size.
+        rotary_base: base of RoPE's frequencies.
+        rope_scaling_factor: factor of Llama 3's rule; None: plain RoPE.
         share_embeddings_and_output_weights: tied embeddings.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
-        vision_recompute, vision_fp8: recomputation and precision of the vision encoder.
+        vision_recompute: recompute the vision encoder's layers in the backward pass.
+        vision_fp8: run the vision encoder's layers in the decoder's FP8.
         loss_weight: total loss weight of a micro-batch; for the experts' load-balancing loss.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """

@@ -41,7 +41,8 @@ class LVTCInjection(MegatronModule):
         config: decoder config.
         projector: maps ViT features [T, L, c] to [T, q, h]; belongs to this layer.
         expand: True at layer k, False at the injection layers after it.
-        low_grid, high_grid: token grid sides per tile.
+        low_grid: token grid side per tile before the expansion.
+        high_grid: token grid side per tile after it.
         upsample: "bilinear" or "nearest".
     """
 

@@ -39,7 +39,8 @@ def message_order(
     """Order of messages of one rank.
 
     Args:
-        pp_rank, pp_size: place in the pipeline.
+        pp_rank: place in the pipeline.
+        pp_size: stages of the pipeline.
         chunks: model chunks per rank; 1 is the schedule without interleaving.
         micro_batches: micro-batches of the run.
         group_size: Megatron's `microbatch_group_size_per_vp_stage`.

@@ -1,4 +1,4 @@
-"""The answers a model gives in evaluation: which were right, and what was asked."""
+"""Answers of a model in evaluation: which were right, and what was asked."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class AnswerBook:
         """Rows of the last complete evaluation over all ranks, on each rank of the last stage."""
         self._rows: list[dict[str, Any]] = []
         self._sources: dict[tuple[int, int], dict[str, Any]] = {}
-        """By record and turn. Every evaluation asks the same, and to read and tokenize a record takes milliseconds."""
+        """Question and image by record and turn; kept because every evaluation asks the same."""
 
     def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
-        """Keep the answers of one micro-batch: predicted int [n] for the plan's supervised rows."""
+        """Record the answers of one micro-batch: predicted int [n] for the plan's supervised rows."""
         self._rows += self._answers(plan, predicted.to("cpu").numpy())
 
-    def drop(self) -> None:
-        """Forget the answers of an evaluation that did not come to its end."""
+    def discard(self) -> None:
+        """Discard the answers of an evaluation that was cut short."""
         self._rows = []
 
     def finish(self) -> None:
-        """End of an evaluation: gather all ranks' answers and write the file; called on every rank."""
+        """Gather all ranks' answers at the end of an evaluation and write the file; called on every rank."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
         rows, self._rows = self._rows, []
@@ -116,7 +116,7 @@ class AnswerBook:
                 sample = encoder.encode(record)
                 asked = questions(encoder.settings.template, record.data["conversations"])
                 row |= {"kind": kind_of(record.data, turn), "question": asked[turn]}
-        except BadSample as bad:  # it was read a moment ago by another rank, and its answer counts
+        except BadSample as bad:  # another rank has just read it, and its answer counts
             print(f"{bad}: its answer is listed without question and image", file=sys.stderr, flush=True)
             return row
         if sample.images:

@@ -19,24 +19,24 @@ class Curve:
     losses: list[tuple[int, float]] = field(default_factory=list)
     accuracies: list[tuple[int, float]] = field(default_factory=list)
 
-    def keep(self, folder: Path) -> None:
-        """Write the points beside the checkpoints. A disk that takes no file costs a message, not the run."""
+    def save(self, folder: Path) -> None:
+        """Write the points beside the checkpoints. A failure is printed, and training goes on."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / FILE, json.dumps(vars(self)))
         except OSError as error:
             print(f"{folder / FILE} could not be written: {error}", file=sys.stderr, flush=True)
 
-    def take_over(self, folder: Path, step: int) -> None:
-        """Put the points of earlier starts up to `step`, which a checkpoint has reached, before these."""
+    def load_earlier(self, folder: Path, step: int) -> None:
+        """Prepend the points of earlier starts, up to the checkpoint's `step`."""
         path = folder / FILE
         try:
             content = json.loads(path.read_text())
             earlier = {name: [(int(at), float(value)) for at, value in content[name]] for name in vars(self)}
         except FileNotFoundError:
-            return  # a run without one: it begins here
+            return  # there is none: the curve begins here
         except (OSError, ValueError, TypeError, KeyError) as error:
-            print(f"{path} cannot be read, the curve begins at step {step}: {error!r}", file=sys.stderr)
+            print(f"{path} cannot be read, so the curve begins at step {step}: {error!r}", file=sys.stderr)
             return
         for name, points in earlier.items():
             setattr(self, name, [p for p in points if p[0] <= step] + getattr(self, name))

@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class IntervalTotals:
-    """What all ranks did in a log interval."""
+    """Work of all ranks in a log interval."""
 
     seconds: float
     """Per step."""

@@ -1,4 +1,4 @@
-"""The two lines that people read of a run, from typed figures."""
+"""Text of a log line and a validation line, from typed figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def validation_line(iteration: int, values: Mapping[str, float], counts: Validat
 
 
 def tracked_values(record: LogRecord, totals: IntervalTotals, world_size: int) -> dict[str, float | None]:
-    """What trackers such as MLflow get of a log interval."""
+    """Metrics of a log interval for trackers such as MLflow."""
     return {
         "loss": record.losses.get("loss"),
         "learning_rate": record.learning_rate,
@@ -79,5 +79,5 @@ def _causes(rejects: Mapping[str, int]) -> str:
 
 
 def _cut(tiles: float, tokens: float) -> list[str]:
-    """What samples gave up to fit `--seq-length` and the budgets, as a part of a line; [] if nothing."""
+    """What was cut from samples to fit `--seq-length` and the budgets; [] if nothing."""
     return [f"cut to fit {tiles:.0f} tiles, {tokens:.0f} tokens"] if tiles or tokens else []

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per interval, a progress bar, answers, the picture."""
+"""Output of a run: one line per interval, a progress bar, answers, the picture."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class TrainingLog:
         self.bar = ProgressBar() if _is_last(args) and sys.stderr.isatty() else None
         self._files = [path for path in (settings.predictions_file, settings.report_file) if path]
         self._logged = 0
-        step.on_answers = self.keep_answers
+        step.on_answers = self.record_answers
         shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
         step.meter = StepMeter(shape, BackwardSettings.from_args(args))
         platform.install_log_line(self.train_line, self.eval_line)
 
-    def keep_answers(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
-        """Keep the answers of one evaluation micro-batch; on the last stage."""
+    def record_answers(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
+        """Record the answers of one evaluation micro-batch; called on the last stage."""
         if self.book is not None and mpu.get_tensor_model_parallel_rank() == 0:
             self.book.add(plan, predicted)
 
@@ -86,8 +86,10 @@ class TrainingLog:
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if values is None:
             if self.book is not None:
-                self.book.drop()
-            return f"validation at step {iteration} | cut short by the time limit, nothing is reported of it"
+                self.book.discard()
+            return (
+                f"validation at step {iteration} | cut short by the time limit, its results are not reported"
+            )
         if self.book is not None:
             self.book.finish()
         counts = validation_totals(self.data)
@@ -112,5 +114,5 @@ class TrainingLog:
 
 
 def _is_last(args: argparse.Namespace) -> bool:
-    """Whether this is the rank that speaks: Megatron's choice, on the last pipeline stage, where losses are known."""
+    """Whether this rank prints: Megatron's choice, on the last pipeline stage, where losses are known."""
     return args.rank == args.world_size - 1

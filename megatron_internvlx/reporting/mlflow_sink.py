@@ -75,7 +75,7 @@ class MlflowSink:
         self._artifacts: list[Path] = []
         self._texts: dict[str, str] = {}
         self._client: Any = None
-        self._complained = False
+        self._outage_reported = False
         self._closing: str | None = None
         self._keeping = threading.Lock()  # `close` may keep the rest while the thread waits for a server
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -88,7 +88,7 @@ class MlflowSink:
         self._orders.put(("values", batch))
 
     def artifact(self, path: str | Path) -> None:
-        """Keep a copy of a file with the run, as it is when its turn comes. Returns at once."""
+        """Store a copy of a file with the run, as it is when sent. Returns at once."""
         self._orders.put(("artifact", Path(path)))
 
     def close(self, status: str, seconds: float = 60.0) -> None:
@@ -96,7 +96,7 @@ class MlflowSink:
         self._orders.put(("close", status))
         self._thread.join(seconds)
         if self._thread.is_alive() or self._values:
-            self._keep_rest()
+            self._save_undelivered()
 
     def _work(self) -> None:
         """The thread: take orders, deliver, and wait longer after every failure."""
@@ -108,40 +108,40 @@ class MlflowSink:
         with self._keeping:
             self._values = self._spool.read()
         while True:
-            idle = not (self._values or self._unsaid()) and self._client is not None
+            idle = not (self._values or self._has_pending()) and self._client is not None
             self._take_orders(None if idle else 0.0)
             try:
                 self._deliver()
                 wait = 0.0
             except Exception as error:  # MLflow raises its own, requests' and SQL's
-                self._complain(error)
+                self._report_outage(error)
                 if self._closing is not None:
                     return
                 wait = min(max(2 * wait, 0.5), _LONGEST_WAIT)
-                self._wait_out(wait)
+                self._collect_for(wait)
                 continue
-            if self._closing is not None and not self._values and not self._unsaid():
+            if self._closing is not None and not self._values and not self._has_pending():
                 self._finish()
                 return
 
-    def _wait_out(self, seconds: float) -> None:
-        """Keep what comes while the server is away; the end of the run is a reason to try at once."""
+    def _collect_for(self, seconds: float) -> None:
+        """Collect values until the next try; the end of the run ends the wait at once."""
         end = time.monotonic() + seconds
-        self._keep()
+        self._spool_values()
         while self._closing is None and (left := end - time.monotonic()) > 0:
             self._take_orders(left)
-            self._keep()
+            self._spool_values()
 
-    def _keep(self) -> None:
-        """Values go to the file too: a process may be killed."""
+    def _spool_values(self) -> None:
+        """Write undelivered values to the file too: the process may be killed."""
         with self._keeping:
             self._spool.add(self._values)
 
-    def _unsaid(self) -> bool:
+    def _has_pending(self) -> bool:
         return bool(self._artifacts or self._texts) or not self._orders.empty()
 
     def _take_orders(self, seconds: float | None) -> None:
-        """Take what was ordered; if that is nothing, wait so long for one order (None: as long as it takes)."""
+        """Take all queued orders; if there are none, wait for one, at most `seconds` (None: without limit)."""
         block = seconds is None or seconds > 0
         with contextlib.suppress(queue.Empty):
             while block or not self._orders.empty():
@@ -162,12 +162,12 @@ class MlflowSink:
                 self.lost += surplus
 
     def _drop(self, count: int) -> None:
-        """Forget the oldest values, delivered or lost; with `_keeping` held."""
+        """Drop the oldest values, delivered or lost; call it with `_keeping` held."""
         del self._values[:count]
         self._spool.written = max(self._spool.written - count, 0)
 
     def _deliver(self) -> None:
-        """Send what there is; raises at the first failure, keeping what was not sent."""
+        """Send everything pending; raises at the first failure and keeps what was not sent."""
         if self._client is None:
             self._open()
         from mlflow.entities import Metric
@@ -187,8 +187,8 @@ class MlflowSink:
         for name in list(self._texts):
             self._client.log_text(self.run_id, self._texts[name], name)
             del self._texts[name]
-        if self._complained:
-            self._complained = False
+        if self._outage_reported:
+            self._outage_reported = False
             lost = f", {self.lost} metrics were lost" if self.lost else ", nothing was lost"
             print(f"mlflow: {self.uri} answers again{lost}", file=sys.stderr, flush=True)
 
@@ -213,13 +213,13 @@ class MlflowSink:
             self.run_id = run.info.run_id
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / RUN_FILE).write_text(json.dumps({"uri": self.uri, "run_id": self.run_id}))
-            self._describe(client)
+            self._log_parameters(client)
         for key, value in self.info.tags.items():
             client.set_tag(self.run_id, key, value)
         self._texts = dict(self.info.texts)
         self._client = client
 
-    def _describe(self, client: Any) -> None:
+    def _log_parameters(self, client: Any) -> None:
         from mlflow.entities import Param
 
         items = [Param(key, value[:6000]) for key, value in self.info.parameters.items()]
@@ -230,21 +230,21 @@ class MlflowSink:
         try:
             self._client.set_terminated(self.run_id, self._closing)
         except Exception as error:
-            self._complain(error)
+            self._report_outage(error)
 
-    def _complain(self, error: Exception) -> None:
-        """Once per outage."""
-        if not self._complained:
-            self._complained = True
+    def _report_outage(self, error: Exception) -> None:
+        """Print the error, once per outage."""
+        if not self._outage_reported:
+            self._outage_reported = True
             cause = str(error).split("\n")[0][:200]
             print(
                 f"mlflow: {self.uri} does not answer, metrics are kept: {cause}", file=sys.stderr, flush=True
             )
 
-    def _keep_rest(self) -> None:
-        """Metrics that found no server: for the next start."""
+    def _save_undelivered(self) -> None:
+        """Save undelivered metrics for the next start."""
         self._take_orders(0.0)
-        self._keep()
+        self._spool_values()
         if self._values:
             where = f"kept in {self._spool.path} for the next start"
             if self._spool.error is not None:
@@ -261,7 +261,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def mark_failed(folder: Path) -> bool:
-    """Mark the run of a --save directory as FAILED, for a launcher whose processes were all killed."""
+    """Mark the run of a `--save` directory as FAILED; for a launcher whose processes were all killed."""
     known = _read(folder / RUN_FILE)
     if not known:
         return False

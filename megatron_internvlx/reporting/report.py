@@ -11,7 +11,7 @@ from megatron_internvlx.reporting.curve import Curve
 
 
 class Report:
-    """Keeps loss and accuracy by step, and draws them.
+    """Loss and accuracy by step, and the picture of them.
 
     Args:
         args: Megatron's arguments, in which it notes the checkpoint that it loaded.
@@ -29,11 +29,11 @@ class Report:
 
     @property
     def curve(self) -> Curve:
-        """The curve so far; to be asked for when it is known which checkpoint was loaded."""
+        """The curve so far. Read it only when it is known which checkpoint was loaded."""
         if self._curve is None:
             self._curve = Curve()
             if self.args.load and self.args.iteration and self.writes:
-                self._curve.take_over(Path(self.args.load), self.args.iteration)
+                self._curve.load_earlier(Path(self.args.load), self.args.iteration)
         return self._curve
 
     @property
@@ -41,10 +41,10 @@ class Report:
         """Share of right answers in the latest evaluation, None before the first."""
         return self.curve.accuracies[-1][1] if self.curve.accuracies else None
 
-    def keep_curve(self) -> None:
-        """Write the curve for a later start, which goes on from here; with every checkpoint."""
+    def save_curve(self) -> None:
+        """Write the curve for a later start; called with every checkpoint."""
         if self.args.save and "://" not in self.args.save and self.writes:
-            self.curve.keep(Path(self.args.save))
+            self.curve.save(Path(self.args.save))
 
     def draw(self) -> bool:
         """Write the picture; returns whether it was written."""

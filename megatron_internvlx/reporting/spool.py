@@ -1,4 +1,4 @@
-"""Metrics that no server has taken yet, in a file that a kill cannot take away."""
+"""Metrics not yet delivered to a server, in a file that survives a kill."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Value:
 
 
 class Spool:
-    """The file of values that wait for a server, a JSON object a line.
+    """File of undelivered values, one JSON object per line.
 
     Args:
         path: the file.
-        most: lines after which it is written anew, without what was delivered or given up meanwhile.
+        most: number of lines after which the file is rewritten without delivered and dropped values.
     """
 
     def __init__(self, path: Path, most: int) -> None:
         self.path, self.most = path, most
         self.written = 0
-        """How many of the waiting values, counted from the oldest, are in the file."""
+        """Number of undelivered values, counted from the oldest, that are in the file."""
         self.error: OSError | None = None
         """Why the file could not be written the last time."""
         self._lines = 0
 
     def read(self) -> list[Value]:
-        """What the start before could not deliver. Lines that are none are counted on stderr, and left out."""
+        """Values that the previous start could not deliver. Unreadable lines are counted on stderr and left out."""
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -73,7 +73,7 @@ class Spool:
             with self.path.open("a") as file:
                 file.writelines(_line(value) for value in new)
         except OSError as error:
-            self._complain(error)
+            self._report_once(error)
         else:
             self.written, self.error = len(values), None
             self._lines += len(new)
@@ -88,11 +88,11 @@ class Spool:
         try:
             write_atomically(self.path, "".join(_line(value) for value in values))
         except OSError as error:
-            self._complain(error)
+            self._report_once(error)
         else:
             self.written, self._lines, self.error = len(values), len(values), None
 
-    def _complain(self, error: OSError) -> None:
+    def _report_once(self, error: OSError) -> None:
         if self.error is None:
             print(f"mlflow: metrics wait in memory alone: {error}", file=sys.stderr, flush=True)
         self.error = error

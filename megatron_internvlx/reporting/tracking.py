@@ -1,4 +1,4 @@
-"""What a run tells its sinks, and which sinks it has."""
+"""Trackers of a run (MLflow), and what they are told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_internvlx.parallel.layout import layout_name
 
 
 class Sink(Protocol):
-    """Takes what a run measures. No method may raise, or wait for anything outside this process."""
+    """Receiver of a run's measurements. No method may raise or wait for anything outside this process."""
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Values of a training step."""
@@ -26,7 +26,7 @@ class Sink(Protocol):
         """A file that belongs to the run."""
 
     def close(self, status: str, seconds: float = 60.0) -> None:
-        """The end: FINISHED, FAILED, KILLED or SCHEDULED."""
+        """End of the run: FINISHED, FAILED, KILLED or SCHEDULED."""
 
 
 # Megatron's arguments that make runs comparable; all of them are in the artifact arguments.json.

@@ -283,7 +283,7 @@ def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
     assert "rank 1 waited 12 s for a step" in said and "most recent call first" in said
     state = resume.RunState.read(tmp_path)
     assert state.status == "failed"
-    assert re.search(rf"rank 0 on {socket.gethostname()} \(pid \d+\) has given no sign of life", state.reason)
+    assert re.search(rf"rank 0 on {socket.gethostname()} \(pid \d+\) has written no heartbeat", state.reason)
     assert state.reason.splitlines()[0] in said
     launch(tmp_path)
     check(tmp_path, unbroken)

@@ -183,7 +183,7 @@ def test_killed_and_stopped_ranks_are_restarted(cluster, demo, unbroken, tmp_pat
     check(job, unbroken)
     said = job.text()
     assert said.count(going_on) == 2
-    assert "exitcode: -9" in said and f"(pid {victim}) has given no sign of life" in said
+    assert "exitcode: -9" in said and f"(pid {victim}) has written no heartbeat" in said
     assert job.shown("Restarts") == "0"  # torchrun's restarts, not SLURM's
 
 

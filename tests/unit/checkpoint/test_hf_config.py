@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.families import FAMILIES as ROWS
 from megatron_internvlx.checkpoint.hf_config import (
-    _REFUSED,
     dims,
     family_of,
     model_config,
@@ -64,7 +64,7 @@ def test_what_is_not_supported_says_so(config: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_a_setting_that_is_left_out_is_the_default_of_transformers(family: str) -> None:
     theirs = AutoConfig.for_model(family)
-    for key, fine in _REFUSED[family]:
+    for key, fine in ROWS[family].refused:
         assert (None in fine) is (getattr(theirs, key) in fine), key
 
 

@@ -74,7 +74,7 @@ def test_without_a_launcher_or_a_directory_it_is_said(capfd, monkeypatch, tmp_pa
             monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", place)
         assert complaint.complain(ValueError("no such thing")) == 2
         assert capfd.readouterr().err == "pretrain_vlm.py: no such thing\n"
-        assert not complaint.said()
+        assert not complaint.mistake_was_reported()
 
 
 def test_on_several_nodes_it_says_where(capfd, monkeypatch):

@@ -132,11 +132,11 @@ def test_a_launchers_mistake_is_no_reason_to_start_again(tmp_path, capsys):
     """A start that ended before it wrote anything is tried again; a mistyped path is not."""
     for arguments, message in (
         ([str(tmp_path / "nope")], "nope: no such directory"),
-        ([str(tmp_path), "--since", "nan"], "--since nan: want seconds of the epoch"),
+        ([str(tmp_path), "--since", "nan"], "--since nan: must be seconds since the epoch"),
         ([str(tmp_path), "--since", "inf"], "--since inf"),
         ([str(tmp_path), "--since", "-5"], "--since -5.0"),
         ([str(tmp_path), "--since", "yesterday"], "invalid float value"),
-        ([str(tmp_path), "--max-tries", "0"], "--max-tries 0: want at least 1"),
+        ([str(tmp_path), "--max-tries", "0"], "--max-tries 0: must be at least 1"),
         ([str(tmp_path), "--max-tries", "-1"], "--max-tries -1"),
         ([], "required: save"),
     ):

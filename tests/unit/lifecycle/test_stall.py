@@ -20,7 +20,7 @@ def clock(folder: Path | None, rank: int, position: Position = HERE):
 
 
 def age(folder: Path, rank: int, seconds: float) -> None:
-    file = stall.path(folder, rank)
+    file = stall.heartbeat_file(folder, rank)
     beat = json.loads(file.read_text())
     file.write_text(json.dumps(beat | {"time": beat["time"] - seconds, "host": f"node{rank}"}))
 
@@ -32,9 +32,9 @@ def test_silent_ranks_are_named_by_the_lowest_that_lives(tmp_path):
     age(tmp_path, 2, 0)
     reason, lines = clock(tmp_path, 1).findings()
     assert reason.startswith("no step has ended for 1 minutes; rank 0 on node0 (pid ")
-    assert "no sign of life for 50 s; it was at step 7, forward pass 3, computing" in reason
+    assert "no heartbeat for 50 s; it was at step 7, forward pass 3, computing" in reason
     assert "and 1 more are silent" in reason
-    assert "rank 3 has never given a sign of life" in lines[2]
+    assert "rank 3 has never written a heartbeat" in lines[2]
     assert lines[3].endswith("ranks 1-2: step 7, forward pass 3, computing or exchanging tensors")
     assert clock(tmp_path, 2).findings()[1] == []  # rank 1 says it
 
@@ -57,10 +57,10 @@ def test_nobody_is_blamed_without_evidence(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_no_sign_of_life(tmp_path):
     clock(tmp_path, 0).beat()
-    assert stall.read(tmp_path, 0).position == HERE
+    assert stall.read_heartbeat(tmp_path, 0).position == HERE
     for text in ("", '{"rank": 0', "[]", '{"rank": 0, "position": 3}'):
-        stall.path(tmp_path, 0).write_text(text)
-        assert stall.read(tmp_path, 0) is None
+        stall.heartbeat_file(tmp_path, 0).write_text(text)
+        assert stall.read_heartbeat(tmp_path, 0) is None
 
 
 def test_the_clock_beats_and_cleans_up(tmp_path, monkeypatch):
@@ -70,14 +70,14 @@ def test_the_clock_beats_and_cleans_up(tmp_path, monkeypatch):
     monkeypatch.setattr(one, "_end", lambda: ended.append(True))
     one.restart()
     end = time.monotonic() + 10
-    while (first := stall.read(one.folder, 0)) is None:
+    while (first := stall.read_heartbeat(one.folder, 0)) is None:
         assert time.monotonic() < end
-    while stall.read(one.folder, 0) == first:
+    while stall.read_heartbeat(one.folder, 0) == first:
         assert time.monotonic() < end
     one.release()
-    assert stall.read(one.folder, 0) is None and not ended
+    assert stall.read_heartbeat(one.folder, 0) is None and not ended
 
 
 @pytest.mark.parametrize(("numbers", "shown"), [([], ""), ([3], "3"), ([0, 1, 2, 7, 9, 10], "0-2, 7, 9-10")])
 def test_ranges(numbers, shown):
-    assert stall._ranges(numbers) == shown
+    assert stall._format_ranks(numbers) == shown

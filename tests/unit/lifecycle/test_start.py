@@ -35,7 +35,7 @@ def test_an_import_as_save_is_not_passed_over(imported: str) -> None:
     """Megatron would train from random weights, and move the import's tracker on."""
     with pytest.raises(ValueError, match=re.escape(f"--pretrained-checkpoint {imported}, and another")):
         check_start(settings(save=imported))
-    with pytest.raises(ValueError, match="nothing says to begin"):
+    with pytest.raises(ValueError, match="no flag loads its weights"):
         check_start(settings(save=imported, auto_resume=False))
     check_start(settings(save=imported, load=imported))
     check_start(settings(save=imported, pretrained_checkpoint=imported))
@@ -45,7 +45,7 @@ def test_a_run_that_resumes_needs_no_name(imported: str) -> None:
     checkpoint(Path(imported), 3)
     check_start(settings(save=imported))
     (files.checkpoint_directory(Path(imported), 3) / "metadata.json").unlink()
-    with pytest.raises(ValueError, match="nothing says to begin"):  # it would set the broken one aside
+    with pytest.raises(ValueError, match="no flag loads its weights"):  # it would set the broken one aside
         check_start(settings(save=imported))
 
 
