@@ -76,7 +76,7 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("expand_layer: three\n", "expand_layer: 'three' must be a number"),
         ("train_iters: 2.5\n", "train_iters: 2.5 must be a whole number"),
         ("lr: true\n", "lr: True must be a number"),
-        ("inject_layers: 4\n", r"inject_layers: 4 is not a list: write \[4\]"),
+        ("inject_layers: 4\n", r"inject_layers: 4 must be a list: write \[4\]"),
         ("expand_layer: [3]\n", r"expand_layer: \[3\] must be a single value, not a list"),
         ("rvtc: sideways\n", "rvtc: 'sideways' must be one of area, edge, off"),
         ("freeze_llm: maybe\n", "freeze_llm: 'maybe' must be true or false"),
@@ -171,7 +171,7 @@ EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
             "1 rank cannot be divided into TP 1 x PP 2 = 2: start 2",
         ),
         (3, ["--tensor-model-parallel-size", "2"], "3 ranks cannot be divided into TP 2 x PP 1 = 2: start 4"),
-        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: want at least 1"),
+        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
         (
             6,
             ["--global-batch-size", "16", "--tensor-model-parallel-size", "2"],
@@ -183,7 +183,11 @@ EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
             [*EXPERTS, "--expert-model-parallel-size", "3"],
             "the model's 4 experts cannot be divided by --expert-model-parallel-size 3: use one of 1, 2, 4",
         ),
-        (2, ["--expert-model-parallel-size", "2"], "does not divide the model's 0 experts: leave it out"),
+        (
+            2,
+            ["--expert-model-parallel-size", "2"],
+            "the model's 0 experts cannot be divided by --expert-model-parallel-size 2: remove it",
+        ),
         (
             2,
             [*EXPERTS, "--expert-model-parallel-size", "4"],
@@ -251,7 +255,7 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
             [*TINY, "--freeze-vision", "--freeze-llm", "--freeze-projectors"],
             "--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train",
         ),
-        ([*TINY, "--min-tiles", "0"], "--min-tiles 0: want at least 1 and at most 65,536 (tiles)"),
+        ([*TINY, "--min-tiles", "0"], "--min-tiles 0: must be at least 1 and at most 65,536 (tiles)"),
         (
             [*TINY, "--min-tiles", "7", "--max-tiles", "6"],
             "--min-tiles 7 must be at least 1 and at most --max-tiles 6",

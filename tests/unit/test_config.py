@@ -161,9 +161,9 @@ def test_static_budgets_that_work() -> None:
             "--boundary static needs --max-tiles-per-pack and --shallow-seq-length: it pads every "
             "micro-batch to fixed sizes; give them, or use --boundary variable",
         ),
-        (static(), {"deep": 70}, "--seq-length 70 is not a multiple of 16"),
-        (static(shallow_seq_length=33), {}, "--shallow-seq-length 33 is not a multiple of 16"),
-        (static(shallow_seq_length=33), {}, "this layout need: use 48"),
+        (static(), {"deep": 70}, "--seq-length 70 must be a multiple of 16"),
+        (static(shallow_seq_length=33), {}, "--shallow-seq-length 33 must be a multiple of 16"),
+        (static(shallow_seq_length=33), {}, "of this layout: use 48"),
         (
             static(max_tiles_per_pack=2),
             {},

@@ -64,7 +64,7 @@ def test_every_range_is_of_an_argument_and_holds_its_default(parser: argparse.Ar
             f"--train-iters {10**30}",
             "--train-iters 1000000000000000000000000000000: must be at least 1 and at most",
         ),
-        (f"--train-iters {10**300}", "--train-iters 100000000000... (301 digits): want"),
+        (f"--train-iters {10**300}", "--train-iters 100000000000... (301 digits): must be"),
         ("--log-interval 0", "--log-interval 0: must be at least 1"),
         ("--vocab-size -1", "--vocab-size -1: must be at least 1"),
         ("--loader-workers -1", "--loader-workers -1: must be at least 0"),
@@ -96,7 +96,7 @@ def test_every_range_is_of_an_argument_and_holds_its_default(parser: argparse.Ar
         ),
         (
             "--lr-warmup-fraction 0.5 --lr-warmup-iters 1",
-            "--lr-warmup-fraction 0.5 and --lr-warmup-iters 1: one",
+            "--lr-warmup-fraction 0.5 and --lr-warmup-iters 1: set only one",
         ),
         ("--lr-decay-style WSD", "--lr-decay-style WSD: --lr-wsd-decay-iters is None, must be 1 to 1"),
         ("--weight-decay-incr-style linear", "needs --start-weight-decay (now None) and --end-weight-decay"),

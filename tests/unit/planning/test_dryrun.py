@@ -110,7 +110,7 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
         (
             [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],
-            "--seq-length 8256 is not a multiple of 128",
+            "--seq-length 8256 must be a multiple of 128",
         ),
         (["--seq-length", "8200", *VARIABLE], "--seq-length 8200 is not a multiple of 64"),
     ],
