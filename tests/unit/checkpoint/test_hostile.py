@@ -302,4 +302,4 @@ def test_an_unknown_chat_template_is_told(made, tmp_path: Path, capsys) -> None:
 def test_an_export_without_tokenizer_is_told(made, tmp_path: Path, capsys) -> None:
     command = ["export", "--load", str(made["ck"]), "--hf", str(tmp_path / "out"), "--quiet"]
     assert main(command) == 0
-    assert "cannot be used yet, it has no tokenizer: export again with --like" in capsys.readouterr().out
+    assert "cannot be used yet: it has no tokenizer. Export again with --like" in capsys.readouterr().out

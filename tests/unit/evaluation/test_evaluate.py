@@ -112,7 +112,7 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "meta file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--hf", str(tmp_path), "--data", str(data), "--limit", "0"])
-    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+    assert "'0' must be a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_missing_images_are_told_before_answers_are_generated(data: Path, tmp_path: Path, capsys) -> None:

@@ -106,11 +106,11 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         (["--micro-batch-size", "2"], "with --packing a micro-batch is one pack"),
         (["--max-tiles-per-pack", "5"], "tiles"),
         (["--seq-length", "1000000"], "max-position-embeddings"),
-        (["--expand-layer", "40"], "outside"),
+        (["--expand-layer", "40"], "must be between 1 and"),
         # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
         (
             [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],
-            "--seq-length 8256 must be a multiple of 128",
+            "--seq-length 8256 is not a multiple of 128",
         ),
         (["--seq-length", "8200", *VARIABLE], "--seq-length 8200 is not a multiple of 64"),
     ],

@@ -91,7 +91,7 @@ def test_groups_that_only_learning_rates_tell_apart(monkeypatch) -> None:
     saved = groups((1.0, 0.0), (0.1, 0.0))
     load(groups((1.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     with pytest.raises(
-        ParameterGroupMismatch, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Give"
+        ParameterGroupMismatch, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Use"
     ):
         load(groups((2.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     load(groups((2.0, 0.0)), groups((1.0, 0.0)), monkeypatch)

@@ -48,7 +48,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 CASES: list[tuple[ModuleType, str, str]] = [
-    (show_tiles, "bomb.png", "bomb.png: must have at most 178,956,970 pixels"),
+    (show_tiles, "bomb.png", "bomb.png: too large: must have at most 178,956,970 pixels"),
     (show_tiles, "none.png", "no such file"),
     (show_tiles, ".", "a directory, not an image"),
     (show_tiles, "bomb.png --low-ratio nan", "nan: must be a number at least 0 and at most 1"),
@@ -91,11 +91,15 @@ CASES: list[tuple[ModuleType, str, str]] = [
     (convert_checkpoint, "import --hf . --save x --seed -1", "--seed: -1: must be a whole number"),
     (convert_checkpoint, "export --load none --hf x", "none"),
     (convert_checkpoint, "export --load bomb.png --hf x", "bomb.png"),
-    (convert_checkpoint, "verify --hf . --inputs . --out x --tolerance nan", "--tolerance: nan: want"),
+    (
+        convert_checkpoint,
+        "verify --hf . --inputs . --out x --tolerance nan",
+        "--tolerance: nan: must be a number",
+    ),
     (convert_checkpoint, "verify --hf none --inputs none --out x", "none"),
     (evaluate, "--hf none --data none.json", "none"),
     (evaluate, "--hf . --data .", "."),
-    (evaluate, "--hf . --data . --limit -1", "not a whole number of at least 1"),
+    (evaluate, "--hf . --data . --limit -1", "must be a whole number of at least 1"),
 ]
 
 

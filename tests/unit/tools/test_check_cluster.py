@@ -43,7 +43,7 @@ def all_reduce(slowest: float) -> list[str]:
 
 def test_a_slow_link_is_called_slow(pool):
     (found,), _ = pool.run(2, all_reduce, 1e6)
-    assert found.startswith("slow") and "1e+06 wanted" in found
+    assert found.startswith("slow") and "1e+06 expected" in found
 
 
 @pytest.mark.parametrize(
