@@ -92,15 +92,17 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def packages(more: Sequence[str] = ()) -> str:
+    """Versions of the packages that every figure depends on, and of `more`."""
+    return ", ".join(f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers", *more))
+
+
 def about(command: str, arithmetic: str = "fp32, ", more: Sequence[str] = ()) -> str:
     """Hardware, versions, commit and command, for the head of a table; `more` packages with their versions."""
-    packages = ", ".join(
-        f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformers", *more)
-    )
     load = os.getloadavg()[0]
     gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), " if torch.cuda.is_available() else ""
     return (
-        f"`{command}`, commit {commit()}, {packages}; "
+        f"`{command}`, commit {commit()}, {packages(more)}; "
         f"{gpu}{os.cpu_count()} CPU cores ({machine.machine()}), {arithmetic}"
         f"load average {load:.1f} at the end; {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.common import ROOT, table, write
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import resume
-from tests.checkpoints import differing
+from testing.checkpoints import differing
 from tools import make_demo_data
 
 STEPS, EVERY = 60, 3

@@ -45,7 +45,7 @@ from megatron_internvlx.planning.search import (  # noqa: E402
     uniform_counts,
 )
 from megatron_internvlx.planning.simulate import Schedule  # noqa: E402
-from tests.distributed import Pool  # noqa: E402
+from testing.rank_pool import Pool  # noqa: E402
 
 SIZE = {
     "image": 224, "patch": 14, "vision_hidden": 256, "vision_layers": 4, "vision_heads": 4, "vision_ffn": 1024,

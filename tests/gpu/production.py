@@ -16,7 +16,17 @@ def arguments(precision: str) -> list[str]:
     """pretrain_vlm.py's arguments: LVTC and a further injection, static budgets, all that can be in `precision`."""
     words = argv(SIZE, "pvtc", 1, TOKENIZER)
     words += ["--precision", precision, "--transformer-impl", "transformer_engine", "--inject-layers", "3"]
-    words += ["--boundary", "static", "--seq-length", "1024", "--shallow-seq-length", "512"]
+    words += [
+        "--boundary",
+        "static",
+        "--packing",
+        "--loader",
+        "energon",
+        "--seq-length",
+        "1024",
+        "--shallow-seq-length",
+        "512",
+    ]
     words += ["--max-tiles-per-pack", "32", "--global-batch-size", "2", "--lr", "1e-3", "--min-lr", "1e-3"]
     if precision != "bf16":
         # MXFP8 wants 32 rows per tile, and the first projector gives 16.

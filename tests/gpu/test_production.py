@@ -6,6 +6,8 @@ three bits admit.
 """
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from benchmarks.common import Worker  # noqa: E402
 from tests.gpu.production import MICRO_BATCHES, arguments  # noqa: E402
 
 STEPS = 6
+FP8 = ("fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8")
 
 
 def losses(precision: str) -> list[float]:
@@ -32,8 +35,26 @@ def losses(precision: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def bf16() -> list[float]:
-    return losses("bf16")
+def curves() -> Iterator[dict[str, Future[list[float]]]]:
+    """Losses by precision. Beside each other: a process imports for longer than it trains."""
+    chosen = ["bf16", *(precision for precision in FP8 if refusal(precision) is None)]
+    with ThreadPoolExecutor(len(chosen)) as threads:
+        yield {precision: threads.submit(losses, precision) for precision in chosen}
+
+
+def refusal(precision: str) -> str | None:
+    """Why this GPU does not have a precision; None if it does."""
+    capability = torch.cuda.get_device_capability()
+    if precision == "mxfp8" and capability < (10, 0):
+        return "MXFP8 needs Blackwell"
+    if precision == "fp8_blockwise" and capability[0] != 9:
+        return "the blockwise recipe is Hopper's"
+    return None
+
+
+@pytest.fixture(scope="module")
+def bf16(curves: dict[str, Future[list[float]]]) -> list[float]:
+    return curves["bf16"].result()
 
 
 def test_bf16_learns(bf16: list[float]) -> None:
@@ -42,15 +63,12 @@ def test_bf16_learns(bf16: list[float]) -> None:
     assert bf16[-1] < bf16[0] - 0.1
 
 
-@pytest.mark.parametrize("precision", ["fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp8"])
-def test_fp8_learns_like_bf16(bf16: list[float], precision: str, capsys) -> None:
+@pytest.mark.parametrize("precision", FP8)
+def test_fp8_learns_like_bf16(bf16: list[float], curves, precision: str, capsys) -> None:
     """Every part that can be in FP8: the losses are not bf16's own, stay within 3 % of them, and fall."""
-    capability = torch.cuda.get_device_capability()
-    if precision == "mxfp8" and capability < (10, 0):
-        pytest.skip("MXFP8 needs Blackwell")
-    if precision == "fp8_blockwise" and capability[0] != 9:
-        pytest.skip("the blockwise recipe is Hopper's")
-    found = losses(precision)
+    if (reason := refusal(precision)) is not None:
+        pytest.skip(reason)
+    found = curves[precision].result()
     away = max(abs(a - b) / b for a, b in zip(found, bf16, strict=True))
     with capsys.disabled():
         print(f"\nlosses in {precision}, from bf16: at most {away:.2%}")

@@ -24,8 +24,8 @@ import pytest
 from megatron_internvlx import files
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.lifecycle import resume
+from testing.checkpoints import differing
 from tests import entry
-from tests.checkpoints import differing
 from tests.distributed import RankError
 from tools import make_demo_data
 

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.boundary import CASES as BENCHMARKED
-from benchmarks.boundary import rows
+from tests.boundary_table import CASES as BENCHMARKED
+from tests.boundary_table import rows
 
 from tests import layouts  # isort: skip  (sets Megatron up)
 from megatron_internvlx.model.pvtc import PVTC

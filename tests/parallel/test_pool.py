@@ -48,7 +48,7 @@ def layout(tp: int) -> tuple[int, int]:
 
 def started_with() -> float:
     """Seconds of computing of this process, if Megatron came with it from the server."""
-    assert "tests.preload" in sys.modules, "see what `python -c 'import tests.preload'` says"
+    assert "testing.preload" in sys.modules, "see what `python -c 'import testing.preload'` says"
     return time.process_time()
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from megatron_internvlx import files  # noqa: E402
 from megatron_internvlx.lifecycle import resume  # noqa: E402
-from tests.checkpoints import differing  # noqa: E402
+from testing.checkpoints import differing  # noqa: E402
 from tools import make_demo_data  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

@@ -38,6 +38,8 @@ ORDER = [
     ("evaluation",),
     ("launch",),
 ]
+# Folders beside the package, in the order in which they may import each other: a later one from those before it.
+FOLDERS = (PACKAGE, "tools", "testing", "benchmarks", "tests")
 # An old address of a command, which leads to the new one.
 ALIASES = {f"{PACKAGE}.training.resume"}
 RANK = {room: number for number, line in enumerate(ORDER) for room in line}
@@ -121,7 +123,35 @@ def test_no_circle_of_files() -> None:
     assert circles(imports()) == []
 
 
+def arrows_between_folders(sources: dict[str, str]) -> list[str]:
+    """Imports of a folder that comes later in FOLDERS, for the text of each file by its path."""
+    wrong = []
+    for path, text in sources.items():
+        own = FOLDERS.index(path.split("/")[0])
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            tops = {name.split(".")[0] for name in names}
+            wrong += [f"{path} -> {top}" for top in tops & set(FOLDERS[own + 1 :])]
+    return sorted(wrong)
+
+
+def test_folders_import_one_way() -> None:
+    """Tests use benchmarks and what both share; nothing uses tests."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    assert arrows_between_folders(sources) == []
+
+
 def test_the_rules_see_what_breaks_them() -> None:
+    assert arrows_between_folders({"benchmarks/a.py": "def f():\n    from tests.x import y"}) == [
+        "benchmarks/a.py -> tests"
+    ]
+    assert arrows_between_folders({"tests/a.py": "import benchmarks.common"}) == []
     graph = defaultdict(
         set, {f"{PACKAGE}.data.plan": {f"{PACKAGE}.model.lvtc"}, f"{PACKAGE}.model.lvtc": set()}
     )

@@ -1,4 +1,4 @@
-"""What the server of the rank pool imports before it forks ranks (see `distributed.py`): all that is slow."""
+"""What the server of the rank pool imports before it forks ranks (see `rank_pool.py`): all that is slow."""
 
 import argparse
 import gc

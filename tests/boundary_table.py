@@ -1,6 +1,6 @@
 """Bytes over every pipeline boundary and direction, measured, against the formula of docs/lvtc.md.
 
-    python -m benchmarks.boundary       # writes benchmarks/results/boundary-DATE.md
+    python -m tests.boundary_table       # writes benchmarks/results/boundary-DATE.md
 
 A small model on gloo ranks: what is sent does not depend on where it runs, and the formula has no free
 constant. Messages are also counted at torch.distributed, so that shape messages (int64) would show.
@@ -123,7 +123,7 @@ def report(runner: Runner) -> Iterator[str]:
     yield f"# Bytes between pipeline stages, {date.today()}"
     yield ""
     yield (
-        f"`python -m benchmarks.boundary`, commit {commit}, torch {torch.__version__}, "
+        f"`python -m tests.boundary_table`, commit {commit}, torch {torch.__version__}, "
         f"megatron-core {version('megatron-core')}, {machine.machine()} CPU, gloo."
     )
     yield ""
@@ -140,14 +140,14 @@ def report(runner: Runner) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run all configurations and write the table beside this file."""
+    """Run all configurations and write the table."""
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool()
         try:
             lines = list(report(Runner(pool, Path(folder))))
         finally:
             pool.close()
-    target = Path(__file__).parent / "results" / f"boundary-{date.today()}.md"
+    target = Path(__file__).parents[1] / "benchmarks" / "results" / f"boundary-{date.today()}.md"
     target.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

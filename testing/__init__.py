@@ -1,0 +1,1 @@
+"""What the tests and the benchmarks share: a pool of ranks, and a look into checkpoints."""

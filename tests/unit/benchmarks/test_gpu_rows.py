@@ -1,0 +1,50 @@
+"""Arguments of the GPU report's rows: whole checks, on any machine."""
+
+import argparse
+import copy
+import sys
+
+import pytest
+import torch
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+from megatron.training.arguments import parse_args  # noqa: E402
+
+from benchmarks.gpu_report import rows  # noqa: E402
+from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.planning import dryrun  # noqa: E402
+
+STEPPED = [row for row in rows.all_rows() if row.argv]
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def parse(*words: str) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+        args = parse_args(arguments.add_our_arguments)
+        arguments.check_arguments(args)
+        return args
+
+    yield parse
+    torch.use_deterministic_algorithms(False)  # as --deterministic-mode has it
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in STEPPED if not set(rows.GRAPH) & set(row.argv)], ids=lambda r: r.name
+)
+def test_rows_have_valid_arguments_that_fit_the_gpu(parsed, monkeypatch, row: rows.Row) -> None:
+    """With the memory that the dry run predicts for them, its reserve included."""
+    for name, value in row.environment.items():
+        monkeypatch.setenv(name, value)
+    args = parsed(*row.argv, "--gpu-memory-gib", "79")
+    arguments.validate(args)
+    dryrun.check(copy.copy(args))
+    tokens = [sum(tiles * 256 + text for tiles, text in pack) for pack in row.packs]
+    assert max(tokens) <= args.seq_length < 1.25 * min(tokens)
+    assert max(sum(tiles for tiles, _ in pack) for pack in row.packs) <= args.max_tiles_per_pack
