@@ -227,10 +227,10 @@ def _killed_rank(request: Request, rank: int, ranks: int, port: int, report: Con
     ("change", "message"),
     [
         (lambda t: {"pixel_values": t["pixel_values"][..., :28]}, r"pixel_values are \[5, 3, 56, 28\].*3, 56, 56"),
-        (lambda t: {"input_ids": t["input_ids"] + 10**6}, "input_ids run from .* the vocabulary has 711 tokens"),
-        (lambda t: {"labels": t["labels"].clamp(min=900)}, "labels run from 900 .* the vocabulary has 711"),
+        (lambda t: {"input_ids": t["input_ids"] + 10**6}, "input_ids range from .* the vocabulary has 711 tokens"),
+        (lambda t: {"labels": t["labels"].clamp(min=900)}, "labels range from 900 .* the vocabulary has 711"),
         (lambda t: {"input_ids": t["input_ids"].float()}, "input_ids must contain whole numbers"),
-        (lambda t: {"input_ids": t["input_ids"][:, :0].new_ones(1, 4000)}, "do not fit"),
+        (lambda t: {"input_ids": t["input_ids"][:, :0].new_ones(1, 4000)}, "do not match"),
     ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit_the_model(tmp_path: Path, change, message: str) -> None:
