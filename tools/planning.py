@@ -1,4 +1,4 @@
-"""What tools/plan_pipeline.py does, in a file of its own: Megatron must be set up before the imports here."""
+"""Implementation of tools/plan_pipeline.py, separate because Megatron must be set up before these imports."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from megatron_internvlx.planning.timeline import draw_timeline
 from megatron_internvlx.planning.workload import Workload
 from megatron_internvlx.ranks import is_first_rank
 
-NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
+NVLINK = 300e9  # sustained bytes per second and GPU of a tensor-parallel all-gather, assumed for H100
 
 
-def stand_in(args: argparse.Namespace) -> None:
-    """Nothing is trained: what only the optimizer and the loader need may be left out."""
+def fill_unused_arguments(args: argparse.Namespace) -> None:
+    """Set missing arguments that only the optimizer and the loader need, because nothing is trained."""
     args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
     args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
     args.data, args.tokenizer_model = args.data or "none", args.tokenizer_model or "none"
 
 
 class Task:
-    """A run's arguments, seen by the planner."""
+    """Planning task: a run's arguments as model shape, workload, machine and schedule."""
 
     def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.args = own, arguments.parse(stand_in)
+        self.own, self.args = own, arguments.parse(fill_unused_arguments)
         args = self.args
         self.model, self.work = MemoryModel.from_args(args), Workload.from_args(args)
         self.sizes, self.layout = self.model.sizes, self.model.layout
@@ -61,17 +61,17 @@ class Task:
         if world % ranks and own.micro_batches is None:
             raise ValueError(
                 f"{world} GPUs cannot be divided into TP {layout.tensor} x PP {pipeline}: use another "
-                "--pipeline, or say --micro-batches"
+                "--pipeline, or set --micro-batches"
             )
         batches = own.micro_batches or max(self.work.packs // max(world // ranks, 1), 1)
         return Schedule(pipeline, chunks, batches, layout.overlap or chunks != given)
 
     def costs(self, sizes: ModelSizes | None = None, tensor: int | None = None) -> cost.LayerCosts:
-        """By profile, if one was given, else by FLOPs."""
+        """Costs of the layers, from the profile if one is given, else from FLOPs."""
         sizes, settings = sizes or self.sizes, self.model.backward
         if settings.full_layers:
             settings = replace(settings, full_layers=frozenset(range(sizes.layers)))
-        # Rows do not depend on where the expansion is, so the micro-batch stands for any model.
+        # Rows do not depend on the position of the expansion, so the micro-batch is the same for any model.
         counted = cost.costs_from_flops(
             sizes,
             self.stats,
@@ -88,14 +88,14 @@ class Task:
     def memory(
         self, tensor: int, pipeline: int, data: int, sizes: ModelSizes | None = None
     ) -> cost.StageMemory:
-        """Bytes per layer, and what a GPU has for them."""
+        """Memory per layer and limit of a GPU, in bytes."""
         limit = self.args.gpu_memory_gib
         layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
         model = replace(self.model, sizes=sizes or self.sizes, layout=layout)
         return cost.stage_memory(model, self.stats, (limit - RESERVE_GIB) * GIB if limit else float("inf"))
 
     def communication(self, tensor: int) -> float:
-        """Tensor-parallel communication of a micro-batch, not overlapped: 8 moves of a layer's rows."""
+        """Seconds of tensor-parallel communication per micro-batch, not overlapped: 8 transfers of a layer's rows."""
         if tensor == 1:
             return 0.0
         rows = sum(self.model.rows(layer, self.stats) for layer in range(self.sizes.layers))
@@ -104,7 +104,7 @@ class Task:
 
 
 def plan(own: argparse.Namespace) -> None:
-    """Find the split and print everything about it. Raises ValueError."""
+    """Find the best split and print it with a comparison. Raises ValueError."""
     task = Task(own)
     schedule, tensor = task.schedule, task.layout.tensor
     data = max(task.args.world_size // (tensor * schedule.pipeline), 1)
@@ -112,7 +112,7 @@ def plan(own: argparse.Namespace) -> None:
     costs = task.costs()
     best = find_plan(costs, schedule, memory)
     plans = {"planned": best}
-    given = _given(task)
+    given = _requested_split(task)
     if given and given != best.counts:
         plans["as given"] = evaluate(costs, schedule, given, memory)
     uniform = uniform_counts(task.sizes.layers, schedule.stages)
@@ -123,7 +123,7 @@ def plan(own: argparse.Namespace) -> None:
     one = "one stage: no --pipeline-model-parallel-layout is needed"
     print(f"--pipeline-model-parallel-layout '{best.layout}'" if schedule.stages > 1 else one)
     if not best.proven:
-        print("(the best found; the search was cut, so a slightly better split may exist)")
+        print("(the search was stopped early, so a slightly better split may exist)")
     if own.timeline:
         draw_timeline(plans, own.timeline)
         print(f"timeline: {own.timeline}")
@@ -133,8 +133,8 @@ def plan(own: argparse.Namespace) -> None:
         print("\n" + "\n".join(_parallelism(task)))
 
 
-def _given(task: Task) -> tuple[int, ...] | None:
-    """The split that the arguments ask for, if it has the stages that are planned."""
+def _requested_split(task: Task) -> tuple[int, ...] | None:
+    """Split of the arguments, or None if it has other stages than the plan."""
     layout, schedule = task.layout, task.schedule
     same = layout.pipeline == schedule.pipeline and len(layout.stages[0]) == schedule.chunks
     return layout.counts if same else None
@@ -208,7 +208,7 @@ def _parallelism(task: Task) -> list[str]:
     own, packs = task.own, task.work.packs
     if own.profile:
         raise ValueError(
-            "--gpus compares tensor-parallel sizes, and a profile is of one: leave --profile out"
+            "--gpus compares tensor-parallel sizes, but a profile is for one size: remove --profile"
         )
     if task.sizes.experts:
         raise ValueError("--gpus does not place experts; use --pipeline for a given layout")
@@ -231,7 +231,7 @@ def _parallelism(task: Task) -> list[str]:
 
 
 def measure(own: argparse.Namespace) -> None:
-    """Time one layer of each kind here, and write the profile. Raises ValueError."""
+    """Measure one layer of each kind on this machine, and write the profile. Raises ValueError."""
     from megatron.training.initialize import initialize_megatron
 
     from megatron_internvlx.planning.measure import measure as timed
@@ -239,7 +239,7 @@ def measure(own: argparse.Namespace) -> None:
 
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
-    stand_in(args)
+    fill_unused_arguments(args)
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     args.padded_vocab_size = None
     whole = model_sizes(args)

@@ -1,6 +1,6 @@
-"""A Hugging Face `config.json` read into our arguments, and written from them.
+"""Convert a Hugging Face `config.json` to our arguments.
 
-Arguments are a dictionary of argparse destinations, as in model/presets.py: what `--recipe` takes.
+Arguments are a dictionary of argparse destinations, as in model/presets.py and in recipes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DECODER = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a directory holds, in our terms."""
+    """Model of a Hugging Face directory, as our arguments."""
 
     arguments: dict[str, Any]
     layout: str
@@ -54,24 +54,24 @@ class ModelConfig:
     family: str
     tied: bool
     dtype: str
-    """Type of the weights as config.json names it."""
+    """Type of the weights according to config.json."""
     remarks: tuple[str, ...] = ()
-    """What of config.json was not taken over, for people."""
+    """Messages about settings of config.json that were not taken over."""
 
 
 class TensorNames(Protocol):
-    """What is asked about the tensors of a directory."""
+    """Interface to the tensors of a directory."""
 
     @property
     def names(self) -> set[str]:
-        """All names."""
+        """Names of all tensors."""
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same bits."""
 
 
 def vision_arguments(vision: InternViTConfig) -> dict[str, Any]:
-    """Arguments that give this encoder: a preset, and what differs from it."""
+    """Arguments that describe a vision encoder: the closest preset and the differences from it."""
     named: dict[str, Any] = {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -101,20 +101,20 @@ def _fits(preset: InternViTConfig, named: dict[str, Any]) -> bool:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory. Raises ConversionError when it is missing or unreadable."""
+    """Read `config.json` of a directory. Raises ConversionError if it is missing or unreadable."""
     return read_object(directory / "config.json")
 
 
 def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
-    """Our arguments for a `config.json`.
+    """Convert a `config.json` to our arguments.
 
     Args:
-        config: its content.
-        source: the tensors beside it: whether the projector is PVTC, and how an older transformers named
-            things, is visible only there.
+        config: content of the file.
+        source: tensors of the directory; only they show whether the projector is PVTC and which naming of
+            transformers is used.
 
     Raises:
-        ConversionError: another architecture, or a setting that this project does not have.
+        ConversionError: unsupported architecture or setting.
     """
     kind = config.get("model_type")
     try:
@@ -139,26 +139,26 @@ def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
         if name and name != "auto":
             found = str(name).removeprefix("torch.")
             if found not in DTYPES:
-                raise ConversionError(f"config.json: dtype {name!r} is none of {', '.join(DTYPES)}")
+                raise ConversionError(f"config.json: dtype {name!r} must be one of {', '.join(DTYPES)}")
             return found
     return "float32"
 
 
 def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """(family, arguments) of the language model."""
+    """Convert the decoder's part of a config.json to (family, arguments)."""
     by_class = {row.architecture: family for family, row in FAMILIES.items()}
     architectures = text.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = by_class.get(named) or text.get("model_type", "")
     if family not in FAMILIES:
         raise ConversionError(
-            f"config.json: {where} is a {named or family or 'nameless'} decoder; one of "
-            f"{', '.join(by_class)} can be imported"
+            f"config.json: {where}: {named or family or 'unnamed'} cannot be imported; the decoder must be one of "
+            f"{', '.join(by_class)}"
         )
     row = FAMILIES[family]
     for key, fine in row.refused:
         if text.get(key) not in fine:
-            value = repr(text[key]) if key in text else "its default, as it is left out,"
+            value = repr(text[key]) if key in text else "(default)"
             raise ConversionError(f"config.json: {where}.{key} = {value} is not supported by this decoder")
     if text.get("hidden_act", "silu") != "silu":
         raise ConversionError(
@@ -194,7 +194,7 @@ def _experts(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """RoPE arguments. Dynamic NTK acts only beyond max_position_embeddings, where we do not go."""
+    """RoPE arguments. Dynamic NTK scaling is ignored: it acts only beyond max_position_embeddings."""
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     base = text.get("rope_theta") or rope.get("rope_theta") or 10000
@@ -210,9 +210,9 @@ def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tied(flag: Any, family: str, layout: str, source: TensorNames) -> bool:
-    """Whether the output layer is the embedding.
+    """Whether the output layer is tied to the embedding.
 
-    Some directories say so and store both: then it is so only if both are equal.
+    Some directories set the flag and store both tensors: they are tied only if both are equal.
     """
     head, embedding = output_names(family, layout)
     return bool(flag) and (head not in source.names or source.equal(head, embedding))
@@ -257,7 +257,8 @@ def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str)
     if layout == "internvlx":
         arguments |= compression_part(config)
     remark = (
-        f"config.json has the chat template {template!r}; the recipe has {known!r}, of {', '.join(TEMPLATES)}"
+        f"config.json has the unknown chat template {template!r}; the recipe uses {known!r} "
+        f"(known: {', '.join(TEMPLATES)})"
     )
     remarks = () if template == known else (remark,)
     return ModelConfig(arguments, layout, family, tied, _dtype(config, text), remarks)
@@ -270,7 +271,7 @@ def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
     def side(value: Any) -> int:
         sides = value if isinstance(value, list | tuple) else [value, value]
         if sides[0] != sides[1]:
-            raise ConversionError(f"config.json: only square images are supported, not {value}")
+            raise ConversionError(f"config.json: image and patch must be square, found {value}")
         return sides[0]
 
     if config.get("vision_feature_select_strategy", "default") != "default":
@@ -312,7 +313,7 @@ def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
 
 
 def family_of(arguments: Mapping[str, Any]) -> str:
-    """The family whose tensor names and config a model trained from scratch is exported with."""
+    """Family whose tensor names and config are used to export a model trained from scratch."""
     if arguments.get("num_experts"):
         return "qwen3_moe"
     if arguments.get("qk_layernorm"):

@@ -1,4 +1,4 @@
-"""`config.json` of an exported directory, from our arguments."""
+"""Convert our arguments to the `config.json` of an exported directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DECODER = {
 
 
 def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
-    """The `llm_config` of a directory."""
+    """Content of `llm_config` in config.json."""
     row = FAMILIES[family]
     config: dict[str, Any] = {"architectures": [row.architecture], "model_type": family}
     config |= {theirs: arguments[ours] for theirs, ours in _DECODER.items()}
@@ -55,7 +55,7 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
 
 
 def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are cut and prompts are written, under the names of InternVL's config.json, and our `rvtc`."""
+    """Settings of tiles and chat template under the names of InternVL's config.json, and our `rvtc`."""
     get = arguments.get
     return {
         "downsample_ratio": get("high_ratio", 0.5),
@@ -72,12 +72,12 @@ def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vision(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The `vision_config` of a directory; the drop path of a training run is none of the model's."""
+    """The `vision_config` of a directory, without the drop path, which is a setting of training."""
     return vision_config({**arguments, "vision_drop_path": 0.0}).to_hf()
 
 
 def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json for the released InternVL and InternVL-X code."""
+    """Content of config.json for the released InternVL and InternVL-X code."""
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -92,7 +92,7 @@ def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: st
 
 
 def _remote_decoder(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
-    """The decoder as configuration_internvlx.py wants it: RoPE in one field, and the family by name."""
+    """Decoder settings in the format of configuration_internvlx.py: RoPE in one field, with the family's name."""
     config = decoder_config(arguments, family, tied)
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
     config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
@@ -102,12 +102,12 @@ def _remote_decoder(arguments: Mapping[str, Any], family: str, tied: bool) -> di
 def remote_code_config(
     arguments: Mapping[str, Any], family: str, tied: bool, dtype: str, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """config.json for the remote code of hf/.
+    """Content of config.json for the remote code in hf/.
 
     Args:
-        arguments: of the model.
-        family: of the decoder.
-        tied: whether the output layer is the embedding.
+        arguments: settings of the model.
+        family: family of the decoder.
+        tied: whether the output layer is tied to the embedding.
         dtype: name of the weights' type.
         token_ids: image_token_id, bos_token_id, eos_token_id and pad_token_id.
     """

@@ -1,4 +1,4 @@
-"""The table between Hugging Face tensors and ours, read in both directions.
+"""Table that maps Hugging Face tensors to ours, for both directions.
 
 `table(sizes, family, layout)` lists one Entry per tensor of ours. Names of ours are *full names* (see
 shards.py). A layout names the tensors of one kind of directory:
@@ -25,7 +25,7 @@ LAYOUTS = ("chat", "internvlx", "native", "native_old")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours and the Hugging Face tensors that hold the same numbers."""
+    """One of our tensors and the Hugging Face tensors with the same values."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def is_projector(self) -> bool:
-        """Whether it belongs to a projector, which may be initialised when a checkpoint lacks it."""
+        """Whether it belongs to a projector, which may be initialised if it is missing."""
         return self.ours.startswith("projector.") or ".injection." in self.ours
 
 
@@ -77,7 +77,7 @@ def table(sizes: ModelSizes, family: str, layout: str) -> list[Entry]:
 
 
 def output_names(family: str, layout: str) -> tuple[str, str]:
-    """(output layer, embedding) as a directory of this family and layout names them."""
+    """Names of (output layer, embedding) in a directory of this family and layout."""
     if family == "internlm2" and layout == "chat":
         return "language_model.output.weight", "language_model.model.tok_embeddings.weight"
     if layout == "native":
@@ -91,7 +91,7 @@ _VISION_LAYER = "vision_model.encoder.layers."
 
 
 def vision_layer(ours: str) -> int | None:
-    """The 0-based layer of the vision encoder that a tensor of ours belongs to, or None."""
+    """0-based layer of the vision encoder to which one of our tensors belongs, or None."""
     if not ours.startswith(_VISION_LAYER):
         return None
     return int(ours.removeprefix(_VISION_LAYER).partition(".")[0])
@@ -107,7 +107,7 @@ def _embeddings(vit: InternViTConfig, names: tuple[str, str, str]) -> Iterator[E
 
 
 def _vision_layer(vit: InternViTConfig, ours: str, theirs: str, names: dict[str, str]) -> Iterator[Entry]:
-    """What both formats have alike; `names` gives theirs for norms, projection and factors."""
+    """Entries common to both formats; `names` has theirs for norms, projection and layer scales."""
     c, f = vit.hidden_size, vit.ffn_hidden_size
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         yield one(f"{ours}{norm}.weight", f"{theirs}{names[norm]}.weight", c)

@@ -1,7 +1,7 @@
-"""A Hugging Face directory as a model that generates: with its own code, or with ours.
+"""Load a Hugging Face directory as a generating model, run by our remote code.
 
-Directories exported with LVTC bring their code. Released InternVL and InternVL-X directories (and
-exports without LVTC) are run by the same code, their tensors renamed by the conversion table.
+Directories exported with LVTC contain this code. For released InternVL and InternVL-X directories and for
+exports without LVTC, the conversion table renames the tensors.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from megatron_internvlx.model.sizes import model_sizes
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProcessor, str]:
-    """(model in evaluation mode on the host, processor, name of the chat template).
+    """Load (model in evaluation mode on the host, processor, name of the chat template).
 
-    Raises ConversionError for a directory that cannot be run.
+    Raises ConversionError for a directory that cannot be loaded.
     """
     from transformers import GenerationConfig
 

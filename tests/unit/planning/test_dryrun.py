@@ -86,7 +86,7 @@ def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, cap
 def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
     args = dry(monkeypatch, recipe)
     forget()
-    task = planning.Task(plan_pipeline.own_arguments().parse_args([]))
+    task = planning.Task(plan_pipeline.planner_parser().parse_args([]))
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven
@@ -106,12 +106,12 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         (["--tensor-model-parallel-size", "16"], "8"),
         (["--global-batch-size", "100"], "100"),
         (["--gpu-memory-gib", "20"], "GiB per GPU"),
-        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: want a number of GPUs"),
+        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: must be a number of GPUs"),
         (["--dry-run-json", "/proc/none.json"], "--dry-run-json /proc/none.json: No such file"),
-        (["--micro-batch-size", "2"], "--packing makes each pack a micro-batch"),
+        (["--micro-batch-size", "2"], "with --packing a micro-batch is one pack"),
         (["--max-tiles-per-pack", "5"], "tiles"),
         (["--seq-length", "1000000"], "max-position-embeddings"),
-        (["--expand-layer", "40"], "outside"),
+        (["--expand-layer", "40"], "must be between 1 and"),
         # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
         (
             [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],
