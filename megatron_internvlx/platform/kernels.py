@@ -1,4 +1,4 @@
-"""What the vision encoder and PVTC compute between their matrix products, one kernel for each step and direction.
+"""Operations of vision encoder and PVTC between their matrix products, one kernel for each step and direction.
 
 On CUDA they are Triton kernels (`kernels_triton.py`), elsewhere torch's operations (`kernels_torch.py`), with the
 same backward formulas. A parameter whose gradient Transformer Engine would add to `main_grad` in its own kernels
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
 
 def implementation(x: Tensor) -> ModuleType:
-    """Where the kernels for this tensor are."""
+    """Module with the kernels for this tensor."""
     if not x.is_cuda:
         return kernels_torch
     from megatron_internvlx.platform import kernels_triton
@@ -105,7 +105,7 @@ def split_packed(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
 
 
 def _destinations(parameters: list[Tensor | None], accumulate: bool) -> tuple[list[Tensor | None], bool]:
-    """Where the gradients of `parameters` go (None: not wanted), and whether they are added there."""
+    """Buffers for the gradients of `parameters` (None: not wanted), and whether they are added to what is there."""
     wanted = [p for p in parameters if p is not None]
     add = bool(wanted) and accumulate and all(getattr(p, "main_grad", None) is not None for p in wanted)
     if add:
@@ -116,7 +116,7 @@ def _destinations(parameters: list[Tensor | None], accumulate: bool) -> tuple[li
 def _gradients(
     parameters: list[Tensor | None], sums: list[Tensor | None], added: bool
 ) -> list[Tensor | None]:
-    """What autograd gets for `parameters`: their gradients, or a stand-in where those are in `main_grad`."""
+    """Gradients of `parameters` for autograd, or stand-ins where the gradients are in `main_grad`."""
     if not added:
         return sums
     for parameter in parameters:

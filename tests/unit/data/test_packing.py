@@ -52,7 +52,7 @@ def test_every_sample_is_in_one_pack_and_no_pack_is_over_a_budget(problem):
 
 
 def test_a_sample_over_a_budget_is_named_with_both_numbers():
-    with pytest.raises(ValueError, match="sample 1 has 9 tiles, over the budget of 8"):
+    with pytest.raises(ValueError, match="sample 1 has 9 tiles, must be at most 8"):
         pack([Cost(1, 1, 8), Cost(1, 1, 9)], Budget(10, 10, 8))
 
 
