@@ -31,6 +31,7 @@ from megatron_internvlx.config import (
     check_static_budgets,
     settings_from,
 )
+from megatron_internvlx.megatron_settings import Batches, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
@@ -130,15 +131,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Check all arguments and their combinations before anything is built. Raises ValueError."""
     check_numbers(args)
     check_required(args)
-    check_schedule(args)
-    sizes = model_sizes(args)
+    check_schedule(settings_from(args, Schedule))
+    sizes, parallel = model_sizes(args), settings_from(args, ParallelSizes)
     check_projector(
         settings_from(args, CompressionSettings),
         hidden_size=sizes.hidden,
-        tensor_parallel=args.tensor_model_parallel_size,
+        tensor_parallel=parallel.tensor_model_parallel_size,
     )
-    _check_world(args)
+    batches = settings_from(args, Batches)
+    _check_world(parallel, batches, sizes, dry_run=settings_from(args, RunSettings).dry_run)
     _check_unsupported(args)
+    _check_positions(settings_from(args, Rotary), batches.seq_length)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     check_precision(
         args,
@@ -146,43 +149,44 @@ def check_arguments(args: argparse.Namespace) -> None:
         tokens_per_tile=sizes.vision.tokens_per_tile,
         cells=(sizes.entry_grid**2, sizes.high_grid**2),
     )
-    _check_static(args, sizes, train, data)
+    _check_static(sizes, train, data, batches, alignment=row_alignment(args))
     _check_training(args, train, data)
-    _check_graph(args, train)
+    _check_graph(args, sizes, train, batches, parallel)
 
 
-def _check_world(args: argparse.Namespace) -> None:
+def _check_world(parallel: ParallelSizes, batches: Batches, sizes: ModelSizes, *, dry_run: bool) -> None:
     """Check that ranks, experts and the global batch can be divided over the layout. Raises ValueError."""
-    ranks, experts = args.world_size, args.num_experts or 0
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    expert, dry = args.expert_model_parallel_size, settings_from(args, RunSettings).dry_run
+    ranks, experts = parallel.world_size, sizes.experts
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert = parallel.expert_model_parallel_size
     if expert > 1 and (not experts or experts % expert):
         raise ValueError(
             f"the model's {experts} experts cannot be divided by --expert-model-parallel-size {expert}: "
             + (f"use one of {', '.join(map(str, _divisors(experts)))}" if experts else "remove it")
         )
-    if experts and args.moe_router_topk > experts:
-        raise ValueError(
-            f"--moe-router-topk {args.moe_router_topk} is more than the model's {experts} experts"
-        )
-    if layout := args.pipeline_model_parallel_layout:
-        check_layout(layout, pipeline=pipeline, layers=args.num_layers)
+    if sizes.topk > experts:
+        raise ValueError(f"--moe-router-topk {sizes.topk} is more than the model's {experts} experts")
+    if layout := parallel.pipeline_model_parallel_layout:
+        check_layout(layout, pipeline=pipeline, layers=sizes.layers)
+    expert_tensor = parallel.expert_tensor_parallel_size or tensor
     for what, product in (
         (f"TP {tensor} x PP {pipeline}", tensor * pipeline),
         (
-            f"EP {expert} x expert TP {args.expert_tensor_parallel_size or tensor} x PP {pipeline}",
-            expert * (args.expert_tensor_parallel_size or tensor) * pipeline if experts else 1,
+            f"EP {expert} x expert TP {expert_tensor} x PP {pipeline}",
+            expert * expert_tensor * pipeline if experts else 1,
         ),
     ):
         if ranks % product:
             up = -(-ranks // product) * product
-            remedy = f"--dry-run-world-size {up}" if dry else f"start {up} ranks (torchrun --nproc-per-node)"
+            remedy = (
+                f"--dry-run-world-size {up}" if dry_run else f"start {up} ranks (torchrun --nproc-per-node)"
+            )
             raise ValueError(
                 f"{ranks} rank{'s' if ranks > 1 else ''} cannot be divided into {what} = {product}: {remedy}, "
                 "or change the parallel sizes"
             )
-    micro, batch, data = args.micro_batch_size, args.global_batch_size, ranks // (tensor * pipeline)
-    if batch and not args.rampup_batch_size and batch % (micro * data):
+    micro, batch, data = batches.micro_batch_size, batches.global_batch_size, ranks // (tensor * pipeline)
+    if batch and not batches.rampup_batch_size and batch % (micro * data):
         near = max(round(batch / (micro * data)), 1) * micro * data
         raise ValueError(
             f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {data} data-parallel "
@@ -211,25 +215,29 @@ def _check_unsupported(args: argparse.Namespace) -> None:
             f"{', '.join(asked)}: not supported with InternVL-X, because the sequence length changes inside "
             "the decoder; remove these flags"
         )
-    if args.max_position_embeddings is not None and args.seq_length > args.max_position_embeddings:
+
+
+def _check_positions(rotary: Rotary, seq_length: int) -> None:
+    limit = rotary.max_position_embeddings
+    if limit is not None and seq_length > limit:
         raise ValueError(
-            f"--seq-length {args.seq_length} is more than the model's --max-position-embeddings "
-            f"{args.max_position_embeddings}: RoPE was not trained beyond it"
+            f"--seq-length {seq_length} is more than the model's --max-position-embeddings {limit}: RoPE was not "
+            "trained beyond it"
         )
 
 
 def _check_static(
-    args: argparse.Namespace, sizes: ModelSizes, train: TrainSettings, data: DataSettings
+    sizes: ModelSizes, train: TrainSettings, data: DataSettings, batches: Batches, *, alignment: int
 ) -> None:
     if train.boundary != "static":
         return
     check_static_budgets(
         train,
-        deep=args.seq_length,
-        alignment=row_alignment(args),
+        deep=batches.seq_length,
+        alignment=alignment,
         samples=max(
-            1 if data.packing else args.micro_batch_size,
-            (args.eval_micro_batch_size or args.micro_batch_size) if data.valid_data else 1,
+            1 if data.packing else batches.micro_batch_size,
+            (batches.eval_micro_batch_size or batches.micro_batch_size) if data.valid_data else 1,
         ),
         sample_tiles=1 if data.static_image_size else data.image_tiles,
         low_rows=sizes.low_grid**2,
@@ -238,12 +246,19 @@ def _check_static(
     )
 
 
-def _check_graph(args: argparse.Namespace, train: TrainSettings) -> None:
-    """Refuse what one CUDA graph of a step cannot hold, each with its reason, and switch off what it cannot do."""
-    if args.cuda_graph_impl == "none":
+def _check_graph(
+    args: argparse.Namespace,
+    sizes: ModelSizes,
+    train: TrainSettings,
+    batches: Batches,
+    parallel: ParallelSizes,
+) -> None:
+    """Check that one CUDA graph can hold a step, and switch off Megatron's check of each loss. Raises ValueError."""
+    kind = args.cuda_graph_impl
+    if kind == "none":
         return
-    flag = f"--cuda-graph-impl {args.cuda_graph_impl}"
-    if args.cuda_graph_impl != "full_iteration":
+    flag = f"--cuda-graph-impl {kind}"
+    if kind != "full_iteration":
         raise ValueError(
             f"{flag}: graphs of single layers are not made for layers of two lengths; use full_iteration with "
             "--boundary static, or none"
@@ -252,12 +267,12 @@ def _check_graph(args: argparse.Namespace, train: TrainSettings) -> None:
         "--boundary variable (micro-batches of different shapes; use static)": train.boundary != "static",
         "--transformer-impl local (no GPU kernels)": args.transformer_impl == "local",
         "--pipeline-model-parallel-size above 1 (messages between stages were never recorded)": (
-            args.pipeline_model_parallel_size > 1
+            parallel.pipeline_model_parallel_size > 1
         ),
-        "--num-experts (tokens per expert are read on the host)": bool(args.num_experts),
+        "--num-experts (tokens per expert are read on the host)": bool(sizes.experts),
         "--fp16 (its loss scale changes on the host; use --bf16)": args.fp16,
         "--rampup-batch-size (a graph has as many micro-batches as it was recorded with)": bool(
-            args.rampup_batch_size
+            batches.rampup_batch_size
         ),
         "--clip-grad 0 (the norm shows bad gradients, for which a graph has no other check)": not args.clip_grad,
         "--cuda-graph-warmup-steps 0 (kernels are chosen and compiled in the first step)": (
@@ -274,6 +289,8 @@ def _check_graph(args: argparse.Namespace, train: TrainSettings) -> None:
 def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSettings) -> None:
     if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
         raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
+    if args.bf16 and args.fp16:
+        raise ValueError("--bf16 and --fp16: set only one of them; --precision bf16 sets the first")
     if not 1 <= data.min_tiles <= data.max_tiles:
         raise ValueError(
             f"--min-tiles {data.min_tiles} must be at least 1 and at most --max-tiles {data.max_tiles}"
@@ -281,7 +298,7 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
     if not args.calculate_per_token_loss:
         raise ValueError("the loss weights need Megatron's --calculate-per-token-loss: do not turn it off")
     check_decoding(data)
-    check_packing(data, train, micro_batch_size=args.micro_batch_size)
+    check_packing(data, train, micro_batch_size=settings_from(args, Batches).micro_batch_size)
 
 
 def validate(args: argparse.Namespace) -> None:

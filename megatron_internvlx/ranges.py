@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_internvlx.megatron_settings import Schedule
+
 
 @dataclass(frozen=True)
 class Range:
@@ -168,50 +170,63 @@ def _shorten(value: float) -> str:
     return text if len(text) <= 40 else f"{text[:12]}... ({len(text)} digits)"
 
 
-def check_schedule(args: argparse.Namespace) -> None:
-    """Check rules between two optimizer settings. Raises ValueError with both values."""
-    if args.bf16 and args.fp16:
-        raise ValueError("--bf16 and --fp16: set only one of them; --precision bf16 sets the first")
-    for name in ("min_lr", "lr_warmup_init"):
-        if getattr(args, name) > args.lr:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} is more than the peak, --lr {args.lr}"
-            )
-    start, end = args.start_weight_decay, args.end_weight_decay
-    if args.weight_decay_incr_style != "constant" and (start is None or end is None or start > end):
+def check_schedule(schedule: Schedule) -> None:
+    """Check rules between two settings of the optimizer's schedules. Raises ValueError with both values."""
+    for flag, rate in (("--min-lr", schedule.min_lr), ("--lr-warmup-init", schedule.lr_warmup_init)):
+        if rate > schedule.lr:
+            raise ValueError(f"{flag} {rate} is more than the peak, --lr {schedule.lr}")
+    start, end, style = (
+        schedule.start_weight_decay,
+        schedule.end_weight_decay,
+        schedule.weight_decay_incr_style,
+    )
+    if style != "constant" and (start is None or end is None or start > end):
         raise ValueError(
-            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (now {start}) "
+            f"--weight-decay-incr-style {style} needs --start-weight-decay (now {start}) "
             f"and --end-weight-decay (now {end}), and the start must not be above the end"
         )
-    for unit, total, other in (
-        ("iters", args.train_iters, args.train_samples),
-        ("samples", args.train_samples, args.train_iters),
-    ):
-        if total and other:
-            raise ValueError(
-                f"--train-iters {args.train_iters} and --train-samples {args.train_samples}: set only one of them"
-            )
-        if total:
-            _check_warmup(args, unit, total)
+    iterations, samples = schedule.train_iters, schedule.train_samples
+    if iterations and samples:
+        raise ValueError(f"--train-iters {iterations} and --train-samples {samples}: set only one of them")
+    if iterations:
+        lengths = (iterations, schedule.lr_decay_iters, schedule.lr_warmup_iters, schedule.lr_wsd_decay_iters)
+        _check_warmup(schedule, "iters", *lengths)
+    if samples:
+        lengths = (
+            samples,
+            schedule.lr_decay_samples,
+            schedule.lr_warmup_samples,
+            schedule.lr_wsd_decay_samples,
+        )
+        _check_warmup(schedule, "samples", *lengths)
 
 
-def _check_warmup(args: argparse.Namespace, unit: str, total: int) -> None:
-    """Check that the warm-up ends before the decay, as Megatron's scheduler requires."""
-    decay = getattr(args, f"lr_decay_{unit}") or total
-    warmup = getattr(args, f"lr_warmup_{unit}")
-    if args.lr_warmup_fraction is not None and warmup:
+def _check_warmup(
+    schedule: Schedule, unit: str, total: int, decay: int | None, warmup: int, last: int | None
+) -> None:
+    """Check that the warm-up ends before the decay, as Megatron's scheduler requires.
+
+    Args:
+        schedule: the settings that hold for both units.
+        unit: iters or samples, in which the lengths are given.
+        total: length of the training.
+        decay: length of the decay; None: that of the training.
+        warmup: length of the warm-up.
+        last: length of the last decay of --lr-decay-style WSD.
+    """
+    decay = decay or total
+    if schedule.lr_warmup_fraction is not None and warmup:
         raise ValueError(
-            f"--lr-warmup-fraction {args.lr_warmup_fraction} and --lr-warmup-{unit} {warmup}: set only one of them"
+            f"--lr-warmup-fraction {schedule.lr_warmup_fraction} and --lr-warmup-{unit} {warmup}: "
+            "set only one of them"
         )
     if warmup >= decay:
         raise ValueError(
             f"--lr-warmup-{unit} {warmup} must be below the length of the decay, {decay} {unit} "
             f"(--lr-decay-{unit}, else --train-{unit})"
         )
-    if args.lr_decay_style == "WSD":
-        last = getattr(args, f"lr_wsd_decay_{unit}")
-        if last is None or not 0 < last <= decay:
-            raise ValueError(f"--lr-decay-style WSD: --lr-wsd-decay-{unit} is {last}, must be 1 to {decay}")
+    if schedule.lr_decay_style == "WSD" and (last is None or not 0 < last <= decay):
+        raise ValueError(f"--lr-decay-style WSD: --lr-wsd-decay-{unit} is {last}, must be 1 to {decay}")
 
 
 def check_required(args: argparse.Namespace) -> None:
