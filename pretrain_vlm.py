@@ -80,7 +80,7 @@ def train() -> int:
     watch(args, setup, stop, step, saves, outcome.failed)
     if args.cuda_graph_impl != "none":
         record_steps()
-    communicator = boundary_communicator(args, data)
+    communicator = boundary_communicator(data)
     provider = ModelProvider(args, communicator, step.weights)
     try:
         pretrain(

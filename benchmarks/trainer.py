@@ -100,7 +100,7 @@ class Trainer:
         data = SampleData(args)
         data.micro_batches = micro_batches
         self.forward_step = ForwardStep()
-        self.communicator, self.groups = boundary_communicator(args, data), MegatronGroups()
+        self.communicator, self.groups = boundary_communicator(data), MegatronGroups()
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             model_provider_func=ModelProvider(args, self.communicator, self.forward_step.weights),

@@ -130,7 +130,7 @@ class Run:
         self.args = args = parse(changes)
         initialize_megatron()
         self.data = data(args)
-        self.communicator = boundary_communicator(args, self.data)
+        self.communicator = boundary_communicator(self.data)
         self.groups, self.step = MegatronGroups(), ForwardStep()
         self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,

@@ -17,6 +17,7 @@ from megatron_internvlx.lifecycle import resume, signals
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
+from megatron_internvlx.megatron_settings import CheckpointFiles
 from megatron_internvlx.ranks import is_first_rank
 
 
@@ -133,7 +134,7 @@ class Continuation:
             return None
         from megatron_internvlx.training.loader_state import position_fault  # Energon takes seconds to import
 
-        return position_fault(self.args, iteration)
+        return position_fault(settings_from(self.args, CheckpointFiles), data, iteration)
 
     def _load(self, iteration: int) -> None:
         args = self.args

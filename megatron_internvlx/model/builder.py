@@ -8,13 +8,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_internvlx.config import TrainSettings, VisionSettings, settings_from
+from megatron_internvlx.megatron_settings import Batches, Rotary
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.precision import Precision
 
 
 def freeze(stage: InternVLX, train: TrainSettings) -> None:
-    """Switch off gradients of the parts that are not trained."""
+    """Switch off the gradients of the parts that the --freeze flags name."""
     for name, parameter in stage.named_parameters():
         vision = name.startswith("vision_model.")
         projector = name.startswith("projector.") or ".injection." in name
@@ -27,16 +29,16 @@ def freeze(stage: InternVLX, train: TrainSettings) -> None:
 
 
 def static_budget(train: TrainSettings, seq_length: int) -> Budget | None:
-    """The sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
+    """Sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
     if train.boundary != "static":
         return None
     assert train.max_tiles_per_pack is not None
     return Budget(train.shallow_seq_length or seq_length, seq_length, train.max_tiles_per_pack)
 
 
-def fp8_parts(args: argparse.Namespace) -> list[str]:
+def fp8_parts(train: TrainSettings, precision: Precision) -> list[str]:
     """Value of --fp8-parts; [] without an FP8 precision."""
-    return (args.fp8_parts or []) if args.fp8 else []
+    return (train.fp8_parts or []) if precision.fp8 else []
 
 
 def build_stage(
@@ -48,22 +50,23 @@ def build_stage(
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> InternVLX:
-    """One (virtual) pipeline stage of the model that validated arguments describe, frozen parts frozen.
+    """Build one (virtual) pipeline stage of the model that validated arguments describe, and freeze its frozen parts.
 
-    Training and the planner's measurement both build here: what is timed is what trains.
+    Training and the planner's measurement both use it, so that the model that is timed is the one that trains.
     """
-    train = settings_from(args, TrainSettings)
+    train, rotary = settings_from(args, TrainSettings), settings_from(args, Rotary)
+    in_fp8 = fp8_parts(train, settings_from(args, Precision))
     stage = InternVLX(
         config,
         model_sizes(args),
-        max_sequence_length=args.max_position_embeddings,
-        rotary_base=args.rotary_base,
-        rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        max_sequence_length=rotary.max_position_embeddings,
+        rotary_base=rotary.rotary_base,
+        rope_scaling_factor=rotary.rope_scaling_factor if rotary.use_rope_scaling else None,
         freeze_vision=train.freeze_vision,
         vision_recompute=settings_from(args, VisionSettings).vision_recompute,
-        vision_fp8="vision" in fp8_parts(args),
-        projector_fp8="projectors" in fp8_parts(args),
-        budget=static_budget(train, args.seq_length),
+        vision_fp8="vision" in in_fp8,
+        projector_fp8="projectors" in in_fp8,
+        budget=static_budget(train, settings_from(args, Batches).seq_length),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

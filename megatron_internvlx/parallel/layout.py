@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 from megatron.core.transformer.enums import LayerType
@@ -10,6 +9,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_internvlx.megatron_settings import Parallelism
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ def check_layout(layout: str, *, pipeline: int, layers: int) -> None:
         )
 
 
-def layout_name(args: argparse.Namespace) -> str:
-    """TP2-PP2-DP4 and so on."""
+def layout_name(parallel: Parallelism) -> str:
+    """Short name of a layout, such as TP2-PP2-DP4; sizes of 1 are left out, except DP1."""
     parts = [
-        f"TP{args.tensor_model_parallel_size}",
-        f"PP{args.pipeline_model_parallel_size}",
-        f"VPP{args.virtual_pipeline_model_parallel_size or 1}",
-        f"EP{args.expert_model_parallel_size}",
-        f"DP{args.data_parallel_size}",
+        f"TP{parallel.tensor_model_parallel_size}",
+        f"PP{parallel.pipeline_model_parallel_size}",
+        f"VPP{parallel.virtual_pipeline_model_parallel_size or 1}",
+        f"EP{parallel.expert_model_parallel_size}",
+        f"DP{parallel.data_parallel_size}",
     ]
     return "-".join(part for part in parts if not part.endswith("P1") or part == "DP1")

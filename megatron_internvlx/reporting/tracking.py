@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_internvlx.config import SETTINGS, RunSettings, settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.parallel.layout import layout_name
 
 
@@ -67,7 +68,7 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
         return []
     from megatron_internvlx.reporting.mlflow_sink import MlflowSink, RunInfo, git_state
 
-    tags = environment() | {"layout": layout_name(args)} | git_state(Path(__file__).parents[2])
+    tags = environment() | {"layout": layout_name(settings_from(args, Parallelism))} | git_state(Path(__file__).parents[2])
     info = RunInfo(
         experiment,
         Path(args.save).name if args.save else None,

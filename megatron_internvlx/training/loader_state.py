@@ -14,7 +14,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
-from megatron_internvlx.config import DataSettings, settings_from
+from megatron_internvlx.config import DataSettings, VisionSettings, settings_from
 from megatron_internvlx.data.decode import TileDecoder, ranks_cut
 from megatron_internvlx.data.energon_loader import (
     EnergonBatches,
@@ -27,16 +27,17 @@ from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
+from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Progress
 from megatron_internvlx.parallel.batch import HostBatch
 
-# Packs whose files the training process has taken from its workers before it asks for them.
+# Packs that the training process takes from its workers in advance, so that their files travel early.
 AHEAD = 2
 FOLDER = "loader"
 _REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
 
 
 class EnergonLoader:
-    """Endless `HostBatch`es with a position that can be saved."""
+    """Endless iterator of `HostBatch` with a position that can be saved."""
 
     def __init__(self, batches: EnergonBatches) -> None:
         self.batches = batches
@@ -50,12 +51,12 @@ class EnergonLoader:
         return HostBatch(batch.plan, batch.tiles, batch.images, batch.restore_key)
 
     def save_state(self, unused: Sequence[Any] = ()) -> LoaderState:
-        """Position after the micro-batches given so far, without the last ones, whose keys are ``unused``."""
+        """Position after the micro-batches given so far, without the last ones, whose keys are `unused`."""
         return self.batches.save_state(unused)
 
 
-def say(message: str) -> None:
-    """Tell the user once, from the first loading rank."""
+def print_once(message: str) -> None:
+    """Print a message on the first loading rank only."""
     if mpu.get_data_parallel_rank() == 0:
         print(f"data loader: {message}", flush=True)
 
@@ -63,22 +64,26 @@ def say(message: str) -> None:
 def energon_loader(
     args: argparse.Namespace, encoder: SampleEncoder, plan: PlanSettings, rejects: RejectLog
 ) -> EnergonLoader:
-    """The training loader of this loading rank, at the position of the loaded checkpoint."""
-    data = settings_from(args, DataSettings)
+    """Create the training loader of this loading rank, at the position of the checkpoint that Megatron loaded."""
+    data, sizes = settings_from(args, DataSettings), settings_from(args, Batches)
     rank, world = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     settings = LoaderSettings(
         rank=rank,
         world=world,
         workers=data.loader_workers,
-        seed=args.seed,
-        micro_batch_size=args.micro_batch_size,
+        seed=sizes.seed,
+        micro_batch_size=sizes.micro_batch_size,
         pack_buffer=data.pack_buffer,
         shuffle_buffer=data.shuffle_buffer,
     )
-    state, settings = _resumed(args, data, settings)
+    files, progress = settings_from(args, CheckpointFiles), settings_from(args, Progress)
+    state, settings = _resume(files, data, progress.iteration or 0, settings)
     travel = ranks_cut(data)
     decoder = TileDecoder(
-        data.image_decoder, tile_size=args.image_size, apply_exif=encoder.apply_exif, travel=travel
+        data.image_decoder,
+        tile_size=settings_from(args, VisionSettings).image_size,
+        apply_exif=encoder.apply_exif,
+        travel=travel,
     )
     batches = EnergonBatches(
         data.data or "",
@@ -94,94 +99,103 @@ def energon_loader(
     return EnergonLoader(batches)
 
 
-def _resumed(
-    args: argparse.Namespace, data: DataSettings, settings: LoaderSettings
+def _resume(
+    files: CheckpointFiles, data: DataSettings, step: int, settings: LoaderSettings
 ) -> tuple[LoaderState | None, LoaderSettings]:
-    """This rank's state of the loaded checkpoint, if there is one that fits, and the settings it needs."""
-    step = getattr(args, "iteration", 0) or 0
-    if not step or args.finetune:
+    """Read this rank's position at a checkpoint, and adapt the loader's settings to it.
+
+    Args:
+        files: directories that may contain the positions.
+        data: whether the data restart, and the directory of the positions.
+        step: iteration of the checkpoint; 0 without one.
+        settings: settings of a loader that starts at the beginning.
+
+    Returns:
+        The position, None if the data start anew, and the settings to use.
+    """
+    if not step or files.finetune:
         return None, settings
     fresh = replace(settings, seed=settings.seed + step)
     if data.restart_data:
-        say(f"--restart-data: the data starts anew at step {step}, in another order")
+        print_once(f"--restart-data: the data start anew at step {step}, in another order")
         return None, fresh
-    states = find_states(args, step)
+    states = find_states(files, data, step)
     if not states:
-        say(f"no position was saved for step {step}: the data starts anew, in another order")
+        print_once(f"no position was saved for step {step}: the data start anew, in another order")
         return None, fresh
     workers = workers_for(len(states), states[0].workers, settings.world)
     if workers is None:
-        say(
+        print_once(
             f"the position of {len(states)} data-parallel ranks with {states[0].workers} loader workers "
-            f"cannot be dealt to {settings.world} ranks, because Energon gives each worker a fixed slice of "
-            "the data: it starts anew, in another order; samples of the running epoch may come again"
+            f"cannot be divided over {settings.world} ranks, because Energon gives each worker a fixed slice of "
+            "the data: they start anew, in another order; samples of the current epoch may repeat"
         )
         return None, fresh
     if workers != settings.workers or len(states) != settings.world:
-        say(
-            f"going on from {len(states)} ranks x {states[0].workers} workers as {settings.world} ranks x "
-            f"{workers} workers; every sample comes as before"
+        print_once(
+            f"resuming from {len(states)} ranks x {states[0].workers} workers with {settings.world} ranks x "
+            f"{workers} workers; no sample is skipped or repeated"
         )
     # A run that had started its data anew keeps that order when it resumes again.
     settings = replace(settings, workers=workers, seed=states[0].made_with["seed"])
     return redistribute(states, settings.world)[settings.rank], settings
 
 
-def _folders(args: argparse.Namespace, step: int) -> list[Path]:
-    """Where the positions saved with checkpoint ``step`` may be, the likeliest first."""
-    folders = [args.dataloader_save, *(str(Path(f) / FOLDER) for f in (args.load, args.save) if f)]
-    return [Path(folder) / f"iter_{step:07d}" for folder in dict.fromkeys(folders) if folder]
+def _folders(files: CheckpointFiles, data: DataSettings, step: int) -> list[Path]:
+    """Folders that may contain the positions saved with checkpoint `step`, the most likely first."""
+    places = [data.dataloader_save, *(str(Path(f) / FOLDER) for f in (files.load, files.save) if f)]
+    return [Path(place) / f"iter_{step:07d}" for place in dict.fromkeys(places) if place]
 
 
 def position_file(rank: int | str) -> str:
-    """Name of a data-parallel rank's file, or a pattern for it, below the folder of a checkpoint's positions."""
+    """Path of a data-parallel rank's file, or a pattern for it, below the folder of a checkpoint's positions."""
     return f"mp_rank_*/train_dataloader_dprank{rank if isinstance(rank, str) else f'{rank:03d}'}.pt"
 
 
-def position_fault(args: argparse.Namespace, step: int) -> str | None:
-    """What is missing of the loader's position at checkpoint ``step`` in --save.
+def position_fault(files: CheckpointFiles, data: DataSettings, step: int) -> str | None:
+    """Missing or broken part of the loader's position at checkpoint `step` in --save.
 
     None if it is complete, or if the checkpoint was not made with this loader.
     """
-    checkpoint = checkpoint_directory(Path(args.save), step)
+    assert files.save is not None
+    checkpoint = checkpoint_directory(Path(files.save), step)
     try:
         made = load_common_state_dict(checkpoint)["args"]
     except Exception as error:  # a torn file raises nearly anything
         return f"the arguments in it cannot be read: {error!r}"
     if getattr(made, "loader", None) != "energon":
         return None
-    folders = _folders(args, step)
+    folders = _folders(files, data, step)
     place = next((folder for folder in folders if folder.is_dir()), folders[0])
     for rank in range(made.data_parallel_size):
-        files = list(place.glob(position_file(rank)))
-        if not files:
+        found = list(place.glob(position_file(rank)))
+        if not found:
             return f"the data loader's position of rank {rank} of {made.data_parallel_size} is not in {place}"
-        if not zipfile.is_zipfile(files[0]):  # a torch file whose end is missing is none
-            return f"{files[0]} is cut off"
+        if not zipfile.is_zipfile(found[0]):  # torch writes zip files, whose index is at the end
+            return f"{found[0]} is cut off"
     return None
 
 
-def find_states(args: argparse.Namespace, step: int) -> list[LoaderState]:
-    """Loader states of all ranks saved with checkpoint ``step``; empty if there are none.
+def find_states(files: CheckpointFiles, data: DataSettings, step: int) -> list[LoaderState]:
+    """Loader states of all ranks saved with checkpoint `step`; empty if there are none.
 
-    Raises ValueError if some are missing or cannot be read: others would go on where they were, and samples
-    would be left out.
+    Raises ValueError if some are missing or unreadable: with a part of them, samples would be left out.
     """
-    for folder in _folders(args, step):
-        files = sorted(folder.glob(position_file("*")))
-        if not files:
+    for folder in _folders(files, data, step):
+        paths = sorted(folder.glob(position_file("*")))
+        if not paths:
             continue
         try:
             # Our own file, with classes of ours and Energon's.
-            every = [torch.load(file, weights_only=False)["dataloader_state_dict"] for file in files]
+            every = [torch.load(path, weights_only=False)["dataloader_state_dict"] for path in paths]
         except Exception as error:  # a torn file raises nearly anything
             raise ValueError(f"a loader position in {folder} cannot be read: {error}; {_REMEDY}") from error
         every.sort(key=lambda state: state.rank)
-        # Ranks beyond the world of the first are left from an earlier, wider run.
+        # Files of ranks beyond the world size of the first are left from an earlier run with more ranks.
         every = every[: every[0].world]
         if lacking := sorted(set(range(every[0].world)) - {state.rank for state in every}):
             raise ValueError(
-                f"{folder} holds the loader positions of {len(every)} of {every[0].world} ranks, without "
+                f"{folder} has the loader positions of {len(every)} of {every[0].world} ranks, without "
                 f"{', '.join(map(str, lacking))}; {_REMEDY}"
             )
         return every
@@ -189,9 +203,10 @@ def find_states(args: argparse.Namespace, step: int) -> list[LoaderState]:
 
 
 def save_with_checkpoints(args: argparse.Namespace) -> None:
-    """Let Megatron save the loader's position with each checkpoint, beside them by default."""
-    if args.save and not args.dataloader_save:
-        args.dataloader_save = str(Path(args.save) / FOLDER)
+    """Make Megatron save the loader's position with each checkpoint, in loader/ of --save by default."""
+    save = settings_from(args, CheckpointFiles).save
+    if save and not settings_from(args, DataSettings).dataloader_save:
+        args.dataloader_save = str(Path(save) / FOLDER)
     original = checkpointing.maybe_save_dataloader_state
     if getattr(original, "any_chunk", False):
         return

@@ -1,4 +1,4 @@
-"""Megatron's dataset provider: loaders on one rank per replica, the same micro-batches on its others."""
+"""Megatron's dataset provider: one rank of each replica loads, and the others receive its micro-batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx import platform
-from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
+from megatron_internvlx.config import DataSettings, TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.decode import ranks_cut
@@ -29,6 +29,7 @@ from megatron_internvlx.data.prepare import MARK, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
+from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Parallelism, Progress
 from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.batch import (
     BatchChannel,
@@ -41,79 +42,59 @@ from megatron_internvlx.precision import row_alignment
 from megatron_internvlx.ranks import is_first_rank, ranks_per_node
 from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
 
-# Of DALI on a rank: more decode no faster while the GPU does most of it.
+# Maximum number of DALI's threads on a rank: more do not decode faster, because the GPU does most of the work.
 MOST_THREADS = 8
-# Held-out records that are tried before training starts.
+# Number of held-out records that are tried before training starts.
 FIRST_RECORDS = 64
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
-    """Row alignment and budgets of the layout that the arguments describe."""
+    """Row alignment and budgets of the layout that validated arguments describe."""
     sizes = model_sizes(args)
-    train = settings_from(args, TrainSettings)
-    tensor_parallel = args.tensor_model_parallel_size
+    train, batches = settings_from(args, TrainSettings), settings_from(args, Batches)
     static = train.boundary == "static"
+    samples = samples_per_micro_batch(train, settings_from(args, DataSettings), batches)
     return PlanSettings(
         low_grid=sizes.low_grid,
         high_grid=sizes.high_grid,
         lvtc=sizes.lvtc,
         alignment=row_alignment(args),
-        tile_multiple=tensor_parallel,
+        tile_multiple=settings_from(args, Parallelism).tensor_model_parallel_size,
         shallow_length=train.shallow_seq_length if static else None,
-        deep_length=args.seq_length if static else None,
+        deep_length=batches.seq_length if static else None,
         tile_budget=train.max_tiles_per_pack if static else None,
-        sample_budget=samples_per_micro_batch(args) if static else None,
+        sample_budget=samples if static else None,
     )
 
 
-def samples_per_micro_batch(args: argparse.Namespace) -> int:
-    """Samples of a micro-batch at most, in training and evaluation, with static boundaries."""
-    packed = args.max_samples_per_pack if settings_from(args, DataSettings).packing else 1
-    return max(packed, args.micro_batch_size, args.eval_micro_batch_size or 1)
+def samples_per_micro_batch(train: TrainSettings, data: DataSettings, batches: Batches) -> int:
+    """Maximum number of samples of a micro-batch, in training and evaluation, with static boundaries."""
+    packed = train.max_samples_per_pack if data.packing else 1
+    return max(packed, batches.micro_batch_size, batches.eval_micro_batch_size or 1)
 
 
-def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | None:
-    """What one sample may hold; None where only --seq-length limits it.
+def sample_budget(
+    train: TrainSettings, data: DataSettings, *, seq_length: int, micro_batch_size: int
+) -> Budget | None:
+    """Maximum size of one sample; None if only --seq-length limits it.
 
-    With packing a sample must fit a pack, with static boundaries the sizes that every micro-batch is padded to,
-    of which each of its samples then has an equal share.
+    With packing a sample must fit into a pack. With static boundaries each sample of a micro-batch has an equal share
+    of the sizes to which every micro-batch is padded.
     """
-    train = settings_from(args, TrainSettings)
     static = train.boundary == "static"
-    if not (static or settings_from(args, DataSettings).packing):
+    if not (static or data.packing):
         return None
     whole = Budget(
-        train.shallow_seq_length or args.seq_length,
-        args.seq_length,
+        train.shallow_seq_length or seq_length,
+        seq_length,
         train.max_tiles_per_pack,
-        args.max_samples_per_pack if static and args.packing else None,
+        train.max_samples_per_pack if static and data.packing else None,
     )
     return whole.share(micro_batch_size) if static else whole
 
 
-def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> SampleEncoder:
-    """Record -> tokens, labels and tile grids, as the model's token counts want them."""
-    data = settings_from(args, DataSettings)
-    sizes = model_sizes(args)
-    settings = EncoderSettings(
-        template=data.conversation_template,
-        tile_size=args.image_size,
-        min_tiles=data.min_tiles,
-        max_tiles=data.max_tiles,
-        use_thumbnail=not data.no_thumbnail,
-        rvtc=data.rvtc,
-        tokens_per_tile=sizes.high_grid**2,
-        shallow_tokens_per_tile=sizes.low_grid**2 if sizes.lvtc else None,
-        budget=budget,
-        max_length=args.seq_length,
-        dynamic_image_size=not data.static_image_size,
-        compat=released_quirks() if data.released_quirks else ReleasedQuirks(),
-    )
-    return SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
-
-
 def released_quirks() -> ReleasedQuirks:
-    """The released code's behaviours for --released-quirks.
+    """Behaviours of the released code for --released-quirks.
 
     Masking tokens of id 0 is left out: it hides "!" from Qwen2 models only, of which none was released
     with InternVL-X, and packed attention has no mask inside a sample.
@@ -123,32 +104,41 @@ def released_quirks() -> ReleasedQuirks:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What became of the training images of one rank."""
+    """Numbers of training images of one rank, by the way they were decoded."""
 
     cut: int
-    """Images that its pipeline cut in this log interval."""
+    """Images that the rank's pipeline cut into tiles in this log interval."""
     blank: int
-    """Images so far that nobody could read after their micro-batch was planned."""
+    """Images so far that were unreadable after their micro-batch was planned, and are blank tiles."""
     fallbacks: list[int]
     """Images so far that Pillow cut, in the order of `fallback_counts`."""
     ready: int | None
-    """Packs that wait for this rank; None where it does not load them."""
+    """Packs that are ready for this rank; None if it does not load them."""
 
 
 class DataProvider:
-    """Builds the training and validation iterators; Megatron calls it once per virtual stage."""
+    """Builder of the training and validation iterators; Megatron calls it once per virtual stage.
+
+    Args:
+        args: validated arguments, with the sizes that `settle_validation` sets.
+        held_out: held-out data; None without validation.
+    """
 
     # Every rank takes part: the loading ranks send, the others receive.
     is_distributed = True
 
     def __init__(self, args: argparse.Namespace, held_out: Manifest | None = None) -> None:
         self.args = args
-        self.data = settings_from(args, DataSettings)
+        """Megatron's namespace, in which it sets the position of the run when it loads a checkpoint."""
+        self.data, self.train = settings_from(args, DataSettings), settings_from(args, TrainSettings)
+        self.batches, self.parallel = settings_from(args, Batches), settings_from(args, Parallelism)
+        self.tile_size = settings_from(args, VisionSettings).image_size
+        self._save = settings_from(args, CheckpointFiles).save
         self._cut_before = 0
         self.pipeline: TilePipeline | None = None
-        """Cuts the training images of this rank; None where tiles come as pixels, or not at all."""
+        """Pipeline that cuts this rank's training images; None if tiles arrive as pixels, or not at all."""
         self.rejects: RejectLog | None = None
-        """Unusable and shortened training samples so far; None where this rank does not load."""
+        """Unusable and shortened training samples so far; None if this rank does not load."""
         self.valid_manifest = held_out
         """Held-out data, if the run has any; see `validation.settle_validation`."""
         self._train_manifest: Manifest | None = None
@@ -159,7 +149,7 @@ class DataProvider:
         self._iterators: dict[tuple[str, int], BatchIterator] = {}
 
     def open_files(self) -> None:
-        """Find a mistake before anything is built: rank 0 loads in every layout. Raises ValueError."""
+        """Open the data on rank 0, which loads in every layout, before the model is built. Raises ValueError."""
         energon = self.data.loader == "energon"
         if energon:
             # Energon takes seconds to import; the simple loader does without.
@@ -176,7 +166,7 @@ class DataProvider:
             self._check_held_out()
 
     def _check_held_out(self) -> None:
-        """Raises ValueError if none of the first held-out records is usable: training would learn it hours later."""
+        """Check that one of the first held-out records is usable, before hours of training. Raises ValueError."""
         assert self.valid_manifest is not None
         dataset, log = self._held_out_dataset(), RejectLog(None, None)
         tries = min(FIRST_RECORDS, len(dataset))
@@ -193,25 +183,45 @@ class DataProvider:
         return ConversationDataset(
             self.valid_manifest,
             self.validation_encoder,
-            seed=self.args.seed,
+            seed=self.batches.seed,
             shuffle=False,
             records=self.data.valid_records,
         )
 
     @cached_property
     def validation_encoder(self) -> SampleEncoder:
-        """Held-out record -> sample, under the limits that training samples have."""
-        return build_encoder(self.args, sample_budget(self.args, self.args.eval_micro_batch_size))
+        """Encoder of held-out records, with the limits of training samples."""
+        return self._encoder(self.batches.eval_micro_batch_size)
+
+    def _encoder(self, micro_batch_size: int) -> SampleEncoder:
+        """Create the converter of records to tokens, labels and tile grids of this model."""
+        data, sizes, length = self.data, model_sizes(self.args), self.batches.seq_length
+        budget = sample_budget(self.train, data, seq_length=length, micro_batch_size=micro_batch_size)
+        settings = EncoderSettings(
+            template=data.conversation_template,
+            tile_size=self.tile_size,
+            min_tiles=data.min_tiles,
+            max_tiles=data.max_tiles,
+            use_thumbnail=not data.no_thumbnail,
+            rvtc=data.rvtc,
+            tokens_per_tile=sizes.high_grid**2,
+            shallow_tokens_per_tile=sizes.low_grid**2 if sizes.lvtc else None,
+            budget=budget,
+            max_length=length,
+            dynamic_image_size=not data.static_image_size,
+            compat=released_quirks() if data.released_quirks else ReleasedQuirks(),
+        )
+        return SampleEncoder(load_tokenizer(self.args.tokenizer_model), settings)
 
     def evaluated(self) -> ValidationCounts:
-        """What the latest evaluation saw on this rank; nothing where it does not load."""
+        """Counts of the latest evaluation on this rank; zeros if it does not load."""
         log = self._evaluation
         if log is None:
             return ValidationCounts()
         return ValidationCounts(log.good, dict(log.counts), log.cut_tiles, log.cut_tokens)
 
     def take_decoding(self) -> Decoding:
-        """What became of this rank's training images; those cut by the pipeline since the last call."""
+        """Numbers of this rank's training images; `cut` counts from the last call on."""
         loader = self._shared["train"].loader if "train" in self._shared else None
         batches = getattr(loader, "batches", None)
         pipeline, cut = self.pipeline, 0
@@ -224,14 +234,14 @@ class DataProvider:
 
     @property
     def is_loading_rank(self) -> bool:
-        """Whether this rank reads files; the others of its replica receive."""
+        """Whether this rank reads files; the other ranks of its replica receive from it."""
         return any(shared.channel.is_source for shared in self._shared.values())
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
         """(training, validation, test) iterators of one model chunk. Raises UnusableData."""
         if self.valid_manifest is not None and not self._shared:  # the first chunk's call
-            check_equal_on_all_ranks(self.args, len(self.valid_manifest))
-        train = None if self.args.skip_train else self._iterator("train", vp_stage)
+            check_equal_on_all_ranks(self.data.valid_data, len(self.valid_manifest), self.batches)
+        train = None if self.batches.skip_train else self._iterator("train", vp_stage)
         valid = self._iterator("valid", vp_stage) if self.valid_manifest is not None else None
         return train, valid, None
 
@@ -243,7 +253,7 @@ class DataProvider:
         if split not in self._shared:
             channel = self._channel(split)
             loader = self._loader(split) if channel.is_source else None
-            readers = self.args.virtual_pipeline_model_parallel_size or 1
+            readers = self.parallel.virtual_pipeline_model_parallel_size or 1
             self._shared[split] = SharedBatches(channel, loader, readers)
         iterator = BatchIterator(self._shared[split])
         self._iterators[split, vp_stage or 0] = iterator
@@ -252,7 +262,7 @@ class DataProvider:
     def _channel(self, split: str) -> BatchChannel:
         if self._groups is None:
             ranks = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
-            width = self.args.tensor_model_parallel_size
+            width = self.parallel.tensor_model_parallel_size
             # Megatron numbers ranks with TP innermost and PP outermost.
             stages = [ranks[i : i + width] for i in range(0, len(ranks), width)]
             stage = next(stage for stage in stages if dist.get_rank() in stage)
@@ -261,24 +271,24 @@ class DataProvider:
         if split == "train" and dist.get_rank() in stages[0]:
             self.pipeline = self._pipeline()
         pipeline = self.pipeline if split == "train" else None
-        weigh = partial(loss_weights, weighting=self.args.loss_weighting, average=self.args.loss_average)
-        return BatchChannel(stages, group, stage_group, self.args.image_size, weigh, pipeline)
+        weigh = partial(loss_weights, weighting=self.train.loss_weighting, average=self.train.loss_average)
+        return BatchChannel(stages, group, stage_group, self.tile_size, weigh, pipeline)
 
     def _pipeline(self) -> TilePipeline | None:
-        """What cuts this rank's training images, if their files come to it; held-out data come as tiles."""
+        """Create the cutter of this rank's training images, if it gets files; held-out data arrive as tiles."""
         if not ranks_cut(self.data):
             return None
         cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)
         return TilePipeline(
-            platform.device().index, self.args.image_size, threads=min(max(cores // 2, 1), MOST_THREADS)
+            platform.device().index, self.tile_size, threads=min(max(cores // 2, 1), MOST_THREADS)
         )
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         return self._training_loader() if split == "train" else self._evaluations()
 
     def _rejects_file(self) -> str | None:
-        if self.data.rejects_file is None and self.args.save:
-            return str(Path(self.args.save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
+        if self.data.rejects_file is None and self._save:
+            return str(Path(self._save) / f"rejects-dp{mpu.get_data_parallel_rank()}.jsonl")
         return self.data.rejects_file
 
     def _share(self) -> dict[str, Any]:
@@ -291,27 +301,32 @@ class DataProvider:
         }
 
     def _training_loader(self) -> Iterator[HostBatch]:
-        args = self.args
         self.rejects = RejectLog(self._rejects_file(), self.data.max_rejects, self.data.max_reject_rate)
-        encoder = build_encoder(args, sample_budget(args, args.micro_batch_size))
+        encoder = self._encoder(self.batches.micro_batch_size)
         if self.data.loader == "energon":
             from megatron_internvlx.training.loader_state import energon_loader
 
-            return energon_loader(args, encoder, plan_settings(args), self.rejects)
+            return energon_loader(self.args, encoder, plan_settings(self.args), self.rejects)
         manifest = self._train_manifest or Manifest(self.data.data or "")
         planned_batches = batches(
-            ConversationDataset(manifest, encoder, seed=args.seed),
-            start=args.consumed_train_samples,
-            micro_batch_size=args.micro_batch_size,
+            ConversationDataset(manifest, encoder, seed=self.batches.seed),
+            start=settings_from(self.args, Progress).consumed_train_samples,
+            micro_batch_size=self.batches.micro_batch_size,
             reject_log=self.rejects,
             **self._share(),
         )
         return itertools.starmap(HostBatch, planned_batches)
 
+    @property
+    def evaluation_micro_batches(self) -> int:
+        """Micro-batches of an evaluation's global batch on each data-parallel rank."""
+        sizes = self.batches
+        return sizes.eval_global_batch_size // (
+            sizes.eval_micro_batch_size * self.parallel.data_parallel_size
+        )
+
     def _evaluations(self) -> Iterator[HostBatch]:
-        """Every evaluation sees every held-out record once."""
-        args = self.args
-        per_rank = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+        """Micro-batches of evaluation after evaluation, each with every held-out record once."""
         while True:
             # Its own: a broken held-out record is counted and named, and does not end training.
             self._evaluation = RejectLog(self._rejects_file(), None)
@@ -319,8 +334,8 @@ class DataProvider:
                 HostBatch,
                 held_out_batches(
                     self._held_out_dataset(),
-                    micro_batches=args.eval_iters * per_rank,
-                    micro_batch_size=args.eval_micro_batch_size,
+                    micro_batches=self.batches.eval_iters * self.evaluation_micro_batches,
+                    micro_batch_size=self.batches.eval_micro_batch_size,
                     reject_log=self._evaluation,
                     **self._share(),
                 ),
@@ -328,9 +343,10 @@ class DataProvider:
 
 
 def host_group(ranks: list[int]) -> dist.ProcessGroup | None:
-    """A gloo group of these ranks, this one among them; every rank of the world calls it.
+    """Create a gloo group of these ranks, this one among them; None for a group of one.
 
-    Ranks may name different groups: each is made by all, in one order. None for a group of one.
+    Every rank of the world must call it. Ranks may ask for different groups: all ranks create all of them, in the
+    same order.
     """
     named: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(named, ranks)

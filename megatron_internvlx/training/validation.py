@@ -1,8 +1,8 @@
 """Validation: every held-out record once per evaluation, on any number of ranks.
 
-Megatron counts an evaluation in iterations of global batches. How many are needed follows from the records here,
-so that none is left out or seen twice; places of the last batch without a record hold a filler that weighs
-nothing (`data/order.py`).
+Megatron counts an evaluation in iterations of global batches. Their number is computed here from the number of
+records, so that none is left out or seen twice; places of the last batch without a record have a filler of weight 0
+(`data/order.py`).
 """
 
 from __future__ import annotations
@@ -15,88 +15,117 @@ import torch
 import torch.distributed as dist
 
 from megatron_internvlx import platform
+from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rejects import UnusableData
+from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Parallelism
 from megatron_internvlx.ranks import is_first_rank
 
 
 @dataclass
 class ValidationCounts:
-    """What one evaluation saw of the held-out records, on one loading rank."""
+    """Numbers of held-out records in one evaluation, on one loading rank."""
 
     records: int = 0
-    """Evaluated."""
+    """Evaluated records."""
     rejects: dict[str, int] = field(default_factory=dict)
-    """Unusable ones, per cause."""
+    """Unusable records, per cause."""
     cut_tiles: int = 0
+    """Tiles removed from records that exceeded the sequence length or a budget."""
     cut_tokens: int = 0
-    """Given up by records over the sequence length or a budget."""
+    """Tokens removed from records that exceeded the sequence length or a budget."""
 
 
 def settle_validation(args: argparse.Namespace) -> Manifest | None:
-    """Set how many batches one evaluation takes, and where its answers go. Raises ValueError if it cannot be done.
+    """Set Megatron's evaluation sizes from the number of held-out records, and name the files of the answers.
 
-    Sets Megatron's `eval_iters` and `eval_global_batch_size` so that one evaluation holds all records of
-    --valid-data, or --valid-records of them, and no more places than needed. Returns the held-out data; None without
-    --valid-data, where there is no validation.
+    One evaluation then covers all records of --valid-data, or --valid-records of them, in as few batches as possible.
+
+    Args:
+        args: validated arguments; `eval_iters`, `eval_global_batch_size`, `full_validation`, `predictions_file` and
+            `report_file` are changed.
+
+    Returns:
+        The held-out data; None without --valid-data, which means no validation.
+
+    Raises:
+        ValueError: the held-out data cannot be read.
     """
-    first_rank = is_first_rank()
-    # Megatron's flag of this name asks its own loaders for their length; here it is what always happens.
+    data, batches = settings_from(args, DataSettings), settings_from(args, Batches)
+    # Megatron's flag asks its own loaders for their length; ours always evaluate all records.
     args.full_validation = False
-    if not args.valid_data:
-        if first_rank:
-            print("no --valid-data: this run is not validated", flush=True)
+    if not data.valid_data:
+        _print_on_first_rank("no --valid-data: this run is not validated")
         args.eval_iters = 0
         return None
-    manifest = Manifest(args.valid_data, each_once=True)
-    records = min(len(manifest), args.valid_records or len(manifest))
-    passes, args.eval_global_batch_size = evaluation_batches(
+    manifest = Manifest(data.valid_data, each_once=True)
+    records = min(len(manifest), data.valid_records or len(manifest))
+    parallel = settings_from(args, Parallelism)
+    args.eval_iters, args.eval_global_batch_size = evaluation_batches(
         records,
-        batch=args.eval_global_batch_size,
-        replicas=args.eval_micro_batch_size * args.data_parallel_size,
-        # The interleaved schedule takes micro-batches in groups.
-        group=(args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size)
-        if args.virtual_pipeline_model_parallel_size
-        else 1,
+        batch=batches.eval_global_batch_size,
+        replicas=batches.eval_micro_batch_size * parallel.data_parallel_size,
+        group=_micro_batch_group(parallel),
     )
-    args.eval_iters = passes
-    if first_rank:
-        print(
-            f"validation: {records} held-out records, each once every {args.eval_interval} steps", flush=True
-        )
-    if args.save and "://" not in args.save:
-        args.predictions_file = args.predictions_file or str(Path(args.save) / "predictions.jsonl")
-        args.report_file = args.report_file or str(Path(args.save) / "report.png")
+    _print_on_first_rank(
+        f"validation: {records} held-out records, each once every {batches.eval_interval} steps"
+    )
+    save = settings_from(args, CheckpointFiles).save
+    if save and "://" not in save:
+        args.predictions_file = data.predictions_file or str(Path(save) / "predictions.jsonl")
+        args.report_file = data.report_file or str(Path(save) / "report.png")
     return manifest
 
 
-def check_equal_on_all_ranks(args: argparse.Namespace, records: int) -> None:
-    """Raises UnusableData if ranks found different held-out data: evaluations would wait for each other forever.
+def _micro_batch_group(parallel: Parallelism) -> int:
+    """Number of which the micro-batches of a batch must be a multiple: the interleaved schedule needs groups."""
+    if not parallel.virtual_pipeline_model_parallel_size:
+        return 1
+    return parallel.microbatch_group_size_per_vp_stage or parallel.pipeline_model_parallel_size
 
-    Each rank has counted the records itself; a file that is written while a run starts, or one that differs
-    between nodes, gives them different numbers. Called on every rank.
+
+def _print_on_first_rank(text: str) -> None:
+    if is_first_rank():
+        print(text, flush=True)
+
+
+def check_equal_on_all_ranks(valid_data: str | None, records: int, batches: Batches) -> None:
+    """Check that all ranks found the same held-out data; otherwise evaluations would wait for each other forever.
+
+    Each rank has counted the records itself. The numbers differ if a file is written while a run starts, or differs
+    between nodes. Every rank must call it.
+
+    Args:
+        valid_data: value of --valid-data, for the message.
+        records: number of records found by this rank.
+        batches: sizes that `settle_validation` has set on this rank.
+
+    Raises:
+        UnusableData: the numbers differ.
     """
     mine = torch.tensor(
-        [records, args.eval_iters, args.eval_global_batch_size], dtype=torch.int64, device=platform.device()
+        [records, batches.eval_iters, batches.eval_global_batch_size],
+        dtype=torch.int64,
+        device=platform.device(),
     )
     most = torch.stack([mine, -mine])
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     high, low = most[0].tolist(), (-most[1]).tolist()
     if high != low:
         raise UnusableData(
-            f"--valid-data {args.valid_data} has {low[0]} records on one rank and {high[0]} on another: was it written "
+            f"--valid-data {valid_data} has {low[0]} records on one rank and {high[0]} on another: was it written "
             "to while the run started, or does it differ between nodes? Start again once it is the same everywhere"
         )
 
 
 def evaluation_batches(records: int, *, batch: int, replicas: int, group: int) -> tuple[int, int]:
-    """(batches, size of each) that hold `records` with few places left over.
+    """Number of batches and the size of each, so that they cover `records` with few places left over.
 
     Args:
-        records: held-out records.
-        batch: most records of a batch that the user wants, a multiple of `replicas`.
-        replicas: records that all data-parallel ranks take at a time.
-        group: a batch has a multiple of this many micro-batches per rank.
+        records: number of held-out records.
+        batch: maximum number of records of a batch that the user asked for, a multiple of `replicas`.
+        replicas: number of records that all data-parallel ranks take at a time.
+        group: number of which the micro-batches of a batch per rank must be a multiple.
     """
     needed = -(-records // replicas)
     micro_batches = max(min(batch // replicas, needed), 1)

@@ -82,12 +82,12 @@ def test_resume_gives_the_same_losses_bit_for_bit(
     if workers:
         alone = pool.run(1, entry.run, arguments(demo, *more, "--load", str(tmp_path / "two")))
         assert alone[0]["code"] == 0
-        assert "going on from 2 ranks x 1 workers as 1 ranks x 2 workers" in alone[0]["out"]
+        assert "resuming from 2 ranks x 1 workers with 1 ranks x 2 workers" in alone[0]["out"]
         assert alone[0]["losses"][3] == pytest.approx(losses[3], rel=1e-5)
     else:
         fresh = [*PLAIN, "--loader-workers", "0", "--load", str(tmp_path / "two"), "--restart-data"]
         other = pool.run(2, entry.run, arguments(demo, *fresh))
-        assert "the data starts anew" in other[0]["out"]
+        assert "the data start anew" in other[0]["out"]
         assert other[-1]["losses"][3] != losses[3]
 
 

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,10 @@ from typing import NamedTuple
 import pytest
 
 from megatron_internvlx import files
+from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.megatron_settings import CheckpointFiles
 from testing.checkpoints import differing
 from tests import entry
 from tests.distributed import RankError
@@ -188,7 +189,10 @@ def test_a_place_in_the_data_is_wanted_of_the_loader_that_has_one(unbroken, unbr
     from megatron_internvlx.training.loader_state import position_fault  # imports Energon
 
     def found(save: Path) -> str | None:
-        return position_fault(Namespace(save=str(save), load=None, dataloader_save=None), STEPS)
+        weights = CheckpointFiles(
+            save=str(save), load=None, pretrained_checkpoint=None, ckpt_step=None, finetune=False
+        )
+        return position_fault(weights, DataSettings(), STEPS)
 
     assert found(unbroken.save) is None  # the simple loader counts samples
     assert found(unbroken_packed.save) is None

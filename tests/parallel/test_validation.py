@@ -1,6 +1,5 @@
 """Validation on real ranks: every held-out record once in every layout, and no record ends the run."""
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from tests import entry  # isort: skip  (sets Megatron up)
 from megatron_internvlx.data.rejects import UnusableData
+from megatron_internvlx.megatron_settings import Batches
 from megatron_internvlx.training.validation import check_equal_on_all_ranks
 from tests.distributed import Pool
 from tools import make_demo_data
@@ -126,19 +126,28 @@ def test_no_held_out_record_ends_a_run_with_static_boundaries(pool: Pool, demo: 
     assert "cut to fit" in line
 
 
-def compare(args: argparse.Namespace, records: list[int]) -> str:
+def compare(valid_data: str, batches: Batches, records: list[int]) -> str:
     """What a rank with its own number of held-out records says."""
     try:
-        check_equal_on_all_ranks(args, records[torch.distributed.get_rank()])
+        check_equal_on_all_ranks(valid_data, records[torch.distributed.get_rank()], batches)
     except UnusableData as error:
         return str(error)
     return ""
 
 
 def test_ranks_that_found_other_held_out_data_do_not_train(pool: Pool) -> None:
-    args = argparse.Namespace(valid_data="meta.json", eval_iters=2, eval_global_batch_size=8)
-    assert pool.run(2, compare, args, [17, 17]) == ["", ""]
-    said = pool.run(2, compare, args, [17, 16])
+    batches = Batches(
+        seq_length=8,
+        micro_batch_size=1,
+        global_batch_size=8,
+        eval_micro_batch_size=1,
+        eval_global_batch_size=8,
+        eval_iters=2,
+        train_iters=1,
+        seed=1,
+    )
+    assert pool.run(2, compare, "meta.json", batches, [17, 17]) == ["", ""]
+    said = pool.run(2, compare, "meta.json", batches, [17, 16])
     assert said[0] == said[1]
     assert "has 16 records on one rank and 17 on another" in said[0]
 
