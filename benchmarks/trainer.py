@@ -61,6 +61,9 @@ class SampleData(DataProvider):
     def open_files(self) -> None:
         """There are none."""
 
+    def _pipeline(self) -> None:
+        """None: the tiles are made here."""
+
     def _loader(self, split: str) -> Iterator[HostBatch]:
         settings, size = plan_settings(self.args), self.args.image_size
         if settings.sample_budget is not None:  # several samples are a pack here, whoever packs

@@ -18,6 +18,7 @@ from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
@@ -265,10 +266,6 @@ class DataProvider:
 
     def _pipeline(self) -> TilePipeline | None:
         """What cuts this rank's training images, if their files come to it; held-out data come as tiles."""
-        if self.data.loader != "energon":
-            return None
-        from megatron_internvlx.training.loader_state import ranks_cut
-
         if not ranks_cut(self.data):
             return None
         cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)
