@@ -77,8 +77,7 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _pretend_world_size(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
-    deterministic = chosen.deterministic_mode or bool(recipe.get("deterministic_mode"))
-    defaults = platform.args_defaults(deterministic=deterministic) | OUR_DEFAULTS | named | recipe
+    defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
@@ -103,7 +102,6 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
-    peek.add_argument("--deterministic-mode", action="store_true")
     peek.add_argument("--dry-run", action="store_true")
     peek.add_argument("--dry-run-world-size", type=int)
     return peek.parse_known_args(argv)[0]

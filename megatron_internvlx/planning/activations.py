@@ -134,7 +134,7 @@ class ActivationModel:
         trained = self.backward.trains("llm")
         norm = self.norm(part * shape.hidden, trained=trained) - part * shape.hidden * self.width * trained
         rows = stats.output_rows
-        return norm + rows * shape.hidden * self.width * trained + 4 * rows * (shape.vocab // t)
+        return norm + rows * self.width * (shape.hidden * trained + shape.vocab // t)
 
     def layer_input(self, layer: int, stats: PlanStats) -> int:
         """What full recomputation keeps of a layer: the rows that enter it."""
