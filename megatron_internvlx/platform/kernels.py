@@ -176,8 +176,8 @@ class _AddNorm(torch.autograd.Function):
         g_y, g_out = (None, *gradients) if weight is None else gradients
         if g_y is None and g_out is None:
             return (None,) * 9
-        wants = (ctx.needs_input_grad[2], ctx.needs_input_grad[5] and g_y is not None)
-        wants += (ctx.needs_input_grad[6] and g_y is not None,)
+        normed = g_y is not None
+        wants = (ctx.needs_input_grad[2], *(wanted and normed for wanted in ctx.needs_input_grad[5:7]))
         parameters = [p if wanted else None for p, wanted in zip(ctx.parameters, wants, strict=True)]
         sums, add = _destinations(parameters, ctx.accumulate)
         like = g_out if g_y is None else g_y

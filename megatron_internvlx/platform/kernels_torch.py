@@ -77,7 +77,8 @@ def add_norm_backward(
         gradients of residual (empty without a norm: then it is `g_out`) and of branch (empty without one).
     """
     none = rstd.new_empty(0)
-    g, gradients = g_out, [None, None, None]
+    g = g_out
+    gradients: list[Tensor | None] = [None, None, None]
     if g_y is not None:
         g, *gradients[1:] = _norm_backward(g_y, x, weight, bias, mean, rstd, rms)
         g = g if g_out is None else g_out + g
@@ -162,7 +163,7 @@ def twin_norm_backward(
     """Gradient of `x`, where each norm was read twice; `sums` and `add` as in `add_norm_backward`."""
     normed = _wide(x) * rstd
     g_a, g_b = g_a + g_a2, g_b + g_b2
-    rows = [(g * normed.to(g.dtype)).flatten(0, -2).sum(0) for g in (g_a, g_b)]
+    rows: list[Tensor | None] = [(g * normed.to(g.dtype)).flatten(0, -2).sum(0) for g in (g_a, g_b)]
     _put(sums, rows, add)
     g = _wide(g_a * weight_a) + _wide(g_b * weight_b)
     return ((g - normed * (g * normed).mean(-1, keepdim=True)) * rstd).to(x.dtype)
