@@ -18,8 +18,8 @@ from megatron_internvlx.paths import check_command_line
 
 def main() -> int:
     """Train; returns 2 for a mistake of the caller, after one message."""
-    if usage.wanted(sys.argv[1:]):  # before the seconds that torch takes to import
-        return usage.show()
+    if usage.help_requested(sys.argv[1:]):  # before the seconds that torch takes to import
+        return usage.print_help()
     signals.block_stop_signals()
     signals.interrupts.arm()
     try:

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import ROOT, ratio
-from megatron_internvlx.checkpoint.hf_config import dims, model_config
+from megatron_internvlx.checkpoint.hf_config import model_config
 from megatron_internvlx.checkpoint.mapping import table
 from megatron_internvlx.checkpoint.safetensors_io import (
     SINGLE,
@@ -35,6 +35,7 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_at,
     write_header,
 )
+from megatron_internvlx.model.sizes import model_sizes
 
 CONFIGS = ROOT / "tests" / "golden" / "real_configs.json"
 ROUNDS = 6
@@ -64,7 +65,7 @@ def make_model(folder: Path) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     ours = model_config(config, _Released())  # type: ignore[arg-type]
-    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    entries = table(model_sizes(ours.arguments), ours.family, ours.layout)
     shapes = {n: s for e in entries for n, s in zip(e.theirs, e.shapes, strict=True)}
     shard = plan_shard(SINGLE, {n: TensorInfo(SINGLE, s, torch.bfloat16) for n, s in shapes.items()})
     write_header(folder, shard)

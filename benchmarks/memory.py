@@ -44,9 +44,8 @@ def peak() -> tuple[float, dict[str, float]]:
     from benchmarks.trainer import Trainer, plan_settings, tokens_of
     from megatron_internvlx.data.plan import build_plan
     from megatron_internvlx.planning import dryrun
-    from megatron_internvlx.planning.activations import ActivationModel, rank_activations
-    from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
-    from megatron_internvlx.planning.memory import StateSizes
+    from megatron_internvlx.planning.activations import rank_activations
+    from megatron_internvlx.planning.flops import PlanStats
 
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = psutil.Process().memory_info().rss / MIB
@@ -57,9 +56,8 @@ def peak() -> tuple[float, dict[str, float]]:
     args, checked = trainer.args, dryrun.check(trainer.args)
     settings = plan_settings(args)
     plan = build_plan(*tokens_of(EQUAL[0], settings.high_grid**2, args.vocab_size), settings)
-    sizes, backward = StateSizes.from_args(args), BackwardSettings.from_args(args)
-    model = ActivationModel(checked.shape, checked.layout, backward, sizes.weight, True)
-    parts, working, _ = rank_activations(model, 0, PlanStats.of(plan, padded=True), 1)
+    one = checked.model.layout.schedule(1)
+    parts, working, _ = rank_activations(checked.model, 0, PlanStats.of(plan, padded=True), one)
     state = checked.stages[0].state
     predicted = {
         "weights": state.weights,

@@ -26,12 +26,9 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
 from megatron_internvlx.data.plan import IGNORE, build_plan  # noqa: E402
-from megatron_internvlx.model.settings import compression_plan, vision_config  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
-from megatron_internvlx.planning.flops import BackwardSettings  # noqa: E402
 from megatron_internvlx.planning.metrics import StepMeter  # noqa: E402
-from megatron_internvlx.planning.parameters import ModelShape  # noqa: E402
 from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.training.graph import StepGraph  # noqa: E402
 from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
@@ -63,6 +60,9 @@ class SampleData(DataProvider):
 
     def open_files(self) -> None:
         """There are none."""
+
+    def _pipeline(self) -> None:
+        """None: the tiles are made here."""
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         settings, size = plan_settings(self.args), self.args.image_size
@@ -110,8 +110,7 @@ class Trainer:
         chunks = args.virtual_pipeline_model_parallel_size
         iterators = [RerunDataIterator(data(None, vp_stage=i)[0]) for i in range(chunks or 1)]
         self.iterator: Any = iterators if chunks else iterators[0]
-        shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-        self.forward_step.meter = StepMeter(shape, BackwardSettings.from_args(args))
+        self.forward_step.meter = StepMeter.from_args(args)
         self.config = get_model_config(self.model[0])
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.passes = get_forward_backward_func()

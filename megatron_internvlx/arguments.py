@@ -1,7 +1,7 @@
-"""Our settings as Megatron arguments, and the checks that need both.
+"""The command line: our settings added to Megatron's arguments, and the checks that need both.
 
-Defaults are set in this order, later ones winning: Megatron's, the platform's (CPU), ours, the
-model preset, the precision, a recipe file, the command line.
+Later defaults override earlier ones: Megatron's, the platform's (CPU), ours, the model preset, the precision,
+the recipe file, the command line.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
-    check_compression,
     check_decoding,
     check_packing,
     check_projector,
     check_static_budgets,
-    grid_side,
     settings_from,
 )
 from megatron_internvlx.model.presets import preset
-from megatron_internvlx.model.settings import vision_config
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.planning.split import settle_split
 from megatron_internvlx.precision import check_precision, precision_defaults, row_alignment
-from megatron_internvlx.ranges import check_given, check_numbers, check_schedule
-from megatron_internvlx.recipe import raise_errors, read_recipe
-from megatron_internvlx.refusals import refusals
+from megatron_internvlx.ranges import check_numbers, check_required, check_schedule
+from megatron_internvlx.recipe import raise_instead_of_exit, read_recipe
+from megatron_internvlx.refusals import translate_refusals
 from megatron_internvlx.usage import Formatter
 
-# What every run of ours needs from Megatron, whatever the model.
+# Megatron settings that every run of ours needs, whatever the model.
 OUR_DEFAULTS: dict[str, Any] = {
     "calculate_per_token_loss": True,
     "dataloader_type": "external",
@@ -54,47 +52,47 @@ OUR_DEFAULTS: dict[str, Any] = {
     "eval_interval": 1000,
     "rerun_mode": "disabled",
     "log_interval": 10,
-    # What a resumed run is told counts, as its first start's did; equal arguments change nothing.
+    # A resumed run follows its own arguments, not the checkpoint's; equal arguments change nothing.
     "override_opt_param_scheduler": True,
 }
 
 
 def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron's `extra_args_provider`: our flags, then the layered defaults."""
+    """Add our flags and set the layered defaults; the `extra_args_provider` of Megatron's parser."""
     for settings in SETTINGS:
         ArgumentGroupFactory(settings).build_group(parser, title=settings.__name__)
     parser.add_argument("--recipe", help="flat YAML file of arguments; the command line overrides it")
     parser.add_argument(
-        "--without", nargs="+", metavar="NAME", help="leave these settings of the recipe out, such as packing"
+        "--without", nargs="+", metavar="NAME", help="ignore these settings of the recipe, such as packing"
     )
     parser.add_argument("--help-all", action="help", help="list all arguments, Megatron's too, and exit")
     parser.formatter_class = Formatter
-    raise_errors(parser)
+    raise_instead_of_exit(parser)
     known = {action.dest for action in parser._actions}
-    chosen = _peek(sys.argv[1:])
+    chosen = _parse_early_flags(sys.argv[1:])
     recipe = read_recipe(chosen.recipe, parser, chosen.without or ()) if chosen.recipe else {}
     name = chosen.model_preset or recipe.get("model_preset")
-    _pretend_world_size(chosen, recipe)
+    _set_dry_run_world(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
     defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
-        raise ValueError(f"these settings are no arguments of this Megatron: {', '.join(unknown)}")
+        raise ValueError(f"settings unknown to this version of Megatron: {', '.join(unknown)}")
     tokenizer = chosen.tokenizer_model or defaults.get("tokenizer_model")
     if chosen.dry_run and tokenizer and not Path(tokenizer).is_dir():
-        tokenizer = None  # a dry run needs no files; the preset knows the size
+        tokenizer = None  # a dry run needs no files; the preset has the vocabulary size
     if tokenizer and chosen.vocab_size is None and "vocab_size" not in recipe:
         size = tokenizer_size(tokenizer)
-        # A released embedding is often a little larger than its tokenizer: keep the larger.
+        # A released embedding often has more rows than its tokenizer has ids: keep the larger size.
         keep = name is not None and "tiny" not in name
         defaults["vocab_size"] = max(size, defaults.get("vocab_size", 0) if keep else 0)
     parser.set_defaults(**defaults)
     return parser
 
 
-def _peek(argv: list[str]) -> argparse.Namespace:
-    """The few flags that decide other flags' defaults."""
+def _parse_early_flags(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags on which the defaults of other flags depend."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model-preset")
     peek.add_argument("--recipe")
@@ -107,16 +105,16 @@ def _peek(argv: list[str]) -> argparse.Namespace:
     return peek.parse_known_args(argv)[0]
 
 
-def _pretend_world_size(chosen: argparse.Namespace, recipe: dict[str, Any]) -> None:
-    """A dry run has the world size and the GPUs that it was asked about, not those of this process."""
+def _set_dry_run_world(chosen: argparse.Namespace, recipe: dict[str, Any]) -> None:
+    """Give a dry run the requested number of GPUs instead of this process's world size."""
     if chosen.dry_run:
         platform.pretend_hopper()
     size = chosen.dry_run_world_size
     size = recipe.get("dry_run_world_size") if size is None else size
     if size is not None and size < 1:
-        raise ValueError(f"--dry-run-world-size {size}: want a number of GPUs, at least 1")
+        raise ValueError(f"--dry-run-world-size {size}: must be a number of GPUs, at least 1")
     if chosen.dry_run and size:
-        os.environ["WORLD_SIZE"] = str(size)  # Megatron reads it here and nowhere else
+        os.environ["WORLD_SIZE"] = str(size)  # Megatron reads the world size only here
 
 
 def tokenizer_size(directory: str) -> int:
@@ -127,33 +125,39 @@ def tokenizer_size(directory: str) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Stop before anything is built if the combination cannot run. Raises ValueError."""
+    """Check all arguments and their combinations before anything is built. Raises ValueError."""
     check_numbers(args)
-    check_given(args)
+    check_required(args)
     check_schedule(args)
-    vision = vision_config(args)
-    compression = settings_from(args, CompressionSettings)
-    check_compression(compression, patches=vision.image_size // vision.patch_size, num_layers=args.num_layers)
+    sizes = model_sizes(args)
     check_projector(
-        compression, hidden_size=args.hidden_size, tensor_parallel=args.tensor_model_parallel_size
+        settings_from(args, CompressionSettings),
+        hidden_size=sizes.hidden,
+        tensor_parallel=args.tensor_model_parallel_size,
     )
     _check_world(args)
     _check_unsupported(args)
-    _check_precision(args, compression)
-    _check_static(args, compression, settings_from(args, TrainSettings), settings_from(args, DataSettings))
-    _check_training(args, settings_from(args, TrainSettings), settings_from(args, DataSettings))
-    _check_graph(args, settings_from(args, TrainSettings))
+    train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
+    check_precision(
+        args,
+        train.fp8_parts or ["decoder"],
+        tokens_per_tile=sizes.vision.tokens_per_tile,
+        cells=(sizes.entry_grid**2, sizes.high_grid**2),
+    )
+    _check_static(args, sizes, train, data)
+    _check_training(args, train, data)
+    _check_graph(args, train)
 
 
 def _check_world(args: argparse.Namespace) -> None:
-    """Ranks, experts and the global batch divide over the layout."""
+    """Check that ranks, experts and the global batch can be divided over the layout. Raises ValueError."""
     ranks, experts = args.world_size, args.num_experts or 0
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     expert, dry = args.expert_model_parallel_size, settings_from(args, RunSettings).dry_run
     if expert > 1 and (not experts or experts % expert):
         raise ValueError(
-            f"--expert-model-parallel-size {expert} does not divide the model's {experts} experts: "
-            + (f"use one of {', '.join(map(str, _divisors(experts)))}" if experts else "leave it out")
+            f"the model's {experts} experts cannot be divided by --expert-model-parallel-size {expert}: "
+            + (f"use one of {', '.join(map(str, _divisors(experts)))}" if experts else "remove it")
         )
     if experts and args.moe_router_topk > experts:
         raise ValueError(
@@ -179,27 +183,13 @@ def _check_world(args: argparse.Namespace) -> None:
     if batch and not args.rampup_batch_size and batch % (micro * data):
         near = max(round(batch / (micro * data)), 1) * micro * data
         raise ValueError(
-            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {data} data-parallel "
+            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {data} data-parallel "
             f"ranks = {micro * data} ({ranks} ranks / TP {tensor} / PP {pipeline}): use {near}"
         )
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _check_precision(args: argparse.Namespace, compression: CompressionSettings) -> None:
-    vision = vision_config(args)
-    patches = vision.patches_per_side
-    ratios = (
-        (compression.low_ratio, compression.high_ratio) if compression.lvtc else (compression.high_ratio,)
-    )
-    check_precision(
-        args,
-        settings_from(args, TrainSettings).fp8_parts or ["decoder"],
-        tokens_per_tile=vision.tokens_per_tile,
-        cells=tuple(round(patches * ratio) ** 2 for ratio in ratios),
-    )
 
 
 def _check_unsupported(args: argparse.Namespace) -> None:
@@ -216,8 +206,8 @@ def _check_unsupported(args: argparse.Namespace) -> None:
     asked = [flag for flag, on in refused.items() if on]
     if asked:
         raise ValueError(
-            f"{', '.join(asked)}: not supported with InternVL-X; the sequence length changes inside the "
-            "decoder, and these parts of Megatron were not made for that"
+            f"{', '.join(asked)}: not supported with InternVL-X, because the sequence length changes inside "
+            "the decoder; remove these flags"
         )
     if args.max_position_embeddings is not None and args.seq_length > args.max_position_embeddings:
         raise ValueError(
@@ -227,15 +217,10 @@ def _check_unsupported(args: argparse.Namespace) -> None:
 
 
 def _check_static(
-    args: argparse.Namespace, compression: CompressionSettings, train: TrainSettings, data: DataSettings
+    args: argparse.Namespace, sizes: ModelSizes, train: TrainSettings, data: DataSettings
 ) -> None:
     if train.boundary != "static":
         return
-    vision = vision_config(args)
-    patches = vision.image_size // vision.patch_size
-    high = grid_side(patches, compression.high_ratio, "--high-ratio")
-    low = grid_side(patches, compression.low_ratio, "--low-ratio") if compression.lvtc else high
-    tiles = data.max_tiles + (not data.no_thumbnail and data.max_tiles > 1)
     check_static_budgets(
         train,
         deep=args.seq_length,
@@ -244,10 +229,10 @@ def _check_static(
             1 if data.packing else args.micro_batch_size,
             (args.eval_micro_batch_size or args.micro_batch_size) if data.valid_data else 1,
         ),
-        sample_tiles=1 if data.static_image_size else tiles,
-        low_rows=low**2,
-        high_rows=high**2,
-        lvtc=compression.lvtc,
+        sample_tiles=1 if data.static_image_size else data.image_tiles,
+        low_rows=sizes.low_grid**2,
+        high_rows=sizes.high_grid**2,
+        lvtc=sizes.lvtc,
     )
 
 
@@ -288,20 +273,22 @@ def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSe
     if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
         raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
     if not 1 <= data.min_tiles <= data.max_tiles:
-        raise ValueError(f"--min-tiles {data.min_tiles} --max-tiles {data.max_tiles}: want 1 <= min <= max")
+        raise ValueError(
+            f"--min-tiles {data.min_tiles} must be at least 1 and at most --max-tiles {data.max_tiles}"
+        )
     if not args.calculate_per_token_loss:
-        raise ValueError("the loss weights need Megatron's --calculate-per-token-loss; do not switch it off")
+        raise ValueError("the loss weights need Megatron's --calculate-per-token-loss: do not turn it off")
     check_decoding(data)
     check_packing(data, train, micro_batch_size=args.micro_batch_size)
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Megatron's own checks; a failed one becomes a ValueError with its message or condition."""
+    """Run Megatron's own checks. Raises ValueError with the message or condition of a failed one."""
     if args.use_checkpoint_opt_param_scheduler:
         args.override_opt_param_scheduler = False
     if args.transformer_impl == "local" and not platform.output_layer_fuses_accumulation():
         args.gradient_accumulation_fusion = False
-    with refusals(args):
+    with translate_refusals(args):
         validate_args(args)
 
 
@@ -309,9 +296,11 @@ def parse(
     prepare: Callable[[argparse.Namespace], None] = lambda args: None,
     made_with: Callable[[argparse.Namespace], str | None] = lambda args: None,
 ) -> argparse.Namespace:
-    """Parse sys.argv, `prepare` and check, and fill Megatron's global variables. Raises ValueError.
+    """Parse and check sys.argv, and set Megatron's global variables. Raises ValueError.
 
-    `made_with`: see `settle_split`.
+    Args:
+        prepare: changes the parsed arguments before they are checked.
+        made_with: see `settle_split`.
     """
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
@@ -321,13 +310,13 @@ def parse(
     check_arguments(args)
     settle_split(args, made_with)
     validate(args)
-    with refusals(args):
+    with translate_refusals(args):
         set_global_variables(args)
     return args
 
 
 def default_to_one_rank() -> None:
-    """Set RANK=0, WORLD_SIZE=1 and a free MASTER_PORT where no launcher such as torchrun has set them."""
+    """Without torchrun, set RANK=0, WORLD_SIZE=1 and a free MASTER_PORT."""
     if "RANK" in os.environ or "MASTER_ADDR" in os.environ:
         return
     with socket.socket() as free:

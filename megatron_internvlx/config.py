@@ -6,8 +6,17 @@ so that an impossible combination stops before anything is built.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+PVTC_HEADS = 16
+"""Attention heads of PVTC, released."""
+PVTC_MLP_RATIO = 4
+"""Inner width of PVTC's gated MLP over h, released."""
+
+Arguments = argparse.Namespace | Mapping[str, Any]
+"""Parsed arguments, or some of them by name: a preset, an import's recipe, those in a checkpoint."""
 
 
 @dataclass
@@ -25,7 +34,7 @@ class VisionSettings:
     vision_recompute: bool = False
     """Recompute every vision layer in the backward pass instead of keeping its activations."""
     select_layer: int | None = None
-    """Which hidden state feeds the projectors: -1 the last one. Unset: the preset's."""
+    """Index of the hidden state that feeds the projectors; -1: the last one. Unset: the preset's."""
     vision_overrides: str | None = None
     """JSON object of InternViTConfig fields that differ from the preset; written by imports. Unset: none."""
 
@@ -37,11 +46,11 @@ class CompressionSettings:
     projector: Literal["pvtc", "mlp"] = "pvtc"
     """pvtc: the InternVL-X projector. mlp: InternVL's pixel shuffle and two linear layers."""
     pixel_shuffle_version: Literal["v1", "v2"] = "v2"
-    """Order of pixels in a shuffled block; released models use v2."""
+    """Order of the pixels in a pixel-shuffle block; released models use v2."""
     projector_drop_path: float = 0.1
-    """Drop-path rate inside PVTC, per window; the released code has 0.1 fixed. 0: off."""
+    """Drop-path rate inside PVTC, per window; always 0.1 in the released code. 0: off."""
     expand_layer: int | None = None
-    """LVTC: 0-based decoder layer at whose entry visual rows are upsampled. Unset: LVTC off."""
+    """LVTC: 0-based decoder layer before which visual rows are upsampled. Unset: LVTC off."""
     inject_layers: list[int] | None = None
     """LVTC: further layers (after expand_layer) that add a projection of the ViT features."""
     low_ratio: float = 0.25
@@ -49,7 +58,7 @@ class CompressionSettings:
     high_ratio: float = 0.5
     """Side ratio of the token grid to the patch grid from expand_layer on, or with LVTC off."""
     upsample: Literal["bilinear", "nearest"] = "bilinear"
-    """How shallow visual rows become deep ones; bilinear is align_corners=False."""
+    """Interpolation from shallow to deep visual rows; bilinear has align_corners=False."""
 
     @property
     def lvtc(self) -> bool:
@@ -57,7 +66,7 @@ class CompressionSettings:
         return self.expand_layer is not None
 
     def injection_layers(self) -> tuple[int, ...]:
-        """Every layer with a projector of its own at its entry: `expand_layer` first; () if off."""
+        """Layers with their own projector, `expand_layer` first; () if LVTC is off."""
         if self.expand_layer is None:
             return ()
         return (self.expand_layer, *sorted(self.inject_layers or ()))
@@ -65,14 +74,14 @@ class CompressionSettings:
 
 @dataclass
 class TrainSettings:
-    """What is trained, and how the loss weighs tokens."""
+    """Settings of the model, its precision, frozen parts, loss weights and boundaries."""
 
     model_preset: str | None = None
-    """Named model: sets Megatron's architecture flags and ours; later flags override it."""
+    """Name of a model: sets Megatron's and our architecture flags; later flags override it."""
     precision: str | None = None
-    """Named precision, such as bf16 or fp8_tensorwise (precision.py): sets Megatron's flags; later flags win."""
+    """Name of a precision, such as bf16 or fp8_tensorwise: sets Megatron's flags; later flags override it."""
     fp8_parts: list[str] | None = None
-    """What runs in FP8 under an FP8 precision: decoder (always), vision, projectors. Unset: the decoder."""
+    """Parts that run in FP8 under an FP8 precision: decoder (always), vision, projectors. Unset: the decoder."""
     freeze_vision: bool = False
     """Do not train the vision encoder."""
     freeze_llm: bool = False
@@ -95,86 +104,97 @@ class TrainSettings:
 
 @dataclass
 class DataSettings:
-    """Where samples come from and how images are cut into tiles."""
+    """Settings of the data, its loader, and the tiles of images."""
 
     data: str | None = None
-    """Training data: InternVL's meta.json, or with --loader energon what tools/prepare_data.py made of it."""
+    """Training data: InternVL's meta.json, or with --loader energon the output of tools/prepare_data.py."""
     loader: Literal["simple", "energon"] = "simple"
     """simple: reads meta.json, by global position. energon: reads a prepared directory, blends, packs."""
     packing: bool = False
     """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
     pack_buffer: int = 1000
-    """Samples of each loader process among which packs are chosen."""
+    """Number of buffered samples per loader process from which packs are made."""
     shuffle_buffer: int = 256
-    """Samples of each loader process from which the next is drawn at random (energon loader)."""
+    """Number of buffered samples per loader process for shuffling (energon loader)."""
     image_decoder: Literal["dali", "pillow"] = "pillow"
     """Image decoder of the energon loader: DALI or the Pillow reference."""
     decode_at: Literal["auto", "loader", "rank"] = "auto"
-    """Where DALI cuts images: in loader processes, or on the ranks that encode the tiles. auto: there if on GPUs."""
+    """Place where DALI cuts images: loader processes, or the ranks that encode the tiles. auto: there if on GPUs."""
     dataloader_save: str | None = None
-    """Directory for the energon loader's position, saved with each checkpoint. Unset: loader/ in --save."""
+    """Directory for the energon loader's state, saved with each checkpoint. Unset: loader/ in --save."""
     restart_data: bool = False
-    """On resume, start the data anew, in another order, instead of where the checkpoint left it."""
+    """On resume, restart the data from the beginning in a new order, ignoring the checkpoint's position."""
     valid_data: str | None = None
-    """InternVL meta.json of held-out data; each evaluation sees every record once. Unset: no validation."""
+    """InternVL meta.json of held-out data; each evaluation uses every record once. Unset: no validation."""
     valid_records: int | None = None
-    """Evaluate on so many records of --valid-data only, spread evenly over it. Unset: on all."""
+    """Number of records of --valid-data to evaluate on, spread evenly over it. Unset: all."""
     conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
     """Prompt template of data/conversation.py."""
     rvtc: Literal["area", "edge", "off"] = "area"
-    """Rule that picks the tile grid from the image size (RVTC); off is InternVL's search."""
+    """Rule that chooses the tile grid from the image size (RVTC); off: InternVL's rule."""
     min_tiles: int = 1
-    """Fewest tiles of a grid."""
+    """Minimum number of tiles of a grid."""
     max_tiles: int = 12
-    """Most tiles of a grid, thumbnail not counted."""
+    """Maximum number of tiles of a grid, not counting the thumbnail."""
     no_thumbnail: bool = False
-    """Leave out the whole-image thumbnail that follows the tiles of a grid larger than 1x1."""
+    """Omit the thumbnail of the whole image that follows the tiles of a grid larger than 1x1."""
     static_image_size: bool = False
     """One tile per image: the whole image stretched to image_size (released non-HD models)."""
     loader_workers: int = 2
     """Processes per loading rank that tokenize, decode and resize. 0: in the training process."""
     max_rejects: int | None = None
-    """Training stops once more samples than this were unusable. Unset: no limit but the rate."""
+    """Training stops after more unusable samples than this. Unset: only the rate is limited."""
     max_reject_rate: float = 0.05
-    """Training stops once a larger share of the samples was unusable; judged from 200 samples on. 1: off."""
+    """Training stops if a larger share of the samples is unusable, checked from 200 samples on. 1: off."""
     rejects_file: str | None = None
     """JSON lines file that lists every unusable sample. Unset: in the checkpoint directory, if any."""
     released_quirks: bool = False
-    """Repeat behaviours of the released data code that lose data (EXIF, surplus images); see docs/data.md."""
+    """Reproduce behaviours of the released data code that lose data (EXIF, surplus images); see docs/data.md."""
     predictions_file: str | None = None
-    """JSON lines file for the answers given in the last evaluation. Unset: predictions.jsonl in --save."""
+    """JSON lines file for the answers of the last evaluation. Unset: predictions.jsonl in --save."""
     report_file: str | None = None
-    """PNG with the loss curve and six validation images, drawn at each evaluation. Unset: report.png in --save."""
+    """PNG with the loss curve and six validation images, updated at each evaluation. Unset: report.png in --save."""
+
+    @property
+    def image_tiles(self) -> int:
+        """Tiles of an image at most, thumbnail included."""
+        return self.max_tiles + (not self.no_thumbnail and self.max_tiles > 1)
 
 
 @dataclass
 class RunSettings:
-    """How a run is checked before it starts, and how it survives faults."""
+    """Settings for dry runs, automatic resuming, tracking and fault handling."""
 
     dry_run: bool = False
     """Check everything, print layout, memory and batch sizes, and train nothing. Needs no data and no GPU."""
     dry_run_world_size: int | None = None
-    """Number of GPUs to check for; recipes state theirs. Unset: WORLD_SIZE."""
+    """Number of GPUs assumed by a dry run; recipes set their own. Unset: WORLD_SIZE."""
     dry_run_json: str | None = None
-    """Write the figures of a dry run to this file, too. Unset: not written."""
+    """JSON file for the results of a dry run. Unset: not written."""
     gpu_memory_gib: float | None = None
-    """Memory of one GPU, in GiB: a dry run that needs more fails. Unset: not checked."""
+    """Memory of one GPU in GiB; a dry run fails if more is needed. Unset: not checked."""
     auto_resume: bool = False
-    """Go on from the newest complete checkpoint in --save; the first start takes --load, if given."""
+    """Resume from the newest complete checkpoint in --save; the first start uses --load, if given."""
     max_tries: int = 3
-    """With --auto-resume, starts without a newer checkpoint in between after which training gives up."""
+    """With --auto-resume, number of starts without a new checkpoint after which training gives up."""
     mlflow_experiment: str | None = None
-    """Log to this MLflow experiment: at MLFLOW_TRACKING_URI, else in SQLite in --save. Unset: off."""
+    """MLflow experiment to log to, at MLFLOW_TRACKING_URI or in SQLite in --save. Unset: off."""
     stall_minutes: float = 30.0
-    """With --exit-signal-handler, a rank whose step takes longer prints its stacks and exits. 0: off."""
+    """With --exit-signal-handler, a rank prints its stacks and exits if a step takes longer. 0: off."""
 
 
 SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
 
 
-def settings_from[Settings](args: argparse.Namespace, settings: type[Settings]) -> Settings:
-    """One of our settings classes filled from the parsed arguments."""
-    return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})  # type: ignore[arg-type]
+def as_mapping(arguments: Arguments) -> Mapping[str, Any]:
+    """Arguments by name."""
+    return arguments if isinstance(arguments, Mapping) else vars(arguments)
+
+
+def settings_from[Settings](arguments: Arguments, settings: type[Settings]) -> Settings:
+    """Create a settings object from arguments; those left out keep their defaults."""
+    given = as_mapping(arguments)
+    return settings(**{field.name: given[field.name] for field in fields(settings) if field.name in given})  # type: ignore[arg-type]
 
 
 def grid_side(patches: int, ratio: float, name: str) -> int:
@@ -198,7 +218,7 @@ def check_compression(settings: CompressionSettings, *, patches: int, num_layers
         if settings.inject_layers:
             raise ValueError(
                 f"--inject-layers {settings.inject_layers} needs --expand-layer: injections add to "
-                "visual rows that were expanded before"
+                "visual rows that are already expanded"
             )
         return
     low = grid_side(patches, settings.low_ratio, "--low-ratio")
@@ -210,30 +230,42 @@ def check_compression(settings: CompressionSettings, *, patches: int, num_layers
         )
     if not 1 <= settings.expand_layer < num_layers:
         raise ValueError(
-            f"--expand-layer {settings.expand_layer} is outside 1..{num_layers - 1} "
+            f"--expand-layer {settings.expand_layer} must be between 1 and {num_layers - 1} "
             f"(the model has {num_layers} layers); leave it unset to switch LVTC off"
         )
     wrong = [m for m in settings.inject_layers or () if not settings.expand_layer < m < num_layers]
     if wrong:
         raise ValueError(
-            f"--inject-layers {wrong}: each must lie after --expand-layer {settings.expand_layer} "
-            f"and before {num_layers}"
+            f"--inject-layers {wrong}: each must be above --expand-layer {settings.expand_layer} "
+            f"and below {num_layers}"
         )
     if len(set(settings.inject_layers or ())) != len(settings.inject_layers or ()):
         raise ValueError(f"--inject-layers {settings.inject_layers} names a layer twice")
 
 
 def check_projector(settings: CompressionSettings, *, hidden_size: int, tensor_parallel: int) -> None:
-    """Check that PVTC's 16 heads and widths divide over the tensor-parallel group."""
+    """Check that PVTC's heads can be divided over the tensor-parallel group."""
     if settings.projector != "pvtc":
         return
-    if hidden_size % 16:
-        raise ValueError(f"PVTC has 16 attention heads: --hidden-size {hidden_size} is not a multiple of 16")
-    if 16 % tensor_parallel:
+    if hidden_size % PVTC_HEADS:
         raise ValueError(
-            f"PVTC has 16 attention heads, which --tensor-model-parallel-size {tensor_parallel} "
-            "does not divide: use 1, 2, 4, 8 or 16"
+            f"PVTC has {PVTC_HEADS} attention heads: --hidden-size {hidden_size} is not a multiple of {PVTC_HEADS}"
         )
+    if PVTC_HEADS % tensor_parallel:
+        raise ValueError(
+            f"PVTC has {PVTC_HEADS} attention heads, which cannot be divided by --tensor-model-parallel-size "
+            f"{tensor_parallel}: use 1, 2, 4, 8 or 16"
+        )
+
+
+def misaligned(name: str, rows: int, alignment: int) -> str:
+    """Error message with remedy for a row count that is not a multiple of `alignment`; "" if it is one."""
+    if not rows % alignment:
+        return ""
+    return (
+        f"{name} {rows} must be a multiple of {alignment} for the precision and sequence parallelism of this "
+        f"layout: use {-(-rows // alignment) * alignment}"
+    )
 
 
 def check_static_budgets(
@@ -247,14 +279,14 @@ def check_static_budgets(
     high_rows: int,
     lvtc: bool,
 ) -> None:
-    """Check the sizes that static boundaries pad every micro-batch to.
+    """Check the fixed sizes to which static boundaries pad every micro-batch.
 
     Args:
         train: the settings that hold the shallow and tile budgets.
         deep: --seq-length, the deep budget.
-        alignment: rows per phase must be a multiple of it.
-        samples: of a micro-batch, each of which has an equal share of the budgets.
-        sample_tiles: most tiles that one sample's image is cut into, thumbnail included.
+        alignment: number of which the rows per phase must be a multiple.
+        samples: number per micro-batch; each sample has an equal share of the budgets.
+        sample_tiles: maximum number of tiles of one sample's image, thumbnail included.
         low_rows: visual rows per tile in the shallow phase.
         high_rows: visual rows per tile in the deep phase.
         lvtc: whether there is a shallow phase.
@@ -273,22 +305,19 @@ def check_static_budgets(
     if lvtc and shallow is not None:
         sizes["--shallow-seq-length"] = shallow
     for name, rows in sizes.items():
-        if rows % alignment:
-            raise ValueError(
-                f"{name} {rows} is not a multiple of {alignment}, which the precision and sequence "
-                f"parallelism of this layout need: use {-(-rows // alignment) * alignment}"
-            )
+        if text := misaligned(name, rows, alignment):
+            raise ValueError(text)
     shared = f" for each of {samples} samples of a micro-batch" if samples > 1 else ""
     if tiles // samples < sample_tiles:
         raise ValueError(
-            f"--max-tiles-per-pack {tiles} does not hold one image of {sample_tiles} tiles{shared}: raise it to "
+            f"--max-tiles-per-pack {tiles} is too small for one image of {sample_tiles} tiles{shared}: raise it to "
             f"{samples * sample_tiles}, or lower --max-tiles"
         )
     wanted = {"--seq-length": sample_tiles * high_rows, "--shallow-seq-length": sample_tiles * low_rows}
     for name, rows in sizes.items():
         if rows // samples <= wanted[name]:
             raise ValueError(
-                f"{name} {rows} does not hold the {wanted[name]} visual rows of one image of {sample_tiles} "
+                f"{name} {rows} is too small for the {wanted[name]} visual rows of one image of {sample_tiles} "
                 f"tiles and some text{shared}: raise it, or lower --max-tiles"
             )
     if lvtc and shallow is not None and shallow > deep:
@@ -308,13 +337,15 @@ def check_decoding(data: DataSettings) -> None:
 
 
 def check_packing(data: DataSettings, train: TrainSettings, *, micro_batch_size: int) -> None:
-    """Check that packs can be made, and that a pack is a micro-batch."""
+    """Check that --packing has the loader and the micro-batch size that it needs."""
     if not data.packing:
         return
     if data.loader != "energon":
-        raise ValueError("--packing needs --loader energon, and --data a directory of tools/prepare_data.py")
+        raise ValueError(
+            "--packing needs --loader energon, and as --data a directory made by tools/prepare_data.py"
+        )
     if micro_batch_size != 1:
         raise ValueError(
-            f"--packing makes each pack a micro-batch: --micro-batch-size {micro_batch_size} must be 1; "
+            f"with --packing a micro-batch is one pack: --micro-batch-size {micro_batch_size} must be 1; "
             "raise --seq-length, --shallow-seq-length and --max-tiles-per-pack instead"
         )

@@ -1,9 +1,10 @@
-"""torchrun, with its arguments, that ends without a traceback of its own when the ranks have said why.
+"""Wrapper of torchrun that passes on the ranks' exit code and omits torchrun's traceback for known errors.
 
     python -m megatron_internvlx.launch --nproc-per-node 2 pretrain_vlm.py ...
 
-Its exit code is the ranks' where torchrun's is always 1, and 130 after Ctrl-C, 143 after SIGTERM, if the ranks ended
-as they should. What it does not know about an end, it leaves to torchrun to tell.
+It takes torchrun's arguments. torchrun itself always exits with 1 on failure; this program exits with the ranks'
+code, with 130 after Ctrl-C and with 143 after SIGTERM if the ranks ended normally. All other failures are reported
+by torchrun.
 """
 
 from __future__ import annotations
@@ -20,42 +21,47 @@ from megatron_internvlx.lifecycle.interrupt import INTERRUPTED
 from megatron_internvlx.lifecycle.lock import IN_USE
 from megatron_internvlx.lifecycle.resume import SAVE_FAILED, STOP
 
-SAID = (IN_USE, STOP, SAVE_FAILED, MISTAKE, INTERRUPTED)
-"""Exit codes of ranks that have named their reason."""
+EXPLAINED_EXITS = (IN_USE, STOP, SAVE_FAILED, MISTAKE, INTERRUPTED)
+"""Exit codes of ranks that have already printed their reason."""
 
 
 class _Filter(logging.Filter):
-    """Drops what torchrun says of ranks that end as they should."""
+    """Log filter that drops torchrun's messages about ranks that ended normally."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if re.match(r"Sending process \d+ closing signal|Received \d+ death signal", text):
             return False
         code = re.match(r"failed \(exitcode: (\d+)\)", text)
-        return code is None or int(code[1]) not in SAID
+        return code is None or int(code[1]) not in EXPLAINED_EXITS
 
 
-def _ended_by(number: int, codes: Mapping[int, int | None]) -> int:
-    """The exit code after a signal to torchrun; `codes` are the local ranks'. One line if any has not ended of it."""
+def _exit_code_after_signal(number: int, codes: Mapping[int, int | None]) -> int:
+    """Exit code after torchrun received signal `number`; prints one line if a local rank did not end from it.
+
+    Args:
+        number: of the signal.
+        codes: exit code of each local rank; None if it is still running.
+    """
     as_they_should = (0, INTERRUPTED, 128 + number, -number)
     wrong = {rank: code for rank, code in codes.items() if code not in as_they_should}
     if not wrong:
         return 128 + number
-    said = ", ".join(f"rank {rank} {_end(code)}" for rank, code in sorted(wrong.items()))
+    failed = ", ".join(f"rank {rank} {_describe_exit(code)}" for rank, code in sorted(wrong.items()))
     print(
-        f"launch: after {signal.Signals(number).name}, of this node's ranks: {said}",
+        f"launch: after {signal.Signals(number).name}, of this node's ranks: {failed}",
         file=sys.stderr,
         flush=True,
     )
     ends = list(wrong.values())
-    code = next((code for code in SAID if code in ends), ends[0])
-    # A rank that nothing ends will not be seen to end: as if killed.
+    code = next((code for code in EXPLAINED_EXITS if code in ends), ends[0])
+    # A rank that is still running has no exit code: report it as killed.
     return 128 + signal.SIGKILL if code is None else code if code > 0 else 128 - code
 
 
-def _end(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
-        return "still lives"
+        return "is still running"
     if code >= 0:
         return f"ended with {code}"
     try:
@@ -68,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run torchrun with these arguments (the command line's); returns the exit code."""
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # until torchrun takes it: importing it is nothing to be told about
+    )  # until torchrun installs its handler: an interrupted import needs no traceback
     print("launch: starting torchrun", file=sys.stderr, flush=True)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -79,14 +85,14 @@ def main(words: Sequence[str] | None = None) -> int:
             logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(_Filter())
     from megatron_internvlx.platform import torchrun
 
-    codes = torchrun.keep_exit_codes()
+    codes = torchrun.record_exit_codes()
     try:
         run.main(words)
     except SignalException as stop:
-        return _ended_by(int(stop.sigval), codes)
+        return _exit_code_after_signal(int(stop.sigval), codes)
     except ChildFailedError as failed:
         ends = {failure.exitcode for failure in failed.failures.values()}
-        for code in SAID:
+        for code in EXPLAINED_EXITS:
             if code in ends:
                 return code
         raise

@@ -1,7 +1,7 @@
-"""What every number of a run may be, in one table, and the few rules between two of them.
+"""The allowed range of every numeric argument, and the rules that relate two of them.
 
-Checked before anything is built, in the dry run too. Numbers that are not in the table must be finite and fit
-into 64 bits. Sizes that belong together (layouts, budgets, grids) are checked in `arguments.py` and `config.py`.
+Checked before anything is built, also in a dry run. Numbers that are not in the table must be finite and fit
+into 64 bits. Sizes that depend on each other (layouts, budgets, grids) are checked in `arguments.py` and `config.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both allowed unless they are `open`."""
+    """Interval of allowed values; both bounds are allowed unless `open` names them."""
 
     low: float
     high: float
     what: str
-    """What the number is, in its unit; ends the message."""
+    """Meaning and unit of the number; the end of the error message."""
     open: str = ""
-    """"low", "high" or both: this bound is itself out."""
+    """"low", "high" or both: bounds that are excluded."""
 
-    def holds(self, value: float) -> bool:
-        """Whether the value is inside; nan never is."""
+    def contains(self, value: float) -> bool:
+        """Whether the value is in the interval; False for NaN."""
         above = value > self.low if "low" in self.open else value >= self.low
         return above and (value < self.high if "high" in self.open else value <= self.high)
 
@@ -34,7 +34,7 @@ class Range:
         return f"{low} and {'below' if 'high' in self.open else 'at most'} {self.high:,}"
 
 
-_LARGE = 2**31 - 1  # what 32-bit sizes hold, and far beyond any run
+_LARGE = 2**31 - 1  # largest 32-bit size, far above the needs of any run
 _RATE = (0.0, 1.0)
 
 
@@ -57,10 +57,10 @@ RANGES = _table(
     ("pack_buffer", Range(1, _LARGE, "samples of a loader process among which packs are chosen")),
     ("shuffle_buffer", Range(0, _LARGE, "samples of a loader process from which one is drawn")),
     ("loader_workers num_workers", Range(0, 4096, "processes, 0: none of their own")),
-    ("valid_records", Range(1, _LARGE, "held-out records; leave it out for all")),
-    ("max_rejects", Range(0, _LARGE, "samples; leave it out for no limit")),
+    ("valid_records", Range(1, _LARGE, "held-out records; unset for all")),
+    ("max_rejects", Range(0, _LARGE, "samples; unset for no limit")),
     ("max_reject_rate", Range(*_RATE, "a share of the samples, 1: no limit")),
-    # How a run is checked and goes on
+    # Dry runs, resuming and fault handling
     ("dry_run_world_size", Range(1, 10_000_000, "GPUs")),
     ("gpu_memory_gib", Range(0, 1e6, "GiB of one GPU", "low")),
     ("max_tries", Range(1, _LARGE, "starts without a newer checkpoint")),
@@ -77,7 +77,7 @@ RANGES = _table(
     ("moe_input_jitter_eps", Range(*_RATE, "a share", "high")),
     (
         "moe_expert_capacity_factor",
-        Range(0, 1e6, "a multiple of the mean load; leave it out to drop no token", "low"),
+        Range(0, 1e6, "a multiple of the mean load; unset to drop no token", "low"),
     ),
     ("hidden_dropout attention_dropout", Range(*_RATE, "the share that is dropped", "high")),
     ("norm_epsilon", Range(0, 1, "added to the variance, such as 1e-6", "low")),
@@ -85,7 +85,7 @@ RANGES = _table(
     ("rotary_percent", Range(*_RATE, "the share of a head that RoPE turns", "low")),
     ("rope_scaling_factor", Range(0, 1e6, "RoPE's stretch", "low")),
     ("init_method_std embedding_init_method_std", Range(0, 1e3, "the spread of random weights")),
-    ("vocab_size", Range(1, _LARGE, "token ids; leave it out for the tokenizer's")),
+    ("vocab_size", Range(1, _LARGE, "token ids; unset for the tokenizer's")),
     ("make_vocab_size_divisible_by", Range(1, _LARGE, "token ids")),
     # Layout
     (
@@ -136,7 +136,7 @@ RANGES = _table(
     ("loss_scale_window hysteresis", Range(1, _LARGE, "steps of the loss scale of fp16")),
 )
 DESTINATIONS = {"norm_epsilon": "layernorm_epsilon"}
-"""Where argparse keeps what a flag of another name gave."""
+"""Flags whose argparse destination has another name: flag -> destination."""
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -146,32 +146,32 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Every number of the parsed arguments is finite and in its range. Raises ValueError with all that are not."""
+    """Check that every number is finite and in its range. Raises ValueError that lists all violations."""
     flags = {dest: name for name, dest in DESTINATIONS.items()}
     wrong = []
     for dest, given in sorted(vars(args).items()):
         name = flags.get(dest, dest)
         flag = f"--{name.replace('_', '-')}"
         for value in _numbers(given):
-            if (span := RANGES.get(name)) is not None and not span.holds(value):
-                wrong.append(f"{flag} {_shown(value)}: want {span} ({span.what})")
+            if (span := RANGES.get(name)) is not None and not span.contains(value):
+                wrong.append(f"{flag} {_shorten(value)}: must be {span} ({span.what})")
             elif not math.isfinite(value):
-                wrong.append(f"{flag} {value}: want a finite number")
+                wrong.append(f"{flag} {value}: must be a finite number")
             elif isinstance(value, int) and abs(value) >= 2**63:
-                wrong.append(f"{flag} {_shown(value)}: more than 64 bits hold")
+                wrong.append(f"{flag} {_shorten(value)}: must fit into 64 bits")
     if wrong:
         raise ValueError("; ".join(wrong))
 
 
-def _shown(value: float) -> str:
+def _shorten(value: float) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}... ({len(text)} digits)"
 
 
 def check_schedule(args: argparse.Namespace) -> None:
-    """What two numbers of the optimizer have to do with each other. Raises ValueError with both."""
+    """Check rules between two optimizer settings. Raises ValueError with both values."""
     if args.bf16 and args.fp16:
-        raise ValueError("--bf16 and --fp16: one of them; --precision bf16 sets the first")
+        raise ValueError("--bf16 and --fp16: set only one of them; --precision bf16 sets the first")
     for name in ("min_lr", "lr_warmup_init"):
         if getattr(args, name) > args.lr:
             raise ValueError(
@@ -180,8 +180,8 @@ def check_schedule(args: argparse.Namespace) -> None:
     start, end = args.start_weight_decay, args.end_weight_decay
     if args.weight_decay_incr_style != "constant" and (start is None or end is None or start > end):
         raise ValueError(
-            f"--weight-decay-incr-style {args.weight_decay_incr_style}: want --start-weight-decay (now {start}) "
-            f"and --end-weight-decay (now {end}), the first not above the second"
+            f"--weight-decay-incr-style {args.weight_decay_incr_style} needs --start-weight-decay (now {start}) "
+            f"and --end-weight-decay (now {end}), and the start must not be above the end"
         )
     for unit, total, other in (
         ("iters", args.train_iters, args.train_samples),
@@ -189,33 +189,33 @@ def check_schedule(args: argparse.Namespace) -> None:
     ):
         if total and other:
             raise ValueError(
-                f"--train-iters {args.train_iters} and --train-samples {args.train_samples}: one of them"
+                f"--train-iters {args.train_iters} and --train-samples {args.train_samples}: set only one of them"
             )
         if total:
             _check_warmup(args, unit, total)
 
 
 def _check_warmup(args: argparse.Namespace, unit: str, total: int) -> None:
-    """Megatron's scheduler wants the warm-up to end before the decay does."""
+    """Check that the warm-up ends before the decay, as Megatron's scheduler requires."""
     decay = getattr(args, f"lr_decay_{unit}") or total
     warmup = getattr(args, f"lr_warmup_{unit}")
     if args.lr_warmup_fraction is not None and warmup:
         raise ValueError(
-            f"--lr-warmup-fraction {args.lr_warmup_fraction} and --lr-warmup-{unit} {warmup}: one of them"
+            f"--lr-warmup-fraction {args.lr_warmup_fraction} and --lr-warmup-{unit} {warmup}: set only one of them"
         )
     if warmup >= decay:
         raise ValueError(
-            f"--lr-warmup-{unit} {warmup} is not below the {decay} {unit} after which the learning rate has "
-            f"decayed (--lr-decay-{unit}, else --train-{unit})"
+            f"--lr-warmup-{unit} {warmup} must be below the length of the decay, {decay} {unit} "
+            f"(--lr-decay-{unit}, else --train-{unit})"
         )
     if args.lr_decay_style == "WSD":
         last = getattr(args, f"lr_wsd_decay_{unit}")
         if last is None or not 0 < last <= decay:
-            raise ValueError(f"--lr-decay-style WSD: --lr-wsd-decay-{unit} is {last}, want 1 to {decay}")
+            raise ValueError(f"--lr-decay-style WSD: --lr-wsd-decay-{unit} is {last}, must be 1 to {decay}")
 
 
-def check_given(args: argparse.Namespace) -> None:
-    """All that training needs and nothing has set, in one message. Raises ValueError."""
+def check_required(args: argparse.Namespace) -> None:
+    """Check that all required settings are set. Raises ValueError that lists the missing ones."""
     wanted = {
         "num_layers": "or a --model-preset",
         "hidden_size": "or a --model-preset",
@@ -232,7 +232,7 @@ def check_given(args: argparse.Namespace) -> None:
         wanted["data"] = (
             "meta.json of the training data"
             if args.loader == "simple"
-            else "what tools/prepare_data.py made of the training data"
+            else "directory made by tools/prepare_data.py"
         )
         wanted["tokenizer_model"] = "a Hugging Face tokenizer directory"
     missing = [

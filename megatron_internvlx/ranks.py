@@ -1,30 +1,30 @@
-"""Which rank this process is, as its launcher says: before process groups exist, and where they are not needed."""
+"""Ranks as set by the launcher's environment variables, for code that runs without process groups."""
 
 import os
 
 
 def global_rank() -> int:
-    """Number of this process among all of the run; 0 without a launcher."""
+    """Global rank of this process; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all: rank 0, or the only one."""
+    """Whether this process has global rank 0, so that it prints for all ranks."""
     return global_rank() == 0
 
 
 def local_rank() -> int:
-    """Number of this process on its node; 0 without a launcher."""
+    """Rank of this process on its node; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launched_ranks() -> int:
-    """Processes of the run; 1 without a launcher."""
+    """Number of ranks of the run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_nodes() -> int:
-    """Groups of processes that the launcher made, one for each node; 1 without a launcher."""
+    """Number of nodes of the run; 1 without a launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 

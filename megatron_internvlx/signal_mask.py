@@ -1,4 +1,4 @@
-"""Blocked signals that stay blocked while Python starts processes."""
+"""Keep signals blocked while Python starts processes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from multiprocessing import resource_tracker
 
 
 @contextmanager
-def mask_kept() -> Iterator[None]:
-    """Processes started inside inherit the signal mask of this thread, and after it the mask is what it was.
+def keep_signal_mask() -> Iterator[None]:
+    """Context in which new processes inherit this thread's signal mask; the mask is restored afterwards.
 
     Python's resource tracker, which the first semaphore or forkserver starts, unblocks SIGINT and SIGTERM in the
     thread that starts it, whatever the mask was (seen on CPython 3.12.1), just before the forkserver inherits it.
-    So it is started here, by a thread of its own. While it lives nothing starts it again; should it have died, a
-    process started inside may start another one: hence the end.
+    So it is started here, in a separate thread, and is not started again while it runs. If it has died, a process
+    started in the block may start a new one and change the mask, so the mask is restored at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     starter = threading.Thread(target=resource_tracker.ensure_running, name="resource tracker")

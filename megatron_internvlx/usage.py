@@ -1,6 +1,6 @@
-"""`pretrain_vlm.py --help`: what people set, a line each, without the seconds that Megatron takes to import.
+"""The short help of `pretrain_vlm.py --help`: one line per commonly set flag, without importing Megatron.
 
-`--help-all`, which asks Megatron's parser, lists everything.
+`--help-all` uses Megatron's parser and lists every argument.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TITLES = {
     "DataSettings": "Data",
     "RunSettings": "Checks, resuming and tracking",
 }
-# Megatron's arguments that runs set, with the defaults that they have here (tests/unit/test_usage.py compares).
+# Megatron's arguments that users commonly set; tests/unit/test_usage.py checks their defaults.
 MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
     "Batches, steps and the optimizer (Megatron's)": (
         ("seq_length", "INT", "Tokens of a sample, or of a pack with --packing."),
@@ -39,15 +39,15 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
             "INT",
             "Samples (packs) of a step. Unset: one micro-batch per data-parallel rank.",
         ),
-        ("train_iters", "INT", "Steps; or --train-samples. A finished run goes on with a larger number."),
+        ("train_iters", "INT", "Steps; or --train-samples. A larger number continues a finished run."),
         ("lr", "FLOAT", "Peak of the learning rate."),
         ("min_lr", "FLOAT", "Learning rate at the end of the decay."),
         ("lr_decay_style", "NAME", "constant, linear, cosine, inverse-square-root or WSD."),
         ("lr_warmup_fraction", "FLOAT", "Share of the steps that warm up; or --lr-warmup-iters."),
-        ("weight_decay", "FLOAT", "Of all weights but biases and one-dimensional ones."),
+        ("weight_decay", "FLOAT", "For all weights except biases and one-dimensional ones."),
         ("adam_beta2", "FLOAT", "Decay of the running second moment."),
         ("clip_grad", "FLOAT", "Largest norm of the gradient. 0: not clipped."),
-        ("seed", "INT", "Of weights, data order and drop path."),
+        ("seed", "INT", "Random seed of weights, data order and drop path."),
     ),
     "Layout and memory (Megatron's)": (
         ("tensor_model_parallel_size", "INT", "TP: ranks that share a layer, inside a node."),
@@ -68,15 +68,15 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "Checkpoints, evaluation and log (Megatron's)": (
         ("tokenizer_model", "DIR", "Hugging Face tokenizer directory."),
-        ("save", "DIR", "Where checkpoints and everything else about the run go."),
+        ("save", "DIR", "Directory for checkpoints and all other files of the run."),
         ("save_interval", "INT", "Steps between two checkpoints."),
-        ("pretrained_checkpoint", "DIR", "An import or an earlier run whose weights the first start takes."),
+        ("pretrained_checkpoint", "DIR", "Import or earlier run whose weights the first start loads."),
         ("eval_interval", "INT", "Steps between two evaluations."),
         ("log_interval", "INT", "Steps between two lines of the log."),
-        ("exit_signal_handler", "", "End with a checkpoint at SIGTERM or SIGUSR1."),
+        ("exit_signal_handler", "", "On SIGTERM or SIGUSR1, save a checkpoint and exit."),
     ),
 }
-# As `arguments.OUR_DEFAULTS` and Megatron have them; what is not here is unset or off.
+# The defaults of `arguments.OUR_DEFAULTS` and Megatron; flags not listed are unset or off.
 DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 1,
     "min_lr": 0.0,
@@ -94,7 +94,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Formatter(argparse.HelpFormatter):
-    """Shows a help text as it is where % formatting fails: one stray `10%` would end the whole help."""
+    """Help formatter that prints a text unchanged if % formatting fails, as on a stray `10%`."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         try:
@@ -103,13 +103,13 @@ class Formatter(argparse.HelpFormatter):
             return action.help or ""
 
 
-def wanted(argv: Sequence[str]) -> bool:
-    """Whether the short help is asked for."""
+def help_requested(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for the short help."""
     return any(word in ("-h", "--help") for word in argv)
 
 
-def docstrings(settings: type) -> dict[str, str]:
-    """Field -> the text below it, which is its help; as Megatron's ArgumentGroupFactory reads it."""
+def field_docstrings(settings: type) -> dict[str, str]:
+    """Map each field to the docstring below it, its help text, like Megatron's ArgumentGroupFactory."""
     (body,) = ast.parse(inspect.getsource(settings)).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -125,7 +125,7 @@ def docstrings(settings: type) -> dict[str, str]:
 
 
 def _value_name(kind: Any) -> str:
-    """What stands for the value: the choices, or its kind; "" for a switch."""
+    """Placeholder for a flag's value: the choices or the type; "" for a switch."""
     arguments = [one for one in get_args(kind) if one is not type(None)]
     if get_origin(kind) is Literal:
         return "|".join(map(str, arguments))
@@ -136,33 +136,35 @@ def _value_name(kind: Any) -> str:
     return {bool: "", int: "INT", float: "FLOAT"}.get(kind, "TEXT")
 
 
-def _line(name: str, value: str, text: str, default: Any) -> str:
+def _flag_line(name: str, value: str, text: str, default: Any) -> str:
     flag = f"  --{name.replace('_', '-')} {value}".rstrip()
     if "|" in value and len(flag) > FLAG_WIDTH:
         named = all(choice in text for choice in value.split("|"))
-        return _line(name, "NAME", text if named else f"{text} {value.replace('|', ', ')}.", default)
+        return _flag_line(name, "NAME", text if named else f"{text} {value.replace('|', ', ')}.", default)
     shown = "" if default is None or default is False else f" [{default}]"
     return f"{flag.ljust(FLAG_WIDTH)}  {text}{shown}"
 
 
-def lines() -> Iterator[str]:
-    """The short help."""
+def help_lines() -> Iterator[str]:
+    """Lines of the short help."""
     yield from HEAD.splitlines()
     for title, rows in MEGATRON.items():
         yield f"\n{title}"
-        yield from (_line(name, value, text, DEFAULTS.get(name)) for name, value, text in rows)
+        yield from (_flag_line(name, value, text, DEFAULTS.get(name)) for name, value, text in rows)
     for settings in SETTINGS:
         yield f"\n{_TITLES.get(settings.__name__, settings.__name__)}"
-        kinds, texts = get_type_hints(settings), docstrings(settings)
+        kinds, texts = get_type_hints(settings), field_docstrings(settings)
         for field in fields(settings):
-            yield _line(field.name, _value_name(kinds[field.name]), texts.get(field.name, ""), field.default)
+            yield _flag_line(
+                field.name, _value_name(kinds[field.name]), texts.get(field.name, ""), field.default
+            )
     yield "\nRecipes"
-    yield _line("recipe", "FILE", "Flat YAML file of arguments; the command line overrides it.", None)
-    yield _line("without", "NAME ...", "Leave these settings of the recipe out, such as packing.", None)
+    yield _flag_line("recipe", "FILE", "Flat YAML file of arguments; the command line overrides it.", None)
+    yield _flag_line("without", "NAME ...", "Ignore these settings of the recipe, such as packing.", None)
 
 
-def show() -> int:
-    """Print the short help, on one rank; returns the exit code."""
+def print_help() -> int:
+    """Print the short help on rank 0; returns the exit code."""
     if is_first_rank():
-        print("\n".join(lines()))
+        print("\n".join(help_lines()))
     return 0

@@ -1,7 +1,7 @@
-"""YAML that people write: recipes and grids of experiments. One loader, which takes no file at its word.
+"""Safe loader for YAML files written by users: recipes and grids of experiments.
 
-Only plain data, no key twice (YAML itself takes the last, so that a line far below changes a run), and bounds
-on size, nesting and what aliases stand for, so that no file can exhaust memory or the stack.
+It accepts plain data only and rejects duplicate keys (YAML would silently use the last one). Size, nesting and
+expanded aliases are limited, so that no file can exhaust memory or the stack.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import yaml
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
-MAX_NODES = 20_000  # values and keys, those that an alias repeats counted each time
+MAX_NODES = 20_000  # values and keys, with aliases expanded
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which stops before it recurses too deep."""
+    """PyYAML's safe loader with a limit on nesting."""
 
     depth = 0
 
@@ -34,10 +34,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_yaml(path: str | Path) -> Any:
-    """What a YAML file says.
+    """Load the content of a YAML file.
 
-    Raises ValueError, in one line and without the path: no such file, no text, no YAML, a key that is there
-    twice (with both lines), or a file over the bounds of this module.
+    Raises a one-line ValueError, without the path: no such file, not text, not YAML, a duplicate key (with
+    both line numbers), or a file above this module's limits.
     """
     try:
         with Path(path).open("rb") as file:
@@ -45,7 +45,7 @@ def load_yaml(path: str | Path) -> Any:
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     if len(raw) > MAX_BYTES:
-        raise ValueError(f"not read: it has more than {MAX_BYTES:,} bytes")
+        raise ValueError(f"file too large: at most {MAX_BYTES:,} bytes are allowed")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -56,7 +56,7 @@ def load_yaml(path: str | Path) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _weigh(node, {})
+            _count_values(node, {})
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -68,8 +68,8 @@ def load_yaml(path: str | Path) -> Any:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
-def _weigh(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values and keys below a node, aliases written out; looks for keys that are there twice on the way."""
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Number of values and keys below a node, with aliases expanded; checks for duplicate keys too."""
     line = node.start_mark.line + 1
     if id(node) in known:
         if known[id(node)] == 0:
@@ -82,15 +82,15 @@ def _weigh(node: yaml.Node, known: dict[int, int]) -> int:
     elif isinstance(node, yaml.MappingNode):
         _check_keys(node, names=len(known) == 1)
         below = [part for pair in node.value for part in pair]
-    weight = 1 + sum(_weigh(part, known) for part in below)
+    weight = 1 + sum(_count_values(part, known) for part in below)
     if weight > MAX_NODES:
-        raise ValueError(f"line {line}: more than {MAX_NODES:,} values, aliases written out")
+        raise ValueError(f"line {line}: more than {MAX_NODES:,} values with aliases expanded")
     known[id(node)] = weight
     return weight
 
 
 def _check_keys(node: yaml.MappingNode, *, names: bool) -> None:
-    """Raises ValueError for a key that is there twice; with `names`, train-iters and train_iters are one."""
+    """Raise ValueError for a duplicate key; with `names`, train-iters and train_iters are the same key."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.checkpoint.target import warm_up
+from megatron_internvlx.checkpoint.target import preload_workers
 
 MAX_RANKS = 8
 MAX_THREADS = 60  # of a rank between two jobs
@@ -51,7 +51,7 @@ class Pool:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
-        warm_up(preload)
+        preload_workers(preload)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._workers: list[_Worker | None] = [None] * MAX_RANKS
         self._jobs = 0

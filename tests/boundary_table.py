@@ -27,7 +27,7 @@ import torch
 from megatron.training import get_args
 
 from megatron_internvlx.data.plan import SequencePlan
-from megatron_internvlx.model.settings import compression_plan
+from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.layout import boundary_content
 from megatron_internvlx.training.provider import plan_settings
 from tests.distributed import Pool
@@ -73,13 +73,13 @@ def measure(changes: list[str], **options: Any) -> dict[str, Any]:
 
 def formula(plan: SequencePlan, args: Any, next_layer: int, direction: str) -> int:
     """Bytes of one micro-batch over one boundary on one rank; rows and features of its TP share."""
-    compression = compression_plan(args)
-    content = boundary_content(next_layer, compression.injection_layers)
+    sizes = model_sizes(args)
+    content = boundary_content(next_layer, sizes.injection_layers)
     hidden = args.hidden_size
     elements = (plan.deep if content.deep else plan.shallow).length * hidden
     tiles = args.max_tiles_per_pack if args.boundary == "static" else max(plan.num_tiles, 1)
     if content.carry and not (direction == "backward" and args.freeze_vision):
-        features = tiles * (1 + compression.patches**2) * compression.vision_hidden_size
+        features = tiles * sizes.features_per_tile
         # Sent as rows of width h, as many on every TP rank.
         whole = hidden * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
         elements += -(-features // whole) * whole

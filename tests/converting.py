@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_internvlx.checkpoint.hf_config import dims, model_config
+from megatron_internvlx.checkpoint.hf_config import model_config
 from megatron_internvlx.checkpoint.mapping import output_names, table
+from megatron_internvlx.model.sizes import model_sizes
 
 TOKENIZER = Path(__file__).parent / "golden" / "data" / "tokenizers" / "qwen2_fast"
 VOCABULARY = 713  # one more than the tokenizer's, and odd, so that tensor parallelism pads it
@@ -130,9 +131,9 @@ def make_directory(
     ours = model_config(config, Named(*marks))
     generator = torch.Generator().manual_seed(3)
     dtype = getattr(torch, ours.dtype)
-    sizes = dims(ours.arguments, ours.family)
+    sizes = model_sizes(ours.arguments)
     tensors: dict[str, torch.Tensor] = {}
-    for entry in table(sizes, ours.layout):
+    for entry in table(sizes, ours.family, ours.layout):
         for name, shape in zip(entry.theirs, entry.shapes, strict=True):
             drawn = torch.randn(shape, generator=generator)
             if len(shape) == 1:

@@ -14,22 +14,22 @@ HEAD = """# Every layout gives the numbers of one process
 
 Measured by `python -m tests.layout_table` on CPU with gloo, fp32 (bf16 where named); `make test` checks
 every row. Each row trains one step on the same four micro-batches from the same weights and is compared
-with one process: the loss (relative, limit 2e-6), the gradient norm that is reported and clipped by (the
-same), every gradient gathered to full shape (norm of the difference by the norm, and largest element of the
-difference by the largest element: limit 2e-5), every weight after the step (absolute, limit 2e-6). The worst
-of all tensors is shown; 0e+00 is bit-equal. Gradients that every TP rank has must be bit-equal on all of them.
+with one process: the loss (relative, limit 2e-6), the gradient norm used for reporting and clipping (the
+same limit), every gradient gathered to full shape (norm of the difference divided by the norm, and largest element of
+the difference divided by the largest element: limit 2e-5), every weight after the step (absolute, limit 2e-6). The
+worst of all tensors is shown; 0e+00 is bit-equal. Gradients of replicated weights must be bit-equal on all TP ranks.
 
-bf16 is compared with bf16 on one process. Tensor parallelism rounds partial sums there, so that a gradient
-differs by a hundredth of its norm; the limits are 5e-4, 4e-3, 2.5e-2, 1.2e-1 and 2e-3, and a gradient whose
-norm is below a hundredth of the whole gradient's is compared by that hundredth. An error of 5 % in one layer
-or projector breaks them.
+bf16 is compared with bf16 on one process. Tensor parallelism then rounds partial sums, so that a gradient
+differs by a hundredth of its norm; the limits are 5e-4, 4e-3, 2.5e-2, 1.2e-1 and 2e-3, and for a gradient whose
+norm is below a hundredth of the whole gradient's, the difference is divided by that hundredth. An error of 5 % in one
+layer or projector exceeds these limits.
 
-The model has 8 decoder layers, two query heads per key-value head and 8 x 8 patches per tile, of which come
+The model has 8 decoder layers, two query heads per key-value head and 8 x 8 patches per tile, which give
 2 x 2 shallow and 4 x 4 deep tokens. Settings: lvtc expands at layer 3 and injects at 5, packed samples;
 frozen: no gradient of the vision encoder; three: expansion at 2, injections at 4 and 6; crowded: 4, 5
 and 6 on one stage; expand at n: no injection except at 6 for n = 4; off: no LVTC; single: one sample per
 micro-batch, one of them without image; text: every second micro-batch has text only (with DP 2, one
-replica never sees a tile); tied: output layer tied to the embedding; square: other loss weights, MLP
+replica has no tile at all); tied: output layer tied to the embedding; square: other loss weights, MLP
 projector, nearest upsampling; drop: 0.3 of the projectors' windows dropped; experts, balanced: 4 experts
 without and with the load-balancing loss.
 
@@ -37,7 +37,7 @@ Layout words: tp, pp, ep, etp: sizes, the last two of the experts (data parallel
 sequence parallel; per_stage: layers per virtual stage, which makes the schedule interleaved; layers:
 explicit layout of virtual stages (E embedding and vision encoder, t decoder layer, L loss); static:
 fixed budgets; full, selective, moe (experts): recompute; zero: distributed optimizer; overlap: overlapped reduction and
-gather; batched, flush: Megatron's other ways to send.
+gather; batched, flush: Megatron's other communication modes.
 
 | setting | layout | ranks | loss | norm | gradient | element | weight |
 |---|---|---|---|---|---|---|---|"""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.model.decoder import CompressionPlan
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.internvlx import InternVLX
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.device_plan import device_plan
 
@@ -34,28 +34,23 @@ def whole_model(
         "add_bias_linear": False,
         **decoder,
     }
-    plan = {
-        "projector": "pvtc",
-        "pixel_shuffle_version": "v2",
-        "drop_path": 0.0,
-        "injection_layers": (),
-        "upsample": "bilinear",
-        "patches": vit.patches_per_side,
-        "vision_hidden_size": vit.hidden_size,
-        "high_grid": vit.patches_per_side // 2,
-        **compression,
-    }
-    plan.setdefault("low_grid", plan["high_grid"])
-    return InternVLX(
-        decoder_config(**fields),
-        vit,
-        CompressionPlan(**plan),
-        vocab_size=vocab_size,
-        real_vocab_size=vocab_size,
-        max_sequence_length=4096,
-        rotary_base=rotary_base,
-        share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+    grids = {"high_grid": vit.patches_per_side // 2, **compression}
+    grids.setdefault("low_grid", grids["high_grid"])
+    config = decoder_config(**fields)
+    sizes = ModelSizes(
+        config.num_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_query_groups,
+        config.kv_channels,
+        config.ffn_hidden_size,
+        vocab=vocab_size,
+        padded_vocab=vocab_size,
+        vision=vit,
+        tied=share_embeddings_and_output_weights,
+        **grids,
     )
+    return InternVLX(config, sizes, max_sequence_length=4096, rotary_base=rotary_base)
 
 
 def micro_batch(plan: SequencePlan, tiles: Tensor) -> MicroBatch:
@@ -72,6 +67,6 @@ def plan_for(
     **more,
 ) -> SequencePlan:
     """The plan of samples given in the deep layout, for this model's grids."""
-    compression = model.compression
-    settings = PlanSettings(compression.low_grid, compression.high_grid, compression.lvtc, **more)
+    sizes = model.sizes
+    settings = PlanSettings(sizes.low_grid, sizes.high_grid, sizes.lvtc, **more)
     return build_plan(ids, labels, visual, settings)

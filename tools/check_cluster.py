@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What is missing or slow on a node, or between nodes, before a job finds out.
+"""Check nodes and their network for missing or slow parts before a job starts.
 
-    python tools/check_cluster.py --node                       # this node alone; seconds
+    python tools/check_cluster.py --node                       # only this node; takes seconds
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/check_cluster.py --shared /checkpoints
 
-Each line is `ok`, `slow` or `missing`, the check, and the host. Ends with 0 if nothing is missing, 1
-otherwise; with `--strict` slow counts too. train.sbatch runs the first form on every node before a job, and
-with PREFLIGHT=2 the second one.
+Each line is `ok`, `slow` or `missing`, the host, and the check. The exit code is 0 if nothing is missing, otherwise
+1; with `--strict`, slow counts as missing. train.sbatch runs the first form on every node before a job, and with
+PREFLIGHT=2 the second one too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -36,21 +36,21 @@ from PIL import Image
 from megatron_internvlx import platform
 from megatron_internvlx.data.rvtc import tile_grid
 from megatron_internvlx.ranks import local_rank
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 GIB = 1 << 30
 MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
-# GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, stay below;
-# one InfiniBand adapter of 200 Gbit/s per node is enough to be above.
+# GB/s of an all-reduce under NCCL. Sockets instead of RDMA, or PCIe without direct access between GPUs, are slower;
+# one InfiniBand adapter of 200 Gbit/s per node is faster.
 SLOW_LINK = 20.0
 # Images per second of 1200x900 on one GPU: an H100 without its JPEG engines does three times as many.
 SLOW_DECODING = 1000.0
-SLOW_SHARE = 0.8  # of the median: a rank below it holds all others back
+SLOW_SHARE = 0.8  # of the median speed; a slower rank delays all others
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding."""
+    """Result of one check on one host."""
 
     status: str
     """ok, slow or missing."""
@@ -63,16 +63,16 @@ class Check:
 
 
 def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
-    """What can be seen from one process of a node. `gpus`: how many there should be; 0: any number."""
-    yield from _guarded("GPUs", lambda: _gpus(gpus))
+    """Run all checks of one node in this process. `gpus`: expected number of GPUs; 0: any number."""
+    yield from _run_check("GPUs", lambda: _check_gpus(gpus))
     for package in ("megatron-core", "megatron-energon", "mlflow", "transformers"):
-        yield _installed(package, needed=True)
+        yield _check_package(package, needed=True)
     if platform.backend() == "nccl":
-        yield from _guarded("Transformer Engine", _transformer_engine)
-        yield _installed("flash-attn", needed=False)
-    yield from _guarded("DALI", _dali)
-    yield from _guarded("scratch", lambda: _scratch(scratch))
-    shared = Path("/dev/shm")  # loader workers hand over pictures through it
+        yield from _run_check("Transformer Engine", _check_transformer_engine)
+        yield _check_package("flash-attn", needed=False)
+    yield from _run_check("DALI", _check_dali)
+    yield from _run_check("scratch", lambda: _check_scratch(scratch))
+    shared = Path("/dev/shm")  # used by loader workers to pass images
     room = shutil.disk_usage(shared).total / GIB if shared.is_dir() else 0.0
     yield Check("ok" if room >= 1 else "slow", "shared memory", f"{room:.1f} GiB")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -83,48 +83,48 @@ def node_checks(gpus: int, scratch: Path) -> Iterator[Check]:
         yield Check("ok" if unlimited else "slow", "locked memory", "unlimited" if unlimited else f"{locked}")
 
 
-def _scratch(folder: Path) -> Check:
+def _check_scratch(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free / GIB
     if not os.access(folder, os.W_OK):
         return Check("missing", "scratch", f"no permission to write in {folder}")
     return Check("ok" if free > 10 else "slow", "scratch", f"{free:.0f} GiB free in {folder}")
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Iterator[Check]:
+def _run_check(name: str, check: Callable[[], Check]) -> Iterator[Check]:
     try:
         yield check()
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a broken installation can raise any error
         yield Check("missing", name, f"{type(error).__name__}: {str(error).splitlines()[0][:150]}")
 
 
-def _installed(package: str, *, needed: bool) -> Check:
+def _check_package(package: str, *, needed: bool) -> Check:
     try:
         return Check("ok", package, version(package))
     except PackageNotFoundError:
         return Check("missing" if needed else "slow", package, "not installed")
 
 
-def _gpus(wanted: int) -> Check:
+def _check_gpus(wanted: int) -> Check:
     found = torch.cuda.device_count()
     if platform.backend() != "nccl":
-        return Check("missing" if wanted else "slow", "GPUs", "none: runs would be on the CPU")
+        return Check("missing" if wanted else "slow", "GPUs", "none found: runs would use the CPU")
     name = platform.device_name()
     free, total = torch.cuda.mem_get_info()
     detail = f"{found} x {name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
     if wanted and found < wanted:
-        return Check("missing", "GPUs", f"{detail}; {wanted} wanted")
+        return Check("missing", "GPUs", f"{detail}; {wanted} expected")
     return Check("ok" if free > 0.9 * total else "slow", "GPUs", detail)
 
 
-def _transformer_engine() -> Check:
+def _check_transformer_engine() -> Check:
     import_module("transformer_engine.pytorch")
     supported, reason = import_module("transformer_engine.pytorch.fp8").check_fp8_support()
     text = f"{version('transformer-engine')}, FP8 {'works' if supported else 'does not: ' + reason}"
     return Check("ok" if supported else "slow", "Transformer Engine", text)
 
 
-def _dali() -> Check:
-    """Cut pictures for a second, on the GPU if there is one."""
+def _check_dali() -> Check:
+    """Decode images and cut them into tiles for a second, on the GPU if there is one."""
     from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
     from megatron_internvlx.data.encoded import EncodedImage
 
@@ -156,10 +156,10 @@ def _dali() -> Check:
 
 
 def world_checks(shared: Path | None, megabytes: int, slowest: float) -> list[Check]:
-    """What concerns all ranks; every rank calls it, rank 0 gets the findings."""
-    checks = [*_clock(), *_compute(), *_all_reduce(megabytes, slowest)]
+    """Run the checks between ranks; call it on every rank. Rank 0 gets all results."""
+    checks = [*_compare_clocks(), *_time_matrix_products(), *_measure_all_reduce(megabytes, slowest)]
     if shared is not None:
-        checks += _shared_files(shared, megabytes)
+        checks += _check_shared_files(shared, megabytes)
     return checks
 
 
@@ -169,7 +169,7 @@ def _gather(value: object) -> list:
     return values
 
 
-def _clock() -> Iterator[Check]:
+def _compare_clocks() -> Iterator[Check]:
     dist.barrier()
     times = _gather(time.time())
     middle = statistics.median(seconds for _, seconds in times)
@@ -179,7 +179,7 @@ def _clock() -> Iterator[Check]:
     yield Check("slow" if skew > MOST_SKEW else "ok", "clocks", detail, host if skew > MOST_SKEW else "")
 
 
-def _compute() -> Iterator[Check]:
+def _time_matrix_products() -> Iterator[Check]:
     """Matrix products of each rank: one slow GPU slows the whole job."""
     side, rounds = (8192, 20) if platform.backend() == "nccl" else (256, 3)
     a = torch.randn(side, side, device=platform.device(), dtype=torch.bfloat16)
@@ -199,7 +199,7 @@ def _compute() -> Iterator[Check]:
         yield Check("ok", "matrix products", f"{middle:.3g} TFLOP/s on the median rank")
 
 
-def _all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
+def _measure_all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
     """Bus bandwidth, as nccl-tests counts it: 2 (n-1)/n bytes per byte of the buffer."""
     ranks = dist.get_world_size()
     buffer = torch.zeros(megabytes << 18, device=platform.device())
@@ -214,11 +214,11 @@ def _all_reduce(megabytes: int, slowest: float) -> Iterator[Check]:
     speed = 2 * (ranks - 1) / ranks * buffer.nbytes / seconds / 1e9
     detail = f"{speed:.2f} GB/s over {ranks} ranks, {megabytes} MiB"
     slow = ranks > 1 and speed < slowest
-    yield Check("slow" if slow else "ok", "all-reduce", detail + (f"; {slowest:g} wanted" if slow else ""))
+    yield Check("slow" if slow else "ok", "all-reduce", detail + (f"; {slowest:g} expected" if slow else ""))
 
 
-def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
-    """Rank 0 writes a file, and every host must see all of it."""
+def _check_shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
+    """Check that every host sees the whole file that rank 0 writes."""
     path = folder / f".check-cluster-{os.environ.get('SLURM_JOB_ID', os.getppid())}"
     written: list = [str(path), 0.0, ""]
     if dist.get_rank() == 0:
@@ -236,63 +236,67 @@ def _shared_files(folder: Path, megabytes: int) -> Iterator[Check]:
         yield Check("missing", "shared files", f"rank 0 cannot write to {folder}: {problem}")
         return
     sizes = _gather(path.stat().st_size if path.exists() else -1)
-    blind = sorted({host for host, size in sizes if size != megabytes << 20})
+    missing_hosts = sorted({host for host, size in sizes if size != megabytes << 20})
     dist.barrier()
     if dist.get_rank() == 0:
         path.unlink()
-    for host in blind:
+    for host in missing_hosts:
         yield Check("missing", "shared files", f"does not see what rank 0 wrote to {folder}", host)
-    if not blind:
+    if not missing_hosts:
         status = "ok" if speed > 0.2 else "slow"
         yield Check(status, "shared files", f"rank 0 writes {speed:.2f} GiB/s to {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; see the module."""
+    """Run the checks; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--node", action="store_true", help="this node alone, also under torchrun")
+    parser.add_argument("--node", action="store_true", help="check only this node, also under torchrun")
     parser.add_argument(
-        "--gpus", type=whole(0, 65_536), default=os.environ.get("GPUS_PER_NODE", "0"), help="GPUs wanted"
+        "--gpus",
+        type=int_in_range(0, 65_536),
+        default=os.environ.get("GPUS_PER_NODE", "0"),
+        help="expected GPUs",
     )
     parser.add_argument("--scratch", type=Path, default=Path(os.environ.get("NODE_SCRATCH", "/tmp")))
+    parser.add_argument("--shared", type=Path, help="directory shared by all nodes, such as --save")
     parser.add_argument(
-        "--shared", type=Path, help="directory that all nodes must see, of --save for instance"
-    )
-    parser.add_argument(
-        "--megabytes", type=whole(1, 1 << 20), default=256, help="size of the all-reduce and of the file"
+        "--megabytes",
+        type=int_in_range(1, 1 << 20),
+        default=256,
+        help="size of the all-reduce and of the file",
     )
     parser.add_argument(
         "--min-bandwidth",
-        type=real(0),
+        type=float_in_range(0),
         help=f"GB/s below which all-reduce is slow; default {SLOW_LINK:.0f} with GPUs, 0 without",
     )
     parser.add_argument("--strict", action="store_true", help="slow counts as missing")
-    asked = parser.parse_args(argv)
-    alone = asked.node or "RANK" not in os.environ
-    if alone and (asked.shared or asked.min_bandwidth):
+    options = parser.parse_args(argv)
+    single_node = options.node or "RANK" not in os.environ
+    if single_node and (options.shared or options.min_bandwidth):
         parser.error(
-            "--shared and --min-bandwidth compare ranks: start this with torchrun, and without --node"
+            "--shared and --min-bandwidth compare ranks: start this with torchrun and without --node"
         )
     checks: list[Check] = []
-    if alone or local_rank() == 0:
-        checks += node_checks(asked.gpus, asked.scratch)
-    if not alone:
+    if single_node or local_rank() == 0:
+        checks += node_checks(options.gpus, options.scratch)
+    if not single_node:
         began = not dist.is_initialized()
         if began:
             torch.cuda.set_device(local_rank()) if platform.backend() == "nccl" else None
             dist.init_process_group(platform.backend())
-        least = asked.min_bandwidth
+        least = options.min_bandwidth
         if least is None:
             least = SLOW_LINK if platform.backend() == "nccl" else 0.0
-        found = world_checks(asked.shared, asked.megabytes, least)
+        found = world_checks(options.shared, options.megabytes, least)
         checks += found if dist.get_rank() == 0 else []
         if began:
             dist.destroy_process_group()
     for check in checks:
         print(check, flush=True)
-    bad = ("missing", "slow") if asked.strict else ("missing",)
+    bad = ("missing", "slow") if options.strict else ("missing",)
     return int(any(check.status in bad for check in checks))
 
 

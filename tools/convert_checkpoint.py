@@ -1,14 +1,14 @@
-"""Convert checkpoints between Hugging Face directories and Megatron, and prove that it was done right.
+"""Convert checkpoints between Hugging Face directories and Megatron, and verify the result.
 
     python tools/convert_checkpoint.py import --hf DIR --save CKPT
     python tools/convert_checkpoint.py export --load CKPT --hf DIR
     python tools/convert_checkpoint.py verify --hf DIR --inputs CASE.safetensors --out OUT.safetensors
 
-Imported checkpoints load into any layout and hold `recipe.yaml`, the arguments to train them with. A
-result appears under its name only when it is complete; the same command continues what was killed.
+Imported checkpoints load into any layout and contain `recipe.yaml`, the arguments to train them. A result gets
+its final name only when it is complete; the same command continues a killed conversion.
 
-Exit codes: 0 done; 1 verify found a difference above the tolerance; 2 a mistake of the caller or of the
-files, after one message and with nothing half-written.
+Exit codes: 0 done; 1 verify found a difference above the tolerance; 2 wrong arguments or files, with one
+message and no incomplete output.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    # Megatron says at import which optional packages it does without; nothing here needs them.
+    # Megatron warns at import about missing optional packages, which are not needed here.
     warnings.filterwarnings("ignore", module=r"megatron\.")
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.target import warm_up
-from tools.values import real, whole
+from megatron_internvlx.checkpoint.target import preload_workers
+from tools.values import float_in_range, int_in_range
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def size(text: str) -> int:
-    """Bytes of '5GB' or '800MB'."""
+def parse_size(text: str) -> int:
+    """Parse a size such as '5GB' or '800MB'; returns bytes."""
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 800MB")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 5GB or 800MB")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Create the parser of the command line."""
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -54,10 +54,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--processes", type=whole(1), default=min(4, os.cpu_count() or 1),
-        help="processes that convert (default: one per core, four at most)",
+        "--processes", type=int_in_range(1), default=min(4, os.cpu_count() or 1),
+        help="number of processes (default: one per core, at most four)",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -67,33 +67,43 @@ def _import_parser(commands: Any) -> None:
         "import", help="Hugging Face directory -> torch_dist checkpoint", allow_abbrev=False
     )
     it.add_argument("--hf", type=Path, required=True, help="directory with config.json and weights")
-    it.add_argument("--save", type=Path, required=True, help="checkpoint directory to be made")
+    it.add_argument("--save", type=Path, required=True, help="checkpoint directory to write")
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
     it.add_argument(
         "--init-missing", action="store_true",
-        help="initialise projectors that the directory lacks or has of another kind, and list them",
+        help="initialise projectors that are missing or of another kind in the directory, and list them",
     )  # fmt: skip
     it.add_argument(
         "--list-tensors", action="store_true",
-        help="name every tensor that was initialised or not taken over (they are in CKPT/hf/conversion.json, too)",
+        help="list every tensor that was initialised or not taken over (also in CKPT/hf/conversion.json)",
     )  # fmt: skip
-    it.add_argument("--seed", type=whole(0), default=1234, help="of what is initialised (default: 1234)")
+    it.add_argument(
+        "--seed",
+        type=int_in_range(0),
+        default=1234,
+        help="random seed of initialised tensors (default: 1234)",
+    )
     model = it.add_argument_group("compression of the new model (default: that of the directory)")
     model.add_argument("--projector", choices=("pvtc", "mlp"))
     model.add_argument(
-        "--expand-layer", type=whole(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
+        "--expand-layer", type=int_in_range(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
     )
     model.add_argument(
-        "--inject-layers", type=whole(0, 65_536), nargs="*", help="LVTC: further layers with a projection"
+        "--inject-layers",
+        type=int_in_range(0, 65_536),
+        nargs="*",
+        help="LVTC: further layers with a projection",
     )
     model.add_argument(
         "--low-ratio",
-        type=real(0, 1, above=True),
+        type=float_in_range(0, 1, above=True),
         help="side ratio of tokens to patches before the expansion",
     )
-    model.add_argument("--high-ratio", type=real(0, 1, above=True), help="the same from the expansion on")
+    model.add_argument(
+        "--high-ratio", type=float_in_range(0, 1, above=True), help="the same from the expansion on"
+    )
     model.add_argument("--upsample", choices=("bilinear", "nearest"))
-    _common(it)
+    _add_common_arguments(it)
 
 
 def _export_parser(commands: Any) -> None:
@@ -103,54 +113,64 @@ def _export_parser(commands: Any) -> None:
     it.add_argument(
         "--load", type=Path, required=True, help="checkpoint directory, or one iteration's folder"
     )
-    it.add_argument("--hf", type=Path, required=True, help="directory to be made")
+    it.add_argument("--hf", type=Path, required=True, help="directory to write")
     it.add_argument(
         "--like", type=Path,
-        help="directory with tokenizer and, after an import, what was kept of the original "
-        "(default: CKPT/hf, or the tokenizer that the model was trained with)",
+        help="directory with a tokenizer and, after an import, the original's other files "
+        "(default: CKPT/hf, or the tokenizer used in training)",
     )  # fmt: skip
     it.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: the original's, or that of training)",
+        help="type of the weights (default: the original's, or that of training)",
     )  # fmt: skip
     it.add_argument(
-        "--max-shard-size", type=size, default=size("5GB"), help="of a weight file (default: 5GB)"
+        "--max-shard-size",
+        type=parse_size,
+        default=parse_size("5GB"),
+        help="maximum size of a weight file (default: 5GB)",
     )
-    _common(it)
+    _add_common_arguments(it)
 
 
 def _verify_parser(commands: Any) -> None:
     it = commands.add_parser("verify", help="run the Megatron model on given inputs", allow_abbrev=False)
     source = it.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf", type=Path, help="Hugging Face directory, converted while it is loaded")
+    source.add_argument("--hf", type=Path, help="Hugging Face directory, converted while loading")
     source.add_argument("--load", type=Path, help="checkpoint")
     it.add_argument(
         "--inputs", type=Path, required=True,
-        help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and what is expected "
-        "(or CASE.outputs.safetensors and CASE.grads.safetensors beside CASE.inputs.safetensors)",
+        help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and expected values "
+        "(or CASE.outputs.safetensors and CASE.grads.safetensors next to CASE.inputs.safetensors)",
     )  # fmt: skip
-    it.add_argument("--out", type=Path, required=True, help="safetensors file to be made")
-    it.add_argument("--tensor-model-parallel-size", type=whole(1), default=1)
-    it.add_argument("--pipeline-model-parallel-size", type=whole(1), default=1)
-    it.add_argument("--expert-model-parallel-size", type=whole(1), default=1)
+    it.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    it.add_argument("--tensor-model-parallel-size", type=int_in_range(1), default=1)
+    it.add_argument("--pipeline-model-parallel-size", type=int_in_range(1), default=1)
+    it.add_argument("--expert-model-parallel-size", type=int_in_range(1), default=1)
     it.add_argument("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
-    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=whole(1))
+    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1))
     it.add_argument("--sequence-parallel", action="store_true")
-    it.add_argument("--nproc", type=whole(1), help="processes (default: as many as the layout needs)")
     it.add_argument(
-        "--grads", action="store_true", help="gradients of the loss too, under Hugging Face names"
+        "--nproc", type=int_in_range(1), help="number of processes (default: minimum of the layout)"
     )
     it.add_argument(
-        "--image-token-id", type=whole(0), help="id of the image placeholder (default: found in the ids)"
+        "--grads", action="store_true", help="compute gradients of the loss too, under Hugging Face names"
     )
     it.add_argument(
-        "--tolerance", type=real(0), default=1e-4, help="largest absolute difference (default: 1e-4)"
+        "--image-token-id",
+        type=int_in_range(0),
+        help="id of the image placeholder (default: found in the ids)",
+    )
+    it.add_argument(
+        "--tolerance",
+        type=float_in_range(0),
+        default=1e-4,
+        help="largest absolute difference (default: 1e-4)",
     )
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """The subcommand `import`."""
+    """Run the subcommand `import`; returns the exit code."""
     from megatron_internvlx.checkpoint.importer import import_checkpoint
     from megatron_internvlx.checkpoint.summary import import_summary
 
@@ -166,7 +186,7 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """The subcommand `export`."""
+    """Run the subcommand `export`; returns the exit code."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
     from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
 
@@ -179,15 +199,15 @@ def run_export(args: argparse.Namespace) -> int:
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
     if problem := tokenizer_problem(args.hf):
         print(
-            f"{args.hf} cannot be used yet, {problem}: export again with --like, which names a directory with a "
-            "fitting one, or put its files into it"
+            f"{args.hf} cannot be used yet: {problem}. Export again with --like and a directory with a suitable "
+            f"tokenizer, or copy the files of one to {args.hf}"
         )
     print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """The subcommand `verify`."""
+    """Run the subcommand `verify`; returns the exit code."""
     from megatron_internvlx.checkpoint.case import compare, load_case
     from megatron_internvlx.checkpoint.request import Layout, Request
     from megatron_internvlx.checkpoint.verify import verify
@@ -209,16 +229,16 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"loss {float(found['loss'][0]):.6f}")
     if results.no_gradient:
         print(
-            f"{len(results.no_gradient)} weights get no gradient: they are in layers of the vision encoder above "
-            f"its selected hidden state, which do not run ({results.no_gradient[0]}, ...)"
+            f"{len(results.no_gradient)} weights have no gradient: they are in layers of the vision encoder above "
+            f"its selected hidden state, which are not run ({results.no_gradient[0]}, ...)"
         )
     case = load_case(args.inputs)
     differences = compare(case, found, results.no_gradient)
     compared = {difference.name for difference in differences}
     left = sorted(name for name in case.expected if name not in compared)
     if left:
-        grads = "" if args.grads else "; gradients need --grads"
-        print(f"{len(left)} expected tensors are not computed here: {', '.join(left[:5])}{grads}")
+        grads = "" if args.grads else "; use --grads for gradients"
+        print(f"{len(left)} expected tensors are not computed: {', '.join(left[:5])}{grads}")
     return _report(differences, args.tolerance) if differences else 0
 
 
@@ -238,7 +258,7 @@ def _report(differences: list, tolerance: float) -> int:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """What is read is there and what is made is not, before PyTorch is loaded. Raises ConversionError."""
+    """Check, before PyTorch is loaded, that inputs exist and outputs do not. Raises ConversionError."""
     made = {"import": "save", "export": "hf", "verify": "out"}[args.command]
     target = getattr(args, made)
     if os.path.lexists(target):
@@ -265,16 +285,16 @@ def main(argv: list[str] | None = None) -> int:
             loading = "PyTorch and Megatron" if args.command == "verify" else "PyTorch"
             print(f"convert_checkpoint.py {args.command}: loading {loading} ...", file=sys.stderr, flush=True)
         if argv is None and args.command != "verify" and args.processes > 1:
-            warm_up(f"megatron_internvlx.checkpoint.{args.command}er")
+            preload_workers(f"megatron_internvlx.checkpoint.{args.command}er")
         return run(args)
     except ConversionError as error:
         print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a directory that may not be read
+    except OSError as error:  # such as a missing permission
         print(f"convert_checkpoint.py {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the demo's data set: coloured shapes, halves, dots and words, drawn with Pillow.
+"""Draw the pictures of the demo's data set: coloured shapes, halves, dots and words.
 
 Strong contrast and large forms: a model of a million parameters should read them after minutes of training.
 """
@@ -22,7 +22,7 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (15, 15, 15),
 }
-GREY = (128, 128, 128)  # of what no question is about
+GREY = (128, 128, 128)  # colour of parts that no question is about
 # Shapes to name, dots to count and words to read are black on one of these: with the same polarity
 # everywhere a model need not learn each form once per pair of colours.
 LIGHT = ("white", "yellow", "cyan")
@@ -35,14 +35,14 @@ WORDS = ("go", "cat", "stop", "bakery")
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn image and the answer to every kind of question that may be asked about it."""
+    """Drawn image, and the answer to every kind of question about it."""
 
     image: Image.Image
     answers: dict[str, str]
 
 
-def _noisy(rng: random.Random, colour: str | None) -> tuple[int, int, int]:
-    """The colour of that name, or grey, a little off."""
+def _add_colour_noise(rng: random.Random, colour: str | None) -> tuple[int, int, int]:
+    """Colour with this name, or grey, with a small random change."""
     exact = GREY if colour is None else COLOURS[colour]
     r, g, b = (min(255, max(0, c + rng.randint(-COLOUR_NOISE, COLOUR_NOISE))) for c in exact)
     return r, g, b
@@ -65,7 +65,7 @@ def _draw_shape(
 
 
 def shape_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Picture:
-    """One large shape near the middle; `size` is (width, height).
+    """Draw one large shape near the middle; `size` is (width, height).
 
     Asked for `background` both colours are free; for `shape_colour` the background is grey; for `shape` the
     shape is black on a light background.
@@ -81,12 +81,12 @@ def shape_picture(rng: random.Random, kind: str, size: tuple[int, int]) -> Pictu
     elif kind == "shape":
         back, front = rng.choice(LIGHT), "black"
     shape = rng.choice(SHAPES)
-    image = Image.new("RGB", size, _noisy(rng, back))
+    image = Image.new("RGB", size, _add_colour_noise(rng, back))
     side = int(min(size) * rng.uniform(0.7, 0.85))
     # The shape moves by a tenth of the free room at most, so that it is always near the middle.
     x0 = int((width - side) * rng.uniform(0.4, 0.6))
     y0 = int((height - side) * rng.uniform(0.4, 0.6))
-    _draw_shape(ImageDraw.Draw(image), shape, (x0, y0, x0 + side, y0 + side), _noisy(rng, front))
+    _draw_shape(ImageDraw.Draw(image), shape, (x0, y0, x0 + side, y0 + side), _add_colour_noise(rng, front))
     answers = {"background": back, "shape_colour": front, "shape": shape}
     return Picture(image, {kind: answer for kind, answer in answers.items() if answer is not None})
 
@@ -95,9 +95,9 @@ def _halves_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     # Upper and lower, not left and right: tokens run row by row, so a half is one stretch of them.
     width, height = size
     upper, lower = rng.sample(list(COLOURS), 2)
-    image = Image.new("RGB", size, _noisy(rng, upper))
+    image = Image.new("RGB", size, _add_colour_noise(rng, upper))
     middle = int(height * rng.uniform(0.47, 0.53))
-    ImageDraw.Draw(image).rectangle((0, middle, width, height), fill=_noisy(rng, lower))
+    ImageDraw.Draw(image).rectangle((0, middle, width, height), fill=_add_colour_noise(rng, lower))
     return Picture(image, {"upper": upper, "lower": lower})
 
 
@@ -105,8 +105,8 @@ def _count_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     width, height = size
     back = rng.choice(LIGHT)
     count = rng.randrange(len(COUNTS)) + 1
-    image = Image.new("RGB", size, _noisy(rng, back))
-    draw, fill = ImageDraw.Draw(image), _noisy(rng, "black")
+    image = Image.new("RGB", size, _add_colour_noise(rng, back))
+    draw, fill = ImageDraw.Draw(image), _add_colour_noise(rng, "black")
     radius = min(width, height) * rng.uniform(0.18, 0.22)
     # One dot in the middle of each of the first quadrants, in reading order.
     for slot in range(count):
@@ -120,7 +120,7 @@ def _word_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     width, height = size
     word = rng.choice(WORDS)
     back = rng.choice(LIGHT)
-    image = Image.new("RGB", size, _noisy(rng, back))
+    image = Image.new("RGB", size, _add_colour_noise(rng, back))
     # The letters are stretched over the same part of every image, as the tiles stretch the image: a word then
     # always covers the same patches.
     font = ImageFont.load_default(size=100)
@@ -133,7 +133,7 @@ def _word_picture(rng: random.Random, size: tuple[int, int]) -> Picture:
     letters = mask.crop(box).resize((int(width * 0.86), int(height * 0.6)), Image.Resampling.BICUBIC)
     shift = rng.uniform(-0.02, 0.02), rng.uniform(-0.02, 0.02)
     corner = int(width * (0.07 + shift[0])), int(height * (0.2 + shift[1]))
-    image.paste(_noisy(rng, "black"), corner, letters)
+    image.paste(_add_colour_noise(rng, "black"), corner, letters)
     return Picture(image, {"background": back, "word": word})
 
 

@@ -1,11 +1,11 @@
-"""Let a Hugging Face model answer the questions of a data set, and score the answers.
+"""Generate a Hugging Face model's answers to the questions of a data set, and score them.
 
     python tools/evaluate.py --hf DIR --data meta_val.json --out evaluation
 
-It writes `predictions.jsonl` (one answer a line), `scores.json`, and `page.html` with images, questions and
-answers for a person to look through. DIR is an exported model, or a released InternVL or InternVL-X.
+It writes `predictions.jsonl` (one answer per line), `scores.json`, and `page.html` with images, questions and
+answers. DIR is an exported model, or a released InternVL or InternVL-X.
 
-Exit codes: 0 done; 2 a mistake of the caller or of the files, after one message.
+Exit codes: 0 done; 2 wrong arguments or files, with one message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
@@ -22,27 +22,27 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rejects import BadSample
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Create the parser of the command line."""
     it = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     it.add_argument("--hf", type=Path, required=True, help="directory with model, tokenizer and config.json")
     it.add_argument("--data", type=Path, required=True, help="InternVL meta.json of the questions")
     it.add_argument("--out", type=Path, default=Path("evaluation"), help="directory (default: evaluation)")
-    it.add_argument("--batch-size", type=positive, default=8, help="answers generated together (default: 8)")
-    it.add_argument("--max-new-tokens", type=positive, default=64, help="of an answer (default: 64)")
-    it.add_argument("--limit", type=positive, help="records at most (default: all)")
-    it.add_argument("--page-limit", type=positive, default=300, help="answers on the page (default: 300)")
+    it.add_argument("--batch-size", type=positive_int, default=8, help="answers per batch (default: 8)")
+    it.add_argument("--max-new-tokens", type=positive_int, default=64, help="tokens per answer (default: 64)")
+    it.add_argument("--limit", type=positive_int, help="maximum number of records (default: all)")
+    it.add_argument("--page-limit", type=positive_int, default=300, help="answers on the page (default: 300)")
     it.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation"
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the weights"
     )
     return it
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists() and not args.out.is_dir():
             raise ValueError(f"--out {args.out}: a file, not a directory")
         print("evaluate.py: loading PyTorch and the model ...", file=sys.stderr, flush=True)
-        # Not before: this takes seconds, on a busy machine half a minute.
+        # Imported late: this takes seconds, on a busy machine half a minute.
         from megatron_internvlx.evaluation.run import evaluate
 
         scores = evaluate(args, manifest)

@@ -1,11 +1,12 @@
-"""Record what a checkout computes, bit for bit, and compare: the proof of a change that must alter no number.
+"""Record the results of a checkout, bit for bit, and compare them: proof of a change that must not alter any number.
 
     git worktree add ../before HEAD~1
     python tools/fingerprint.py --checkout ../before --out before.json
     python tools/fingerprint.py --against before.json
 
-Five short runs on two CPU ranks (losses as exact floats), an export (SHA-256 of every file) and an import (of every
-tensor). Some minutes. Exit codes: 0 recorded, or equal; 1 something differs, each difference named; 2 a run failed.
+Recorded are five short runs on two CPU ranks (losses as exact floats), an export (SHA-256 of every file) and an import
+(SHA-256 of every tensor). It takes some minutes. Exit codes: 0 recorded, or equal; 1 different, each difference is
+printed; 2 a run failed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(ROOT))
 
 HF_MODEL = "tests/golden/models/internlm2_tiny"
 
 _DEMO = ["--recipe", "examples/demo/demo.yaml"]
-_ALONE = ["--pipeline-model-parallel-size", "1"]
+_ONE_STAGE = ["--pipeline-model-parallel-size", "1"]
 _SHORT = ["--train-iters", "10", "--lr-decay-iters", "10", "--lr-warmup-fraction", "0"]
 _PACKED = [
     *("--loader", "energon", "--packing", "--micro-batch-size", "1", "--global-batch-size", "4"),
@@ -44,20 +45,20 @@ RUNS: dict[str, list[str]] = {
     "demo": [*_DEMO, "--train-iters", "50", "--lr-decay-iters", "50"],
     "virtual stages, static": [
         *(*_DEMO, *_SHORT, "--num-layers-per-virtual-pipeline-stage", "1", "--boundary", "static"),
-        # One sample per micro-batch: several share the static budgets equally, which may cut them.
+        # One sample per micro-batch: several would share the static budgets, and might be cut to their shares.
         *("--micro-batch-size", "1", "--global-batch-size", "4"),
         *("--seq-length", "512", "--shallow-seq-length", "256", "--max-tiles-per-pack", "28"),
     ],
     "tensor and sequence parallel": [
-        *(*_DEMO, *_SHORT, *_ALONE, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *(*_DEMO, *_SHORT, *_ONE_STAGE, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
     ],
-    "packed": [*_DEMO, *_SHORT, *_ALONE, *_PACKED],
-    "experts": [*_DEMO, *_SHORT, *_ALONE, *_EXPERTS],
+    "packed": [*_DEMO, *_SHORT, *_ONE_STAGE, *_PACKED],
+    "experts": [*_DEMO, *_SHORT, *_ONE_STAGE, *_EXPERTS],
 }
 
 
 class RunFailed(Exception):
-    """A command did not end with 0; the message holds the end of what it printed."""
+    """Error of a command with a nonzero exit code; the message contains the end of its output."""
 
 
 def run(command: Sequence[str], checkout: Path) -> str:
@@ -76,8 +77,8 @@ def run(command: Sequence[str], checkout: Path) -> str:
     return done.stdout
 
 
-def losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> list[list[Any]]:
-    """[step, loss] of a short run, the loss as a hexadecimal float."""
+def training_losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> list[list[Any]]:
+    """Run a short training; returns [step, loss] of every step, the loss as a hexadecimal float."""
     source = data / ("prepared" if "energon" in arguments else "meta.json")
     command = [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_vlm.py"),
@@ -89,14 +90,14 @@ def losses(checkout: Path, data: Path, save: Path, arguments: Sequence[str]) -> 
     return [[step, float(loss).hex()] for step, loss in points]
 
 
-def files(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def tensors(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a checkpoint, with its type and shape; the reader is this checkout's."""
+def hash_tensors(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint, including type and shape; read by this checkout's code."""
     import torch
 
     from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder, read_stored
@@ -111,7 +112,7 @@ def tensors(checkpoint: Path) -> dict[str, str]:
 
 
 def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that is recorded."""
+    """Yield (name, value) of everything that is recorded."""
     with tempfile.TemporaryDirectory(prefix="fingerprint-") as folder:
         work = Path(folder)
         data = work / "data"
@@ -119,20 +120,20 @@ def fingerprint(checkout: Path, names: Sequence[str]) -> Iterator[tuple[str, Any
         run(["tools/prepare_data.py", str(data / "meta.json"), str(data / "prepared")], checkout)
         for name in names:
             save = work / name.replace(" ", "-").replace(",", "")
-            yield f"losses: {name}", losses(checkout, data, save, RUNS[name])
+            yield f"losses: {name}", training_losses(checkout, data, save, RUNS[name])
             if name == "demo":
                 export = ["export", "--load", str(save), "--hf", str(work / "hf"), "--quiet"]
                 run(["tools/convert_checkpoint.py", *export], checkout)
-                yield "export", files(work / "hf")
-        # Golden weights are kept as a recipe and a seed; this writes them out.
+                yield "export", hash_files(work / "hf")
+        # Golden weights are stored as a recipe and a seed; this creates the files.
         run(["-c", "from tests import golden_weights; golden_weights.materialize()"], checkout)
         convert = ["import", "--hf", HF_MODEL, "--save", str(work / "imported"), "--quiet"]
         run(["tools/convert_checkpoint.py", *convert], checkout)
-        yield "import", tensors(work / "imported")
+        yield "import", hash_tensors(work / "imported")
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Every place where two fingerprints differ."""
+    """Yield a line for every difference between two fingerprints."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
             if key not in before or key not in after:
@@ -143,11 +144,11 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
         yield (
             f"{where}{before} -> {after}"
             if not isinstance(before, list)
-            else f"{where}{_first(before, after)}"
+            else f"{where}{_first_difference(before, after)}"
         )
 
 
-def _first(before: list[Any], after: list[Any]) -> str:
+def _first_difference(before: list[Any], after: list[Any]) -> str:
     for one, other in zip(before, after, strict=False):
         if one != other:
             values = f"{float.fromhex(one[1]):.9g} -> {float.fromhex(other[1]):.9g}"
@@ -156,15 +157,15 @@ def _first(before: list[Any], after: list[Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout to run (default: this one)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--against", type=Path, help="JSON file of the state before, to compare with")
+    parser.add_argument("--against", type=Path, help="JSON file of an earlier record, to compare with")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="default: all")
     args = parser.parse_args(argv)
     if not (args.out or args.against):
-        parser.error("give --out, --against or both")
+        parser.error("set --out, --against or both")
     before = json.loads(args.against.read_text()) if args.against else None
     found = {}
     try:

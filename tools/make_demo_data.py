@@ -8,7 +8,7 @@ The directory it writes (all paths inside it are relative to it):
     train.jsonl, val.jsonl      InternVL chat records, with the extra keys `kind` and `kinds`
     images/train, images/val    JPEG and PNG, from 40x40 to 1000x600
     tokenizer/                  a Hugging Face directory for AutoTokenizer
-    demo_data.json              the settings, and the mark by which the tool knows its own directories
+    demo_data.json              the settings; the tool overwrites only directories with this file
 
 A model of one or two million parameters should learn this from scratch in minutes on a CPU. Hence closed
 answer sets, answers of one token, strong contrast, and mostly questions about colour. Two runs with the same
@@ -30,12 +30,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_picture, shape_picture
-from tools.values import whole
+from tools.values import int_in_range
 
 # ------------------------------------------------------------------------------------------------ knobs
 
@@ -144,7 +144,7 @@ def _pick_kind(rng: random.Random, size: tuple[int, int]) -> str:
     return rng.choices(list(kinds), list(kinds.values()))[0]
 
 
-def _turns(*rounds: tuple[str, str]) -> list[dict[str, str]]:
+def _make_turns(*rounds: tuple[str, str]) -> list[dict[str, str]]:
     return [SYSTEM_TURN] + [
         {"from": role, "value": value}
         for question, answer in rounds
@@ -163,7 +163,7 @@ def _save(rng: random.Random, picture: Picture, folder: Path, stem: str) -> str:
 
 def _text_only(rng: random.Random) -> dict[str, Any]:
     word = rng.choice(WORDS)
-    rounds = _turns((TEXT_QUESTION.format(word=word), word))
+    rounds = _make_turns((TEXT_QUESTION.format(word=word), word))
     return {"conversations": rounds, "kind": "text_only", "kinds": ["text_only"]}
 
 
@@ -183,16 +183,16 @@ def _two_images(rng: random.Random, folder: Path, stem: str) -> dict[str, Any]:
         "image": names,
         "width_list": widths,
         "height_list": heights,
-        "conversations": _turns((text, colours[which])),
+        "conversations": _make_turns((text, colours[which])),
         "kind": "two_images",
         "kinds": ["two_images"],
     }
 
 
 def make_sample(seed: int, split: str, index: int, folder: Path) -> dict[str, Any]:
-    """Draw sample `index` of `split` into `folder`; return its JSONL record.
+    """Draw sample `index` of `split` into `folder`; returns its JSONL record.
 
-    Every sample has a random stream of its own: sample 7 is the same in a large and in a small set.
+    Every sample has its own random stream: sample 7 is the same in a large and in a small set.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     stem = f"{index:06d}"
@@ -213,7 +213,7 @@ def make_sample(seed: int, split: str, index: int, folder: Path) -> dict[str, An
         "image": _save(rng, picture, folder, stem),
         "width": size[0],
         "height": size[1],
-        "conversations": _turns(*rounds),
+        "conversations": _make_turns(*rounds),
         "kind": kinds[0] if len(kinds) == 1 else "two_rounds",
         "kinds": kinds,
     }
@@ -223,12 +223,12 @@ def make_sample(seed: int, split: str, index: int, folder: Path) -> dict[str, An
 
 
 def answer_words() -> list[str]:
-    """Every answer the data can hold."""
+    """All possible answers in the data."""
     return [*COLOURS, *SHAPES, *COUNTS, *WORDS]
 
 
 def _tokenizer_text() -> list[str]:
-    """The demo's text, weighted so that answers become whole tokens first, then questions, then the rest."""
+    """Text to train the tokenizer, weighted so that answers become single tokens first, then questions."""
     words = [f"{word}\n{word}" for word in answer_words()]
     questions = [*QUESTIONS.values()]
     questions += [TWO_IMAGES_QUESTION.format(which=which) for which in ("first", "second")]
@@ -240,7 +240,7 @@ def _tokenizer_text() -> list[str]:
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Train a byte-level BPE of at most `vocab_size` tokens and write it as a Hugging Face directory."""
+    """Train a byte-level BPE with at most `vocab_size` tokens, and write a Hugging Face tokenizer directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -291,30 +291,30 @@ def _write_split(root: Path, split: str, count: int, seed: int) -> None:
     _write_json(root / ("meta.json" if split == "train" else f"meta_{split}.json"), meta)
 
 
-def _found_settings(out: Path) -> dict[str, Any] | None:
-    """The settings of a directory this tool made; None for a path that is free."""
+def _read_settings(out: Path) -> dict[str, Any] | None:
+    """Read the settings of a directory made by this tool; None if `out` is missing or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
         return dict(json.loads((out / MARK).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         raise ValueError(
-            f"{out} exists and holds no readable {MARK}, so this tool did not make it: choose another --out"
+            f"{out} exists without a readable {MARK}, so it was not made by this tool: choose another --out"
         ) from None
 
 
 def make_demo_data(out: Path, *, train: int, val: int, seed: int, vocab_size: int, force: bool) -> bool:
-    """Write the data set to `out`; return False where a complete one with these settings was there.
+    """Write the data set to `out`; returns False if a complete one with these settings exists.
 
-    The files appear under a temporary name beside `out`, renamed when all are there: a killed run leaves
-    no half a data set. Raises ValueError where `out` holds something else.
+    The files are written to a temporary directory next to `out`, which is renamed at the end, so a killed run
+    leaves no incomplete data set. Raises ValueError if `out` has other content.
     """
     settings = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed, "vocab_size": vocab_size}
-    found = _found_settings(out)
+    found = _read_settings(out)
     if found == settings and not force:
         return False
     if found is not None and found != settings and not force:
-        raise ValueError(f"{out} holds data made with {found}, not {settings}: use --force to replace it")
+        raise ValueError(f"{out} has data made with {found}, not {settings}: use --force to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -332,25 +332,34 @@ def make_demo_data(out: Path, *, train: int, val: int, seed: int, vocab_size: in
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with a message on values that make no data set."""
+    """Parse the command line; exits with a message for invalid values."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--train", type=whole(1, 10_000_000), default=2400, help="number of training samples")
-    parser.add_argument("--val", type=whole(1, 10_000_000), default=320, help="number of held-out samples")
-    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument(
-        "--vocab-size", type=whole(1, 10_000_000), default=512, help="tokens, the special ones included"
+        "--train", type=int_in_range(1, 10_000_000), default=2400, help="number of training samples"
     )
-    parser.add_argument("--force", action="store_true", help="draw again over a directory this tool made")
+    parser.add_argument(
+        "--val", type=int_in_range(1, 10_000_000), default=320, help="number of held-out samples"
+    )
+    parser.add_argument("--seed", type=int_in_range(0), default=0)
+    parser.add_argument(
+        "--vocab-size",
+        type=int_in_range(1, 10_000_000),
+        default=512,
+        help="number of tokens, including special ones",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a directory made by this tool")
     args = parser.parse_args(argv)
     floor = len(SPECIAL_TOKENS) + 256
     if args.vocab_size < floor:
-        parser.error(f"--vocab-size {args.vocab_size}: at least {floor} (256 bytes and the special tokens)")
+        parser.error(
+            f"--vocab-size {args.vocab_size}: must be at least {floor} (256 bytes and the special tokens)"
+        )
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit code."""
     args = parse_args(argv)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     try:

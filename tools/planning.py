@@ -1,4 +1,4 @@
-"""What tools/plan_pipeline.py does, in a file of its own: Megatron must be set up before the imports here."""
+"""Implementation of tools/plan_pipeline.py, separate because Megatron must be set up before these imports."""
 
 from __future__ import annotations
 
@@ -9,136 +9,113 @@ from dataclasses import replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_internvlx import arguments, platform
 from megatron_internvlx.arguments import add_our_arguments
-from megatron_internvlx.model.settings import compression_plan, vision_config
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.planning import costs as cost
-from megatron_internvlx.planning.activations import ActivationModel
-from megatron_internvlx.planning.dryrun import RESERVE_GIB, full_micro_batch
-from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
+from megatron_internvlx.planning.activations import MemoryModel
+from megatron_internvlx.planning.dryrun import GIB, RESERVE_GIB, text_table
 from megatron_internvlx.planning.measure import kinds_of, reduce_to_kinds, synthetic_batch, with_recomputation
-from megatron_internvlx.planning.memory import Layout, StateSizes
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.planning.propose import layouts, propose_expansions, propose_parallelism
 from megatron_internvlx.planning.search import PipelinePlan, evaluate, find_plan, uniform_counts
 from megatron_internvlx.planning.simulate import Schedule
 from megatron_internvlx.planning.timeline import draw_timeline
+from megatron_internvlx.planning.workload import Workload
 from megatron_internvlx.ranks import is_first_rank
 
-GIB = 1 << 30
-NVLINK = 300e9  # bytes per second that a tensor-parallel all-gather moves per GPU, sustained; H100 assumed
+NVLINK = 300e9  # sustained bytes per second and GPU of a tensor-parallel all-gather, assumed for H100
 
 
-def stand_in(args: argparse.Namespace) -> None:
-    """Nothing is trained: what only the optimizer and the loader need may be left out."""
+def fill_unused_arguments(args: argparse.Namespace) -> None:
+    """Set missing arguments that only the optimizer and the loader need, because nothing is trained."""
     args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
     args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
     args.data, args.tokenizer_model = args.data or "none", args.tokenizer_model or "none"
 
 
 class Task:
-    """A run's arguments, seen by the planner."""
+    """Planning task: a run's arguments as model shape, workload, machine and schedule."""
 
     def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.args = own, arguments.parse(stand_in)
+        self.own, self.args = own, arguments.parse(fill_unused_arguments)
         args = self.args
-        try:
-            self.layout = Layout.from_args(args, core_transformer_config_from_args(args))
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(str(error) or "Megatron refuses this layout (an assertion)") from error
-        self.shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-        self.stats: PlanStats = full_micro_batch(args, self.shape)
-        self.settings, self.sizes = BackwardSettings.from_args(args), StateSizes.from_args(args)
-        if args.recompute_granularity == "full" and args.recompute_method != "block":
-            # Every layer, wherever it will be.
-            self.settings = replace(self.settings, full_layers=frozenset(range(self.shape.layers)))
-        assumed = cost.Machine.assumed(fp8=bool(args.fp8), local=args.transformer_impl == "local")
+        self.model, self.work = MemoryModel.from_args(args), Workload.from_args(args)
+        self.sizes, self.layout = self.model.sizes, self.model.layout
+        self.stats = self.work.full_micro_batch(self.sizes)
+        assumed = cost.Machine.assumed(fp8=bool(args.fp8), local=self.model.local)
         self.machine = cost.Machine(
             own.tflops * 1e12 if own.tflops else assumed.flops,
             own.bandwidth * 1e9 if own.bandwidth else assumed.bandwidth,
             own.latency * 1e-6 if own.latency is not None else assumed.latency,
         )
-        self.global_batch = args.global_batch_size // args.micro_batch_size
         self.schedule = self._schedule()
 
     def _schedule(self) -> Schedule:
-        own, args = self.own, self.args
-        pipeline = own.pipeline or args.pipeline_model_parallel_size
-        chunks = own.virtual
-        if chunks is None:
-            given = pipeline == args.pipeline_model_parallel_size
-            chunks = (args.virtual_pipeline_model_parallel_size or 1) if given else 1
-        ranks = args.tensor_model_parallel_size * pipeline
-        replicas = args.world_size // ranks
-        if args.world_size % ranks and own.micro_batches is None:
+        own, layout = self.own, self.layout
+        pipeline, given = own.pipeline or layout.pipeline, len(layout.stages[0])
+        chunks = own.virtual or (given if pipeline == layout.pipeline else 1)
+        world, ranks = self.args.world_size, layout.tensor * pipeline
+        if world % ranks and own.micro_batches is None:
             raise ValueError(
-                f"{args.world_size} GPUs cannot be divided into TP {args.tensor_model_parallel_size} x PP "
-                f"{pipeline}: use another --pipeline, or say --micro-batches"
+                f"{world} GPUs cannot be divided into TP {layout.tensor} x PP {pipeline}: use another "
+                "--pipeline, or set --micro-batches"
             )
-        batches = own.micro_batches or max(self.global_batch // max(replicas, 1), 1)
-        overlap = args.overlap_p2p_comm or chunks != (args.virtual_pipeline_model_parallel_size or 1)
-        return Schedule(pipeline, chunks, batches, overlap)
+        batches = own.micro_batches or max(self.work.packs // max(world // ranks, 1), 1)
+        return Schedule(pipeline, chunks, batches, layout.overlap or chunks != given)
 
-    def costs(self, shape: ModelShape | None = None, tensor: int | None = None) -> cost.LayerCosts:
-        """By profile, if one was given, else by FLOPs."""
-        shape, args = shape or self.shape, self.args
-        tensor = tensor or args.tensor_model_parallel_size
-        settings = replace(
-            self.settings,
-            full_layers=frozenset(range(shape.layers)) if self.settings.full_layers else frozenset(),
-        )
-        # Rows do not depend on where the expansion is, so the micro-batch stands for any shape.
-        common = (shape, self.stats, settings, self.machine)
+    def costs(self, sizes: ModelSizes | None = None, tensor: int | None = None) -> cost.LayerCosts:
+        """Costs of the layers, from the profile if one is given, else from FLOPs."""
+        sizes, settings = sizes or self.sizes, self.model.backward
+        if settings.full_layers:
+            settings = replace(settings, full_layers=frozenset(range(sizes.layers)))
+        # Rows do not depend on the position of the expansion, so the micro-batch is the same for any model.
         counted = cost.costs_from_flops(
-            *common, tensor_parallel=tensor, sequence_parallel=args.sequence_parallel
+            sizes,
+            self.stats,
+            settings,
+            self.machine,
+            tensor_parallel=tensor or self.layout.tensor,
+            sequence_parallel=self.layout.sequence_parallel,
         )
         if not self.own.profile:
             return counted
-        profile = with_recomputation(cost.Profile.load(self.own.profile), bool(self.settings.full_layers))
-        return cost.costs_from_profile(profile, shape, counted.boundaries)
+        profile = with_recomputation(cost.Profile.load(self.own.profile), bool(settings.full_layers))
+        return cost.costs_from_profile(profile, sizes, counted.boundaries)
 
     def memory(
-        self, tensor: int, pipeline: int, data: int, shape: ModelShape | None = None
+        self, tensor: int, pipeline: int, data: int, sizes: ModelSizes | None = None
     ) -> cost.StageMemory:
-        """Bytes per layer, and what a GPU has for them."""
+        """Memory per layer and limit of a GPU, in bytes."""
         limit = self.args.gpu_memory_gib
         layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
-        width = self.sizes.weight
-        model = ActivationModel(
-            shape or self.shape, layout, self.settings, width, self.args.transformer_impl == "local"
-        )
-        bytes_limit = (limit - RESERVE_GIB) * GIB if limit else float("inf")
-        return cost.stage_memory(model, self.stats, self.sizes, bytes_limit)
+        model = replace(self.model, sizes=sizes or self.sizes, layout=layout)
+        return cost.stage_memory(model, self.stats, (limit - RESERVE_GIB) * GIB if limit else float("inf"))
 
     def communication(self, tensor: int) -> float:
-        """Tensor-parallel communication of a micro-batch, not overlapped: 8 moves of a layer's rows."""
+        """Seconds of tensor-parallel communication per micro-batch, not overlapped: 8 transfers of a layer's rows."""
         if tensor == 1:
             return 0.0
-        shallow = self.shape.shallow_layers
-        deep = self.shape.layers - shallow
-        rows = shallow * self.stats.shallow_rows + deep * self.stats.deep_rows
-        moves = 8 + 4 * bool(self.settings.full_layers)
-        return moves * rows * self.shape.hidden * 2 * (tensor - 1) / tensor / NVLINK
+        rows = sum(self.model.rows(layer, self.stats) for layer in range(self.sizes.layers))
+        moves = 8 + 4 * bool(self.model.backward.full_layers)
+        return moves * rows * self.sizes.hidden * 2 * (tensor - 1) / tensor / NVLINK
 
 
 def plan(own: argparse.Namespace) -> None:
-    """Find the split and print everything about it. Raises ValueError."""
+    """Find the best split and print it with a comparison. Raises ValueError."""
     task = Task(own)
-    args, schedule = task.args, task.schedule
-    tensor = args.tensor_model_parallel_size
-    data = max(args.world_size // (tensor * schedule.pipeline), 1)
+    schedule, tensor = task.schedule, task.layout.tensor
+    data = max(task.args.world_size // (tensor * schedule.pipeline), 1)
     memory = task.memory(tensor, schedule.pipeline, data)
     costs = task.costs()
     best = find_plan(costs, schedule, memory)
     plans = {"planned": best}
-    given = _given(task)
+    given = _requested_split(task)
     if given and given != best.counts:
         plans["as given"] = evaluate(costs, schedule, given, memory)
-    uniform = uniform_counts(task.shape.layers, schedule.stages)
+    uniform = uniform_counts(task.sizes.layers, schedule.stages)
     plans["uniform"] = evaluate(costs, schedule, uniform, memory)
     print("\n".join(_head(task, costs)), end="\n\n")
     print("\n".join(_stages(best, costs)), end="\n\n")
@@ -146,7 +123,7 @@ def plan(own: argparse.Namespace) -> None:
     one = "one stage: no --pipeline-model-parallel-layout is needed"
     print(f"--pipeline-model-parallel-layout '{best.layout}'" if schedule.stages > 1 else one)
     if not best.proven:
-        print("(the best found; the search was cut, so a slightly better split may exist)")
+        print("(the search was stopped early, so a slightly better split may exist)")
     if own.timeline:
         draw_timeline(plans, own.timeline)
         print(f"timeline: {own.timeline}")
@@ -156,25 +133,25 @@ def plan(own: argparse.Namespace) -> None:
         print("\n" + "\n".join(_parallelism(task)))
 
 
-def _given(task: Task) -> tuple[int, ...] | None:
-    """The split that the arguments ask for, if it has the stages that are planned."""
+def _requested_split(task: Task) -> tuple[int, ...] | None:
+    """Split of the arguments, or None if it has other stages than the plan."""
     layout, schedule = task.layout, task.schedule
     same = layout.pipeline == schedule.pipeline and len(layout.stages[0]) == schedule.chunks
     return layout.counts if same else None
 
 
 def _head(task: Task, costs: cost.LayerCosts) -> list[str]:
-    args, stats, machine = task.args, task.stats, task.machine
+    stats, machine = task.stats, task.machine
     counted = f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
     source = f"measured, {task.own.profile}" if task.own.profile else counted
-    grids, schedule = task.shape.compression, task.schedule
+    sizes, schedule = task.sizes, task.schedule
     link = f"{machine.bandwidth / 1e9:g} GB/s and {machine.latency * 1e6:g} us per message"
     return [
-        f"model        {args.model_preset or ''} {task.shape.layers} layers, expansion at layer "
-        f"{task.shape.shallow_layers or '-'}, injections {list(grids.injection_layers)}",
+        f"model        {task.args.model_preset or ''} {sizes.layers} layers, expansion at layer "
+        f"{sizes.shallow_layers or '-'}, injections {list(sizes.injection_layers)}",
         f"micro-batch  {stats.projected_tiles} tiles, {stats.shallow_rows:,} shallow and "
         f"{stats.deep_rows:,} deep rows",
-        f"schedule     TP {args.tensor_model_parallel_size}, PP {schedule.pipeline}, VPP {schedule.chunks}, "
+        f"schedule     TP {task.layout.tensor}, PP {schedule.pipeline}, VPP {schedule.chunks}, "
         f"{schedule.micro_batches} micro-batches",
         f"costs        {source}; {link}",
         f"             vision and entry {_ms(costs.first)} ms, layer 0 {_ms(costs.layers[0])} ms, "
@@ -184,11 +161,6 @@ def _head(task: Task, costs: cost.LayerCosts) -> list[str]:
 
 def _ms(one: cost.Cost) -> str:
     return f"{one.forward * 1e3:.2f} + {one.backward * 1e3:.2f}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _stages(best: PipelinePlan, costs: cost.LayerCosts) -> list[str]:
@@ -204,7 +176,7 @@ def _stages(best: PipelinePlan, costs: cost.LayerCosts) -> list[str]:
         work = best.rank_seconds[rank]
         memory = f"{best.memory[rank] / GIB:.1f}" if best.memory else "-"
         rows.append([str(rank), " + ".join(spans), f"{work * 1e3:.1f}", f"{work / mean:.2f}", memory])
-    return _table(rows)
+    return text_table(rows)
 
 
 def _comparison(plans: dict[str, PipelinePlan]) -> list[str]:
@@ -213,37 +185,37 @@ def _comparison(plans: dict[str, PipelinePlan]) -> list[str]:
         memory = f"{max(one.memory) / GIB:.1f}" if one.memory else "-"
         cells = [f"{one.seconds * 1e3:.1f}", f"{one.bubble:.1%}", f"{one.imbalance:.1%}", memory]
         rows.append([name, *cells, " ".join(map(str, one.counts))])
-    return _table(rows)
+    return text_table(rows)
 
 
 def _expansions(task: Task) -> list[str]:
-    tensor, pipeline = task.args.tensor_model_parallel_size, task.schedule.pipeline
+    tensor, pipeline = task.layout.tensor, task.schedule.pipeline
     data = max(task.args.world_size // (tensor * pipeline), 1)
     found = propose_expansions(
-        task.shape,
+        task.sizes,
         task.schedule,
-        lambda shape: task.costs(shape),
-        memory=lambda shape: task.memory(tensor, pipeline, data, shape),
+        task.costs,
+        memory=lambda sizes: task.memory(tensor, pipeline, data, sizes),
     )
     rows = [["expansion at", "work", "step ms", "bubble", "imbalance", "layout", ""]]
     for one in found[:8]:
         cells = [f"{one.work:.2f}x", f"{one.plan.seconds * 1e3:.1f}", f"{one.plan.bubble:.1%}"]
         rows.append([str(one.layer), *cells, f"{one.plan.imbalance:.1%}", one.plan.layout, one.mark])
-    return ["where the expansion balances best:", *_table(rows)]
+    return ["where the expansion balances best:", *text_table(rows)]
 
 
 def _parallelism(task: Task) -> list[str]:
-    own, per_replica = task.own, task.global_batch
+    own, packs = task.own, task.work.packs
     if own.profile:
         raise ValueError(
-            "--gpus compares tensor-parallel sizes, and a profile is of one: leave --profile out"
+            "--gpus compares tensor-parallel sizes, but a profile is for one size: remove --profile"
         )
-    if task.shape.experts:
+    if task.sizes.experts:
         raise ValueError("--gpus does not place experts; use --pipeline for a given layout")
     found = propose_parallelism(
-        task.shape,
-        layouts(task.shape, own.gpus, own.gpus_per_node, per_replica),
-        per_replica,
+        task.sizes,
+        layouts(task.sizes, own.gpus, own.gpus_per_node, packs),
+        packs,
         lambda tensor: task.costs(tensor=tensor),
         task.memory,
         task.communication,
@@ -255,11 +227,11 @@ def _parallelism(task: Task) -> list[str]:
         memory = max(one.plan.memory or (0,)) / GIB
         sizes = [str(x) for x in (one.tensor, one.pipeline, one.chunks, one.data, one.micro_batches)]
         rows.append([*sizes, f"{one.seconds * 1e3:.0f}", f"{one.plan.bubble:.1%}", f"{memory:.1f}", one.mark])
-    return [f"for {own.gpus} GPUs, fastest first:", *_table(rows)]
+    return [f"for {own.gpus} GPUs, fastest first:", *text_table(rows)]
 
 
 def measure(own: argparse.Namespace) -> None:
-    """Time one layer of each kind here, and write the profile. Raises ValueError."""
+    """Measure one layer of each kind on this machine, and write the profile. Raises ValueError."""
     from megatron.training.initialize import initialize_megatron
 
     from megatron_internvlx.planning.measure import measure as timed
@@ -267,11 +239,11 @@ def measure(own: argparse.Namespace) -> None:
 
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
-    stand_in(args)
+    fill_unused_arguments(args)
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     args.padded_vocab_size = None
-    whole = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-    stats = full_micro_batch(args, whole)
+    whole = model_sizes(args)
+    stats = Workload.from_args(args).full_micro_batch(whole)
     kinds = kinds_of(whole)
     reduce_to_kinds(args, kinds)
     arguments.check_arguments(args)

@@ -1,11 +1,11 @@
-"""Prepare InternVL's meta.json for the Energon loader, and show what the data costs.
+"""Prepare the data sets of InternVL's meta.json for the Energon loader, and show statistics of them.
 
     python tools/prepare_data.py META.json OUT [--validation 0.01] [--verify] [--to-webdataset]
     python tools/prepare_data.py stats OUT --tokenizer-model DIR [--png stats.png] [--seq-length 8192 ...]
 
-The first indexes annotations in place, records the size of every image once, and lists every broken
-image and line in OUT/broken.jsonl; a run that was stopped goes on where it was. The second prints
-and draws sizes, tiles and tokens per RVTC policy, the fill of packs, and the share of compute saved.
+The first command indexes annotations in place, measures every image once, and lists broken images and
+lines in OUT/broken.jsonl; the same command continues a stopped run. The second prints and draws sizes, tiles
+and tokens per RVTC policy, the fill of packs, and the share of compute saved.
 """
 
 from __future__ import annotations
@@ -18,36 +18,41 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="'prepare_data.py stats OUT --help' explains the second use.",
+        epilog="'prepare_data.py stats OUT --help' explains the statistics.",
     )
     parser.add_argument("meta", type=Path, help="InternVL meta.json; its paths may be object-store URLs")
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument(
-        "--validation", type=real(0, 1), default=0.0, help="share of each set, its last records"
+        "--validation",
+        type=float_in_range(0, 1),
+        default=0.0,
+        help="held-out share of each set, its last records",
     )
     parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
     parser.add_argument(
-        "--to-webdataset", action="store_true", help="write tar shards, image bytes untouched"
+        "--to-webdataset", action="store_true", help="write tar shards with unchanged image files"
     )
-    parser.add_argument("--shard-size", type=whole(1), default=1000, help="records of a shard")
-    parser.add_argument("--threads", type=whole(1, 4096), default=8, help="images measured at once")
+    parser.add_argument("--shard-size", type=int_in_range(1), default=1000, help="records per shard")
+    parser.add_argument(
+        "--threads", type=int_in_range(1, 4096), default=8, help="images measured in parallel"
+    )
     return parser
 
 
 def run_prepare(argv: Sequence[str]) -> None:
-    """Prepare, and print a line per set."""
+    """Prepare all data sets, and print a line for each."""
     args = vars(_prepare_parser().parse_args(argv))
     meta, out = args.pop("meta"), args.pop("out")
     for report in prepare(meta, out, PrepareSettings(**args)):
@@ -65,27 +70,29 @@ def run_prepare(argv: Sequence[str]) -> None:
 
 
 def _stats_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_data.py stats", description="Show what the data costs.")
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py stats", description="Show statistics of prepared data."
+    )
     parser.add_argument("out", type=Path, help="prepared directory")
     parser.add_argument("--tokenizer-model", required=True, help="Hugging Face tokenizer directory")
     parser.add_argument("--conversation-template", default="internvl2_5", choices=sorted(TEMPLATES))
     parser.add_argument("--png", type=Path, help="picture to write")
-    parser.add_argument("--samples", type=whole(1), default=20_000, help="records looked at")
+    parser.add_argument("--samples", type=int_in_range(1), default=20_000, help="number of records used")
     parser.add_argument("--model-preset", help="model whose compute is predicted, e.g. internvlx_8b")
-    parser.add_argument("--image-size", type=whole(1, 65_536), default=448)
-    parser.add_argument("--patch-size", type=whole(1, 4096), default=14)
-    parser.add_argument("--low-ratio", type=real(0, 1, above=True), default=0.25)
-    parser.add_argument("--high-ratio", type=real(0, 1, above=True), default=0.5)
-    parser.add_argument("--max-tiles", type=whole(1, 4096), default=12)
+    parser.add_argument("--image-size", type=int_in_range(1, 65_536), default=448)
+    parser.add_argument("--patch-size", type=int_in_range(1, 4096), default=14)
+    parser.add_argument("--low-ratio", type=float_in_range(0, 1, above=True), default=0.25)
+    parser.add_argument("--high-ratio", type=float_in_range(0, 1, above=True), default=0.5)
+    parser.add_argument("--max-tiles", type=int_in_range(1, 4096), default=12)
     parser.add_argument("--no-thumbnail", action="store_true")
-    parser.add_argument("--seq-length", type=whole(1), help="packing budget of deep tokens")
-    parser.add_argument("--shallow-seq-length", type=whole(1), help="packing budget of shallow tokens")
-    parser.add_argument("--max-tiles-per-pack", type=whole(1, 65_536), help="packing budget of tiles")
+    parser.add_argument("--seq-length", type=int_in_range(1), help="packing budget of deep tokens")
+    parser.add_argument("--shallow-seq-length", type=int_in_range(1), help="packing budget of shallow tokens")
+    parser.add_argument("--max-tiles-per-pack", type=int_in_range(1, 65_536), help="packing budget of tiles")
     return parser
 
 
 def run_stats(argv: Sequence[str]) -> None:
-    """Print the table, draw the picture."""
+    """Print the table of statistics, and draw the picture."""
     args = _stats_parser().parse_args(argv)
     from megatron_internvlx.config import grid_side
     from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
@@ -94,10 +101,10 @@ def run_stats(argv: Sequence[str]) -> None:
 
     if args.patch_size < 1 or args.image_size % args.patch_size:
         raise ValueError(
-            f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}"
+            f"--image-size {args.image_size} must be a multiple of --patch-size {args.patch_size}"
         )
     if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: want at least 1")
+        raise ValueError(f"--samples {args.samples}: must be at least 1")
     if not args.seq_length and (args.shallow_seq_length or args.max_tiles_per_pack):
         raise ValueError("--shallow-seq-length and --max-tiles-per-pack need --seq-length, the deep budget")
     patches = args.image_size // args.patch_size
@@ -120,16 +127,17 @@ def run_stats(argv: Sequence[str]) -> None:
         ):
             if rows <= tile:
                 raise ValueError(
-                    f"{name} {rows} does not hold one tile of {tile} tokens and some text: raise it"
+                    f"{name} {rows} is too small for one tile of {tile} tokens and some text: raise it"
                 )
     encoder = SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
     found = stats.collect(args.out, encoder, limit=args.samples)
     if budget:
         over = stats.add_fill(found, budget)
         if over:
-            print(f"{over} samples are over a budget by themselves and were cut down to it")
+            print(f"{over} samples exceed a budget by themselves and were cut to it")
     if args.model_preset:
-        stats.add_flops(found, args.model_preset, low_grid=low, high_grid=high, patches=patches)
+        flags = ("image_size", "patch_size", "low_ratio", "high_ratio")
+        stats.add_flops(found, args.model_preset, {name: getattr(args, name) for name in flags})
     print(stats.table(found, budget))
     if args.png:
         stats.draw(found, args.png, budget)
@@ -137,7 +145,7 @@ def run_stats(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["stats"]:
@@ -148,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare_data: stopped; the same command goes on from here", file=sys.stderr)
+        print("prepare_data: stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
 

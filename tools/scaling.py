@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.
+"""Run scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.
 
     tools/scaling.py plan   examples/scaling/demo.yaml     # a recipe and a dry run of every point
     tools/scaling.py submit examples/scaling/demo.yaml     # sbatch jobs, or local runs one after another
@@ -15,8 +15,8 @@ The grid file:
       model: {small: {hidden_size: 64}, large: {hidden_size: 128}}
       tokens: {64: {high_ratio: 1.0, low_ratio: 0.5}, 16: {}, 4: {high_ratio: 0.25, low_ratio: 0.125}}
 
-`token_budget` in a point or in the base, instead of train_iters, gives the number of steps that make so
-many tokens. Jobs go on where they stopped, so `submit` may be repeated.
+`token_budget` in a point or in the base, instead of train_iters, sets the number of steps by the number of
+tokens. Jobs resume where they stopped, so `submit` may be repeated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.lifecycle import resume
@@ -48,38 +48,38 @@ BUDGET = "token_budget"
 
 @dataclass(frozen=True)
 class Point:
-    """One combination of the grid."""
+    """One combination of axis entries of the grid."""
 
     labels: dict[str, str]
-    """Its entry on every axis."""
+    """Label of the entry on every axis."""
     settings: dict[str, Any]
-    """Recipe of the run, without what the tool adds."""
+    """Settings of the run's recipe, without those added by this tool."""
     folder: Path
 
     @property
     def name(self) -> str:
-        """model=small,tokens=16 and so on."""
+        """Name of the point, such as model=small,tokens=16."""
         return ",".join(f"{axis}={label}" for axis, label in self.labels.items())
 
     @property
     def recipe(self) -> Path:
-        """Its recipe file."""
+        """Path of the recipe file."""
         return self.folder / "recipe.yaml"
 
     @property
     def save(self) -> Path:
-        """Its checkpoints, and the name of its MLflow run."""
+        """Directory of the checkpoints; its name is the name of the MLflow run."""
         return self.folder / self.name
 
     def figures(self) -> dict[str, Any] | None:
-        """Of its dry run, if it could run."""
+        """Results of the dry run; None if it failed."""
         path = self.folder / "dry_run.json"
         return json.loads(path.read_text()) if path.exists() else None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file."""
+    """Content of a grid file."""
 
     name: str
     out: Path
@@ -89,30 +89,30 @@ class Grid:
 
     @property
     def store(self) -> str:
-        """Tracking URI of all its runs."""
+        """MLflow tracking URI of all runs."""
         local = f"sqlite:///{self.out.absolute()}/mlflow.db"
         return os.environ.get("MLFLOW_TRACKING_URI") or local
 
 
 def read_grid(path: Path) -> Grid:
-    """A grid file. Raises ValueError naming what is wrong with it."""
-    content = _mapping(path)
+    """Read a grid file. Raises ValueError with the reason if it is invalid."""
+    content = _read_mapping(path)
     missing = [key for key in ("name", "axes", "base") if key not in content]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} is missing")
     out = Path(content.get("out") or f"runs/scaling/{content['name']}")
     for key in ("axes", "base", "slurm"):
         if not isinstance(content.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} is no mapping")
+            raise ValueError(f"{path}: {key} must be a mapping")
     base = dict(content["base"] or {})
     if recipe := base.pop("recipe", None):
-        base = _mapping(Path(str(recipe))) | base
+        base = _read_mapping(Path(str(recipe))) | base
     slurm = content.get("slurm")
     for where, key in ((content, "ranks"), (slurm or {}, "nodes"), (slurm or {}, "parallel")):
         value = where.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
-            raise ValueError(f"{path}: {key} is {value!r}: want a whole number of at least 1")
-    axes = {axis: _entries(axis, entries) for axis, entries in (content["axes"] or {}).items()}
+            raise ValueError(f"{path}: {key} is {value!r}, must be a whole number of at least 1")
+    axes = {axis: _parse_axis(axis, entries) for axis, entries in (content["axes"] or {}).items()}
     points = []
     for labels in itertools.product(*axes.values()):
         settings = dict(base)
@@ -124,31 +124,31 @@ def read_grid(path: Path) -> Grid:
     return Grid(str(content["name"]), out, points, content.get("ranks", 1), slurm)
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; an empty one holds none."""
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that contains a mapping. Raises ValueError for others, also an empty file."""
     try:
         content = load_yaml(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: want a mapping of names to values")
+        raise ValueError(f"{path}: must be a mapping of names to values")
     return content
 
 
-def _entries(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
-    """{label: settings}; a list of values is short for {value: {axis: value}}."""
+def _parse_axis(axis: str, entries: Any) -> dict[str, dict[str, Any]]:
+    """Convert an axis to {label: settings}; a list of values means {value: {axis: value}}."""
     if isinstance(entries, list):
         return {str(value): {axis: value} for value in entries}
     if not isinstance(entries, dict):
-        raise ValueError(f"axis {axis}: a list of values, or a mapping of labels to settings")
+        raise ValueError(f"axis {axis}: must be a list of values, or a mapping of labels to settings")
     for label, settings in entries.items():
         if not isinstance(settings or {}, dict):
-            raise ValueError(f"axis {axis}: {label} is {settings!r}, want a mapping of settings")
+            raise ValueError(f"axis {axis}: {label} is {settings!r}, must be a mapping of settings")
     return {str(label): dict(settings or {}) for label, settings in entries.items()}
 
 
 def plan(grid: Grid) -> int:
-    """Write every point's recipe and dry-run it; returns how many cannot run."""
+    """Write the recipe of every point and dry-run it; returns the number of points that cannot run."""
     failed = 0
     rows = [["point", "parameters", "GPUs", "layout", "tokens/step", "steps", "PFLOP", "GiB/GPU"]]
     for point in grid.points:
@@ -168,12 +168,12 @@ def plan(grid: Grid) -> int:
 
 
 def _plan_point(grid: Grid, point: Point) -> str | None:
-    """Dry-run one point; returns why it cannot run."""
+    """Dry-run one point; returns the reason if it cannot run."""
     settings = dict(point.settings)
     budget = settings.pop(BUDGET, None)
     if budget is not None and not _is_count(budget):
-        return f"{BUDGET} is {budget!r}: want a number of tokens"
-    # Steps from a budget need the tokens of a step, which a first dry run tells.
+        return f"{BUDGET} is {budget!r}, must be a number of tokens"
+    # Converting a budget to steps needs the tokens of a step, from a first dry run.
     for _ in range(1 if budget is None else 2):
         if budget is not None:
             found = point.figures()
@@ -183,7 +183,7 @@ def _plan_point(grid: Grid, point: Point) -> str | None:
         point.folder.mkdir(parents=True, exist_ok=True)
         point.recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
         (point.folder / "dry_run.json").unlink(missing_ok=True)
-        # Local runs have the grid's ranks, whatever the recipe was written for.
+        # Local runs use the grid's ranks instead of the recipe's.
         ranks = grid.ranks if grid.slurm is None else settings.get("dry_run_world_size") or grid.ranks
         command = [sys.executable, "pretrain_vlm.py", "--recipe", str(point.recipe.absolute()), "--dry-run"]
         command += ["--dry-run-world-size", str(ranks)]
@@ -202,23 +202,23 @@ def _is_count(value: Any) -> bool:
 
 
 def submit(grid: Grid) -> int:
-    """Run every planned point that is not finished; returns how many failed (0 under SLURM)."""
+    """Run every planned point that is not finished; returns the number of failed points (0 under SLURM)."""
     ready = [point for point in grid.points if point.figures() is not None]
     if not ready:
-        raise ValueError("no point has been planned: run `tools/scaling.py plan` first")
-    unfinished = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
+        raise ValueError("no point is planned: run `tools/scaling.py plan` first")
+    pending = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
     if grid.slurm is None:
-        return sum(_run_here(grid, point) != 0 for point in unfinished)
+        return sum(_train_locally(grid, point) != 0 for point in pending)
     chains: list[str | None] = [None] * int(grid.slurm.get("parallel", 1))
-    for number, point in enumerate(unfinished):
+    for number, point in enumerate(pending):
         chain = number % len(chains)
-        chains[chain] = _sbatch(grid, point, chains[chain])
+        chains[chain] = _submit_job(grid, point, chains[chain])
         print(f"{chains[chain]}: {point.name}")
     return 0
 
 
-def _run_here(grid: Grid, point: Point) -> int:
-    """Train one point on this machine, starting again after faults as long as it gets on."""
+def _train_locally(grid: Grid, point: Point) -> int:
+    """Train one point on this machine, with restarts after faults; returns the exit code."""
     point.save.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(grid.ranks), "--max-restarts", "2", "pretrain_vlm.py"]
@@ -226,20 +226,20 @@ def _run_here(grid: Grid, point: Point) -> int:
     command += ["--exit-signal-handler"]
     threads = str(max(1, (os.cpu_count() or 1) // grid.ranks))
     environment = {"OMP_NUM_THREADS": threads} | os.environ | {"MLFLOW_TRACKING_URI": grid.store}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as train.sbatch, which has the reason
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # train.sbatch explains the reason
     print(f"{point.name}: training", flush=True)
     with (point.folder / "train.log").open("a") as log:
         code = subprocess.run(
             command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
         ).returncode
-    if code:  # ranks that were killed could not say so
+    if code:  # killed ranks could not report it themselves
         mark_failed(point.save)
     print(f"{point.name}: {'done' if code == 0 else f'failed, see {point.folder}/train.log'}", flush=True)
     return code
 
 
-def _sbatch(grid: Grid, point: Point, after: str | None) -> str:
-    """Submit one point to run after another job; returns its job id."""
+def _submit_job(grid: Grid, point: Point, after: str | None) -> str:
+    """Submit one point to SLURM, to run after the job `after`; returns the job id."""
     assert grid.slurm is not None
     settings = yaml.safe_load(point.recipe.read_text())
     command = ["sbatch", "--parsable", "--nodes", str(grid.slurm.get("nodes", 1))]
@@ -258,12 +258,12 @@ def _sbatch(grid: Grid, point: Point, after: str | None) -> str:
     }
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"sbatch refused {point.name}: {done.stderr.strip()}")
+        raise ValueError(f"sbatch rejected {point.name}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
 
 
 def report(grid: Grid) -> int:
-    """Write report.md and its pictures; returns how many points have no run."""
+    """Write report.md and its pictures; returns the number of points without a run."""
     measured = scaling_report.read_runs(grid.store, grid.name)
     rows = []
     for point in grid.points:
@@ -271,22 +271,22 @@ def report(grid: Grid) -> int:
         figures = point.figures()
         if series and figures:
             rows.append(scaling_report.Result(point.name, point.labels, figures, series))
-    path = scaling_report.write(grid.out, grid.name, rows)
+    path = scaling_report.write_report(grid.out, grid.name, rows)
     print(path.read_text())
     return len(grid.points) - len(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns 0 if every point is in order, 1 if some are not, 2 for a mistake."""
+    """Run the command; returns 0 if all points succeeded, 1 if some did not, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["plan", "submit", "report"])
     parser.add_argument("grid", type=Path, help="grid file, YAML")
-    asked = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        grid = read_grid(asked.grid)
-        missing = {"plan": plan, "submit": submit, "report": report}[asked.action](grid)
+        grid = read_grid(options.grid)
+        missing = {"plan": plan, "submit": submit, "report": report}[options.action](grid)
     except (ValueError, OSError) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What a scaling experiment measured: runs read from MLflow, a table, and three curves."""
+"""Report of a scaling experiment: a table and three plots of its runs in MLflow."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _COLOURS = ("#1f5fa8", "#c2570c", "#1a7f37", "#8250df", "#b42318", "#0e7490", "#
 
 @dataclass(frozen=True)
 class Result:
-    """One point of a grid with what its run measured."""
+    """A point of a grid with the metrics of its run."""
 
     name: str
     labels: dict[str, str]
     figures: dict[str, Any]
-    """Of its dry run."""
+    """Results of the dry run."""
     series: Series
 
     def last(self, metric: str, share: float = 0.1) -> float | None:
-        """Mean of the last tenth of a metric; None if it was not logged."""
+        """Mean of the last `share` of a metric's values; None if it was not logged."""
         values = [value for _, value in self.series.get(metric, [])]
         tail = values[-max(1, round(len(values) * share)) :]
         return sum(tail) / len(tail) if tail else None
 
     def median(self, metric: str) -> float | None:
-        """Median, which the slow first steps do not move."""
+        """Median of a metric, so that the slow first steps have no influence; None if it was not logged."""
         values = sorted(value for _, value in self.series.get(metric, []))
         return values[len(values) // 2] if values else None
 
     def compute(self) -> list[tuple[float, float]]:
-        """(PFLOP so far, loss) along the run."""
+        """Points (cumulative PFLOP, loss) of the run."""
         work = dict(self.series.get("teraflop_per_step", []))
         total, before, points = 0.0, 0, []
         for step, loss in self.series.get("loss", []):
@@ -56,19 +56,19 @@ class Result:
 
 
 def read_runs(uri: str, experiment: str) -> dict[str, Series]:
-    """Metrics of an experiment's runs, by run name; of several runs of a name the latest counts."""
+    """Read the metrics of an experiment's runs, by run name; the latest run with a name is used."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        raise ValueError(f"{uri} has no experiment {experiment!r}: nothing has been trained")
+        raise ValueError(f"{uri} has no experiment {experiment!r}: run `tools/scaling.py submit` first")
     runs: dict[str, Series] = {}
     for run in client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]):
         series = {}
         for metric in _METRICS:
-            # A step that was repeated after a restart counts once.
+            # A step that was repeated after a restart is used once.
             values = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metric)}
             series[metric] = sorted(values.items())
         runs[run.info.run_name] = series
@@ -76,7 +76,7 @@ def read_runs(uri: str, experiment: str) -> dict[str, Series]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Format a Markdown table; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -85,10 +85,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def write(out: Path, name: str, results: Sequence[Result]) -> Path:
+def write_report(out: Path, name: str, results: Sequence[Result]) -> Path:
     """Write report.md and its pictures to a directory; returns the report's path."""
     if not results:
-        raise ValueError("no run of this grid has measured anything yet")
+        raise ValueError("no run of this grid has results yet: run `tools/scaling.py submit` first")
     rows = [
         ["point", "parameters", "tokens/tile", "GPUs", "PFLOP", "loss", "validation loss", "accuracy",
          "tokens/s", "ms/step"]
@@ -103,11 +103,11 @@ def write(out: Path, name: str, results: Sequence[Result]) -> Path:
                 str(result.figures["tokens_per_tile"]),
                 str(result.figures["world_size"]),
                 f"{compute[-1][0]:.3g}" if compute else "-",
-                _shown(result.last("loss"), ".3f"),
-                _shown(result.last("validation_loss", 0), ".3f"),
-                _shown(result.last("validation_accuracy", 0), ".1%"),
-                _shown(result.median("tokens_per_s"), ",.0f"),
-                _shown(None if seconds is None else seconds * 1000, ".0f"),
+                _format_value(result.last("loss"), ".3f"),
+                _format_value(result.last("validation_loss", 0), ".3f"),
+                _format_value(result.last("validation_accuracy", 0), ".1%"),
+                _format_value(result.median("tokens_per_s"), ",.0f"),
+                _format_value(None if seconds is None else seconds * 1000, ".0f"),
             ]
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ def write(out: Path, name: str, results: Sequence[Result]) -> Path:
     return path
 
 
-def _shown(value: float | None, digits: str) -> str:
+def _format_value(value: float | None, digits: str) -> str:
     return "-" if value is None else f"{value:{digits}}"
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    # Not pyplot: it would pick the process's backend and keep figures alive.
+def _make_axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+    # Not pyplot: it would select a backend for the whole process and keep figures in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,7 +147,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def _draw_compute(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = _axes("Loss against compute", "PFLOP of forward and backward", "training loss")
+    figure, axes = _make_axes("Loss against compute", "PFLOP of forward and backward", "training loss")
     for number, result in enumerate(results):
         points = [(x, y) for x, y in result.compute() if x > 0]
         if points:
@@ -160,8 +160,8 @@ def _draw_compute(path: Path, results: Sequence[Result]) -> None:
 
 
 def _draw_throughput(path: Path, results: Sequence[Result]) -> None:
-    figure, axes = _axes("Throughput against GPUs", "GPUs", "tokens/s")
-    for number, (label, members) in enumerate(_grouped(results, "layout").items()):
+    figure, axes = _make_axes("Throughput against GPUs", "GPUs", "tokens/s")
+    for number, (label, members) in enumerate(_group_by_other_axes(results, "layout").items()):
         points = sorted((r.figures["world_size"], r.median("tokens_per_s") or 0.0) for r in members)
         axes.plot(
             *zip(*points, strict=True),
@@ -179,13 +179,13 @@ def _draw_throughput(path: Path, results: Sequence[Result]) -> None:
 def _draw_quality(path: Path, results: Sequence[Result]) -> None:
     measured = all(result.last("validation_accuracy", 0) is not None for result in results)
     title = "Quality and step time against visual tokens"
-    figure, axes = _axes(
+    figure, axes = _make_axes(
         title, "visual tokens per tile", "held-out accuracy (%)" if measured else "training loss"
     )
     twin = axes.twinx()
     twin.set_ylabel("ms per step (dashed)", color=FAINT)
     twin.spines["top"].set_visible(False)
-    for number, (label, members) in enumerate(_grouped(results, "tokens").items()):
+    for number, (label, members) in enumerate(_group_by_other_axes(results, "tokens").items()):
         members = sorted(members, key=lambda r: r.figures["tokens_per_tile"])
         tokens = [r.figures["tokens_per_tile"] for r in members]
         accuracy = [100 * (r.last("validation_accuracy", 0) or 0.0) for r in members]
@@ -201,8 +201,8 @@ def _draw_quality(path: Path, results: Sequence[Result]) -> None:
     figure.savefig(path)
 
 
-def _grouped(results: Sequence[Result], along: str) -> dict[str, list[Result]]:
-    """Results that differ only on one axis, by their other labels."""
+def _group_by_other_axes(results: Sequence[Result], along: str) -> dict[str, list[Result]]:
+    """Group results that differ only on one axis, by their other labels."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         rest = ", ".join(f"{axis} {label}" for axis, label in result.labels.items() if axis != along)

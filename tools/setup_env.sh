@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with Python 3.12 and the versions of constraints.txt. Called by `make setup`.
+# Create .venv with Python 3.12 and the versions of constraints.txt. Called by `make setup`.
 # EXTRAS=dev,gpu adds Transformer Engine, for machines with CUDA only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ fail() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 is_312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
 
 find_python() {
-  # pyenv's python3 obeys .python-version here, whatever the default of the machine is.
+  # pyenv's python3 follows .python-version here instead of the machine's default.
   for candidate in python3 python3.12 python; do
     if command -v "$candidate" >/dev/null && is_312 "$candidate"; then echo "$candidate"; return; fi
   done
@@ -23,7 +23,7 @@ if [ ! -x .venv/bin/python ] || ! is_312 .venv/bin/python; then
   "$python" -m venv --clear .venv || fail "python -m venv failed; on Debian and Ubuntu: apt install python3.12-venv"
 fi
 
-# uv reads none of pip's settings, and a machine may depend on them.
+# uv does not read pip's settings, which a machine may need.
 [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
 [ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
 

@@ -1,9 +1,9 @@
-"""Draw how RVTC cuts an image into tiles under each policy, with the visual tokens that each one costs.
+"""Draw how RVTC cuts an image into tiles under each policy, with the number of visual tokens.
 
     python tools/show_tiles.py photo.jpg --tile-size 448 --max-tiles 12 --out tiles.png
 
-One row of the picture per policy: the image as it is resized for the grid, the grid's lines, and the
-thumbnail. The same numbers are printed as a table.
+The picture has one row per policy: the image resized for the grid, the grid lines, and the thumbnail. The numbers
+are also printed as a table.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-if __name__ == "__main__":  # a checkout that was not installed runs too
+if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
-from tools.values import real, whole
+from tools.values import float_in_range, int_in_range
 
 MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
-PICTURE_WIDTH = 560  # pixels at most for one policy's resized image
+PICTURE_WIDTH = 560  # maximum width of one policy's resized image, in pixels
 PICTURE_HEIGHT = 340
-# Pillow's own font has no multiplication sign: the page writes x.
+# Pillow's default font has no multiplication sign, so the page uses x.
 INK, FAINT, PAPER = (33, 37, 41), (108, 117, 125), (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How one policy cuts an image: the grid, all tiles with the thumbnail, tokens in both phases."""
+    """Result of one policy for an image: grid, number of tiles with the thumbnail, tokens in both phases."""
 
     policy: str
     cols: int
@@ -43,25 +43,27 @@ class Cut:
 
 
 def tokens_per_tile(tile_size: int, patch: int, ratio: float) -> int:
-    """Visual tokens of a tile after projection: (patches per side x ratio) squared.
+    """Number of visual tokens of a tile after projection: (patches per side x ratio) squared.
 
-    Raises ValueError where the tile is no whole number of patches, or the ratio gives no whole grid.
+    Raises ValueError if the tile is not a whole number of patches, or the grid not a whole number of tokens.
     """
     if patch < 1:
-        raise ValueError(f"--patch {patch}: want a number of pixels, at least 1")
+        raise ValueError(f"--patch {patch}: must be a number of pixels, at least 1")
     side = tile_size / patch * ratio
     if tile_size % patch or side != int(side) or side < 1:
         raise ValueError(
-            f"tile size {tile_size}, patch {patch} and ratio {ratio} give a grid of {side:g} tokens a side, "
+            f"tile size {tile_size}, patch {patch} and ratio {ratio} give a grid of {side:g} tokens per side, "
             "which must be a whole number of at least 1: use a multiple of patch / ratio"
         )
     return int(side) ** 2
 
 
 def cut_image(size: tuple[int, int], args: argparse.Namespace) -> list[Cut]:
-    """The cut of an image of `size` (width, height) under every policy."""
+    """Cut an image of `size` (width, height) under every policy."""
     if not 1 <= args.min_tiles <= args.max_tiles:
-        raise ValueError(f"--min-tiles {args.min_tiles} --max-tiles {args.max_tiles}: want 1 <= min <= max")
+        raise ValueError(
+            f"--min-tiles {args.min_tiles} must be at least 1 and at most --max-tiles {args.max_tiles}"
+        )
     low = tokens_per_tile(args.tile_size, args.patch, args.low_ratio)
     high = tokens_per_tile(args.tile_size, args.patch, args.high_ratio)
     cuts = []
@@ -79,7 +81,7 @@ def cut_image(size: tuple[int, int], args: argparse.Namespace) -> list[Cut]:
 
 
 def table(cuts: Sequence[Cut]) -> str:
-    """The cuts as text, one line a policy."""
+    """Format the cuts as a text table, one line per policy."""
     lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep"]
     for cut in cuts:
         thumbnail = "yes" if cut.thumbnail else "no"
@@ -91,14 +93,14 @@ def table(cuts: Sequence[Cut]) -> str:
 
 
 def _cut_line(page: ImageDraw.ImageDraw, ends: tuple[int, int, int, int]) -> None:
-    # White around black: visible on every image.
+    # A black line with a white border is visible on every image.
     page.line(ends, fill=PAPER, width=6)
     page.line(ends, fill=INK, width=2)
 
 
 def _draw_cut(page: ImageDraw.ImageDraw, canvas: Image.Image, image: Image.Image, cut: Cut, top: int) -> int:
-    """Draw one policy's row at height `top`; return its height in pixels."""
-    # One scale for the whole row, so that tiles and thumbnail compare; small grids are not blown up.
+    """Draw one policy's row at height `top`; returns its height in pixels."""
+    # One scale for the whole row, so that tiles and thumbnail are comparable; small grids are not enlarged.
     side = min(PICTURE_WIDTH // cut.cols, PICTURE_HEIGHT // cut.rows, 220)
     width, height = cut.cols * side, cut.rows * side
     left = MARGIN + TEXT_WIDTH
@@ -126,7 +128,7 @@ def _draw_cut(page: ImageDraw.ImageDraw, canvas: Image.Image, image: Image.Image
 
 
 def draw_page(image: Image.Image, cuts: Sequence[Cut], title: str) -> Image.Image:
-    """One picture with a row for every cut."""
+    """Draw a picture with a row for every cut."""
     width = MARGIN * 2 + TEXT_WIDTH + PICTURE_WIDTH + GAP + 220
     canvas = Image.new("RGB", (width, 120 + len(cuts) * (PICTURE_HEIGHT + 40)), PAPER)
     page = ImageDraw.Draw(canvas)
@@ -139,7 +141,7 @@ def draw_page(image: Image.Image, cuts: Sequence[Cut], title: str) -> Image.Imag
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image upright and in RGB. Raises ValueError for what is missing, no image or cut short."""
+    """Read an image, upright and in RGB. Raises ValueError if it is missing, damaged or not an image."""
     if not path.is_file():
         raise ValueError(f"{path}: {'a directory, not an image' if path.is_dir() else 'no such file'}")
     try:
@@ -149,37 +151,40 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ValueError(
-            f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb?"
+            f"{path}: too large: must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
         ) from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path}: the image is damaged: {error}") from None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("image", type=Path)
     parser.add_argument("--out", type=Path, default=Path("tiles.png"), help="PNG to write")
-    parser.add_argument("--tile-size", type=whole(1, 65_536), default=448, help="pixels")
-    parser.add_argument("--min-tiles", type=whole(0, 4096), default=1)
+    parser.add_argument("--tile-size", type=int_in_range(1, 65_536), default=448, help="pixels")
+    parser.add_argument("--min-tiles", type=int_in_range(0, 4096), default=1)
     parser.add_argument(
-        "--max-tiles", type=whole(0, 4096), default=12, help="tiles at most, the thumbnail not counted"
+        "--max-tiles",
+        type=int_in_range(0, 4096),
+        default=12,
+        help="maximum number of tiles, not counting the thumbnail",
     )
     parser.add_argument(
-        "--patch", type=whole(0, 4096), default=14, help="patch size of the vision model, in pixels"
+        "--patch", type=int_in_range(0, 4096), default=14, help="patch size of the vision model, in pixels"
     )
     parser.add_argument(
-        "--low-ratio", type=real(0, 1), default=0.25, help="tokens per patch side, shallow layers"
+        "--low-ratio", type=float_in_range(0, 1), default=0.25, help="tokens per patch side, shallow layers"
     )
     parser.add_argument(
-        "--high-ratio", type=real(0, 1), default=0.5, help="tokens per patch side, deep layers"
+        "--high-ratio", type=float_in_range(0, 1), default=0.5, help="tokens per patch side, deep layers"
     )
     parser.add_argument("--thumbnail", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command; returns the exit code."""
     args = parse_args(argv)
     try:
         image = open_image(args.image)

@@ -1,7 +1,7 @@
 """Pages of the documentation site: the repository's own documents at their own paths, and the API.
 
 MkDocs calls the `on_*` functions (mkdocs.yml names this file as a hook). Documents keep their paths, so that a
-relative link works in the repository and on the site alike. A link to a file that is no page, such as a source
+relative link works in the repository and on the site alike. A link to a file that is not a page, such as a source
 or a recipe, becomes plain text; one to a module of the package leads to the API.
 """
 
@@ -150,7 +150,7 @@ def measurements(names: list[str]) -> str:
 
 
 def resolve(target: str, page: str, known: set[str]) -> str | None:
-    """Where a link of a page leads on the site; None: nowhere, as the target is no page.
+    """Target of a link on the site; None if it is not a page of the site.
 
     Args:
         target: as it is written.

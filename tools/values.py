@@ -1,4 +1,4 @@
-"""Argument types of the tools: numbers that are finite and in range, refused by argparse with exit code 2."""
+"""Argument types of the tools: finite numbers in a range; argparse rejects others with exit code 2."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from collections.abc import Callable
 LARGE = 2**31 - 1
 
 
-def whole(low: int, high: int = LARGE) -> Callable[[str], int]:
-    """A whole number in low..high."""
+def int_in_range(low: int, high: int = LARGE) -> Callable[[str], int]:
+    """Argparse type of a whole number between `low` and `high`, both included."""
 
-    def value(text: str) -> int:
+    def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = None
         if number is None or not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]}: want a whole number in {low:,}..{high:,}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]}: must be a whole number between {low:,} and {high:,}"
+            )
         return number
 
-    return value
+    return parse
 
 
-def real(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
-    """A number in low..high, `above` low itself; never nan or infinite."""
+def float_in_range(low: float, high: float = 1e12, *, above: bool = False) -> Callable[[str], float]:
+    """Argparse type of a finite number between `low` and `high`; `above` excludes `low` itself."""
 
-    def value(text: str) -> float:
+    def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
             number = math.nan
         if not low <= number <= high or (above and number == low):
             bounds = f"{'above' if above else 'at least'} {low:g} and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]}: want a number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text[:40]}: must be a number {bounds}")
         return number
 
-    return value
+    return parse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draw a small data set, train a tiny InternVL-X on two ranks (CPU, or a GPU each), answer held-out questions.
-# Further arguments go to pretrain_vlm.py:  bash examples/demo/run.sh --train-iters 100
+# Draw a small data set, train a tiny InternVL-X on two ranks (CPU, or one GPU each), answer held-out questions.
+# Further arguments are passed to pretrain_vlm.py:  bash examples/demo/run.sh --train-iters 100
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python
@@ -8,7 +8,7 @@ out=${DEMO_OUT:-runs/demo}
 
 "$python" tools/make_demo_data.py --out "$out/data"
 rm -rf "$out/checkpoints"
-# NCCL refuses two ranks on one GPU: a single one trains without a pipeline.
+# NCCL does not support two ranks on one GPU: with one GPU, train without a pipeline.
 ranks=2
 if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then ranks=1; fi
 # One thread per rank: two ranks share two cores.

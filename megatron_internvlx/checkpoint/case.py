@@ -1,4 +1,4 @@
-"""A verification case: inputs of the released model, and what it computed from them.
+"""Verification case: inputs of the released model and its outputs.
 
 Shapes: B rows, n tokens of a row (right- or left-padded), T tiles.
 """
@@ -23,28 +23,28 @@ INPUTS = ("pixel_values", "input_ids", "labels", "attention_mask", "image_flags"
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs, absent ones filled in."""
+    """Inputs of a case, with defaults for missing ones, and the expected outputs."""
 
     pixel_values: Tensor
     """[T, 3, S, S], normalised; T may be 0."""
     input_ids: Tensor
     """[B, n]."""
     labels: Tensor
-    """[B, n], -100 where nothing is supervised; not shifted."""
+    """[B, n], -100 at unsupervised tokens; not shifted."""
     attention_mask: Tensor
-    """[B, n], 1 at tokens."""
+    """[B, n], 1 at tokens, 0 at padding."""
     image_flags: Tensor
-    """[T], 1 for tiles that the text refers to."""
+    """[T], 1 for tiles that are used in the text."""
     expected: Mapping[str, Tensor]
-    """Outputs and gradients that came with it."""
+    """Expected outputs and gradients."""
 
     @property
     def tiles(self) -> Tensor:
-        """[t, 3, S, S] tiles that the text refers to."""
+        """[t, 3, S, S] tiles that are used in the text."""
         return self.pixel_values[self.image_flags.bool()]
 
     def rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, labels) of every row without padding."""
+        """Pairs (ids, labels) of every row without padding."""
         keep = self.attention_mask.bool()
         return [
             (ids[mask].numpy(), labels[mask].numpy())
@@ -52,9 +52,9 @@ class Case:
         ]
 
     def image_token(self, tokens_per_tile: int, known: int | None) -> int:
-        """Id of the image placeholder: as given, or the only id that is there often enough.
+        """Id of the image placeholder: `known`, or the only id that occurs once per visual token.
 
-        Raises ConversionError when the count of placeholders does not fit the tiles, naming both.
+        Raises ConversionError with both counts if the placeholders do not match the tiles.
         """
         wanted = len(self.tiles) * tokens_per_tile
         ids, counts = self.input_ids[self.attention_mask.bool()].unique(return_counts=True)
@@ -72,27 +72,29 @@ class Case:
         if len(fitting) != 1:
             raise ConversionError(
                 f"{len(fitting)} token ids occur {wanted} times ({len(self.tiles)} tiles of {tokens_per_tile} "
-                "tokens), so the image placeholder is not known: give --image-token-id"
+                "tokens), so the image placeholder is unknown: set --image-token-id"
             )
         return fitting[0]
 
 
 def load_case(path: Path) -> Case:
-    """Read a case file, and what was expected: in the same file, or in `<case>.outputs/grads` beside it.
+    """Read a case file; expected values are in the same file, or in `<case>.outputs/grads` next to it.
 
-    Raises ConversionError for files or tensors that are missing or do not fit each other.
+    Raises ConversionError if files or tensors are missing or inconsistent.
     """
-    held = _load(path)
+    held = _load_tensors(path)
     expected = {name: tensor for name, tensor in held.items() if name not in INPUTS}
     if path.name.endswith(".inputs.safetensors"):
         for kind in ("outputs", "grads"):
             beside = path.with_name(path.name.replace(".inputs.", f".{kind}."))
-            expected |= _load(beside) if beside.is_file() else {}
+            expected |= _load_tensors(beside) if beside.is_file() else {}
     whole = [n for n in INPUTS[1:] if n in held and (held[n].is_floating_point() or held[n].is_complex())]
     if whole:
-        raise ConversionError(f"{path}: {', '.join(whole)} must hold whole numbers")
+        raise ConversionError(f"{path}: {', '.join(whole)} must contain whole numbers")
     if "input_ids" not in held or held["input_ids"].dim() != 2 or not held["input_ids"].numel():
-        raise ConversionError(f"{path}: it needs input_ids [rows, tokens], at least one of each")
+        raise ConversionError(
+            f"{path}: must contain input_ids [rows, tokens], with at least one row and token"
+        )
     ids = held["input_ids"]
     mask = held.get("attention_mask", torch.ones_like(ids))
     labels = held.get("labels", torch.full_like(ids, -100))
@@ -101,38 +103,38 @@ def load_case(path: Path) -> Case:
     if mask.shape != ids.shape or labels.shape != ids.shape or len(flags) != len(pixels):
         raise ConversionError(
             f"{path}: input_ids {list(ids.shape)}, attention_mask {list(mask.shape)}, labels "
-            f"{list(labels.shape)}, pixel_values {list(pixels.shape)}, image_flags {list(flags.shape)} do not fit"
+            f"{list(labels.shape)}, pixel_values {list(pixels.shape)}, image_flags {list(flags.shape)} do not match"
         )
     edges = mask.bool().int().diff(dim=1).abs().sum(dim=1)
     one_sided = (edges == 0) | ((edges == 1) & (mask.bool()[:, 0] ^ mask.bool()[:, -1]))
     if not bool((one_sided & mask.bool().any(dim=1)).all()):
         raise ConversionError(
-            f"{path}: attention_mask has gaps inside a row, or an empty row; only padding on one side is masked here"
+            f"{path}: attention_mask has gaps inside a row, or an empty row; padding must be on one side"
         )
     return Case(pixels, ids, labels, mask, flags, expected)
 
 
 def check_case(case: Case, arguments: Mapping[str, Any]) -> None:
-    """Raises ConversionError when the inputs do not fit the model, before any rank is started."""
+    """Check the inputs against the model before any rank is started. Raises ConversionError."""
     side, vocabulary = arguments.get("image_size", 448), arguments["vocab_size"]
     wanted = (3, side, side)
     if len(case.pixel_values) and tuple(case.pixel_values.shape[1:]) != wanted:
         raise ConversionError(
-            f"pixel_values are {list(case.pixel_values.shape)}, the model wants [tiles, {', '.join(map(str, wanted))}]"
+            f"pixel_values are {list(case.pixel_values.shape)}, must be [tiles, {', '.join(map(str, wanted))}]"
         )
     keep = case.attention_mask.bool()
     supervised = case.labels[keep & (case.labels != -100)]
     for name, ids in (("input_ids", case.input_ids[keep]), ("labels", supervised)):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ConversionError(
-                f"{name} run from {int(ids.min())} to {int(ids.max())}, the vocabulary has {vocabulary} tokens"
+                f"{name} range from {int(ids.min())} to {int(ids.max())}, but the vocabulary has {vocabulary} tokens"
             )
     longest, most = int(keep.sum(dim=1).max()), arguments["max_position_embeddings"]
     if longest > most:
-        raise ConversionError(f"a row has {longest} tokens, max_position_embeddings is {most}")
+        raise ConversionError(f"a row has {longest} tokens, but max_position_embeddings is {most}")
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -141,7 +143,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one tensor is from what was expected."""
+    """Difference between a computed and an expected tensor."""
 
     name: str
     worst: float
@@ -151,10 +153,10 @@ class Difference:
 
 
 def compare(case: Case, found: Mapping[str, Tensor], no_gradient: Collection[str] = ()) -> list[Difference]:
-    """Every expected tensor that was computed; logits only where the attention mask is 1.
+    """Compare every expected tensor that was computed; logits only where the attention mask is 1.
 
-    Of `no_gradient` a gradient of zeros is as good as none, which is what some optimizers leave; any other
-    is a difference.
+    Weights in `no_gradient` have no computed gradient; they match only an expected gradient of zeros, which
+    some optimizers leave.
     """
     differences = []
     found = {**found, **{n: torch.zeros_like(case.expected[n]) for n in no_gradient if n in case.expected}}

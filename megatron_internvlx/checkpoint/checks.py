@@ -1,4 +1,4 @@
-"""JSON files that people write: read as objects, and their values checked before anything is computed from them."""
+"""Read JSON files written by others, such as config.json, and check their values before they are used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from megatron_internvlx.checkpoint.errors import ConversionError
 
-# Sizes of a decoder or an encoder; what is required is asked for where it is read.
+# Sizes of a decoder or an encoder; required keys are checked where they are read.
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "patch_size", "image_size", "num_channels",
 )  # fmt: skip
 _SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
 _SIZES_OF_EXPERTS = ("moe_intermediate_size", "num_experts_per_tok")
-# Numbers that end up in the arithmetic, the positive ones first; and switches.
+# Numbers used in computations, positive ones first; and switches.
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "rope_theta")
 _NUMBERS = (
     "initializer_range", "initializer_factor", "layer_scale_init_value", "drop_path_rate", "router_aux_loss_coef",
@@ -26,7 +26,7 @@ _SWITCHES = (
     "qkv_bias", "qk_normalization", "use_qk_norm", "attention_bias", "tie_word_embeddings", "use_thumbnail",
     "dynamic_image_size", "norm_topk_prob", "bias", "mlp_bias", "use_sliding_window",
 )  # fmt: skip
-MOST_TILES = 1024  # of an image: a released model has 40 at most, and the search for a grid looks at all
+MOST_TILES = 1024  # per image; released models have at most 40, and the grid search tries all grids
 _RULES = {"ps_version": ("v1", "v2"), "rvtc": ("area", "edge", "off")}
 _COMPRESSION_RULES = {
     "projector": ("pvtc", "mlp"),
@@ -41,14 +41,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory has the files of a tokenizer; whether they can be read is another matter."""
+    """Whether a directory has the files of a tokenizer, readable or not."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def check_model_directory(flag: str, directory: Path) -> None:
-    """What costs nothing to see, before seconds of imports: raises ConversionError.
+    """Check that a directory has a known config.json, before slow imports. Raises ConversionError.
 
-    `flag` is how the user named it.
+    `flag` is the command-line flag that names the directory.
     """
     if not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "no such directory"
@@ -59,23 +59,23 @@ def check_model_directory(flag: str, directory: Path) -> None:
 
 
 def unknown_model(config: Mapping[str, Any]) -> ConversionError:
-    """For a config.json of another kind of model."""
+    """Error for a config.json of an unsupported model."""
     named = config.get("architectures")
     names = ", ".join(map(str, named)) if isinstance(named, list) and named else "none"
     return ConversionError(
-        f"config.json: model_type {config.get('model_type')!r} (architectures {names}) is not a model that can be "
-        f"imported: {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]} is"
+        f"config.json: model_type {config.get('model_type')!r} (architectures {names}) cannot be imported; "
+        f"it must be {', '.join(MODEL_TYPES[:-1])} or {MODEL_TYPES[-1]}"
     )
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ConversionError when it is missing or something else."""
+    """Read a JSON file that contains an object. Raises ConversionError if it is missing or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConversionError(f"{path}: {error.strerror}") from error
     except RecursionError as error:
-        raise ConversionError(f"{path}: its brackets are nested too deeply to be read") from error
+        raise ConversionError(f"{path}: not readable: brackets are nested too deeply") from error
     except ValueError as error:
         raise ConversionError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -84,9 +84,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def model_part(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """`llm_config` or another part of a config.json, its sizes checked.
+    """Get `llm_config` or another part of a config.json, and check its values.
 
-    Raises ConversionError when it is missing, no object, or holds a size that is none.
+    Raises ConversionError if it is missing, not an object, or has an invalid value.
     """
     part = config.get(key)
     if not isinstance(part, dict):
@@ -113,7 +113,7 @@ def model_part(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_numbers(part: Mapping[str, Any], where: str) -> None:
-    """Numbers and switches of an object are such. Raises ConversionError."""
+    """Check the types of an object's numbers and switches. Raises ConversionError."""
     for name in (*_POSITIVE, "factor"):
         if part.get(name) is not None and not (_is_number(part[name]) and part[name] > 0):
             raise ConversionError(
@@ -131,17 +131,17 @@ def _check_heads(part: Mapping[str, Any], key: str) -> None:
     heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise ConversionError(
-            f"config.json: {key}.num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+            f"config.json: {key}.num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}"
         )
     experts, chosen = part.get("num_experts", part.get("num_local_experts")), part.get("num_experts_per_tok")
     if chosen and _is_size(experts) and chosen > experts:
         raise ConversionError(
-            f"config.json: {key}.num_experts_per_tok {chosen} is more than {experts} experts"
+            f"config.json: {key}.num_experts_per_tok {chosen} must be at most the number of experts, {experts}"
         )
 
 
 def check_images(config: Mapping[str, Any]) -> None:
-    """The image settings at the top level of a config.json. Raises ConversionError for what training refuses."""
+    """Check the image settings at the top level of a config.json. Raises ConversionError."""
     for name, fine in _RULES.items():
         if name in config and config[name] not in fine:
             raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be {' or '.join(fine)}")
@@ -163,29 +163,32 @@ def check_images(config: Mapping[str, Any]) -> None:
 
 
 def compression_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`compression` of an export with LVTC. Raises ConversionError for what is no setting of ours."""
+    """Get and check `compression` of an export with LVTC. Raises ConversionError for an invalid setting."""
     part = config.get("compression")
     if not isinstance(part, dict):
         raise ConversionError(f"config.json: compression is {'missing' if part is None else 'not an object'}")
     unknown = sorted(set(part) - set(_COMPRESSION))
     if unknown:
-        raise ConversionError(f"config.json: compression has {', '.join(unknown)}, which is no setting of it")
+        raise ConversionError(
+            f"config.json: compression has unknown settings {', '.join(unknown)}; "
+            f"known are {', '.join(_COMPRESSION)}"
+        )
     for name, fine in _COMPRESSION_RULES.items():
         if name in part and part[name] not in fine:
             raise ConversionError(
                 f"config.json: compression.{name} is {part[name]!r}; it must be {' or '.join(fine)}"
             )
-    layers = [part.get("expand_layer") or 0, *_list(part.get("inject_layers"))]
+    layers = [part.get("expand_layer") or 0, *_as_list(part.get("inject_layers"))]
     ratios = [part.get("low_ratio", 0.25), part.get("high_ratio", 0.5)]
     if not all(type(layer) is int for layer in layers) or not all(map(_is_ratio, ratios)):
         raise ConversionError(
-            "config.json: compression needs whole numbers as expand_layer and inject_layers, and numbers above 0, at "
-            f"most 1, as low_ratio and high_ratio, not {part}"
+            "config.json: compression: expand_layer and inject_layers must be whole numbers, low_ratio and high_ratio "
+            f"numbers above 0 and at most 1, found {part}"
         )
     return part
 
 
-def _list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value, None]
 
 
@@ -194,7 +197,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Neither nan nor infinite, nor a whole number that no float can hold."""
+    """Whether the value is a finite number that fits into a float."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

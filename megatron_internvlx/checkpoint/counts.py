@@ -1,4 +1,4 @@
-"""Counts of a config.json against the tensors beside it, before anything is made of so many layers."""
+"""Check the layer and expert counts of a config.json against the tensors, before a table of them is built."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from itertools import islice
 
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.mapping import Dims
+from megatron_internvlx.model.sizes import ModelSizes
 
 _DECODER = r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d{1,9})\."
-# What is counted: (key of config.json, a word for it, the numbers in the names of tensors).
+# Names of counted tensors; the last group is the number of the layer or expert.
 _LAYERS = re.compile(_DECODER)
 _EXPERTS = re.compile(_DECODER + r"mlp\.experts\.(\d{1,9})\.")
 _VISION = re.compile(
@@ -18,8 +18,8 @@ _VISION = re.compile(
 )
 
 
-def check_counts(sizes: Dims, layout: str, names: Iterable[str]) -> None:
-    """Layers of decoder and encoder, and experts, are as many as the weights have.
+def check_counts(sizes: ModelSizes, layout: str, names: Iterable[str]) -> None:
+    """Check that config.json has as many layers and experts as the weights.
 
     Args:
         sizes: of config.json.
@@ -40,9 +40,9 @@ def check_counts(sizes: Dims, layout: str, names: Iterable[str]) -> None:
         if len(there) == said:
             continue
         lacking = list(islice((i for i in range(min(said, len(there) + 10)) if i not in there), 10))
-        absent = f" (number {', '.join(map(str, lacking))} {'is' if len(lacking) == 1 else 'are'} not)"
+        absent = f" (without number {', '.join(map(str, lacking))})"
         few = absent if lacking and said - len(there) <= 10 else ""
         raise ConversionError(
-            f"config.json: {key} is {said}, and {len(there)} {what} are among the weights{few}: correct config.json, "
+            f"config.json: {key} is {said}, but the weights have {len(there)} {what}{few}: correct config.json, "
             "or complete the weights; both must be of the same model"
         )

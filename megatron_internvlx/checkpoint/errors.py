@@ -1,5 +1,5 @@
-"""What a conversion tells its user."""
+"""Errors of conversions."""
 
 
 class ConversionError(ValueError):
-    """A directory, checkpoint or combination of settings that cannot be converted; the message says why."""
+    """Error for a directory, checkpoint or combination of settings that cannot be converted, with the reason."""

@@ -1,4 +1,4 @@
-"""What an exported directory has beside its weights: config.json, tokenizer, chat template, code, model card."""
+"""Files of an exported directory besides weights: config.json, tokenizer, chat template, code, model card."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OURS = {
 
 
 def write_files(plan: ExportPlan, partial: Path) -> None:
-    """Write all of it into `partial`. Raises ConversionError where an original file cannot be read."""
+    """Write all files except weights into `partial`. Raises ConversionError if an original cannot be read."""
     same = plan.side is not None and plan.notes.get("layout") == plan.layout
     same_projector = plan.notes.get("arguments", {}).get("projector") == plan.arguments.get("projector")
     if plan.side is not None:
@@ -48,7 +48,7 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
     if same:
         _keep_config(plan, partial, same_projector)
     else:
-        config = chat_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype)
+        config = chat_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype)
         write_json(partial / "config.json", config)
     if not (same and _keeps_template(plan, partial)):
         write_chat_template(plan, partial)
@@ -58,23 +58,24 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
 
 
 def _keeps_template(plan: ExportPlan, partial: Path) -> bool:
-    """Whether the chat template of the original is that of the model.
+    """Whether the original directory's chat template is the model's, so that its files can be kept.
 
-    Until it is trained that is so unless another one was asked for. Training used the one of its settings: the
-    original's only if its config.json names it, which the native format never does. Files that have none of a
-    named template do not keep it: the released code has it in Python, where no processor finds it.
+    An untrained model has the original's template unless the import chose another one. A trained model has the
+    template of its settings, which is the original's only if the original's config.json names it (the native
+    format never does). The released code has its templates in Python, where a processor cannot find them, so
+    without a template file the template is written even if it is the same.
     """
     assert plan.side is not None
     ours = plan.arguments.get("conversation_template", "internvl2_5")
-    said = read_object(plan.side / "config.json").get("template")
-    if said == ours and not has_chat_template(partial):
+    original = read_object(plan.side / "config.json").get("template")
+    if original == ours and not has_chat_template(partial):
         return False
-    named = said if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
+    named = original if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
     return named == ours
 
 
 def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:
-    """The original config.json byte for byte, unless the export changed what it says."""
+    """Copy the original config.json, byte for byte unless the export changes a setting in it."""
     assert plan.side is not None
     for name in ("README.md", "processor_config.json", "preprocessor_config.json"):
         if same_projector and (plan.side / name).is_file():
@@ -82,15 +83,15 @@ def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:
     config = read_object(plan.side / "config.json")
     changed = False
     if plan.layout == "chat":
-        # What training set otherwise, such as --max-tiles, is what the model is to be used with.
+        # Use the model with the settings it was trained with, such as --max-tiles.
         before, now = image_settings(plan.notes["arguments"]), image_settings(plan.arguments)
         differing = {key: value for key, value in now.items() if before.get(key) != value}
         if plan.iteration and config.get("template") != now["template"]:
-            differing["template"] = now["template"]  # the original's is none of ours
+            differing["template"] = now["template"]  # the original names an unknown template
         config |= differing
         changed = bool(differing)
     if not same_projector and "auto_map" in config:
-        # That remote code builds the other projector.
+        # The original's remote code builds another projector.
         del config["auto_map"]
         changed = True
     key = "dtype" if "dtype" in config else "torch_dtype"

@@ -1,4 +1,4 @@
-"""What an export will hold: arguments, table, tensors and files, before the first byte is written."""
+"""Plan of an export: arguments, table, tensors and files, determined before anything is written."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from megatron_internvlx.checkpoint.checks import read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.hf_config import DTYPES, dims, family_of
+from megatron_internvlx.checkpoint.hf_config import DTYPES, family_of
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
-from megatron_internvlx.checkpoint.mapping import LAYOUTS, Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.mapping import LAYOUTS, Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import (
     SINGLE,
@@ -22,40 +22,41 @@ from megatron_internvlx.checkpoint.safetensors_io import (
 )
 from megatron_internvlx.checkpoint.target import group_by_size
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that is known before the first byte is written."""
+    """Everything about an export that is determined before anything is written."""
 
     folder: Path
     arguments: dict[str, Any]
     family: str
     layout: str
-    dims: Dims
+    sizes: ModelSizes
     dtype: str
     entries: tuple[Entry, ...]
     tensors: dict[str, TensorInfo]
-    """Every tensor of the directory, with its file."""
+    """All tensors of the directory, with their files."""
     side: Path | None
-    """Files of the directory that the model came from, if any."""
+    """Directory with the tokenizer and the original's other files, if any."""
     notes: dict[str, Any]
-    """conversion.json of that directory, or empty."""
+    """Content of its conversion.json, or empty."""
     tied_copy: str | None
-    """The stored copy of a tied output layer."""
+    """Name of the stored copy of a tied output layer."""
     iteration: int
 
 
 def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
-    """(arguments, family or "", iteration) of a checkpoint. Raises ConversionError."""
+    """Read (arguments, family or "", iteration) of a checkpoint. Raises ConversionError."""
     common = reader.common()
     imported = common.get("internvlx")
     if imported:
         return dict(imported["arguments"]), imported["family"], 0
     if common.get("args") is None:
-        raise ConversionError(f"{reader.folder}: it holds no arguments, so its model is not known")
+        raise ConversionError(f"{reader.folder}: it has no arguments, so its model is unknown")
     arguments = dict(vars(common["args"]))
     if "expand_layer" not in arguments:
         raise ConversionError(f"{reader.folder}: not a checkpoint of this project (no InternVL-X settings)")
@@ -63,9 +64,10 @@ def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
 
 
 def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> Path | None:
-    """Where tokenizer and original config.json are: --like, beside the checkpoint, or the tokenizer's.
+    """Find the directory with tokenizer and original config.json, or None.
 
-    Raises ConversionError for a --like that is not there.
+    Searched in this order: --like, next to the checkpoint, the tokenizer directory. Raises ConversionError if
+    --like does not exist.
     """
     if given is not None and not given.is_dir():
         raise ConversionError(f"--like {given}: no such directory")
@@ -77,21 +79,21 @@ def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> P
 
 
 def read_notes(side: Path | None) -> dict[str, Any]:
-    """conversion.json of an import; empty where there is none. Raises ConversionError for a broken one."""
+    """Read conversion.json of an import; empty if there is none. Raises ConversionError if it is invalid."""
     if side is None or not (side / NOTES).is_file():
         return {}
     notes = read_object(side / NOTES)
     get = notes.get
     kinds = get("layout") in (*LAYOUTS, None) and get("family") in (*FAMILIES, None)
     if not (kinds and isinstance(get("arguments", {}), dict) and isinstance(get("tied_copy") or "", str)):
-        raise ConversionError(f"{side / NOTES}: not as an import writes it; remove it to export without it")
+        raise ConversionError(f"{side / NOTES}: not written by an import; remove it to export without it")
     tensors = notes.get("tensors")
     for entry in tensors.values() if isinstance(tensors, dict) else [None]:
         file, dtype = (entry.get("file"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
         known = isinstance(getattr(torch, str(dtype), None), torch.dtype)
         if not isinstance(file, str) or Path(file).name != file or not known:
             raise ConversionError(
-                f"{side / NOTES}: not as an import writes it ({entry!r}); remove it to export without it"
+                f"{side / NOTES}: not written by an import ({entry!r}); remove it to export without it"
             )
     return notes
 
@@ -103,13 +105,13 @@ def plan_export(
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
 ) -> ExportPlan:
-    """Decide the layout, the names, the types and the files.
+    """Determine layout, names, types and files of an export.
 
     Args:
-        load: checkpoint directory (the latest iteration is taken) or the folder of one iteration.
-        like: directory with tokenizer and, if the model was imported, what import kept of the original.
-        dtype: of all weights; None: as the original had them, or else as the model was trained.
-        max_shard_size: bytes of a weight file at most.
+        load: checkpoint directory (the latest iteration is used) or the folder of one iteration.
+        like: directory with a tokenizer and, if the model was imported, the original's files.
+        dtype: type of all weights; None: that of the original, or else of training.
+        max_shard_size: maximum size of a weight file in bytes.
 
     Raises ConversionError.
     """
@@ -120,19 +122,19 @@ def plan_export(
     notes = read_notes(side)
     family = family or notes.get("family") or family_of(arguments)
     try:
-        sizes = dims(arguments, family)
+        sizes = model_sizes(arguments)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ConversionError(
-            f"{folder}: its arguments describe no model of this project: {reason}"
+            f"{folder}: its arguments do not describe a model of this project: {reason}"
         ) from error
     layout = _layout(sizes, notes)
     if side is not None and layout == notes.get("layout") != "internvlx":
         read_object(side / "config.json")
-    entries = table(sizes, layout)
+    entries = table(sizes, family, layout)
     original: Mapping[str, Any] = notes.get("tensors", {}) if layout == notes.get("layout") else {}
     if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+        raise ConversionError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     fallback = dtype or _model_dtype(original, arguments)
     copy = notes.get("tied_copy") if original and sizes.tied else None
     infos: dict[str, TensorInfo] = {}
@@ -160,9 +162,9 @@ def plan_export(
     )
 
 
-def _layout(sizes: Dims, notes: Mapping[str, Any]) -> str:
-    """Released names wherever they exist; with LVTC ours. An original MLP model keeps its own format."""
-    if sizes.injections:
+def _layout(sizes: ModelSizes, notes: Mapping[str, Any]) -> str:
+    """Layout of the export: internvlx with LVTC, the original's for a model with MLP projector, else chat."""
+    if sizes.injection_layers:
         return "internvlx"
     source = notes.get("layout", "chat")
     if source == "internvlx" or (source != "chat" and sizes.projector != "mlp"):
@@ -177,20 +179,22 @@ def _model_dtype(original: Mapping[str, Any], arguments: Mapping[str, Any]) -> s
     return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
 
 
-def _check_shape(reader: CheckpointReader, entry: Entry, sizes: Dims) -> None:
+def _check_shape(reader: CheckpointReader, entry: Entry, sizes: ModelSizes) -> None:
     key, place = reader.find(entry.ours)
     stored = reader.tensors[key].shape
     stored = stored if place is None else stored[1:]
     wanted = our_shape(entry.shapes)
     vocabulary = entry.ours.endswith(("word_embeddings.weight", "output_layer.weight"))
-    # A layout may have padded the vocabulary.
+    # The vocabulary may be padded for the layout of training.
     fits = stored[0] >= wanted[0] and stored[1:] == wanted[1:] if vocabulary else stored == wanted
     if not fits:
-        raise ConversionError(f"{reader.folder}: {key} is {list(stored)}, its arguments want {list(wanted)}")
+        raise ConversionError(
+            f"{reader.folder}: {key} is {list(stored)}, expected {list(wanted)} from its arguments"
+        )
 
 
 def _files(infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int) -> dict[str, TensorInfo]:
-    """File of every tensor: the original's if all its names are there, else by size in order."""
+    """Assign a file to every tensor: the original's if all names are the same, else by size, in order."""
     kept = all(entry["file"].endswith(".safetensors") for entry in original.values())
     if original and kept and set(original) == set(infos):
         return {name: TensorInfo(original[name]["file"], i.shape, i.dtype) for name, i in infos.items()}

@@ -1,4 +1,4 @@
-"""A torch_dist checkpoint of any layout becomes a Hugging Face directory, on CPU, tensor by tensor."""
+"""Export a torch_dist checkpoint of any layout to a Hugging Face directory, on CPU, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_header,
 )
 from megatron_internvlx.checkpoint.target import fingerprint, group_by_size, new_directory, run_units
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, Stored
+from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, StoredTensor
 
 UNIT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that one process reads, rearranges and writes into their places."""
+    """Group of tensors that one process reads, converts and writes."""
 
     folder: str
     partial: str
-    items: tuple[tuple[Entry, Stored, int | None], ...]
+    items: tuple[tuple[Entry, StoredTensor, int | None], ...]
     places: Mapping[str, tuple[str, int, str]]
-    """Per Hugging Face name: file, position, type."""
+    """File, position and type of each tensor by Hugging Face name."""
     copies: Mapping[str, str]
-    """Names that are written twice: name -> name of the copy."""
+    """Tensors that are written twice: name -> name of the copy."""
 
 
 def write_unit(unit: Unit) -> int:
-    """Write the unit's tensors; returns how many."""
+    """Write the unit's tensors; returns their number."""
     torch.set_num_threads(1)
     writer = _UnitWriter(unit)
     try:
@@ -62,7 +62,7 @@ def write_unit(unit: Unit) -> int:
 
 
 class _UnitWriter:
-    """Puts the tensors of a unit into the files."""
+    """Writer of a unit's tensors into the weight files."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
@@ -74,13 +74,13 @@ class _UnitWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def copy(self, entry: Entry, stored: Stored, place: int | None) -> bool:
-        """Copy bytes; False if they must be rearranged or get another type."""
+    def copy(self, entry: Entry, stored: StoredTensor, place: int | None) -> bool:
+        """Copy a tensor's bytes; returns False if its order or type must change."""
         folder = Path(self.unit.folder)
         types = {getattr(torch, self.unit.places[name][2]) for name in entry.theirs}
         if not entry.op.keeps_order or types != {stored.dtype}:
             return False
-        runs = torch_dist.stored_runs(folder, stored, place)
+        runs = torch_dist.byte_ranges(folder, stored, place)
         if runs is None:
             return False
         begin = 0
@@ -96,8 +96,8 @@ class _UnitWriter:
             begin = end
         return True
 
-    def convert(self, entry: Entry, stored: Stored, place: int | None) -> None:
-        """Read the tensor, rearrange it, write it in its type."""
+    def convert(self, entry: Entry, stored: StoredTensor, place: int | None) -> None:
+        """Read a tensor, convert its order and type, and write it."""
         ours = torch_dist.read_stored(Path(self.unit.folder), stored, place)
         for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):
             typed = tensor.to(getattr(torch, self.unit.places[name][2]))
@@ -105,7 +105,7 @@ class _UnitWriter:
                 write_at(descriptor, tensor_bytes(typed), position)
 
     def _targets(self, name: str) -> Iterator[tuple[int, int]]:
-        """(open file, position) of a tensor and of its copy."""
+        """Yield (file descriptor, position) of a tensor and of its copy, if any."""
         for target in filter(None, (name, self.unit.copies.get(name))):
             file, position, _ = self.unit.places[target]
             if file not in self._descriptors:
@@ -146,9 +146,9 @@ def export_checkpoint(
     processes: int = 2,
     quiet: bool = False,
 ) -> ExportPlan:
-    """Write the Hugging Face directory `directory`; see `plan_export` for the arguments.
+    """Write a checkpoint to the Hugging Face directory `directory`; see `plan_export` for the arguments.
 
-    Raises ConversionError, after which `directory` does not exist.
+    Raises ConversionError; `directory` then does not exist.
     """
     plan = plan_export(load, like=like, dtype=dtype, max_shard_size=max_shard_size)
     if plan.layout == "internvlx":

@@ -1,7 +1,7 @@
-"""The language models that can be converted: one row per family, read by import, export and verification.
+"""Table of the language models that can be converted, used by import, export and verification.
 
-A row says how a family differs from Llama. Its tensors are named in `mapping.py`, where most families share Llama's
-names; examples/add_language_model shows the whole way from a new row to its test.
+A row describes how a family differs from Llama. `mapping.py` has the names of its tensors, which for most families
+are Llama's; examples/add_language_model shows all steps from a new row to its test.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Refused = tuple[tuple[str, tuple[Any, ...]], ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One family of decoders, as its config.json describes it."""
+    """Family of decoders, as described by its config.json."""
 
     architecture: str
-    """Class of transformers, or of the model's remote code; config.json names it in `architectures`."""
+    """Class of transformers or of the model's remote code, as in `architectures` of config.json."""
     refused: Refused
-    """Settings that change the numbers and that our decoder does not have: (key, the values that are fine). None
-    is a key that is left out: fine where the default of transformers' class is."""
+    """Settings that affect results and that our decoder lacks: (key, supported values). None is a missing key,
+    supported if the default of transformers' class is."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """Settings that are the same in every config.json of an export."""
     qkv_bias: bool = False
@@ -29,9 +29,9 @@ class Family:
     qk_norm: bool = False
     """Queries and keys are normalised per head."""
     experts: bool = False
-    """Mixture of experts, as Qwen3-MoE has it."""
+    """Mixture of experts, as in Qwen3-MoE."""
     head_dim: int | None = None
-    """Width of a head where config.json does not say it; None: hidden size / heads."""
+    """Width of a head if config.json does not set it; None: hidden size / heads."""
 
 
 _WINDOW = ("use_sliding_window", (False, None))

@@ -1,6 +1,6 @@
-"""A Hugging Face `config.json` read into our arguments, and written from them.
+"""Convert a Hugging Face `config.json` to our arguments.
 
-Arguments are a dictionary of argparse destinations, as in model/presets.py: what `--recipe` takes.
+Arguments are a dictionary of argparse destinations, as in model/presets.py and in recipes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from megatron_internvlx.checkpoint import checks
 from megatron_internvlx.checkpoint.checks import check_images, compression_part, model_part, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.mapping import Dims, output_names
-from megatron_internvlx.config import CompressionSettings, check_compression, grid_side
+from megatron_internvlx.checkpoint.mapping import output_names
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.model.internvit_config import PRESETS as VISION_PRESETS
-from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from megatron_internvlx.model.internvit_config import InternViTConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,7 +46,7 @@ _DECODER = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a directory holds, in our terms."""
+    """Model of a Hugging Face directory, as our arguments."""
 
     arguments: dict[str, Any]
     layout: str
@@ -55,75 +54,24 @@ class ModelConfig:
     family: str
     tied: bool
     dtype: str
-    """Type of the weights as config.json names it."""
+    """Type of the weights according to config.json."""
     remarks: tuple[str, ...] = ()
-    """What of config.json was not taken over, for people."""
+    """Messages about settings of config.json that were not taken over."""
 
 
 class TensorNames(Protocol):
-    """What is asked about the tensors of a directory."""
+    """Interface to the tensors of a directory."""
 
     @property
     def names(self) -> set[str]:
-        """All names."""
+        """Names of all tensors."""
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same bits."""
 
 
-def dims(arguments: Mapping[str, Any], family: str) -> Dims:
-    """Sizes of the model that the arguments (of an import, or of a training run) describe.
-
-    Raises ValueError where the settings do not fit each other.
-    """
-    get = arguments.get
-    vision = vision_from(arguments)
-    settings = compression_from(arguments)
-    patches = vision.patches_per_side
-    check_compression(settings, patches=patches, num_layers=arguments["num_layers"])
-    high = grid_side(patches, settings.high_ratio, "--high-ratio")
-    low = grid_side(patches, settings.low_ratio, "--low-ratio") if settings.lvtc else high
-    heads, experts = arguments["num_attention_heads"], get("num_experts") or 0
-    return Dims(
-        family=family,
-        layers=arguments["num_layers"],
-        hidden=arguments["hidden_size"],
-        heads=heads,
-        groups=arguments["num_query_groups"] if get("group_query_attention") else heads,
-        head_dim=get("kv_channels") or arguments["hidden_size"] // heads,
-        ffn=arguments["ffn_hidden_size"],
-        vocab=arguments["vocab_size"],
-        vision=vision,
-        projector=settings.projector,
-        entry_grid=low,
-        high_grid=high,
-        injections=settings.injection_layers(),
-        qkv_bias=bool(get("add_qkv_bias")),
-        qk_norm=bool(get("qk_layernorm")),
-        tied=not get("untie_embeddings_and_output_weights"),
-        experts=experts,
-        expert_ffn=(get("moe_ffn_hidden_size") or arguments["ffn_hidden_size"]) if experts else 0,
-    )
-
-
-def compression_from(arguments: Mapping[str, Any]) -> CompressionSettings:
-    """The compression settings among the arguments; absent ones take their defaults."""
-    names = CompressionSettings.__dataclass_fields__
-    return CompressionSettings(**{name: arguments[name] for name in names if name in arguments})
-
-
-def vision_from(arguments: Mapping[str, Any]) -> InternViTConfig:
-    """The vision encoder that the arguments name; as `vision_config`, without Megatron."""
-    changes = {"image_size": arguments.get("image_size", 448)}
-    for name in ("patch_size", "select_layer"):
-        if arguments.get(name) is not None:
-            changes[name] = arguments[name]
-    changes |= json.loads(arguments.get("vision_overrides") or "{}")
-    return internvit_preset(arguments.get("vision_preset", "internvit_300m"), **changes)
-
-
 def vision_arguments(vision: InternViTConfig) -> dict[str, Any]:
-    """Arguments that give this encoder: a preset, and what differs from it."""
+    """Arguments that describe a vision encoder: the closest preset and the differences from it."""
     named: dict[str, Any] = {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
@@ -153,20 +101,20 @@ def _fits(preset: InternViTConfig, named: dict[str, Any]) -> bool:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory. Raises ConversionError when it is missing or unreadable."""
+    """Read `config.json` of a directory. Raises ConversionError if it is missing or unreadable."""
     return read_object(directory / "config.json")
 
 
 def model_config(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
-    """Our arguments for a `config.json`.
+    """Convert a `config.json` to our arguments.
 
     Args:
-        config: its content.
-        source: the tensors beside it: whether the projector is PVTC, and how an older transformers named
-            things, is visible only there.
+        config: content of the file.
+        source: tensors of the directory; only they show whether the projector is PVTC and which naming of
+            transformers is used.
 
     Raises:
-        ConversionError: another architecture, or a setting that this project does not have.
+        ConversionError: unsupported architecture or setting.
     """
     kind = config.get("model_type")
     try:
@@ -191,26 +139,26 @@ def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
         if name and name != "auto":
             found = str(name).removeprefix("torch.")
             if found not in DTYPES:
-                raise ConversionError(f"config.json: dtype {name!r} is none of {', '.join(DTYPES)}")
+                raise ConversionError(f"config.json: dtype {name!r} must be one of {', '.join(DTYPES)}")
             return found
     return "float32"
 
 
 def _decoder(text: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """(family, arguments) of the language model."""
+    """Convert the decoder's part of a config.json to (family, arguments)."""
     by_class = {row.architecture: family for family, row in FAMILIES.items()}
     architectures = text.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = by_class.get(named) or text.get("model_type", "")
     if family not in FAMILIES:
         raise ConversionError(
-            f"config.json: {where} is a {named or family or 'nameless'} decoder; one of "
-            f"{', '.join(by_class)} can be imported"
+            f"config.json: {where}: {named or family or 'unnamed'} cannot be imported; the decoder must be one of "
+            f"{', '.join(by_class)}"
         )
     row = FAMILIES[family]
     for key, fine in row.refused:
         if text.get(key) not in fine:
-            value = repr(text[key]) if key in text else "its default, as it is left out,"
+            value = repr(text[key]) if key in text else "(default)"
             raise ConversionError(f"config.json: {where}.{key} = {value} is not supported by this decoder")
     if text.get("hidden_act", "silu") != "silu":
         raise ConversionError(
@@ -246,7 +194,7 @@ def _experts(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """RoPE arguments. Dynamic NTK acts only beyond max_position_embeddings, where we do not go."""
+    """RoPE arguments. Dynamic NTK scaling is ignored: it acts only beyond max_position_embeddings."""
     rope = text.get("rope_parameters") or {}
     scaling = text.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     base = text.get("rope_theta") or rope.get("rope_theta") or 10000
@@ -262,9 +210,9 @@ def _rope(text: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _tied(flag: Any, family: str, layout: str, source: TensorNames) -> bool:
-    """Whether the output layer is the embedding.
+    """Whether the output layer is tied to the embedding.
 
-    Some directories say so and store both: then it is so only if both are equal.
+    Some directories set the flag and store both tensors: they are tied only if both are equal.
     """
     head, embedding = output_names(family, layout)
     return bool(flag) and (head not in source.names or source.equal(head, embedding))
@@ -309,7 +257,8 @@ def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str)
     if layout == "internvlx":
         arguments |= compression_part(config)
     remark = (
-        f"config.json has the chat template {template!r}; the recipe has {known!r}, of {', '.join(TEMPLATES)}"
+        f"config.json has the unknown chat template {template!r}; the recipe uses {known!r} "
+        f"(known: {', '.join(TEMPLATES)})"
     )
     remarks = () if template == known else (remark,)
     return ModelConfig(arguments, layout, family, tied, _dtype(config, text), remarks)
@@ -322,7 +271,7 @@ def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
     def side(value: Any) -> int:
         sides = value if isinstance(value, list | tuple) else [value, value]
         if sides[0] != sides[1]:
-            raise ConversionError(f"config.json: only square images are supported, not {value}")
+            raise ConversionError(f"config.json: image and patch must be square, found {value}")
         return sides[0]
 
     if config.get("vision_feature_select_strategy", "default") != "default":
@@ -364,7 +313,7 @@ def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:
 
 
 def family_of(arguments: Mapping[str, Any]) -> str:
-    """The family whose tensor names and config a model trained from scratch is exported with."""
+    """Family whose tensor names and config are used to export a model trained from scratch."""
     if arguments.get("num_experts"):
         return "qwen3_moe"
     if arguments.get("qk_layernorm"):

@@ -1,4 +1,4 @@
-"""`config.json` of an exported directory, from our arguments."""
+"""Convert our arguments to the `config.json` of an exported directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_internvlx.checkpoint.families import FAMILIES
-from megatron_internvlx.checkpoint.hf_config import compression_from, vision_from
+from megatron_internvlx.config import CompressionSettings, settings_from
+from megatron_internvlx.model.sizes import vision_config
 
 _DECODER = {
     "num_hidden_layers": "num_layers",
@@ -21,7 +22,7 @@ _DECODER = {
 
 
 def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
-    """The `llm_config` of a directory."""
+    """Content of `llm_config` in config.json."""
     row = FAMILIES[family]
     config: dict[str, Any] = {"architectures": [row.architecture], "model_type": family}
     config |= {theirs: arguments[ours] for theirs, ours in _DECODER.items()}
@@ -54,7 +55,7 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
 
 
 def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are cut and prompts are written, under the names of InternVL's config.json, and our `rvtc`."""
+    """Settings of tiles and chat template under the names of InternVL's config.json, and our `rvtc`."""
     get = arguments.get
     return {
         "downsample_ratio": get("high_ratio", 0.5),
@@ -64,14 +65,19 @@ def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "max_dynamic_patch": get("max_tiles", 12),
         "ps_version": get("pixel_shuffle_version", "v2"),
         "rvtc": get("rvtc", "area"),
-        "select_layer": vision_from(arguments).select_layer,
+        "select_layer": vision_config(arguments).select_layer,
         "template": get("conversation_template", "internvl2_5"),
         "use_thumbnail": not get("no_thumbnail", False),
     }
 
 
+def _vision(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The `vision_config` of a directory, without the drop path, which is a setting of training."""
+    return vision_config({**arguments, "vision_drop_path": 0.0}).to_hf()
+
+
 def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: str) -> dict[str, Any]:
-    """config.json for the released InternVL and InternVL-X code."""
+    """Content of config.json for the released InternVL and InternVL-X code."""
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -81,12 +87,12 @@ def chat_config(arguments: Mapping[str, Any], family: str, tied: bool, dtype: st
         "torch_dtype": dtype,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
-        "vision_config": vision_from(arguments).to_hf() | {"torch_dtype": dtype},
+        "vision_config": _vision(arguments) | {"torch_dtype": dtype},
     }
 
 
 def _remote_decoder(arguments: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
-    """The decoder as configuration_internvlx.py wants it: RoPE in one field, and the family by name."""
+    """Decoder settings in the format of configuration_internvlx.py: RoPE in one field, with the family's name."""
     config = decoder_config(arguments, family, tied)
     scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
     config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
@@ -96,17 +102,16 @@ def _remote_decoder(arguments: Mapping[str, Any], family: str, tied: bool) -> di
 def remote_code_config(
     arguments: Mapping[str, Any], family: str, tied: bool, dtype: str, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """config.json for the remote code of hf/.
+    """Content of config.json for the remote code in hf/.
 
     Args:
-        arguments: of the model.
-        family: of the decoder.
-        tied: whether the output layer is the embedding.
+        arguments: settings of the model.
+        family: family of the decoder.
+        tied: whether the output layer is tied to the embedding.
         dtype: name of the weights' type.
         token_ids: image_token_id, bos_token_id, eos_token_id and pad_token_id.
     """
-    compression = compression_from(arguments)
-    vision = vision_from(arguments).to_hf()
+    compression = settings_from(arguments, CompressionSettings)
     model = "modeling_internvlx.InternVLXForConditionalGeneration"
     return {
         "architectures": ["InternVLXForConditionalGeneration"],
@@ -129,6 +134,6 @@ def remote_code_config(
         "dtype": dtype,
         "llm_config": _remote_decoder(arguments, family, tied),
         "tie_word_embeddings": tied,
-        "vision_config": vision,
+        "vision_config": _vision(arguments),
         **token_ids,
     }  # fmt: skip

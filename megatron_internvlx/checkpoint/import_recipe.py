@@ -1,4 +1,4 @@
-"""`recipe.yaml` of an import: the model, where it begins, and settings to fine-tune it with, each explained."""
+"""`recipe.yaml` of an import: the model, its checkpoint, and commented settings for fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-# (setting, value as it is written, what it is). The values are those of examples/recipes for a fine-tune.
+# (setting, value in YAML, comment), with the values of the fine-tuning recipes in examples/recipes.
 _FINE_TUNE = (
     (
-        "Length. Sets of one pass: train_iters = records / global_batch_size.",
+        "Length. One epoch: train_iters = records / global_batch_size.",
         (
             ("global_batch_size", "128", "samples per step, over all GPUs"),
-            ("micro_batch_size", "1", "samples that a GPU computes together"),
+            ("micro_batch_size", "1", "samples per forward pass of a GPU"),
             ("train_iters", "1000", "steps; with 128 samples each that is 128,000 samples"),
         ),
     ),
@@ -23,12 +23,12 @@ _FINE_TUNE = (
         "Optimizer",
         (
             ("lr", "2.0e-5", "highest learning rate, after the warm-up"),
-            ("min_lr", "1.0e-6", "the last one"),
-            ("lr_decay_style", "cosine", "how it gets from one to the other"),
-            ("lr_warmup_fraction", "0.03", "share of the steps in which it rises from 0"),
-            ("weight_decay", "0.05", "not of biases and norms"),
-            ("adam_beta2", "0.999", "of Adam"),
-            ("clip_grad", "1.0", "largest norm of all gradients together"),
+            ("min_lr", "1.0e-6", "learning rate at the end"),
+            ("lr_decay_style", "cosine", "shape of the decay"),
+            ("lr_warmup_fraction", "0.03", "share of the steps in which the learning rate rises from 0"),
+            ("weight_decay", "0.05", "not for biases and norms"),
+            ("adam_beta2", "0.999", "Adam's decay of the second moment"),
+            ("clip_grad", "1.0", "largest norm of the gradient"),
             (
                 "loss_weighting",
                 "square",
@@ -40,45 +40,45 @@ _FINE_TUNE = (
         "Running",
         (
             ("save_interval", "200", "steps between checkpoints, in --save"),
-            ("auto_resume", "true", "the same command goes on from the newest checkpoint in --save"),
-            ("exit_signal_handler", "true", "SIGTERM leads to a checkpoint first"),
+            ("auto_resume", "true", "the same command resumes from the newest checkpoint in --save"),
+            ("exit_signal_handler", "true", "save a checkpoint on SIGTERM"),
             ("log_interval", "10", "steps between lines of the log"),
         ),
     ),
 )
 _RVTC = {
-    "area": "tiles by RVTC: no more than the image has pixels for",
-    "edge": "tiles by RVTC: no more columns and rows than the image has pixels for",
-    "off": "tiles by InternVL's rule; area: by RVTC, which makes fewer tiles of small images",
+    "area": "RVTC: number of tiles limited by the image's area",
+    "edge": "RVTC: number of columns and rows limited by the image's width and height",
+    "off": "InternVL's rule; area: RVTC, which cuts small images into fewer tiles",
 }
 
 
 def fine_tune_settings() -> dict[str, Any]:
-    """The settings beside the model, as YAML reads them."""
+    """Settings for fine-tuning, as parsed by YAML."""
     return {name: yaml.safe_load(value) for _, lines in _FINE_TUNE for name, value, _ in lines}
 
 
 def recipe_text(arguments: Mapping[str, Any], source: Path) -> str:
-    """The file.
+    """Text of recipe.yaml.
 
     Args:
-        arguments: of the model and its start, from `importer.recipe_of`.
-        source: the Hugging Face directory, for the heading.
+        arguments: settings of the model and its checkpoint, from `importer.recipe_of`.
+        source: Hugging Face directory, named in the heading.
     """
     lines = [
         *_comment(
-            f"{source.name}, imported. A run's command line overrides what is here, such as --lr 1e-5."
+            f"Import of {source.name}. The command line overrides these settings, for example --lr 1e-5."
         ),
         *_comment(
-            "Several GPUs: torchrun --nproc-per-node N pretrain_vlm.py ...; a model that one GPU does not hold: "
-            "tensor_model_parallel_size, pipeline_model_parallel_size and use_distributed_optimizer, as in "
-            "examples/recipes; --dry-run --dry-run-world-size N says what fits."
+            "Several GPUs: torchrun --nproc-per-node N pretrain_vlm.py ... For a model too large for one GPU set "
+            "tensor_model_parallel_size, pipeline_model_parallel_size and use_distributed_optimizer as in "
+            "examples/recipes; --dry-run --dry-run-world-size N shows the memory."
         ),
     ]
     for title, settings in _FINE_TUNE:
         lines += ["", *_comment(title)]
         lines += [_line(name, value, what) for name, value, what in settings]
-    lines += ["", *_comment("The model, and where it begins")]
+    lines += ["", *_comment("Model and checkpoint")]
     for name in sorted(arguments):
         text = yaml.safe_dump({name: arguments[name]}, width=10**6).rstrip("\n")
         lines.append(f"{text}  # {_RVTC[arguments[name]]}" if name == "rvtc" else text)

@@ -1,7 +1,7 @@
-"""A Hugging Face directory becomes one torch_dist checkpoint that loads into any layout.
+"""Import a Hugging Face directory to a torch_dist checkpoint that loads into any layout.
 
-Beside the weights the checkpoint holds `recipe.yaml` (the arguments to train it with) and `hf/`
-(every file of the directory but the weights, and `conversion.json`), so that it can be exported as it was.
+Besides the weights the checkpoint contains `recipe.yaml` (the arguments to train it) and `hf/` (all files of the
+directory except weights, and `conversion.json`), so that an export can reproduce the directory.
 """
 
 from __future__ import annotations
@@ -23,36 +23,40 @@ from megatron_internvlx.checkpoint.counts import check_counts
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import (
     ModelConfig,
-    compression_from,
-    dims,
     model_config,
     read_config,
 )
 from megatron_internvlx.checkpoint.import_recipe import recipe_text
-from megatron_internvlx.checkpoint.mapping import Dims, Entry, output_names, table
+from megatron_internvlx.checkpoint.mapping import Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
 from megatron_internvlx.checkpoint.target import (
-    file_marks,
+    file_stamps,
     fingerprint,
     group_by_size,
     new_directory,
     run_units,
 )
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
-from megatron_internvlx.checkpoint.torch_dist_write import Written, keys_for, save_tensor, write_metadata
-from megatron_internvlx.config import check_projector
+from megatron_internvlx.checkpoint.torch_dist_write import (
+    WrittenTensor,
+    checkpoint_keys,
+    save_tensor,
+    write_metadata,
+)
+from megatron_internvlx.config import CompressionSettings, check_projector, settings_from
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
 UNIT_BYTES = 256 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-# Buffers that old transformers versions stored; they follow from the configuration.
+# Buffers stored by old transformers versions; they are computed from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".embeddings.position_ids")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor to be made: its entry, and the files of its parts; no files: it is initialised."""
+    """A tensor to create: its table entry and the files of its parts; without files it is initialised."""
 
     entry: Entry
     files: tuple[str, ...]
@@ -60,50 +64,50 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors read or drawn."""
+        """Size of the tensors in bytes."""
         itemsize = getattr(torch, self.dtype).itemsize
         return sum(torch.Size(shape).numel() for shape in self.entry.shapes) * itemsize
 
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """Everything that is known before the first byte is written."""
+    """Everything about an import that is determined before anything is written."""
 
     config: ModelConfig
-    dims: Dims
+    sizes: ModelSizes
     sources: tuple[Source, ...]
     initialised: tuple[str, ...]
-    """Full names of tensors that the directory lacks."""
+    """Full names of tensors that are missing in the directory and are initialised."""
     unused: tuple[str, ...]
-    """Tensors of the directory that the model has no place for."""
+    """Tensors of the directory that are not in the model."""
     derived: tuple[str, ...]
-    """Stored buffers that follow from the configuration."""
+    """Stored buffers that are computed from the configuration."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the checkpoint's tensors."""
+        """Size of the checkpoint's tensors in bytes."""
         return sum(source.nbytes for source in self.sources)
 
 
 def plan_import(
     directory: Path, weights: WeightFiles, changes: Mapping[str, Any], *, init_missing: bool = False
 ) -> ImportPlan:
-    """Decide where every tensor comes from.
+    """Determine the source of every tensor.
 
     Args:
-        directory: with config.json.
-        weights: its tensors.
-        changes: compression settings that replace those of the directory (projector, expand_layer, ...).
-        init_missing: projectors that the directory lacks are initialised.
+        directory: Hugging Face directory with config.json.
+        weights: tensors of the directory.
+        changes: compression settings that override those of the directory (projector, expand_layer, ...).
+        init_missing: initialise projectors that are missing in the directory.
 
     Raises:
-        ConversionError: what is missing, superfluous or of another shape, by name.
+        ConversionError: names the tensors that are missing, unknown or of another shape.
     """
     found = model_config(read_config(directory), weights)
     config = replace(found, arguments={**found.arguments, **changes})
     try:
-        sizes = dims(config.arguments, config.family)
-        compression = compression_from(config.arguments)
+        sizes = model_sizes(config.arguments)
+        compression = settings_from(config.arguments, CompressionSettings)
         check_projector(compression, hidden_size=sizes.hidden, tensor_parallel=1)
     except ValueError as error:
         raise ConversionError(f"{'' if changes else 'config.json: '}{error}") from error
@@ -112,7 +116,7 @@ def plan_import(
     missing: list[Entry] = []
     mismatched: list[Entry] = []
     used: set[str] = set()
-    for entry in table(sizes, config.layout):
+    for entry in table(sizes, config.family, config.layout):
         state = _compare(entry, weights)
         if state == "there":
             used |= set(entry.theirs)
@@ -128,7 +132,7 @@ def plan_import(
     left = sorted(weights.names - used)
     derived = [name for name in left if name.endswith(_DERIVED)]
     unused = [name for name in left if not name.endswith(_DERIVED)]
-    _refuse(directory, weights, missing, mismatched, unused, init_missing)
+    _check_tensors(directory, weights, missing, mismatched, unused, init_missing)
     return ImportPlan(
         config, sizes, tuple(sources), tuple(e.ours for e in missing), tuple(unused), tuple(derived)
     )
@@ -145,11 +149,13 @@ def _compare(entry: Entry, weights: WeightFiles) -> str:
 def _dtype_of(entry: Entry, weights: WeightFiles) -> str:
     types = {weights.tensors[name].dtype for name in entry.theirs}
     if len(types) > 1:
-        raise ConversionError(f"{', '.join(entry.theirs)} are one tensor here, but have types {types}")
+        raise ConversionError(
+            f"{', '.join(entry.theirs)} must have the same type to be joined, found {types}"
+        )
     return str(types.pop()).removeprefix("torch.")
 
 
-def _refuse(
+def _check_tensors(
     directory: Path,
     weights: WeightFiles,
     missing: Sequence[Entry],
@@ -162,21 +168,19 @@ def _refuse(
         for entry in mismatched:
             for name, shape in zip(entry.theirs, entry.shapes, strict=True):
                 if weights.tensors[name].shape != shape:
-                    lines.append(
-                        f"{name} is {list(weights.tensors[name].shape)}, config.json wants {list(shape)}"
-                    )
+                    lines.append(f"{name} is {list(weights.tensors[name].shape)}, expected {list(shape)}")
         raise ConversionError(
-            f"{directory}: config.json: {len(lines)} tensors have other shapes than it says; correct it, or bring the "
-            "weights that belong to it:\n  " + _lines(lines, 10)
+            f"{directory}: config.json: {len(lines)} tensors have other shapes than expected from it; correct it, or "
+            "use the weights that belong to it:\n  " + _join_limited(lines, 10)
         )
     absent = [name for e in missing if not e.is_projector for name in e.theirs if name not in weights.names]
     if absent:
-        raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _lines(absent))
+        raise ConversionError(f"{directory}: {len(absent)} tensors are missing:\n  " + _join_limited(absent))
     if missing and not init_missing:
         names = [name for entry in missing for name in entry.theirs if name not in weights.names]
         raise ConversionError(
-            f"{directory}: it has no projector of the wanted kind; --init-missing would initialise\n  "
-            + _lines(names)
+            f"{directory}: no projector of this kind; --init-missing would initialise\n  "
+            + _join_limited(names)
         )
     replaced = (
         "mlp1.",
@@ -188,11 +192,11 @@ def _refuse(
     unknown = [name for name in unused if not (init_missing and name.startswith(replaced))]
     if unknown:
         raise ConversionError(
-            f"{directory}: {len(unknown)} tensors have no place in this model:\n  " + _lines(unknown)
+            f"{directory}: {len(unknown)} tensors are not in this model:\n  " + _join_limited(unknown)
         )
 
 
-def _lines(names: Sequence[str], most: int = 40) -> str:
+def _join_limited(names: Sequence[str], most: int = 40) -> str:
     more = [f"... and {len(names) - most} more"] if len(names) > most else []
     return "\n  ".join([*names[:most], *more])
 
@@ -201,7 +205,7 @@ def _lines(names: Sequence[str], most: int = 40) -> str:
 
 
 def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
-    """A tensor that no checkpoint gives: as a new model of ours draws it, from the seed and its name.
+    """Initial value of a missing tensor, as in a new model, drawn from the seed and the tensor's name.
 
     Norm weights are 1, biases 0, `cls_scale` standard normal, matrices uniform within 1/sqrt(columns).
     """
@@ -221,7 +225,7 @@ def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that one process writes into one data file."""
+    """Group of tensors that one process writes into one data file."""
 
     number: int
     directory: str
@@ -234,8 +238,8 @@ class Unit:
 
 
 def write_unit(unit: Unit) -> list[dict[str, Any]]:
-    """Write one data file; returns what is where, as dictionaries of Written."""
-    # The checksums of torch's archives cost as much as all the rest; safetensors has none either.
+    """Write one data file; returns the positions of its tensors, as dictionaries of WrittenTensor."""
+    # The checksums of torch's archives would double the time; safetensors has none either.
     torch.serialization.set_crc32_options(False)
     torch.set_num_threads(1)
     name = f"__{unit.number}_0.distcp"
@@ -243,16 +247,18 @@ def write_unit(unit: Unit) -> list[dict[str, Any]]:
     with (Path(unit.folder) / name).open("wb", buffering=1 << 20) as file:
         for source in unit.sources:
             tensor = make_tensor(Path(unit.directory), source, unit.pickled, unit.seed)
-            keys, place = keys_for(source.entry.ours, unit.experts > 0)
+            keys, place = checkpoint_keys(source.entry.ours, unit.experts > 0)
             start, length = save_tensor(file, tensor if place is None else tensor[None])
             count = 0 if place is None else unit.experts if ".experts." in keys[0] else unit.vision_layers
-            item = Written(tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length)
+            item = WrittenTensor(
+                tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length
+            )
             written.append(asdict(item))
     return written
 
 
 def make_tensor(directory: Path, source: Source, pickled: bool, seed: int) -> Tensor:
-    """Our tensor: read and rearranged, or drawn."""
+    """Create one of our tensors: read and converted, or initialised."""
     if not source.files:
         return initial_value(source.entry, source.dtype, seed)
     parts = [
@@ -276,14 +282,14 @@ def import_checkpoint(
     processes: int = 2,
     quiet: bool = False,
 ) -> ImportPlan:
-    """Write the checkpoint `save`; see the module.
+    """Write the Hugging Face directory `directory` to the checkpoint `save`.
 
-    Raises ConversionError, after which `save` does not exist.
+    Raises ConversionError; `save` then does not exist.
     """
     weights = WeightFiles(directory, allow_pickle=allow_pickle)
     plan = plan_import(directory, weights, changes or {}, init_missing=init_missing)
     files = sorted({info.file for info in weights.tensors.values()})
-    mark = fingerprint("import", file_marks(directory, ["config.json", *files]), plan.config.arguments, seed)
+    mark = fingerprint("import", file_stamps(directory, ["config.json", *files]), plan.config.arguments, seed)
     needed = plan.nbytes + (64 << 20)
     with new_directory(save, mark, needed) as target:
         folder = target.partial / RELEASE
@@ -292,19 +298,19 @@ def import_checkpoint(
         units = [
             Unit(
                 number, str(directory), weights.pickled, str(folder),
-                tuple(plan.sources[i] for i in group), seed, plan.dims.experts,
-                plan.dims.vision.num_layers,
+                tuple(plan.sources[i] for i in group), seed, plan.sizes.experts,
+                plan.sizes.vision.num_layers,
             )
             for number, group in enumerate(groups)
         ]  # fmt: skip
         sizes = [sum(source.nbytes for source in unit.sources) for unit in units]
-        # What `write_metadata` imports takes seconds; this process only waits for the others now.
+        # Import the slow modules of `write_metadata` while this process waits for the others.
         Thread(target=import_module, args=["torch.distributed.checkpoint.filesystem"], daemon=True).start()
         results = run_units(
             target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
         )
-        written = [Written(**item) for number in sorted(results) for item in results[number]]
-        write_metadata(folder, written, _common(plan))
+        written = [WrittenTensor(**item) for number in sorted(results) for item in results[number]]
+        write_metadata(folder, written, _common_state(plan))
         (target.partial / TRACKER).write_text(RELEASE)
         write_side_files(directory, target.partial / SIDE, weights, plan)
         recipe = recipe_text(recipe_of(plan, save.resolve()), directory.resolve())
@@ -312,8 +318,8 @@ def import_checkpoint(
     return plan
 
 
-def _common(plan: ImportPlan) -> dict[str, Any]:
-    """What Megatron, and our export, read beside the tensors."""
+def _common_state(plan: ImportPlan) -> dict[str, Any]:
+    """State besides tensors that Megatron and our export read."""
     return {
         "checkpoint_version": 3.0,
         "iteration": 0,
@@ -323,7 +329,7 @@ def _common(plan: ImportPlan) -> dict[str, Any]:
 
 
 def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:
-    """Arguments of the imported model and of a run that begins with it; `import_recipe` adds how to train."""
+    """Arguments of the imported model and its checkpoint; `import_recipe` adds settings for training."""
     arguments = dict(plan.config.arguments)
     arguments["seq_length"] = min(arguments["max_position_embeddings"], 4096)
     arguments["tokenizer_model"] = str(save / SIDE)
@@ -334,7 +340,7 @@ def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:
 
 
 def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: ImportPlan) -> None:
-    """Copy all files but the weights, and note how the weights were stored."""
+    """Copy all files except weights, and write to conversion.json how the weights were stored."""
     side.mkdir(exist_ok=True)
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES:
@@ -348,7 +354,7 @@ def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: Im
         "unused": list(plan.unused),
         "derived": list(plan.derived),
         "has_index": (directory / INDEX).is_file(),
-        "tied_copy": tied if plan.dims.tied and tied in weights.names else None,
+        "tied_copy": tied if plan.sizes.tied and tied in weights.names else None,
         "tensors": {
             name: {"file": info.file, "dtype": str(info.dtype).removeprefix("torch.")}
             for name, info in weights.tensors.items()

@@ -1,6 +1,6 @@
-"""The table between Hugging Face tensors and ours, read in both directions.
+"""Table that maps Hugging Face tensors to ours, for both directions.
 
-`table(dims, layout)` lists one Entry per tensor of ours. Names of ours are *full names* (see
+`table(sizes, family, layout)` lists one Entry per tensor of ours. Names of ours are *full names* (see
 shards.py). A layout names the tensors of one kind of directory:
 
     chat      internvl_chat: released InternVL and InternVL-X (InternLM2 has names of its own)
@@ -15,49 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_internvlx.checkpoint.ops import GateUp, Op, Rows, Same, SplitQKV, VisionQKV
+from megatron_internvlx.config import PVTC_MLP_RATIO
 from megatron_internvlx.model.internvit_config import InternViTConfig
-
-PVTC_MLP_RATIO = 4  # model/pvtc.py, which imports Megatron
+from megatron_internvlx.model.sizes import ModelSizes
 
 Shape = tuple[int, ...]
 LAYOUTS = ("chat", "internvlx", "native", "native_old")
 
 
 @dataclass(frozen=True)
-class Dims:
-    """Sizes of a model, whatever the layout."""
-
-    family: str
-    """internlm2, qwen2, qwen3, qwen3_moe or llama: how the decoder's tensors are named."""
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    """Key and value heads."""
-    head_dim: int
-    ffn: int
-    """Inner width of a dense layer."""
-    vocab: int
-    """Rows of the embedding, without padding."""
-    vision: InternViTConfig
-    projector: str
-    """pvtc or mlp."""
-    entry_grid: int
-    """Token grid side per tile before layer 0."""
-    high_grid: int
-    injections: tuple[int, ...] = ()
-    """Decoder layers with a projector of their own; () with LVTC off."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False
-    """The output layer is the embedding."""
-    experts: int = 0
-    expert_ffn: int = 0
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One tensor of ours and the Hugging Face tensors that hold the same numbers."""
+    """One of our tensors and the Hugging Face tensors with the same values."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -66,7 +34,7 @@ class Entry:
 
     @property
     def is_projector(self) -> bool:
-        """Whether it belongs to a projector, which may be initialised when a checkpoint lacks it."""
+        """Whether it belongs to a projector, which may be initialised if it is missing."""
         return self.ours.startswith("projector.") or ".injection." in self.ours
 
 
@@ -75,39 +43,41 @@ def one(ours: str, theirs: str, *shape: int, op: Op | None = None) -> Entry:
     return Entry(ours, (theirs,), (shape,), op or Same())
 
 
-def table(dims: Dims, layout: str) -> list[Entry]:
-    """Every tensor of the model in the order of the forward pass; see the module for `layout`."""
+def table(sizes: ModelSizes, family: str, layout: str) -> list[Entry]:
+    """Every tensor of the model in the order of the forward pass.
+
+    Args:
+        sizes: of the model.
+        family: internlm2, qwen2, qwen3, qwen3_moe or llama: how the decoder's tensors are named.
+        layout: see the module.
+    """
     native = layout.startswith("native")
     root = "model." if layout == "native" else ""
-    entries = [*(_native_vision(dims.vision, root + "vision_tower.") if native else _vision(dims.vision))]
-    if native and dims.projector == "mlp":
-        entries += _mlp_projector(
-            dims, "projector.", root + "multi_modal_projector.", _NATIVE_MLP, dims.entry_grid
-        )
-    elif dims.projector == "mlp":
-        entries += _mlp_projector(dims, "projector.", "mlp1.", _CHAT_MLP, dims.entry_grid)
+    entries = [*(_native_vision(sizes.vision, root + "vision_tower.") if native else _vision(sizes.vision))]
+    grid = sizes.entry_grid
+    if native and sizes.projector == "mlp":
+        entries += _mlp_projector(sizes, "projector.", root + "multi_modal_projector.", _NATIVE_MLP, grid)
+    elif sizes.projector == "mlp":
+        entries += _mlp_projector(sizes, "projector.", "mlp1.", _CHAT_MLP, grid)
     else:
-        entries += _pvtc(dims, "projector.", "projector.", dims.entry_grid)
-    for layer in dims.injections:
-        ours, theirs = (
-            f"language_model.decoder.layers.{layer}.injection.projector.",
-            f"lvtc_projectors.{layer}.",
-        )
-        if dims.projector == "mlp":
-            entries += _mlp_projector(dims, ours, theirs, _CHAT_MLP, dims.high_grid)
+        entries += _pvtc(sizes, "projector.", "projector.", grid)
+    for layer in sizes.injection_layers:
+        ours, theirs = f"{_our_layer(layer)}injection.projector.", f"lvtc_projectors.{layer}."
+        if sizes.projector == "mlp":
+            entries += _mlp_projector(sizes, ours, theirs, _CHAT_MLP, sizes.high_grid)
         else:
-            entries += _pvtc(dims, ours, theirs, dims.high_grid)
-    if dims.family == "internlm2" and layout == "chat":
-        entries += _internlm2(dims)
+            entries += _pvtc(sizes, ours, theirs, sizes.high_grid)
+    if family == "internlm2" and layout == "chat":
+        entries += _internlm2(sizes)
     elif layout == "native":
-        entries += _llama_like(dims, "model.language_model.", "lm_head.weight")
+        entries += _llama_like(sizes, "model.language_model.", "lm_head.weight")
     else:
-        entries += _llama_like(dims, "language_model.model.", "language_model.lm_head.weight")
+        entries += _llama_like(sizes, "language_model.model.", "language_model.lm_head.weight")
     return entries
 
 
 def output_names(family: str, layout: str) -> tuple[str, str]:
-    """(output layer, embedding) as a directory of this family and layout names them."""
+    """Names of (output layer, embedding) in a directory of this family and layout."""
     if family == "internlm2" and layout == "chat":
         return "language_model.output.weight", "language_model.model.tok_embeddings.weight"
     if layout == "native":
@@ -121,7 +91,7 @@ _VISION_LAYER = "vision_model.encoder.layers."
 
 
 def vision_layer(ours: str) -> int | None:
-    """The 0-based layer of the vision encoder that a tensor of ours belongs to, or None."""
+    """0-based layer of the vision encoder to which one of our tensors belongs, or None."""
     if not ours.startswith(_VISION_LAYER):
         return None
     return int(ours.removeprefix(_VISION_LAYER).partition(".")[0])
@@ -137,7 +107,7 @@ def _embeddings(vit: InternViTConfig, names: tuple[str, str, str]) -> Iterator[E
 
 
 def _vision_layer(vit: InternViTConfig, ours: str, theirs: str, names: dict[str, str]) -> Iterator[Entry]:
-    """What both formats have alike; `names` gives theirs for norms, projection and factors."""
+    """Entries common to both formats; `names` has theirs for norms, projection and layer scales."""
     c, f = vit.hidden_size, vit.ffn_hidden_size
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         yield one(f"{ours}{norm}.weight", f"{theirs}{names[norm]}.weight", c)
@@ -209,24 +179,21 @@ _CHAT_MLP = {"norm": "0", "linear_fc1": "1", "linear_fc2": "3"}
 _NATIVE_MLP = {"norm": "layer_norm", "linear_fc1": "linear_1", "linear_fc2": "linear_2"}
 
 
-def _block_width(dims: Dims, grid: int) -> int:
-    """Channels of one token after the pixel shuffle to `grid` x `grid` tokens."""
-    return (dims.vision.patches_per_side // grid) ** 2 * dims.vision.hidden_size
-
-
-def _mlp_projector(dims: Dims, ours: str, theirs: str, names: dict[str, str], grid: int) -> Iterator[Entry]:
-    h, width = dims.hidden, _block_width(dims, grid)
+def _mlp_projector(
+    sizes: ModelSizes, ours: str, theirs: str, names: dict[str, str], grid: int
+) -> Iterator[Entry]:
+    h, width = sizes.hidden, sizes.shuffled_width(grid)
     for name, shape in (("norm", (width,)), ("linear_fc1", (h, width)), ("linear_fc2", (h, h))):
         yield one(f"{ours}{name}.weight", f"{theirs}{names[name]}.weight", *shape)
         yield one(f"{ours}{name}.bias", f"{theirs}{names[name]}.bias", shape[0])
 
 
-def _pvtc(dims: Dims, ours: str, theirs: str, grid: int) -> Iterator[Entry]:
-    h, c = dims.hidden, dims.vision.hidden_size
+def _pvtc(sizes: ModelSizes, ours: str, theirs: str, grid: int) -> Iterator[Entry]:
+    h, c = sizes.hidden, sizes.vision.hidden_size
     inner = PVTC_MLP_RATIO * h
     yield one(ours + "cls_scale", theirs + "cls_scale", 1, grid, grid, h)
     for name, mlp, width in (
-        ("query_proj", "mlp1", _block_width(dims, grid)),
+        ("query_proj", "mlp1", sizes.shuffled_width(grid)),
         ("cls_proj", "mlp2", c),
         ("kv_proj", "mlp3", c),
     ):
@@ -255,18 +222,16 @@ def _our_layer(index: int) -> str:
     return f"language_model.decoder.layers.{index}."
 
 
-def _internlm2(dims: Dims) -> Iterator[Entry]:
-    h, f = dims.hidden, dims.ffn
-    root, rows = "language_model.model.", Rows(dims.vocab)
-    yield one(_EMBEDDING, root + "tok_embeddings.weight", dims.vocab, h, op=rows)
-    qkv_rows = (dims.heads + 2 * dims.groups) * dims.head_dim
-    for i in range(dims.layers):
+def _internlm2(sizes: ModelSizes) -> Iterator[Entry]:
+    h, f = sizes.hidden, sizes.ffn
+    root, rows = "language_model.model.", Rows(sizes.vocab)
+    yield one(_EMBEDDING, root + "tok_embeddings.weight", sizes.vocab, h, op=rows)
+    qkv_rows = sizes.query_width + 2 * sizes.key_width
+    for i in range(sizes.layers):
         a, b = _our_layer(i), f"{root}layers.{i}."
         yield one(a + "input_layernorm.weight", b + "attention_norm.weight", h)
         yield one(a + "self_attention.linear_qkv.weight", b + "attention.wqkv.weight", qkv_rows, h)
-        yield one(
-            a + "self_attention.linear_proj.weight", b + "attention.wo.weight", h, dims.heads * dims.head_dim
-        )
+        yield one(a + "self_attention.linear_proj.weight", b + "attention.wo.weight", h, sizes.query_width)
         yield one(a + "pre_mlp_layernorm.weight", b + "ffn_norm.weight", h)
         yield Entry(
             a + "mlp.linear_fc1.weight",
@@ -276,44 +241,44 @@ def _internlm2(dims: Dims) -> Iterator[Entry]:
         )
         yield one(a + "mlp.linear_fc2.weight", b + "feed_forward.w2.weight", h, f)
     yield one(_FINAL_NORM, root + "norm.weight", h)
-    if not dims.tied:
-        yield one(_OUTPUT, "language_model.output.weight", dims.vocab, h, op=rows)
+    if not sizes.tied:
+        yield one(_OUTPUT, "language_model.output.weight", sizes.vocab, h, op=rows)
 
 
-def _llama_like(dims: Dims, root: str, head: str) -> Iterator[Entry]:
-    h, rows = dims.hidden, Rows(dims.vocab)
-    yield one(_EMBEDDING, root + "embed_tokens.weight", dims.vocab, h, op=rows)
-    for i in range(dims.layers):
+def _llama_like(sizes: ModelSizes, root: str, head: str) -> Iterator[Entry]:
+    h, rows = sizes.hidden, Rows(sizes.vocab)
+    yield one(_EMBEDDING, root + "embed_tokens.weight", sizes.vocab, h, op=rows)
+    for i in range(sizes.layers):
         a, b = _our_layer(i), f"{root}layers.{i}."
         yield one(a + "input_layernorm.weight", b + "input_layernorm.weight", h)
-        yield from _attention(dims, a, b)
+        yield from _attention(sizes, a, b)
         yield one(a + "pre_mlp_layernorm.weight", b + "post_attention_layernorm.weight", h)
-        if not dims.experts:
-            yield from _gated(a + "mlp.", b + "mlp.", h, dims.ffn)
+        if not sizes.experts:
+            yield from _gated(a + "mlp.", b + "mlp.", h, sizes.ffn)
             continue
-        yield one(a + "mlp.router.weight", b + "mlp.gate.weight", dims.experts, h)
-        for e in range(dims.experts):
+        yield one(a + "mlp.router.weight", b + "mlp.gate.weight", sizes.experts, h)
+        for e in range(sizes.experts):
             yield from _gated(
-                f"{a}mlp.experts.local_experts.{e}.", f"{b}mlp.experts.{e}.", h, dims.expert_ffn
+                f"{a}mlp.experts.local_experts.{e}.", f"{b}mlp.experts.{e}.", h, sizes.expert_ffn
             )
     yield one(_FINAL_NORM, root + "norm.weight", h)
-    if not dims.tied:
-        yield one(_OUTPUT, head, dims.vocab, h, op=rows)
+    if not sizes.tied:
+        yield one(_OUTPUT, head, sizes.vocab, h, op=rows)
 
 
-def _attention(dims: Dims, ours: str, theirs: str) -> Iterator[Entry]:
-    h, d = dims.hidden, dims.head_dim
+def _attention(sizes: ModelSizes, ours: str, theirs: str) -> Iterator[Entry]:
+    h, d = sizes.hidden, sizes.head_dim
     a, b = ours + "self_attention.", theirs + "self_attn."
-    widths = (dims.heads * d, dims.groups * d, dims.groups * d)
-    split = SplitQKV(dims.heads, dims.groups)
-    for kind in ("weight", "bias") if dims.qkv_bias else ("weight",):
+    widths = (sizes.query_width, sizes.key_width, sizes.key_width)
+    split = SplitQKV(sizes.heads, sizes.kv_groups)
+    for kind in ("weight", "bias") if sizes.qkv_bias else ("weight",):
         parts = tuple(f"{b}{x}_proj.{kind}" for x in "qkv")
         shapes = tuple((rows, h) if kind == "weight" else (rows,) for rows in widths)
         yield Entry(f"{a}linear_qkv.{kind}", parts, shapes, split)
-    if dims.qk_norm:
+    if sizes.qk_norm:
         yield one(a + "q_layernorm.weight", b + "q_norm.weight", d)
         yield one(a + "k_layernorm.weight", b + "k_norm.weight", d)
-    yield one(a + "linear_proj.weight", b + "o_proj.weight", h, dims.heads * d)
+    yield one(a + "linear_proj.weight", b + "o_proj.weight", h, sizes.query_width)
 
 
 def _gated(ours: str, theirs: str, h: int, f: int) -> Iterator[Entry]:

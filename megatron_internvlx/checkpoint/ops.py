@@ -1,4 +1,4 @@
-"""The arithmetic between a Hugging Face tensor and ours: every class maps both ways, bit for bit.
+"""Conversions between Hugging Face tensors and ours, bit for bit; every class has both directions.
 
 Shapes: H heads, G key/value groups, D width of a head, x any trailing dimensions (a weight has one,
 a bias none).
@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 class Op(Protocol):
-    """How the tensors of one table entry turn into one of ours, and back."""
+    """Conversion of the tensors of one table entry to one of ours, and back."""
 
     keeps_order: ClassVar[bool]
-    """Ours begins with theirs, one after the other: their bytes can be copied as they are."""
+    """Whether our tensor begins with theirs one after the other, so that bytes can be copied."""
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
-        """Hugging Face tensors, in the entry's order, to our tensor."""
+        """Convert Hugging Face tensors, in the entry's order, to our tensor."""
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        """Our tensor to Hugging Face tensors, in the entry's order."""
+        """Convert our tensor to Hugging Face tensors, in the entry's order."""
 
 
 @dataclass(frozen=True)
 class Same:
-    """The tensor as it is. InternLM2's wqkv too: per group [its queries ; k ; v], which is Megatron's order."""
+    """Identity, also for InternLM2's wqkv: [queries ; k ; v] per group is Megatron's order."""
 
     keeps_order: ClassVar[bool] = True
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
-        """One tensor to the same tensor."""
+        """Return the single tensor unchanged."""
         return parts[0]
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
@@ -43,14 +43,14 @@ class Same:
 
 @dataclass(frozen=True)
 class Rows:
-    """The first `count` rows: a vocabulary without the padding that a layout may have added."""
+    """The first `count` rows: a vocabulary without the padding of the training layout."""
 
     keeps_order: ClassVar[bool] = True
 
     count: int
 
     def to_ours(self, parts: list[Tensor]) -> Tensor:
-        """Checkpoints hold no padding; Megatron adds it when it loads."""
+        """Return the tensor unchanged; Megatron adds the padding when it loads."""
         return parts[0]
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
@@ -60,7 +60,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class VisionQKV:
-    """InternViT's fused rows `[3][H][D]`, Megatron's `[H][3][D]`."""
+    """InternViT's fused rows `[3][H][D]` and Megatron's `[H][3][D]`."""
 
     keeps_order: ClassVar[bool] = False
 
@@ -77,7 +77,7 @@ class VisionQKV:
 
 @dataclass(frozen=True)
 class SplitQKV:
-    """Separate q, k and v, against Megatron's rows per group: [H/G queries ; k ; v], each of D rows."""
+    """Separate q, k and v, and Megatron's rows per group: [H/G queries ; k ; v], each of D rows."""
 
     keeps_order: ClassVar[bool] = False
 
@@ -98,7 +98,7 @@ class SplitQKV:
 
 @dataclass(frozen=True)
 class GateUp:
-    """Separate gate and up projections, against one matrix [gate ; up]."""
+    """Separate gate and up projections, and one matrix [gate ; up]."""
 
     keeps_order: ClassVar[bool] = True
 
@@ -112,6 +112,6 @@ class GateUp:
 
 
 def our_shape(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-    """Shape of our tensor, from the shapes of theirs: every operation only puts rows in another order."""
+    """Shape of our tensor, from the shapes of theirs: every conversion only reorders rows."""
     first = shapes[0]
     return (sum(shape[0] for shape in shapes), *first[1:]) if first else first

@@ -1,6 +1,6 @@
-"""What makes an exported directory with LVTC run by itself: code, processor, chat template, model card.
+"""Files that let an exported directory with LVTC run by itself: code, processor, chat template, model card.
 
-The last two are for directories without LVTC as well.
+Chat template and model card are written for directories without LVTC too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megatron_internvlx import hf
 from megatron_internvlx.checkpoint.checks import has_tokenizer, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
-from megatron_internvlx.checkpoint.mapping import Dims
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
+from megatron_internvlx.model.sizes import ModelSizes
 
 if TYPE_CHECKING:
     from megatron_internvlx.checkpoint.export_plan import ExportPlan
@@ -26,16 +26,16 @@ PROCESSOR_CODE = "processing_internvlx.py"
 
 
 def write_remote_code(plan: ExportPlan, partial: Path) -> None:
-    """Add everything but weights and tokenizer files, which must be in `partial` already.
+    """Add all files except weights and tokenizer files, which must be in `partial` already.
 
-    Raises ConversionError when there is no tokenizer with the image tokens.
+    Raises ConversionError if there is no tokenizer with the image tokens.
     """
     source = Path(hf.__file__).parent
     for path in sorted(source.glob("*_internvlx.py")):
         shutil.copyfile(path, partial / path.name)
     template = write_chat_template(plan, partial)
     ids = token_ids(partial, template)
-    config = remote_code_config(plan.arguments, plan.family, plan.dims.tied, plan.dtype, ids)
+    config = remote_code_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype, ids)
     write_json(partial / "config.json", config)
     write_json(partial / PROCESSOR, processor_config(plan))
     write_json(partial / "generation_config.json", generation_config(ids))
@@ -43,10 +43,10 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
 
 
 def write_processor(plan: ExportPlan, partial: Path) -> None:
-    """Add our processor to a directory without LVTC, unless the original's is there.
+    """Add our processor to a directory without LVTC, unless it has the original's.
 
-    transformers' InternVL may have its own. The released format has none: its preprocessor_config.json is that of
-    an image encoder alone.
+    The native format of transformers may have its own. The released format has none: its preprocessor_config.json
+    is only for an image encoder.
     """
     if not has_our_processor(partial):
         kept = (PROCESSOR, "preprocessor_config.json") if plan.layout.startswith("native") else (PROCESSOR,)
@@ -57,15 +57,15 @@ def write_processor(plan: ExportPlan, partial: Path) -> None:
 
 
 def has_our_processor(directory: Path) -> bool:
-    """Whether a directory's processor is that of hf/, which is code that it brings."""
+    """Whether a directory contains our processor, as remote code from hf/."""
     path = directory / PROCESSOR
     return path.is_file() and read_object(path).get("processor_class") == "InternVLXProcessor"
 
 
 def tokenizer_problem(directory: Path) -> str | None:
-    """Why no processor can be loaded from a directory, whatever its own files; None: nothing is seen to be wrong.
+    """Reason why the tokenizer of a directory does not work with a processor; None if no problem is found.
 
-    By the files' texts: what the tokenizer itself is may be code, which is not run.
+    Checks only the text of the files: the tokenizer may be code, which is not run.
     """
     if not has_tokenizer(directory):
         return "it has no tokenizer"
@@ -77,25 +77,25 @@ def tokenizer_problem(directory: Path) -> str | None:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a directory. Code that the directory brings is not run, and nobody is asked whether to.
+    """Load the tokenizer of a directory, without running code of the directory and without prompting the user.
 
-    Raises ConversionError when there is none, or only with code.
+    Raises ConversionError if there is none, or if it needs code.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # about the model type of config.json, which has its own code too
+    logging.set_verbosity_error()  # no warning about the model type of config.json, which has remote code too
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # what a directory without tokenizer raises depends on its files
+    except Exception as error:  # the type of error depends on the files of the directory
         if "custom code" in str(error):
             raise ConversionError(
-                f"{directory}: its tokenizer is Python code, which is not run here; save it as tokenizer.json: "
+                f"{directory}: its tokenizer needs Python code, which is not run here; save it as tokenizer.json: "
                 "AutoTokenizer.from_pretrained(DIR, trust_remote_code=True).save_pretrained(NEW)"
             ) from error
         raise ConversionError(
-            f"{directory}: no tokenizer can be loaded from it (export's --like names a directory with one): "
+            f"{directory}: the tokenizer cannot be loaded (set export's --like to a directory with one): "
             f"{str(error).strip().partition(chr(10))[0]}"
         ) from error
     finally:
@@ -103,7 +103,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def token_ids(directory: Path, template: Template) -> dict[str, Any]:
-    """Ids that the configuration names. Raises ConversionError without a fitting tokenizer."""
+    """Token ids for config.json. Raises ConversionError if the tokenizer is missing or has no image token."""
     tokenizer = load_tokenizer(directory)
     image = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
     end = tokenizer.convert_tokens_to_ids(template.end)
@@ -120,27 +120,27 @@ def token_ids(directory: Path, template: Template) -> dict[str, Any]:
 
 
 def check_tokenizer(plan: ExportPlan) -> None:
-    """Before anything is written: raises ConversionError without a tokenizer."""
+    """Check the tokenizer before anything is written. Raises ConversionError if it is missing or unsuitable."""
     if plan.side is None:
-        raise ConversionError("no tokenizer is beside the checkpoint: give --like, a directory with one")
+        raise ConversionError("no tokenizer found next to the checkpoint: set --like to a directory with one")
     token_ids(plan.side, get_template(plan.arguments.get("conversation_template", "internvl2_5")))
 
 
 def processor_config(plan: ExportPlan) -> dict[str, Any]:
-    """processor_config.json: how images are cut, as in training."""
+    """Content of processor_config.json: tile settings as in training."""
     return {
         "auto_map": {"AutoProcessor": "processing_internvlx.InternVLXProcessor"},
         "processor_class": "InternVLXProcessor",
-        **processor_settings(plan.arguments, plan.dims),
+        **processor_settings(plan.arguments, plan.sizes),
     }
 
 
-def processor_settings(arguments: Mapping[str, Any], dims: Dims) -> dict[str, Any]:
-    """What the processor is made with, beside a tokenizer."""
+def processor_settings(arguments: Mapping[str, Any], sizes: ModelSizes) -> dict[str, Any]:
+    """Constructor arguments of the processor, besides a tokenizer."""
     get = arguments.get
     return {
-        "tile_size": dims.vision.image_size,
-        "tokens_per_tile": dims.high_grid**2,
+        "tile_size": sizes.vision.image_size,
+        "tokens_per_tile": sizes.high_grid**2,
         "min_tiles": get("min_tiles", 1),
         "max_tiles": get("max_tiles", 12),
         "use_thumbnail": not get("no_thumbnail", False),
@@ -150,13 +150,13 @@ def processor_settings(arguments: Mapping[str, Any], dims: Dims) -> dict[str, An
 
 
 def generation_config(ids: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json: greedy, ends with the template's end token."""
+    """Content of generation_config.json: greedy decoding until the template's end token."""
     kept = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: value for name, value in kept.items() if value is not None} | {"do_sample": False}
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Whether a processor of this directory has a chat template, in a file of its own or its tokenizer's."""
+    """Whether a directory has a chat template, as a separate file or in the tokenizer's configuration."""
     if any((directory / name).is_file() for name in (TEMPLATE_FILE, "chat_template.json")):
         return True
     settings = directory / "tokenizer_config.json"
@@ -164,7 +164,7 @@ def has_chat_template(directory: Path) -> bool:
 
 
 def write_chat_template(plan: ExportPlan, partial: Path) -> Template:
-    """Make the template of training the only one of the directory, whose tokenizer may have brought another."""
+    """Write the training template, and remove any other chat template from the directory."""
     template = get_template(plan.arguments.get("conversation_template", "internvl2_5"))
     image = IMG_CONTEXT if plan.layout.startswith("native") else IMAGE
     (partial / TEMPLATE_FILE).write_text(chat_template(template, image), encoding="utf-8")
@@ -177,31 +177,31 @@ def write_chat_template(plan: ExportPlan, partial: Path) -> Template:
 
 
 def chat_template(template: Template, image: str = IMAGE) -> str:
-    """The training template as Jinja: messages with role and content (a text, or a list of parts).
+    """Training template in Jinja, for messages with role and content (a text, or a list of parts).
 
-    `image` is what a processor replaces by the tokens of an image.
+    `image` is the placeholder that the processor replaces with the tokens of an image.
     """
 
-    def quoted(text: str) -> str:
+    def quote(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
 
     text = "message.content if message.content is string else parts.text"
     strip = " | trim" if template.strip else ""
-    end = quoted(template.end + template.gap)
+    end = quote(template.end + template.gap)
     return (
         "{%- if messages[0].role != 'system' -%}"
-        f"{{{{- {quoted(template.system_header + template.system)} + {end} }}}}"
+        f"{{{{- {quote(template.system_header + template.system)} + {end} }}}}"
         "{%- endif -%}"
         "{%- for message in messages -%}"
         "{%- set parts = namespace(text='') -%}"
         "{%- if message.content is not string -%}{%- for part in message.content -%}"
-        f"{{%- set parts.text = parts.text + ({quoted(image + chr(10))} if part.type == 'image' else part.text) -%}}"
+        f"{{%- set parts.text = parts.text + ({quote(image + chr(10))} if part.type == 'image' else part.text) -%}}"
         "{%- endfor -%}{%- endif -%}"
-        f"{{%- set headers = {{'system': {quoted(template.system_header)}, "
-        f"'user': {quoted(template.user_header)}, 'assistant': {quoted(template.answer_header)}}} -%}}"
+        f"{{%- set headers = {{'system': {quote(template.system_header)}, "
+        f"'user': {quote(template.user_header)}, 'assistant': {quote(template.answer_header)}}} -%}}"
         f"{{{{- headers[message.role] + (({text}){strip}) + {end} }}}}"
         "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.answer_header)} }}}}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- {quote(template.answer_header)} }}}}{{%- endif -%}}"
     )
 
 
@@ -244,7 +244,7 @@ prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")
 ```
 """
-# In front of code that does not work yet.
+# Precedes code that does not work yet.
 _INCOMPLETE = """**This directory is not complete: {problem}.** Put the files of a tokenizer with the tokens `<img>`,
 `<IMG_CONTEXT>` and `</img>` into it, or export again with `--like`, a directory that has them. Then:
 
@@ -252,28 +252,28 @@ _INCOMPLETE = """**This directory is not complete: {problem}.** Put the files of
 
 
 def model_card(plan: ExportPlan, directory: Path) -> str:
-    """README.md: how to use the model, its configuration, data and training facts.
+    """Text of README.md: usage, configuration, data and training of the model.
 
-    `directory` holds everything else already: only code that works with it is shown.
+    `directory` must contain all other files; only code that works with them is shown.
     """
-    get, dims = plan.arguments.get, plan.dims
-    low, high, side = dims.entry_grid**2, dims.high_grid**2, dims.vision.image_size
+    get, sizes = plan.arguments.get, plan.sizes
+    low, high, side = sizes.entry_grid**2, sizes.high_grid**2, sizes.vision.image_size
     visual, injections = f"{high} tokens per tile", []
-    if dims.injections:
-        visual = f"{low} tokens per tile before layer {dims.injections[0]}, {high} from it on"
-        injections = [("Injections at layers", ", ".join(map(str, dims.injections)))]
+    if sizes.injection_layers:
+        visual = f"{low} tokens per tile before layer {sizes.injection_layers[0]}, {high} from it on"
+        injections = [("Injections at layers", ", ".join(map(str, sizes.injection_layers)))]
     facts = [
-        ("Language model", f"{plan.family}, {dims.layers} layers, width {dims.hidden}"),
-        ("Vision encoder", f"InternViT, {dims.vision.num_layers} layers, width {dims.vision.hidden_size}"),
-        ("Tile", f"{side} x {side} pixels, {dims.vision.patches_per_side**2} patches"),
-        ("Projector", f"{dims.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
+        ("Language model", f"{plan.family}, {sizes.layers} layers, width {sizes.hidden}"),
+        ("Vision encoder", f"InternViT, {sizes.vision.num_layers} layers, width {sizes.vision.hidden_size}"),
+        ("Tile", f"{side} x {side} pixels, {sizes.vision.patches_per_side**2} patches"),
+        ("Projector", f"{sizes.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
         ("Visual tokens", visual),
         *injections,
         ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
-        ("Data", _data(plan)),
-        ("Training", _training(plan)),
+        ("Data", _describe_data(plan)),
+        ("Training", _describe_training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return f"{_CARD.format(summary=_summary(plan), usage=_usage(plan, directory))}| | |\n|---|---|\n{rows}\n"
@@ -290,12 +290,12 @@ def _usage(plan: ExportPlan, directory: Path) -> str:
 
 
 def _summary(plan: ExportPlan) -> str:
-    """What compresses its visual tokens."""
+    """Sentence about the compression of visual tokens."""
     steps = [
         text
         for used, text in (
-            (plan.dims.projector == "pvtc", "in the projector (PVTC)"),
-            (plan.dims.injections, "inside the language model (LVTC)"),
+            (plan.sizes.projector == "pvtc", "in the projector (PVTC)"),
+            (plan.sizes.injection_layers, "inside the language model (LVTC)"),
             (plan.arguments.get("rvtc", "area") != "off", "when the image is cut into tiles (RVTC)"),
         )
         if used
@@ -305,41 +305,42 @@ def _summary(plan: ExportPlan) -> str:
     return f"A vision-language model whose visual tokens are compressed {' and '.join(steps)}."
 
 
-def _data(plan: ExportPlan) -> str:
-    """The data sets of a meta.json or a prepared directory, with their records, if it is still where it was."""
+def _describe_data(plan: ExportPlan) -> str:
+    """Data sets and record counts of the meta.json or prepared directory of training, if it still exists."""
     data = plan.arguments.get("data")
     if not plan.iteration or not data:
         return "not recorded"
     try:
-        sets = _prepared(Path(data)) if Path(data).is_dir() else _listed(Path(data))
+        sets = _prepared_sets(Path(data)) if Path(data).is_dir() else _meta_sets(Path(data))
     except (ConversionError, AttributeError, KeyError, TypeError, ValueError):
         return Path(data).name
     more = f" and {len(sets) - 20} more" if len(sets) > 20 else ""
     return f"{Path(data).name}: {', '.join(sets[:20])}{more}"
 
 
-def _listed(meta: Path) -> list[str]:
+def _meta_sets(meta: Path) -> list[str]:
     return [
-        _set(name, entry.get("length"), entry.get("repeat_time", 1))
+        _describe_set(name, entry.get("length"), entry.get("repeat_time", 1))
         for name, entry in read_object(meta).items()
     ]
 
 
-def _prepared(directory: Path) -> list[str]:
+def _prepared_sets(directory: Path) -> list[str]:
     from megatron_internvlx.data.prepare import prepared_sets
 
     return [
-        _set(report["name"], report["train"], report["repeat_time"]) for report in prepared_sets(directory)
+        _describe_set(report["name"], report["train"], report["repeat_time"])
+        for report in prepared_sets(directory)
     ]
 
 
-def _set(name: str, records: int | None, repeat: float) -> str:
+def _describe_set(name: str, records: int | None, repeat: float) -> str:
     facts = [f"{records} records"] if records is not None else []
     facts += [f"{repeat:g} times"] if repeat != 1 else []
     return f"{name} ({', '.join(facts)})" if facts else name
 
 
-def _training(plan: ExportPlan) -> str:
+def _describe_training(plan: ExportPlan) -> str:
     get = plan.arguments.get
     if not plan.iteration:
         return "none after import"
@@ -354,5 +355,5 @@ def _training(plan: ExportPlan) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file for people: indented, in UTF-8."""
+    """Write an indented JSON file in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a verification is asked for, as every rank of it is told."""
+"""Parameters of a verification, passed to every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RECIPE, GRADIENTS = "recipe.yaml", "gradients.safetensors"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the model is cut over ranks; names are those of Megatron's arguments."""
+    """Parallel layout of the model, with the meaning of Megatron's arguments."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -19,15 +19,15 @@ class Layout:
     virtual: int | None = None
     """--num-virtual-stages-per-pipeline-rank."""
     extra: tuple[str, ...] = ()
-    """Further arguments of Megatron or ours."""
+    """Further command-line arguments."""
 
     @property
     def ranks(self) -> int:
-        """Processes that this layout needs at least."""
+        """Minimum number of processes of this layout."""
         return self.pipeline * max(self.tensor, self.expert)
 
     def arguments(self) -> list[str]:
-        """As command-line arguments."""
+        """Layout as command-line arguments."""
         found = ["--tensor-model-parallel-size", str(self.tensor)]
         found += ["--pipeline-model-parallel-size", str(self.pipeline)]
         if self.expert > 1:
@@ -41,10 +41,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Request:
-    """What every rank is told."""
+    """Parameters of a verification."""
 
     folder: str
-    """Holds the recipe; ranks leave their results there."""
+    """Directory with the recipe, to which the ranks write their results."""
     inputs: str
     layout: Layout
     gradients: bool

@@ -1,6 +1,6 @@
-"""Hugging Face weight files: which tensor is in which file, read and written one tensor at a time.
+"""Read and write Hugging Face weight files, one tensor at a time.
 
-The safetensors library reads. It can only write a file whose tensors are all in memory, so shards
+Reading uses the safetensors library. It can only write a file whose tensors are all in memory, so files
 are written here: the length of the header in 8 bytes, the header as JSON, then the tensors.
 """
 
@@ -36,7 +36,7 @@ _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is."""
+    """File, shape and type of a tensor."""
 
     file: str
     shape: tuple[int, ...]
@@ -49,15 +49,15 @@ class TensorInfo:
 
 
 class WeightFiles:
-    """The weights of a Hugging Face directory.
+    """Weights of a Hugging Face directory.
 
     Args:
-        directory: holds config.json and the weights.
-        allow_pickle: read `pytorch_model*.bin` too; unpickling can run code of its author, so torch's
-            restricted loader is used, and only when asked for.
+        directory: contains config.json and the weights.
+        allow_pickle: read `pytorch_model*.bin` too, with torch's restricted loader; unpickling could
+            otherwise run code of its author.
 
     Raises:
-        ConversionError: no weights, a listed file is missing or broken, or pickles without permission.
+        ConversionError: no weights, a listed file is missing or broken, or pickles without `allow_pickle`.
     """
 
     def __init__(self, directory: Path, *, allow_pickle: bool = False) -> None:
@@ -88,13 +88,13 @@ class WeightFiles:
         return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(self.read(first), self.read(second))
 
     def read(self, name: str) -> Tensor:
-        """One tensor; the file is open only meanwhile."""
+        """Read one tensor; opens and closes its file."""
         return read_tensor(self.directory, self.tensors[name].file, name, self.pickled)
 
     def _files(self, allow_pickle: bool) -> list[str]:
         if (self.directory / INDEX).is_file():
             self.index = read_object(self.directory / INDEX)
-            return _listed_files(self.directory / INDEX, self.index, ".safetensors")
+            return _indexed_files(self.directory / INDEX, self.index, ".safetensors")
         if (self.directory / SINGLE).is_file():
             return [SINGLE]
         pickles = sorted(p.name for p in self.directory.glob("pytorch_model*.bin"))
@@ -103,14 +103,14 @@ class WeightFiles:
         if not allow_pickle:
             raise ConversionError(
                 f"{self.directory}: only pickled weights ({', '.join(pickles[:3])}), which can run code when "
-                "read; convert them to safetensors, or give --allow-pickle if you trust their author"
+                "read; convert them to safetensors, or use --allow-pickle if you trust their author"
             )
         self.pickled = True
         index = self.directory / PICKLES[1]
-        return _listed_files(index, read_object(index), ".bin") if index.is_file() else pickles
+        return _indexed_files(index, read_object(index), ".bin") if index.is_file() else pickles
 
     def _infos(self, file: str) -> dict[str, TensorInfo]:
-        with _opened(self.directory / file) as handle:
+        with _open_safetensors(self.directory / file) as handle:
             infos = {}
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 view = handle.get_slice(name)
@@ -133,13 +133,13 @@ class WeightFiles:
         absent = sorted(set(self.index["weight_map"]) - self.names)
         if absent:
             raise ConversionError(
-                f"{self.directory / INDEX} lists {len(absent)} tensors that its files do not hold: "
+                f"{self.directory / INDEX} lists {len(absent)} tensors that are not in its files: "
                 f"{', '.join(absent[:10])}"
             )
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle
@@ -150,22 +150,22 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensor(directory: Path, file: str, name: str, pickled: bool = False) -> Tensor:
-    """One tensor of one file. Raises ConversionError for a broken file."""
+    """Read one tensor of one file. Raises ConversionError for a broken file."""
     if pickled:
         return _load_pickle(directory / file, "cpu")[name]
-    with _opened(directory / file) as handle:
+    with _open_safetensors(directory / file) as handle:
         return handle.get_tensor(name)
 
 
-def _listed_files(path: Path, index: Mapping[str, Any], suffix: str) -> list[str]:
-    """The files of a weight index, which must all be there. Raises ConversionError."""
+def _indexed_files(path: Path, index: Mapping[str, Any], suffix: str) -> list[str]:
+    """Files of a weight index. Raises ConversionError if one is missing."""
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ConversionError(f"{path}: not a weight index: it has no weight_map from tensors to files")
     for name, file in files.items():
-        # An export writes files of these names: they must not lead out of their directory.
+        # An export writes files with these names: they must not point outside their directory.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
-            raise ConversionError(f"{path}: {name} is in {file!r}, which is no name of a {suffix} file")
+            raise ConversionError(f"{path}: {name} is in {file!r}, which must be the name of a {suffix} file")
     listed = sorted(set(files.values()))
     missing = [name for name in listed if not (path.parent / name).is_file()]
     if missing:
@@ -181,7 +181,7 @@ def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # a broken or malicious pickle raises nearly anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds other things than tensors"
+            reason = "it must contain only tensors"
         elif "mmap" in reason:
             reason = "not the zip format that torch.save writes since version 1.6; save it again"
         raise ConversionError(
@@ -189,7 +189,7 @@ def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
         ) from error
     others = [k for k, v in tensors.items() if not isinstance(v, Tensor)] if isinstance(tensors, dict) else []
     if others or not isinstance(tensors, dict):
-        held = f"{len(others)} entries are no tensors ({', '.join(map(str, others[:5]))})"
+        held = f"{len(others)} entries are not tensors ({', '.join(map(str, others[:5]))})"
         raise ConversionError(
             f"{path}: not a dictionary of tensors: {held if others else type(tensors).__name__}; save the "
             "model's state_dict as safetensors"
@@ -199,18 +199,18 @@ def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A file to be written: its header and where each tensor begins."""
+    """Layout of a file to be written: its header and the position of each tensor."""
 
     file: str
     header: bytes
     offsets: Mapping[str, int]
     """Position of each tensor in the file, in bytes."""
     size: int
-    """Of the whole file, in bytes."""
+    """Size of the file in bytes."""
 
 
 def plan_shard(file: str, tensors: Mapping[str, TensorInfo]) -> ShardPlan:
-    """Lay a file out as the safetensors library does: wide types first, then by name."""
+    """Plan a file's layout like the safetensors library: wide types first, then by name."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, begins = 0, {}
@@ -232,7 +232,7 @@ def plan_shard(file: str, tensors: Mapping[str, TensorInfo]) -> ShardPlan:
 
 
 def write_header(directory: Path, shard: ShardPlan) -> None:
-    """Create the file at its full size with its header; tensors that are in it already stay."""
+    """Create the file in full size with its header; tensors that are already in it are kept."""
     descriptor = os.open(directory / shard.file, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         write_at(descriptor, memoryview(shard.header), 0)
@@ -242,38 +242,38 @@ def write_header(directory: Path, shard: ShardPlan) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, without a copy."""
+    """View of a host tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of `data`; one call may take only part of it."""
+    """Write all of `data` at `offset`, with several system calls if needed."""
     while len(data):
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
 
 
-# Of a file system, or a pair of them, on which the kernel cannot copy by itself.
+# Errors of file systems between which the kernel cannot copy.
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _COPY_BYTES = 16 << 20
 
 
 def copy_bytes(source: Path, start: int, length: int, descriptor: int, offset: int) -> None:
-    """Copy a part of a file to `offset` of an open one. Raises ConversionError if the file is too short.
+    """Copy a part of a file to `offset` of an open one. Raises ConversionError if the source is too short.
 
-    Within the kernel, as `cp` does, where the file system can: no memory is taken for what only moves.
+    If the file system supports it, the kernel copies the data without a buffer in this process, like `cp`.
     """
     with source.open("rb", buffering=0) as file:
         while length:
-            got = _copy_some(file.fileno(), start, length, descriptor, offset)
+            got = _copy_chunk(file.fileno(), start, length, descriptor, offset)
             if got == 0:
                 raise ConversionError(f"{source}: ends at byte {start}, {length} more expected")
             start, offset, length = start + got, offset + got, length - got
 
 
-def _copy_some(source: int, start: int, length: int, target: int, offset: int) -> int:
-    """Bytes copied, at least one unless the source ends."""
+def _copy_chunk(source: int, start: int, length: int, target: int, offset: int) -> int:
+    """Copy some bytes; returns their number, 0 only at the end of the source."""
     try:
         if got := os.copy_file_range(source, target, length, start, offset):
             return got

@@ -1,8 +1,8 @@
-"""Which slice of each full weight a rank holds, and the weight put together again.
+"""Gather full weights from the slices of all ranks, and load full weights into them.
 
-A *full name* is the parameter's name in a model on one rank: decoder layers and experts carry their
-global number. `full_tensors` gives the weights (or gradients) of a running model under full names,
-whatever the layout; `load_full` is the way back.
+A *full name* is the parameter's name in a model on one rank: decoder layers and experts have their
+global number. `full_tensors` gathers the weights (or gradients) of a running model under full names, in any
+layout; `load_full` is the reverse.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _GROUPED = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter of this rank.
+    """A parameter of this rank as a slice of the full weight.
 
-    dim: dimension split over `group`, None for a replicated weight. gated: the slice is
-    [gate part ; up part], so the full weight is [all gates ; all ups].
+    `dim` is the dimension split over `group`, or None for a replicated weight. With `gated` the slice is
+    [gate part ; up part], and the full weight is [all gates ; all ups].
     """
 
     name: str
@@ -41,14 +41,14 @@ class Shard:
 
 
 def full_name(name: str, stage: InternVLX, expert_offset: int) -> str:
-    """The name that a parameter of this stage has in a model on one rank."""
+    """Name of a parameter of this stage in a model on one rank."""
     name = _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + stage.layers.first}{m[3]}", name)
     name = _EXPERT.sub(lambda m: f"{m[1]}{int(m[2]) + expert_offset}{m[3]}", name)
     return _GROUPED.sub(lambda m: f"{m[1]}{int(m[2]) + expert_offset}", name)
 
 
 def shards(stage: InternVLX) -> Iterator[Shard]:
-    """Parameters of one stage. A tied output layer is left out: it is the embedding."""
+    """Parameters of one stage, without a tied output layer, which is the embedding."""
     config = stage.config
     experts = (config.num_moe_experts or 0) // max(config.expert_model_parallel_size, 1)
     offset = experts * mpu.get_expert_model_parallel_rank() if experts else 0
@@ -66,7 +66,7 @@ def shards(stage: InternVLX) -> Iterator[Shard]:
 
 
 def join_shards(parts: list[Tensor], dim: int, gated: bool) -> Tensor:
-    """Slices of all ranks -> the full weight."""
+    """Join the slices of all ranks to the full weight."""
     if not gated:
         return torch.cat(parts, dim)
     halves = [part.chunk(2, dim) for part in parts]
@@ -74,7 +74,7 @@ def join_shards(parts: list[Tensor], dim: int, gated: bool) -> Tensor:
 
 
 def cut_shard(full: Tensor, dim: int, gated: bool, rank: int, size: int) -> Tensor:
-    """The slice of `rank` among `size`; `full` must divide."""
+    """Slice of the full weight for `rank` of `size` ranks; the dimension must be divisible."""
     if not gated:
         return full.chunk(size, dim)[rank]
     gate, up = full.chunk(2, dim)
@@ -82,7 +82,7 @@ def cut_shard(full: Tensor, dim: int, gated: bool, rank: int, size: int) -> Tens
 
 
 def full_tensor(shard: Shard, value: Tensor) -> Tensor:
-    """`value`, shaped like the shard's parameter, gathered over the shard's group, on the host."""
+    """Gather `value`, shaped like the shard's parameter, over the shard's group; returns it on the host."""
     if shard.dim is None or shard.group is None:
         return value.detach().to("cpu", copy=True)
     parts = [torch.empty_like(value) for _ in range(shard.group.size())]
@@ -90,8 +90,8 @@ def full_tensor(shard: Shard, value: Tensor) -> Tensor:
     return join_shards(parts, shard.dim, shard.gated).to("cpu")
 
 
-def unpadded(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
-    """Embedding and output rows without the padding that the layout asked for."""
+def remove_vocab_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """Remove the layout's padding rows from the embedding and the output layer; keep other tensors."""
     vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
     return tensor[:vocab_size] if vocabulary else tensor
 
@@ -99,11 +99,11 @@ def unpadded(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
 def full_tensors(
     stages: list[InternVLX], value_of: Callable[[nn.Parameter], Tensor | None]
 ) -> dict[str, Tensor]:
-    """Full weights (or gradients) of the model, on every rank; for models that fit one host.
+    """Gather the full weights (or gradients) of the model on every rank; for models that fit on one host.
 
     Args:
-        stages: this rank's chunks, unwrapped.
-        value_of: what to take of a parameter, for example `lambda p: p.data`; None: leave it out.
+        stages: this rank's model chunks, unwrapped.
+        value_of: returns the value of a parameter, for example `lambda p: p.data`; None: omit it.
     """
     mine: dict[str, Tensor] = {}
     for stage in stages:
@@ -111,17 +111,17 @@ def full_tensors(
             value = value_of(shard.parameter)
             if value is not None:
                 full = full_tensor(shard, value)
-                mine[shard.name] = unpadded(shard.name, full, stage.real_vocab_size)
+                mine[shard.name] = remove_vocab_padding(shard.name, full, stage.real_vocab_size)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, _flat(mine))
-    return {name: tensor for part in everyone for name, tensor in _from_flat(*part)}
+    dist.all_gather_object(everyone, _serialize_tensors(mine))
+    return {name: tensor for part in everyone for name, tensor in _deserialize_tensors(*part)}
 
 
-# Names, types and shapes, and the bytes of all in a row. Pickled one by one, tensors take a millisecond each.
-_Described = list[tuple[str, torch.dtype, torch.Size]]
+# Names, types and shapes. Tensors are sent as one buffer: pickled one by one, each takes a millisecond.
+_TensorHeaders = list[tuple[str, torch.dtype, torch.Size]]
 
 
-def _flat(tensors: dict[str, Tensor]) -> tuple[_Described, bytearray]:
+def _serialize_tensors(tensors: dict[str, Tensor]) -> tuple[_TensorHeaders, bytearray]:
     content = bytearray()
     for tensor in tensors.values():
         content += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -129,7 +129,7 @@ def _flat(tensors: dict[str, Tensor]) -> tuple[_Described, bytearray]:
     return [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], content
 
 
-def _from_flat(described: _Described, content: bytearray) -> Iterator[tuple[str, Tensor]]:
+def _deserialize_tensors(described: _TensorHeaders, content: bytearray) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, dtype, shape in described:
         count = shape.numel()
@@ -141,7 +141,7 @@ def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:
     """Copy full weights into this rank's parameters.
 
     Raises:
-        ValueError: a name is missing or a shape does not fit; names and shapes are listed.
+        ValueError: lists missing names and wrong shapes.
     """
     problems = []
     for stage in stages:
@@ -152,7 +152,7 @@ def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:
             if shard.name not in weights:
                 problems.append(f"{shard.name} is missing")
                 continue
-            full = _padded(shard, weights[shard.name])
+            full = _pad_vocab(shard, weights[shard.name])
             if shard.dim is not None and shard.group is not None:
                 full = cut_shard(full, shard.dim, shard.gated, shard.group.rank(), shard.group.size())
             if full.shape != shard.parameter.shape:
@@ -165,15 +165,15 @@ def load_full(stages: list[InternVLX], weights: Mapping[str, Tensor]) -> None:
 
 
 def _tied_output(stage: InternVLX) -> Shard:
-    """The copy of the tied embedding that the last stage keeps."""
+    """Copy of the tied embedding on the last stage."""
     weight = stage.language_model.output_layer.weight
     name = "language_model.embedding.word_embeddings.weight"
     sharded = stage.tp_group.size() > 1
     return Shard(name, weight, 0 if sharded else None, False, stage.tp_group if sharded else None)
 
 
-def _padded(shard: Shard, full: Tensor) -> Tensor:
-    """Vocabulary rows padded with zeros to what the layout holds."""
+def _pad_vocab(shard: Shard, full: Tensor) -> Tensor:
+    """Pad vocabulary rows with zeros to the layout's size; keep other tensors."""
     if not shard.name.endswith(("word_embeddings.weight", "output_layer.weight")):
         return full
     size = shard.group.size() if shard.group is not None else 1

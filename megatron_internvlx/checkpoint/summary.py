@@ -1,4 +1,4 @@
-"""What an import tells its user: what is new, what was left, and the command that trains it."""
+"""Printed summary of an import: new tensors, unused tensors, and the command to train it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_internvlx.checkpoint.importer import NOTES, RECIPE, SIDE, ImportPl
 _INJECTION = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.injection\.")
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a tensor, of ours or of a directory, belongs to."""
+def model_part(name: str) -> str:
+    """Part of the model to which a tensor belongs, by its name (ours or Hugging Face's)."""
     if match := _INJECTION.match(name):
         return f"projector of layer {match[1]}"
     if name.startswith("lvtc_projectors."):
@@ -24,21 +24,21 @@ def part_of(name: str) -> str:
     return f"{head}.{rest.partition('.')[0]}" if head == "language_model" else head
 
 
-def by_part(names: Iterable[str]) -> str:
-    """`projector 27, projector of layer 8 27`, in the order of the names."""
-    return ", ".join(f"{part} {count}" for part, count in Counter(map(part_of, names)).items())
+def count_by_part(names: Iterable[str]) -> str:
+    """Number of tensors per part, such as `projector 27, projector of layer 8 27`, in the order of the names."""
+    return ", ".join(f"{part} {count}" for part, count in Counter(map(model_part, names)).items())
 
 
 def import_summary(
     plan: ImportPlan, save: Path, *, everything: bool = False, compressed: bool = False
 ) -> list[str]:
-    """Lines for people.
+    """Lines of the summary.
 
     Args:
-        plan: of the import that is done.
-        save: the checkpoint it made.
+        plan: plan of the finished import.
+        save: checkpoint that it has written.
         everything: list the names of tensors that were initialised or not taken over.
-        compressed: the import was asked for other compression than the directory's.
+        compressed: the user chose other compression settings than the directory's.
     """
     lines = []
     for title, names in (
@@ -47,18 +47,18 @@ def import_summary(
             plan.initialised,
         ),
         ("not used", plan.unused),
-        ("not stored, because they follow from the configuration", plan.derived),
+        ("not stored, because they are computed from the configuration", plan.derived),
     ):
         if names:
-            lines.append(f"{len(names)} tensors {title}: {by_part(names)}")
+            lines.append(f"{len(names)} tensors {title}: {count_by_part(names)}")
             lines += [f"  {name}" for name in names if everything]
     if (plan.initialised or plan.unused or plan.derived) and not everything:
-        lines.append(f"their names: {save / SIDE / NOTES}, or with --list-tensors")
+        lines.append(f"their names are in {save / SIDE / NOTES}; --list-tensors prints them")
     lines += plan.config.remarks
     rvtc = plan.config.arguments["rvtc"]
     if compressed and rvtc == "off":
         lines.append(
-            "rvtc: off, as the directory was made: images are cut by InternVL's rule. InternVL-X cuts them by RVTC: "
+            "rvtc is off, as in the directory: images are cut by InternVL's rule. For RVTC, as in InternVL-X, set "
             f"rvtc: area in {save / RECIPE}, or --rvtc area"
         )
     lines.append(f"{save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
@@ -67,7 +67,7 @@ def import_summary(
 
 
 def training_command(save: Path) -> str:
-    """A whole command for the shell; what the import cannot know has a name that says what it is."""
+    """Complete shell command for training, with placeholders for unknown paths."""
     words = ["python", "pretrain_vlm.py", "--recipe", str(save / RECIPE), "--data", "meta.json"]
     words += ["--save", str(save.with_name(f"{save.name}-trained"))]
     if not has_tokenizer(save / SIDE):  # the recipe names this directory

@@ -1,7 +1,7 @@
-"""A directory that appears under its final name only when complete, made by several processes.
+"""Write a directory with several processes, and give it its final name only when it is complete.
 
-Work is cut into units. Each finished unit leaves a note in the partial directory, so a conversion
-that was killed continues where it was when the same command is given again.
+The work is divided into units. Each finished unit is recorded in the partial directory, so the same command
+continues a conversion that was killed.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 
 NOTES = ".finished-units"
 LOCK = ".lock"
-# Under this size starting processes takes longer than the work.
-ALONE_BELOW = 512 << 20
+# Below this size in bytes, starting processes takes longer than the work.
+MIN_PARALLEL_BYTES = 512 << 20
 
 
 def fingerprint(*parts: Any) -> str:
-    """Eight letters that stand for the inputs of a conversion."""
+    """Hash of the inputs of a conversion, eight hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def file_marks(folder: Path, names: Sequence[str]) -> list[list[Any]]:
-    """Name, size and time of files, for a fingerprint."""
+def file_stamps(folder: Path, names: Sequence[str]) -> list[list[Any]]:
+    """Names, sizes and modification times of files, for a fingerprint."""
     return [[name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in names]
 
 
 class WorkerKilled(ConversionError):
-    """A process of the conversion was killed; what is finished is kept."""
+    """Error: a process of the conversion was killed; finished units are kept."""
 
 
 class Target:
-    """The directory being made: `<name>.partial-<fingerprint>` until `commit`.
+    """Directory that is being written, named `<name>.partial-<fingerprint>` until `commit`.
 
     Args:
-        final: the name it will have.
+        final: final path.
         mark: fingerprint of the inputs; a partial directory with another one is not continued.
-        needed: bytes that will be written.
+        needed: number of bytes that will be written.
 
     Raises:
-        ConversionError: `final` exists, the disk has too little room, or the same conversion is running.
+        ConversionError: `final` exists, the disk has too little space, or the same conversion is running.
     """
 
     def __init__(self, final: Path, mark: str, needed: int) -> None:
@@ -68,14 +68,14 @@ class Target:
         free = shutil.disk_usage(final.parent).free
         if free < needed - done:
             raise ConversionError(
-                f"{final.parent}: {(needed - done) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
-                "free some, or choose another disk"
+                f"{final.parent}: {(needed - done) / 1e9:.2f} GB are needed, but only {free / 1e9:.2f} GB are free; "
+                "free some space, or choose another disk"
             )
         (self.partial / NOTES).mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
+        self._lock = self._acquire_lock()
 
-    def _locked(self) -> int:
-        """The open lock file of the partial directory; the system releases it when this process ends."""
+    def _acquire_lock(self) -> int:
+        """Lock the partial directory; returns the open file. The system releases it when this process ends."""
         lock = os.open(self.partial / NOTES / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,15 +92,15 @@ class Target:
         """Release the partial directory."""
         os.close(self._lock)
 
-    def finished(self) -> dict[int, Any]:
-        """Results of the units that an earlier run has finished."""
+    def finished_units(self) -> dict[int, Any]:
+        """Results of the units that an earlier run finished, by number."""
         notes = {}
         for path in (self.partial / NOTES).glob("*.json"):
             notes[int(path.stem)] = json.loads(path.read_text())
         return notes
 
-    def note(self, unit: int, result: Any) -> None:
-        """Remember that a unit is finished, with its result."""
+    def record_unit(self, unit: int, result: Any) -> None:
+        """Record the result of a finished unit."""
         path = self.partial / NOTES / f"{unit}.json"
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(result))
@@ -109,7 +109,7 @@ class Target:
     def commit(self) -> None:
         """Give the complete directory its final name."""
         shutil.rmtree(self.partial / NOTES)
-        # Another conversion may have made it meanwhile; rename would replace an empty directory only.
+        # Another conversion may have created it meanwhile; rename would replace only an empty directory.
         if os.path.lexists(self.final):
             raise ConversionError(f"{self.final} appeared while this conversion ran; the result is discarded")
         self.partial.rename(self.final)
@@ -117,10 +117,10 @@ class Target:
 
 @contextmanager
 def new_directory(final: Path, mark: str, needed: int) -> Iterator[Target]:
-    """A Target that is committed at the end of the block, and removed after an error.
+    """Context with a Target that is committed at the end of the block, and removed after an error.
 
-    When the process or one of its workers is interrupted or killed the partial directory stays, to be
-    continued. Raises ConversionError for what the file system refuses.
+    If the process or one of its workers is interrupted or killed, the partial directory is kept and can be
+    continued. Raises ConversionError for errors of the file system.
     """
     try:
         target = Target(final, mark, needed)
@@ -155,40 +155,42 @@ def run_units(
     title: str,
     quiet: bool = False,
 ) -> Mapping[int, Any]:
-    """Results of `work(unit)` for all units, by number, with a progress bar in bytes.
+    """Run `work(unit)` for all units with a progress bar in bytes; returns the results by number.
 
     Args:
-        target: where finished units are noted.
-        units: picklable; each is done by one process.
-        work: a function of a module; returns what JSON can hold.
-        sizes: bytes of each unit, for the bar.
-        processes: at most so many at a time; 1 works in this process.
+        target: records the finished units.
+        units: picklable; each is processed by one process.
+        work: function of a module, with a result that JSON can represent.
+        sizes: bytes of each unit.
+        processes: maximum number of processes; 1: work in this process.
+        title: text before the progress bar.
+        quiet: no progress bar.
     """
-    results = {number: result for number, result in target.finished().items() if number < len(units)}
+    results = {number: result for number, result in target.finished_units().items() if number < len(units)}
     todo = [number for number in range(len(units)) if number not in results]
-    # The largest first: none is begun when all others are done.
+    # The largest first, so that the last unit to start is a small one.
     todo.sort(key=lambda number: -sizes[number])
     bar = tqdm(total=sum(sizes), desc=title, unit="B", unit_scale=True, unit_divisor=1000, disable=quiet)
     with bar:
         bar.update(sum(sizes[number] for number in results))
-        for number, result in _results(units, todo, work, processes, sum(sizes[n] for n in todo)):
-            target.note(number, result)
+        for number, result in _run_pending(units, todo, work, processes, sum(sizes[n] for n in todo)):
+            target.record_unit(number, result)
             results[number] = result
             bar.update(sizes[number])
     return results
 
 
-def _results(
+def _run_pending(
     units: Sequence[Any], todo: list[int], work: Callable[[Any], Any], processes: int, size: int
 ) -> Iterator[tuple[int, Any]]:
-    if processes == 1 or len(todo) < 2 or size < ALONE_BELOW:
+    if processes == 1 or len(todo) < 2 or size < MIN_PARALLEL_BYTES:
         for number in todo:
             yield number, work(units[number])
         return
     with ProcessPoolExecutor(
         min(processes, len(todo)), mp_context=get_context("forkserver"), initializer=start_worker
     ) as pool:
-        # The server inherits this: Ctrl-C reaches all processes, and is for this one to handle.
+        # The server inherits this mask: Ctrl-C reaches all processes, but only this one must handle it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             futures = {pool.submit(work, units[number]): number for number in todo}
@@ -199,18 +201,18 @@ def _results(
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise WorkerKilled(
-                f"a process was killed, perhaps for want of memory, with {len(todo)} parts of "
-                f"{size / 1e9:.2f} GB to do; the same command continues, with fewer --processes in less memory"
+                f"a process was killed, perhaps because memory was full; {len(todo)} parts of {size / 1e9:.2f} GB were "
+                "to do. The same command continues; fewer --processes need less memory"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def warm_up(module: str) -> None:
-    """Start the server that workers are forked from, which imports `module` while this process does other things.
+def preload_workers(module: str) -> None:
+    """Start the server from which workers are forked; it imports `module` while this process continues.
 
-    Otherwise every worker would import it, for seconds, when there is work to do.
+    Otherwise every worker would import it, which takes seconds.
     """
     get_context("forkserver").set_forkserver_preload([module])
     root, before = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
@@ -224,15 +226,15 @@ def warm_up(module: str) -> None:
 
 
 def start_worker() -> None:
-    """In a new worker: leave Ctrl-C to the parent, and end when it does."""
+    """Initialise a worker: ignore Ctrl-C, which the parent handles, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """In a process that was started here: end when the parent does, however it ends.
+    """End this process when its parent ends, for any reason.
 
-    A worker left alone would go on with what was queued, and write over what the next run has finished.
+    Otherwise a worker would continue with queued units, and overwrite finished units of the next run.
     """
 
     def wait() -> None:
@@ -245,7 +247,7 @@ def end_with_parent() -> None:
 
 
 def group_by_size(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive positions in groups of at most `limit` bytes (a larger single one is a group)."""
+    """Group consecutive positions to at most `limit` bytes; a larger item is a group of its own."""
     groups: list[list[int]] = []
     filled = limit + 1
     for position, size in enumerate(sizes):

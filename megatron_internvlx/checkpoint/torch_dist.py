@@ -1,13 +1,12 @@
-"""Megatron's distributed checkpoints (`torch_dist`), read one tensor at a time; `torch_dist_write` writes them.
+"""Read Megatron's distributed checkpoints (`torch_dist`), one tensor at a time; `torch_dist_write` writes them.
 
-The format is PyTorch's distributed checkpoint: data files, and `.metadata`, which says which bytes
-of which file hold which part of which tensor. Megatron adds `metadata.json` with the name of the
-format. Neither needs process groups or a model.
+The format is PyTorch's distributed checkpoint: data files, and `.metadata`, which maps parts of tensors to
+bytes of files. Megatron adds `metadata.json` with the name of the format. Reading and writing need no process
+groups and no model.
 
-Keys differ from full names in three ways, as Megatron's `sharded_state_dict` makes them: norms that
-Transformer Engine fuses into the following linear layer carry that layer's name; the experts of a
-layer, and the vision encoder's layers, are one tensor with a leading dimension; a tied output layer
-is not stored.
+Keys differ from full names in three ways, as in Megatron's `sharded_state_dict`: norms that Transformer Engine
+fuses into the following linear layer have that layer's name; the experts of a layer, and the vision encoder's
+layers, are one tensor with a leading dimension; a tied output layer is not stored.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ _VISION_LAYER = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.")
 
 
 def location(full_name: str) -> tuple[str, int | None]:
-    """(key in a checkpoint, its place along the leading dimension or None) of a tensor by full name."""
+    """Convert a full name to (key in a checkpoint, index along the leading dimension or None)."""
     if match := _EXPERT.search(full_name):
         return _EXPERT.sub(".mlp.experts.experts.", full_name), int(match[1])
     if match := _VISION_LAYER.search(full_name):
         return _VISION_LAYER.sub("vision_model.encoder.layers.", full_name), int(match[1])
     if full_name.startswith("language_model.decoder.layers."):
         name = full_name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-        # A router follows the second norm of a layer with experts, which keeps its name: see `keys_for`.
+        # In a layer with experts the second norm precedes a router and keeps its name: see `checkpoint_keys`.
         return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"), None
     return full_name, None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a tensor and where its bytes are."""
+    """Part of a tensor, and the position of its bytes."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -61,8 +60,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint."""
+class StoredTensor:
+    """Shape, type and pieces of a tensor of a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -70,7 +69,7 @@ class Stored:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The folder of one iteration: `path` itself, or the latest one in it. Raises ConversionError."""
+    """Folder of one iteration: `path` itself, or the latest iteration in it. Raises ConversionError."""
     if (path / ".metadata").is_file():
         return path
     tracker = path / TRACKER
@@ -78,7 +77,7 @@ def checkpoint_folder(path: Path) -> Path:
         raise ConversionError(f"{path}: no checkpoint ({TRACKER} and .metadata are both missing)")
     latest = tracker.read_text(errors="replace").strip()
     if latest != RELEASE and not (latest.isdecimal() and len(latest) < 19):
-        raise ConversionError(f"{tracker}: {latest[:40]!r} is neither an iteration nor '{RELEASE}'")
+        raise ConversionError(f"{tracker}: {latest[:40]!r} must be an iteration or '{RELEASE}'")
     folder = path / (latest if latest == RELEASE else f"iter_{int(latest):07d}")
     if not (folder / ".metadata").is_file():
         raise ConversionError(f"{folder}: not a torch_dist checkpoint (no .metadata)")
@@ -86,7 +85,7 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 class CheckpointReader:
-    """The tensors of one checkpoint folder. Raises ConversionError if it is none."""
+    """Reader of one checkpoint folder. Raises ConversionError if it is not a complete checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,7 +98,7 @@ class CheckpointReader:
             raise ConversionError(f"{folder}: data files are missing: {', '.join(missing[:10])}")
 
     def common(self) -> dict[str, Any]:
-        """What is not a tensor: Megatron's arguments, the iteration. Raises ConversionError."""
+        """Read the state besides tensors: Megatron's arguments, the iteration. Raises ConversionError."""
         legacy = self.folder / "common.pt"
         if legacy.is_file():
             return _load_common(legacy, legacy.read_bytes())
@@ -111,12 +110,12 @@ class CheckpointReader:
             return _load_common(path, file.read(self._common.length))[0]
 
     def read(self, full_name: str) -> Tensor:
-        """One tensor by its full name, whole."""
+        """Read a complete tensor by its full name."""
         key, place = self.find(full_name)
         return read_stored(self.folder, self.tensors[key], place)
 
     def find(self, full_name: str) -> tuple[str, int | None]:
-        """(key, place) of a tensor. Raises ConversionError if the checkpoint does not hold it."""
+        """Find (key, index along the leading dimension or None) of a tensor. Raises ConversionError."""
         key, place = location(full_name)
         for candidate in (key, full_name):
             if candidate in self.tensors:
@@ -125,20 +124,20 @@ class CheckpointReader:
 
 
 class _Record:
-    """The fields of one object of a `.metadata`, whatever class it has been pickled from.
+    """Object of a `.metadata` with its fields, for any pickled class.
 
-    torch's own classes would do as well, but importing them takes as long as converting 2 GB.
+    Importing torch's own classes takes as long as converting 2 GB.
     """
 
     def __init__(self, *_: Any) -> None:
-        """A member of an enumeration is made of its value, which nobody asks for here."""
+        """Ignore the arguments, such as the value of an enumeration member, which is not used."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__ |= state if isinstance(state, dict) else {"state": state}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Only what a `.metadata` is made of: its pickle cannot run other code."""
+    """Unpickler that allows only the classes of a `.metadata`, so that a pickle cannot run other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_GLOBALS:
@@ -147,7 +146,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.startswith(_METADATA_MODULES) and name.isidentifier():
             return type(name, (_Record,), {})
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
 
 
 _METADATA_GLOBALS = {
@@ -156,22 +155,22 @@ _METADATA_GLOBALS = {
     ("collections", "OrderedDict"),
     ("builtins", "set"),
 }
-# A save names its folder, as text or as a path.
+# A checkpoint contains the path of its folder, as text or as a pathlib object.
 _METADATA_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 
 
-def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
-    """(tensors by key, where the common state is) of a `.metadata`."""
+def _load_metadata(path: Path) -> tuple[dict[str, StoredTensor], Piece | None]:
+    """Read (tensors by key, position of the common state or None) from a `.metadata`."""
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if type(metadata).__name__ != "Metadata":
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+            raise pickle.UnpicklingError(f"expected Metadata, found {type(metadata).__name__}")
         places = {
             (index.fqn, getattr(index, "offset", None)): info for index, info in metadata.storage_data.items()
         }
         tensors = {
-            key: _stored(key, entry, places)
+            key: _stored_tensor(key, entry, places)
             for key, entry in metadata.state_dict_metadata.items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
@@ -181,10 +180,10 @@ def _load_metadata(path: Path) -> tuple[dict[str, Stored], Piece | None]:
         raise ConversionError(f"{path}: unreadable: {error}") from error
 
 
-def _stored(key: str, entry: Any, places: Mapping[tuple[str, Any], Any]) -> Stored:
+def _stored_tensor(key: str, entry: Any, places: Mapping[tuple[str, Any], Any]) -> StoredTensor:
     pieces = [_piece(chunk.offsets, chunk.sizes, places[key, chunk.offsets]) for chunk in entry.chunks]
-    # TensorProperties are pickled as a tuple: type, layout and three more.
-    return Stored(tuple(entry.size), entry.properties.state[0], tuple(pieces))
+    # TensorProperties are pickled as a tuple: type, layout and three other fields.
+    return StoredTensor(tuple(entry.size), entry.properties.state[0], tuple(pieces))
 
 
 def _piece(offsets: Iterable[int], sizes: Iterable[int], info: Any) -> Piece:
@@ -195,7 +194,7 @@ def _load_common(path: Path, data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # a training run's arguments, or broken data
-        # Megatron, once imported, vouches for the types that arguments hold.
+        # When imported, Megatron registers the types of its arguments as safe.
         platform.setup()
         import megatron.training.checkpointing  # noqa: F401
     try:
@@ -203,13 +202,13 @@ def _load_common(path: Path, data: bytes) -> Any:
     except Exception as error:  # a broken archive raises many types
         raise ConversionError(
             f"{path}: the arguments of the checkpoint cannot be read ({type(error).__name__}): the file is "
-            "broken, or of another version of Megatron"
+            "broken, or written by another version of Megatron"
         ) from error
 
 
 @dataclass(frozen=True)
-class Run:
-    """Bytes of a file that are consecutive bytes of a tensor, from its byte `at` on."""
+class ByteRange:
+    """Range of bytes in a file that are consecutive bytes of a tensor, starting at its byte `at`."""
 
     path: Path
     start: int
@@ -217,8 +216,8 @@ class Run:
     at: int
 
 
-def stored_runs(folder: Path, stored: Stored, place: int | None = None) -> list[Run] | None:
-    """Where a tensor's bytes are, if its pieces are whole rows of it; None: only `read_stored` can tell."""
+def byte_ranges(folder: Path, stored: StoredTensor, place: int | None = None) -> list[ByteRange] | None:
+    """Byte ranges of a tensor whose pieces are whole rows; None for others, which only `read_stored` can read."""
     shape = stored.shape if place is None else stored.shape[1:]
     runs = []
     for piece in _pieces(folder, stored, place):
@@ -230,18 +229,18 @@ def stored_runs(folder: Path, stored: Stored, place: int | None = None) -> list[
         head = _load_piece(folder, piece, "meta")
         if head.dtype != stored.dtype or not head.is_contiguous():
             return None
-        # torch notes on storages that it does not read where their bytes are.
+        # On the meta device torch stores the position of a storage's bytes instead of reading them.
         skipped: int = head.untyped_storage()._checkpoint_offset  # type: ignore[assignment]
         start = piece.start + skipped + int(head.storage_offset()) * head.itemsize
         length = math.prod(sizes) * head.itemsize
         start += 0 if place is None else (place - piece.offsets[0]) * length
         at = offsets[0] * math.prod(sizes[1:]) * head.itemsize if sizes else 0
-        runs.append(Run(folder / piece.file, start, length, at))
+        runs.append(ByteRange(folder / piece.file, start, length, at))
     return runs
 
 
-def _pieces(folder: Path, stored: Stored, place: int | None) -> list[Piece]:
-    """The pieces of a tensor, or of its slice at `place`. Raises ConversionError if they leave a gap."""
+def _pieces(folder: Path, stored: StoredTensor, place: int | None) -> list[Piece]:
+    """Pieces of a tensor, or of its slice at `place`. Raises ConversionError if they are incomplete."""
     pieces = [
         piece
         for piece in stored.pieces
@@ -251,14 +250,14 @@ def _pieces(folder: Path, stored: Stored, place: int | None) -> list[Piece]:
     held = sum(math.prod(piece.shape[first:]) for piece in pieces)
     if held != math.prod(stored.shape[first:]):
         raise ConversionError(
-            f"{folder}: {held} numbers are stored of a tensor of {list(stored.shape[first:])}; the checkpoint is "
-            "not complete"
+            f"{folder}: only {held} values of a tensor {list(stored.shape[first:])} are stored; the checkpoint is "
+            "incomplete"
         )
     return pieces
 
 
-def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tensor:
-    """Put a tensor together; of stacked tensors [n, ...] the slice at `place`. Raises ConversionError."""
+def read_stored(folder: Path, stored: StoredTensor, place: int | None = None) -> Tensor:
+    """Read a tensor from its pieces; of a stacked tensor [n, ...] the slice at `place`. Raises ConversionError."""
     shape = stored.shape if place is None else stored.shape[1:]
     whole: Tensor | None = None
     for piece in _pieces(folder, stored, place):
@@ -277,7 +276,7 @@ def read_stored(folder: Path, stored: Stored, place: int | None = None) -> Tenso
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of an open file, as a file: torch reads a tensor out of it straight into its memory."""
+    """File object for a range of bytes of an open file; torch reads tensors from it without a copy."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints (`torch_dist`), written one tensor at a time; the format is in `torch_dist`."""
+"""Write Megatron's distributed checkpoints, one tensor at a time; `torch_dist` describes the format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, location
 
 
-def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
-    """All keys under which a written tensor is to be found, and its place along the leading dimension.
+def checkpoint_keys(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
+    """All keys of a tensor in a checkpoint, and its index along the leading dimension or None.
 
-    The second norm of a layer has two in a model with experts: a dense layer stores it with the linear layer after
-    it, a layer with experts under its own name, and a tensor's name does not tell which it is in.
+    In a model with experts the second norm of a layer gets two keys: a dense layer stores it with the following
+    linear layer, a layer with experts under its own name, and the tensor's name does not show the kind of layer.
     """
     key, place = location(full_name)
     both = has_experts and ".pre_mlp_layernorm." in full_name
@@ -27,20 +27,20 @@ def keys_for(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
 
 
 def save_tensor(file: Any, tensor: Tensor) -> tuple[int, int]:
-    """Append a tensor as the format wants it; returns (start, length) in bytes."""
+    """Append a tensor to a data file; returns (start, length) in bytes."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    start, sink = file.tell(), _Sink(file)
+    start, sink = file.tell(), _RecordingFile(file)
     try:
         torch.save(tensor, cast(IO[bytes], sink))
     except RuntimeError as error:
-        # torch's archive writer hides why it could not write, such as a full disk.
+        # torch's archive writer hides the cause of a failed write, such as a full disk.
         raise sink.failure or error from error
     return start, file.tell() - start
 
 
-class _Sink:
-    """A file that remembers why it could not be written."""
+class _RecordingFile:
+    """File object that stores the error of a failed write."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -58,12 +58,12 @@ class _Sink:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a writer has put where: one entry per tensor, or slice of a stacked tensor."""
+class WrittenTensor:
+    """Position of a written tensor, or of a slice of a stacked tensor."""
 
     keys: tuple[str, ...]
     place: int | None
-    """Along the leading dimension of a stacked tensor."""
+    """Index along the leading dimension of a stacked tensor."""
     count: int
     """Size of that dimension; 0: not stacked."""
     shape: tuple[int, ...]
@@ -73,15 +73,15 @@ class Written:
     length: int
 
 
-def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str, Any]) -> None:
-    """Finish a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
+def write_metadata(folder: Path, written: Iterable[WrittenTensor], common: Mapping[str, Any]) -> None:
+    """Complete a checkpoint folder: `.metadata`, `metadata.json`, the common state and empty extra states.
 
     Args:
-        folder: holds the data files.
-        written: every tensor in them.
-        common: what Megatron finds beside tensors ("args", "iteration", ...).
+        folder: contains the data files.
+        written: all tensors in them.
+        common: state besides tensors ("args", "iteration", ...).
     """
-    # Here, because it takes seconds, and an export needs none of it.
+    # Imported here, because it takes seconds and an export does not need it.
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -130,9 +130,9 @@ def write_metadata(folder: Path, written: Iterable[Written], common: Mapping[str
 
 
 def _modules_with_state(module: str) -> Iterable[str]:
-    """Modules that ask for a (here empty) extra state: linear layers, and TE's attention and norms.
+    """Modules with an (empty) extra state: linear layers, and Transformer Engine's attention and norms.
 
-    Megatron refuses a checkpoint that lacks one its model asks for, and ignores those it does not.
+    Megatron rejects a checkpoint without an extra state that its model expects, and ignores unknown ones.
     """
     yield module
     if module.endswith(".self_attention.linear_qkv"):

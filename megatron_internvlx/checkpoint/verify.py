@@ -1,7 +1,7 @@
-"""Run a converted model on given inputs, in any layout, and compare with what the original computed.
+"""Run a converted model on given inputs in any layout, and compare its outputs with the original's.
 
-`verify` is the caller's side: it reads the inputs, starts the ranks and gathers what they leave in a
-folder. `run_rank` is one rank: it imports Megatron, builds its stage, fills it with converted
+`verify` runs in the caller: it reads the inputs, starts the ranks and gathers their results from a
+folder. `run_rank` runs in each rank: it imports Megatron, builds its stage, loads the converted
 weights and runs Megatron's own pipeline schedule.
 """
 
@@ -26,26 +26,26 @@ from torch import Tensor
 from megatron_internvlx.checkpoint.case import Case, check_case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_plan import plan_export
-from megatron_internvlx.checkpoint.hf_config import dims
 from megatron_internvlx.checkpoint.importer import plan_import, recipe_of
 from megatron_internvlx.checkpoint.mapping import Entry, vision_layer
 from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Layout, Request
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.checkpoint.target import end_with_parent
-from megatron_internvlx.files import unfinished
+from megatron_internvlx.files import atomic_path
+from megatron_internvlx.model.sizes import model_sizes
 
-MOST_RANKS = 256  # each holds PyTorch and Megatron, on one machine
+MOST_RANKS = 256  # each loads PyTorch and Megatron, on one machine
 
 
-def model_of(request: Request) -> tuple[dict[str, Any], list[Entry], str]:
-    """(arguments, table, family) of the model to run. Raises ConversionError."""
+def model_of(request: Request) -> tuple[dict[str, Any], list[Entry]]:
+    """Read (arguments, table) of the model to run. Raises ConversionError."""
     if request.hf:
         weights = WeightFiles(Path(request.hf), allow_pickle=request.allow_pickle)
         plan = plan_import(Path(request.hf), weights, {})
-        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources], plan.config.family
+        return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources]
     assert request.load is not None
     exported = plan_export(Path(request.load))
-    return exported.arguments, list(exported.entries), exported.family
+    return exported.arguments, list(exported.entries)
 
 
 _ARCHITECTURE = (
@@ -61,7 +61,7 @@ _ARCHITECTURE = (
 
 
 def write_recipe(arguments: Mapping[str, Any], folder: Path) -> None:
-    """The recipe the ranks start from: the architecture, nothing random, no auxiliary losses."""
+    """Write the ranks' recipe: the architecture without randomness and auxiliary losses."""
     recipe = {name: arguments[name] for name in _ARCHITECTURE if arguments.get(name) is not None}
     if recipe.get("num_experts"):
         recipe["moe_aux_loss_coeff"] = [0.0]
@@ -90,7 +90,7 @@ def start_ranks(request: Request, ranks: int) -> None:
         reader, writer = context.Pipe(duplex=False)
         process = context.Process(target=_rank_process, args=(request, rank, ranks, port, writer))
         process.start()
-        writer.close()  # so that the reader sees the end of a rank that was killed
+        writer.close()  # otherwise the reader would not notice that a rank was killed
         processes.append(process)
         readers.append(reader)
     failure, waiting = None, dict(enumerate(readers))
@@ -100,7 +100,7 @@ def start_ranks(request: Request, ranks: int) -> None:
             try:
                 failure = failure or waiting.pop(rank).recv()
             except EOFError:
-                failure = f"rank {rank} was killed, perhaps for want of memory: give it fewer rows or tiles"
+                failure = f"rank {rank} was killed, perhaps because memory was full: use fewer rows or tiles"
     for process in processes:
         if failure:
             process.terminate()
@@ -130,28 +130,28 @@ def _rank_process(request: Request, rank: int, ranks: int, port: int, report: An
 
 
 def check_ranks(layout: Layout, ranks: int) -> None:
-    """Raises ConversionError when a layout does not fit so many processes."""
+    """Check the number of processes for a layout. Raises ConversionError."""
     if ranks > MOST_RANKS:
-        raise ConversionError(f"{ranks} processes on this machine are too many: {MOST_RANKS} at most")
+        raise ConversionError(f"{ranks} processes on one machine are too many: use at most {MOST_RANKS}")
     if ranks < layout.ranks or ranks % (layout.tensor * layout.pipeline):
         raise ConversionError(
-            f"--nproc {ranks} does not fit TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: "
-            f"use {layout.ranks} or a multiple of {layout.tensor * layout.pipeline}"
+            f"--nproc {ranks} for TP {layout.tensor} x PP {layout.pipeline}, EP {layout.expert}: must be at least "
+            f"{layout.ranks} and a multiple of {layout.tensor * layout.pipeline}"
         )
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a model computed from a case."""
+    """Outputs and gradients of a model for a case."""
 
     tensors: dict[str, Tensor]
     """Outputs, and gradients under their Hugging Face names."""
     no_gradient: tuple[str, ...] = ()
-    """Weights that get no gradient: the vision encoder's layers above the selected hidden state."""
+    """Weights without a gradient: the vision encoder's layers above the selected hidden state."""
 
 
 def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool, *, vision_layers: int) -> Results:
-    """What the ranks left, under the names of the golden cases; `vision_layers` of the encoder run."""
+    """Read the ranks' results, named as in the golden cases; only `vision_layers` of the encoder are run."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("part*.safetensors")):
         found |= load_file(path)
@@ -173,32 +173,32 @@ def gather(folder: Path, case: Case, entries: list[Entry], gradients: bool, *, v
 
 
 def verify(request: Request, out: Path, *, ranks: int | None = None, start=start_ranks) -> Results:
-    """Run the model on a case and write its outputs; returns them.
+    """Run the model on a case, and write and return its outputs.
 
     Args:
         request: model, inputs and layout; its folder is replaced by a temporary one.
-        out: safetensors file: logits, loss, vit_last_hidden_state, projector_output, and gradients under
+        out: safetensors file for logits, loss, vit_last_hidden_state, projector_output, and gradients under
             their Hugging Face names.
-        ranks: processes; None: as many as the layout needs.
-        start: how ranks are started (a test uses its own).
+        ranks: number of processes; None: the minimum of the layout.
+        start: function that starts the ranks (a test uses its own).
 
     Raises:
-        ConversionError: for inputs, models or layouts that do not fit, and for whatever a rank reports.
+        ConversionError: inputs, model and layout do not match, or a rank failed.
     """
     check_ranks(request.layout, ranks or request.layout.ranks)
     if out.exists():
         raise ConversionError(f"{out} exists already; remove it, or choose another name")
     case = load_case(Path(request.inputs))
-    arguments, entries, family = model_of(request)
+    arguments, entries = model_of(request)
     check_case(case, arguments)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sizes = dims(arguments, family)
+    sizes = model_sizes(arguments)
     token = case.image_token(sizes.high_grid**2, request.image_token)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         write_recipe(arguments, Path(folder))
         changed = replace(request, folder=folder, image_token=token)
         start(changed, ranks or request.layout.ranks)
         found = gather(Path(folder), case, entries, request.gradients, vision_layers=sizes.vision.layers_run)
-    with unfinished(out) as partial:
+    with atomic_path(out) as partial:
         save_file(found.tensors, partial, metadata={"format": "pt"})
     return found

@@ -1,4 +1,4 @@
-"""One rank of a verification: converted weights in Megatron's model, Megatron's schedule around it."""
+"""One rank of a verification: runs Megatron's model with converted weights in Megatron's schedule."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _GROUPED = re.compile(r"\.experts\.(linear_fc[12]\.weight)(\d+)$")
 
 
 class ConvertedWeights(Mapping[str, Tensor]):
-    """Tensors by full name, converted when they are asked for, so that nothing is held twice."""
+    """Mapping of full names to tensors, converted on access, so that no tensor is in memory twice."""
 
     def __init__(self, request: Request) -> None:
         self._reader: CheckpointReader | None = None
@@ -70,7 +70,7 @@ class ConvertedWeights(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         if self._reader is not None:
-            return True  # what is missing says so when it is read
+            return True  # reading a missing tensor raises an error
         return _GROUPED.sub(r".experts.local_experts.\2.\1", str(name)) in self._sources
 
     def __iter__(self) -> Iterator[str]:
@@ -81,7 +81,7 @@ class ConvertedWeights(Mapping[str, Tensor]):
 
 
 class CaseBatches:
-    """The case as one packed micro-batch, given as often as the schedule wants it."""
+    """The case as one packed micro-batch, repeated as often as the schedule needs it."""
 
     def __init__(self, case: Case, args: Any, image_token: int | None) -> None:
         rows = case.rows()
@@ -97,37 +97,37 @@ class CaseBatches:
         self.tiles = case.tiles
         if not len(self.tiles):  # text only: the encoder still runs, on a blank tile
             self.tiles = torch.zeros(0, 3, args.image_size, args.image_size)
-        # The interleaved schedule wants whole groups; equal micro-batches have the same mean loss.
+        # The interleaved schedule needs complete groups; equal micro-batches have the same mean loss.
         self.count = args.pipeline_model_parallel_size if args.virtual_pipeline_model_parallel_size else 1
 
     def communicator(self) -> BoundaryCommunicator:
-        """Knows every micro-batch's plan: it is always the same."""
+        """Create a communicator that uses the same plan for every micro-batch."""
         return BoundaryCommunicator(
             micro_batches=lambda training: self.count,
             upcoming=lambda chunk, training, least: (least, self.plan),
         )
 
     def batch(self) -> MicroBatch:
-        """This rank's share."""
+        """This rank's share of the micro-batch."""
         if not mpu.is_pipeline_first_stage(ignore_virtual=True):
             return MicroBatch(self.plan, None)
         return MicroBatch(self.plan, share_of_tiles(self.tiles, self.plan.tile_capacity))
 
     def iterators(self, chunks: int) -> Any:
-        """What the schedule reads: one iterator per model chunk."""
+        """Data iterators for the schedule, one per model chunk."""
         lists = [iter([self.batch() for _ in range(self.count)]) for _ in range(chunks)]
         return lists if chunks > 1 else lists[0]
 
 
 def share_of_tiles(tiles: Tensor, capacity: int) -> Tensor:
-    """The tiles that this tensor-parallel rank encodes; blank ones fill up to `capacity`."""
+    """Tiles that this tensor-parallel rank encodes, padded with blank tiles to `capacity` over all ranks."""
     blank = tiles.new_zeros((capacity - len(tiles), *tiles.shape[1:]))
     size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     return to_device(torch.cat([tiles, blank]).chunk(size)[rank])
 
 
 def run_rank(request: Request) -> None:
-    """Run the case and leave this rank's results in the request's folder. Raises ValueError."""
+    """Run the case and write this rank's results to the request's folder. Raises ValueError."""
     saved, sys.argv = sys.argv, [
         "verify", "--recipe", str(Path(request.folder) / RECIPE), "--global-batch-size",
         str(_data_parallel(request)), *request.layout.arguments(),
@@ -164,7 +164,7 @@ def run_rank(request: Request) -> None:
 
 
 def gradient_of(parameter: Any) -> Tensor | None:
-    """What the loss gives a parameter; None for one that is not trained: Megatron keeps no buffer for it."""
+    """Gradient of a parameter; None if it is not trained, because Megatron then has no buffer for it."""
     return parameter.main_grad if parameter.requires_grad else None
 
 
@@ -175,7 +175,7 @@ def _data_parallel(request: Request) -> int:
 
 @torch.no_grad()
 def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
-    """Vision features and entry projector's tokens of all tiles, also those without a flag."""
+    """Vision features and the entry projector's tokens of all tiles, used in the text or not."""
     tiles = case.pixel_values
     if not stage.pre_process or not len(tiles):
         return {}
@@ -185,7 +185,7 @@ def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
     count: Any = SimpleNamespace(encoded_tiles=len(tiles))  # all that `encode` reads of a plan
     features = stage.encode(share_of_tiles(tiles, capacity), count)
     tokens = stage.projector(features)
-    grid = stage.compression.entry_grid
+    grid = stage.sizes.entry_grid
     return {
         "vit_last_hidden_state": features,
         "projector_output": tokens.view(len(tiles), grid, grid, -1),

@@ -1,4 +1,4 @@
-"""JSONL annotations as Energon reads them: some lines of a file, and where each begins."""
+"""JSONL annotations for Energon: selected lines of a file, and the index of line offsets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_internvlx.data.manifest import DatasetEntry
 
 
 def write_index(path: Path, offsets: np.ndarray) -> None:
-    """Energon's index of a JSONL file: uint64 starts of the records, and the size of the file."""
+    """Write Energon's index of a JSONL file: uint64 offsets of the records, and the size of the file."""
     offsets.astype("<u8").tofile(path.with_suffix(".jsonl.idx"))
 
 
 def copy_lines(entry: DatasetEntry, indices: Iterable[int], path: Path) -> None:
-    """Write these records to a JSONL file of its own, with its index and their original line numbers."""
+    """Copy records to another JSONL file, and write its index and the original line numbers."""
     offsets, lines = [0], []
     with path.open("wb") as out:
         for index in indices:

@@ -1,8 +1,8 @@
-"""Chat templates: from a conversation to the prompt text, the token ids and the labels.
+"""Chat templates: convert a conversation to prompt text, token ids and labels.
 
-Templates and label rules are those of the released code (``conversation.py`` and the ``preprocess_*``
-functions of ``internvl/train/dataset.py``). Ids come from one pass over the whole text; which of them are
-supervised is read from their character offsets, so no token arithmetic can drift.
+Templates and label rules are those of the released code (`conversation.py` and the `preprocess_*`
+functions of `internvl/train/dataset.py`). The whole text is tokenized at once; supervised tokens are determined
+by their character offsets, so no token arithmetic can go wrong.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 IMAGE = "<image>"
 IMG_START, IMG_CONTEXT, IMG_END = "<img>", "<IMG_CONTEXT>", "</img>"
-# One context token stands for the whole image while tokenizing; its id is repeated afterwards.
+# While tokenizing, one context token represents the whole image; its id is repeated afterwards.
 _IMAGE_BLOCK = IMG_START + IMG_CONTEXT + IMG_END
 
 
 @dataclass(frozen=True)
 class Template:
-    """One chat format. Every message is ``header + text + end + gap``; ``gap`` is never supervised."""
+    """Chat template. Every message is `header + text + end + gap`; `gap` is never supervised."""
 
     name: str
     system: str
@@ -35,12 +35,12 @@ class Template:
     answer_header: str = "<|im_start|>assistant\n"
     system_header: str = "<|im_start|>system\n"
     end: str = "<|im_end|>"
-    strip: bool = False  # messages lose surrounding white space before they are tokenized
+    strip: bool = False  # remove surrounding white space of messages before tokenizing
     strict_rounds: bool = True  # a leading answer is skipped, then human and gpt must alternate
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        """Special tokens that message text must not contain: they would forge structure."""
+        """Special tokens that message text must not contain, because they would imitate the template."""
         return (self.end, self.user_header.split("user")[0], IMG_CONTEXT)
 
 
@@ -64,15 +64,15 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class ReleasedQuirks:
-    """Behaviours of the released code that are off by default; each True brings one back.
+    """Behaviours of the released code that are off by default; True turns one on.
 
-    ``mask_id_zero``: tokens with id 0 get no attention ("!" for Qwen2), as ``attention_mask = ids != 0``.
-    ``literal_surplus_placeholders``: ``<image>`` beyond the number of images stays as plain text.
-    ``drop_surplus_images``: images without an ``<image>`` are dropped and the sample gives no loss.
-    ``ignore_exif``: images are not turned upright by their EXIF orientation.
-    ``ignore_labels_on_length_mismatch``: internlm2-chat and Hermes-2 samples whose parts tokenize to
+    `mask_id_zero`: tokens with id 0 get no attention ("!" for Qwen2), as `attention_mask = ids != 0`.
+    `literal_surplus_placeholders`: `<image>` beyond the number of images stays as plain text.
+    `drop_surplus_images`: images without an `<image>` are dropped and the sample gives no loss.
+    `ignore_exif`: the EXIF orientation of images is ignored.
+    `ignore_labels_on_length_mismatch`: internlm2-chat and Hermes-2 samples whose parts tokenize to
     another length than the whole (a pad token in the text, an empty answer) give no loss.
-    ``partial_answers``: a text over the length limit is cut anywhere, also inside an answer.
+    `partial_answers`: a text above the length limit is cut anywhere, also inside an answer.
     """
 
     mask_id_zero: bool = False
@@ -84,7 +84,7 @@ class ReleasedQuirks:
 
     @classmethod
     def all(cls) -> "ReleasedQuirks":
-        """Every released behaviour at once."""
+        """Turn on all behaviours of the released code."""
         return cls(*[True] * len(cls.__dataclass_fields__))
 
 
@@ -92,9 +92,9 @@ class ReleasedQuirks:
 class Encoded:
     """A tokenized conversation of n tokens.
 
-    ``input_ids`` int64 [n]; ``labels`` int64 [n], ``-100`` where ignored, not shifted; ``is_visual`` bool
-    [n], True on image placeholders; ``attention_mask`` bool [n], or None when every token is attended to;
-    ``num_images`` images used; ``dropped_tokens`` tokens cut from the end by the length limit.
+    `input_ids` int64 [n]; `labels` int64 [n], `-100` where ignored, not shifted; `is_visual` bool
+    [n], True at image placeholders; `attention_mask` bool [n], or None if every token is attended to;
+    `num_images` number of used images; `dropped_tokens` number of tokens cut from the end by the length limit.
     """
 
     input_ids: np.ndarray
@@ -109,16 +109,16 @@ NO_QUIRKS = ReleasedQuirks()
 
 
 def get_template(name: str) -> Template:
-    """The template of that name; ValueError lists the known ones."""
+    """Template with this name. Raises ValueError that lists the known ones."""
     if name not in TEMPLATES:
-        raise ValueError(f"unknown chat template {name!r}; choose one of {', '.join(TEMPLATES)}")
+        raise ValueError(f"unknown chat template {name!r}; it must be one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
-def _messages(
+def _parse_messages(
     template: Template, conversations: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[str, list[tuple[str, str]]]:
-    """The system text and the (role, text) turns, checked; roles are ``human`` and ``gpt``."""
+    """Check a conversation; returns the system text and the (role, text) turns, with roles `human` and `gpt`."""
     system, turns = template.system, []
     for number, message in enumerate(conversations):
         role, text = message.get("from"), message.get("value")
@@ -128,7 +128,7 @@ def _messages(
             )
         if role == "system":
             if number:
-                raise BadSample(key, "bad_message", f"turn {number} is a system turn; only turn 0 may be")
+                raise BadSample(key, "bad_message", f"turn {number} is a system turn; only turn 0 may be one")
             system = text
         else:
             turns.append((role, text))
@@ -138,7 +138,9 @@ def _messages(
         for number, (role, _) in enumerate(turns):
             if role != ("human", "gpt")[number % 2]:
                 raise BadSample(
-                    key, "bad_message", f"human and gpt must alternate; round turn {number} is {role}"
+                    key,
+                    "bad_message",
+                    f"human and gpt must alternate, starting with human; turn {number} is {role}",
                 )
     if not turns:
         raise BadSample(key, "bad_message", "the conversation has no human turn")
@@ -146,11 +148,11 @@ def _messages(
 
 
 def questions(template: str, conversations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each answer that is learnt from answers: the human text before it; "" where there is none.
+    """Questions of all supervised answers: the human text before each answer, or "".
 
     Raises ValueError for an unknown template, BadSample for unusable turns.
     """
-    _, turns = _messages(get_template(template), conversations, "?")
+    _, turns = _parse_messages(get_template(template), conversations, "?")
     asked, found = "", []
     for role, text in turns:
         if role == "human":
@@ -167,31 +169,31 @@ def render_prompt(
     generation_prompt: bool = False,
     key: str = "?",
 ) -> str:
-    """The text of a conversation, ``<image>`` left as it is and no message stripped.
+    """Text of a conversation, with `<image>` unchanged and no message stripped.
 
-    With ``generation_prompt`` it ends with the header of the answer to be generated: that of the last gpt
-    turn, whose text is left out, or a new one after a human turn. Raises ValueError for an unknown
-    template, BadSample named ``key`` for unusable turns.
+    With `generation_prompt` it ends with the header of the answer to generate: that of the last gpt turn,
+    whose text is omitted, or a new one after a human turn. Raises ValueError for an unknown template, BadSample
+    with `key` for unusable turns.
     """
     form = get_template(template)
-    system, turns = _messages(form, conversations, key)
+    system, turns = _parse_messages(form, conversations, key)
     text = form.system_header + system + form.end + form.gap
     last = len(turns) - 1
     for number, (role, message) in enumerate(turns):
         text += form.user_header if role == "human" else form.answer_header
         if role == "gpt" and number == last and generation_prompt:
             return text
-        # The released templates write a turn without text as its bare header.
+        # In the released templates a turn without text is only its header.
         text += message + form.end + form.gap if message else ""
     return text + form.answer_header if generation_prompt else text
 
 
 @lru_cache(maxsize=8)
 def _special_ids(tokenizer: "PreTrainedTokenizerBase", template: Template) -> tuple[int, int | None]:
-    """Ids of IMG_CONTEXT and of the bos token that this tokenizer puts first (None if it puts none)."""
+    """Ids of IMG_CONTEXT and of the bos token that this tokenizer adds (None if it adds none)."""
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets; convert it to a fast tokenizer "
+            f"{type(tokenizer).__name__} has no character offsets; convert it to a fast tokenizer "
             "(a directory with tokenizer.json)"
         )
     for token in (IMG_START, IMG_CONTEXT, IMG_END, *template.reserved):
@@ -201,21 +203,21 @@ def _special_ids(tokenizer: "PreTrainedTokenizerBase", template: Template) -> tu
                 f"the tokenizer has no single token {token!r} (it gives ids {ids}), which template "
                 f"{template.name!r} needs; add it as a special token and resize the embeddings"
             )
-    # Asked by trying: `add_bos_token` is not kept truthfully by every transformers version.
+    # Found by tokenizing: `add_bos_token` is not reliable in every transformers version.
     first = tokenizer("").input_ids[:1]
     bos = first[0] if first and first[0] == tokenizer.bos_token_id else None
     return tokenizer(IMG_CONTEXT, add_special_tokens=False).input_ids[0], bos
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", template: str) -> None:
-    """Raise ValueError, with the remedy, if ``tokenizer`` cannot serve ``template``."""
+    """Check that a tokenizer has the tokens of a template. Raises ValueError with the remedy."""
     _special_ids(tokenizer, get_template(template))
 
 
 def _place_images(
     system: str, turns: list[tuple[str, str]], num_images: int, quirks: ReleasedQuirks, key: str
 ) -> tuple[list[tuple[str, str]], int]:
-    """Turns with the first ``num_images`` ``<image>`` of the human turns as image blocks; their number."""
+    """Replace the first `num_images` `<image>` of the human turns with image blocks; returns turns and their number."""
     usable = sum(text.count(IMAGE) for role, text in turns if role == "human")
     elsewhere = system.count(IMAGE) + sum(text.count(IMAGE) for role, text in turns if role == "gpt")
     if not quirks.literal_surplus_placeholders and (usable > num_images or elsewhere):
@@ -257,7 +259,7 @@ def _check_text(
 def _compose(
     form: Template, system: str, turns: list[tuple[str, str]]
 ) -> tuple[list[str], list[tuple[int, int]]]:
-    """Pieces of the text (the system turn, then one per turn) and the supervised spans in characters."""
+    """Compose the pieces of the text (system turn, then one per turn) and the supervised spans in characters."""
     pieces = [form.system_header + system + form.end + form.gap]
     spans, length = [], len(pieces[0])
     for role, text in turns:
@@ -270,13 +272,13 @@ def _compose(
     return pieces, spans
 
 
-def _label(
+def _label_answers(
     ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of the tokens that lie inside a span, and the flag of the last token of each span."""
+    """Labels of all tokens, -100 outside the spans, and a mask of the last token of each span."""
     labels, last = np.full_like(ids, IGNORE_INDEX), np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
-        # A token that straddles the header and the answer is part of the prompt at inference: not supervised.
+        # A token across the end of the header belongs to the prompt at inference, so it is not supervised.
         inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 0] < stop))
         labels[inside] = ids[inside]
         last[inside[-1]] = True
@@ -286,16 +288,16 @@ def _label(
 def _lengths_differ(
     tokenizer: "PreTrainedTokenizerBase", pieces: list[str], turns: list[tuple[str, str]], ids: np.ndarray
 ) -> bool:
-    """The released length check: tokens of the parts against tokens of the whole that are not padding."""
+    """Length check of the released code: whether the parts have other tokens than the whole, padding excluded."""
     parts = tokenizer(pieces, add_special_tokens=False, verbose=False).input_ids
-    empty = sum(role == "gpt" and not text for role, text in turns)  # each counts an end token it has not
+    empty = sum(role == "gpt" and not text for role, text in turns)  # counted with an end token they lack
     return sum(map(len, parts)) + empty != int((ids != tokenizer.pad_token_id).sum())
 
 
 def _kept_length(
     labels: np.ndarray, last: np.ndarray, is_visual: np.ndarray, limit: int, partial: bool, key: str
 ) -> int:
-    """Tokens to keep of a sample over ``limit``; BadSample if an image or every answer is cut."""
+    """Number of tokens to keep of a sample above `limit`. Raises BadSample if an image or every answer is cut."""
     total, num_visual = len(labels), int(is_visual.sum())
     remedy = "raise the sequence length, or lower max_tiles or the tokens per tile"
     ends = np.flatnonzero(last[:limit])
@@ -306,7 +308,7 @@ def _kept_length(
             key,
             "image_truncated",
             f"{total} tokens ({num_visual} of images, the last ends at token {images_end}): the limit of "
-            f"{limit} would cut an image block or part it from its answer; {remedy}",
+            f"{limit} would cut an image block or separate it from its answer; {remedy}",
         )
     if not (labels[:kept] != IGNORE_INDEX).any():
         first = int(np.flatnonzero(last)[0]) + 1
@@ -324,7 +326,7 @@ def _tokenize(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     text = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(text.input_ids, dtype=np.int64)
-    return ids, *_label(ids, np.asarray(text.offset_mapping, dtype=np.int64).reshape(-1, 2), spans)
+    return ids, *_label_answers(ids, np.asarray(text.offset_mapping, dtype=np.int64).reshape(-1, 2), spans)
 
 
 def encode(
@@ -337,19 +339,19 @@ def encode(
     compat: ReleasedQuirks = NO_QUIRKS,
     key: str = "?",
 ) -> Encoded:
-    """Tokenize a conversation and mark what is supervised: answers with their end token, every round.
+    """Tokenize a conversation and label its answers, each with its end token.
 
-    ``image_tokens``: placeholders of each image, in the order of the ``<image>`` they replace.
-    ``max_length``: tokens, bos and images included; None for no limit. A longer conversation is cut after
-    its last whole answer that fits; an image block is never cut or dropped.
+    `image_tokens`: number of placeholders of each image, in the order of the `<image>` they replace.
+    `max_length`: maximum number of tokens, including bos and images; None: no limit. A longer conversation is
+    cut after its last complete answer that fits; an image block is never cut or dropped.
 
     Raises ValueError for an unknown template or a tokenizer without the needed special tokens, and
-    BadSample named ``key``: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
+    BadSample with `key`: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
     image_truncated, answer_truncated.
     """
     form = get_template(template)
     context_id, bos = _special_ids(tokenizer, form)
-    system, turns = _messages(form, conversations, key)
+    system, turns = _parse_messages(form, conversations, key)
     if form.strip:
         turns = [(role, text.strip()) for role, text in turns]
     _check_text(form, system, turns, compat, key)
@@ -368,7 +370,7 @@ def encode(
         and _lengths_differ(tokenizer, pieces, turns, ids)
     )
     if not spans and not no_loss:
-        raise BadSample(key, "no_supervision", "the conversation has no gpt turn to learn from")
+        raise BadSample(key, "no_supervision", "the conversation has no gpt turn with text")
     ids, labels, last = (np.repeat(row, repeats) for row in (ids, labels, last))
     if bos is not None:
         ids, labels, last = np.r_[bos, ids], np.r_[IGNORE_INDEX, labels], np.r_[False, last]

@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from megatron_internvlx import platform
+from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data import decode_pil
 from megatron_internvlx.data.encoded import EncodedImage, encoded
 from megatron_internvlx.data.sample import ImageTiles
 
 DECODERS = ("dali", "pillow")
+
+
+def ranks_cut(data: DataSettings) -> bool:
+    """Whether images travel undecoded to the ranks that encode their tiles."""
+    if data.loader != "energon" or data.image_decoder != "dali":
+        return False
+    return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
 
 
 class TileDecoder:

@@ -1,7 +1,7 @@
-"""InternVL's training set description: ``meta.json`` naming JSONL files of conversations.
+"""InternVL's description of a training set: a `meta.json` that names JSONL files of conversations.
 
-``meta.json`` is ``{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}``; keys that begin
-with ``_`` are comments. Records stay on disk; only their byte offsets are held in memory (16 bytes each).
+`meta.json` is `{name: {root, annotation, data_augment, repeat_time, max_dynamic_patch, length}}`; keys that begin
+with `_` are comments. Records stay on disk; only their byte offsets are held in memory (16 bytes each).
 """
 
 import json
@@ -20,32 +20,32 @@ from megatron_internvlx.recipe import similar
 _CHUNK_BYTES = 1 << 24
 _KEYS = ("root", "annotation", "data_augment", "repeat_time", "max_dynamic_patch", "length")
 MAX_REPEAT = 1000
-"""Most repeats of a data set in an epoch; how long a run is, --train-iters says."""
+"""Largest `repeat_time`; for a longer run, use --train-iters."""
 MAX_EPOCH = 1 << 28
-"""Most records of an epoch: their order is a permutation held in memory, 8 bytes each."""
+"""Maximum records of an epoch; their permutation is held in memory, 8 bytes each."""
 
 
 def read_json(text: str | bytes) -> Any:
-    """`json.loads` that refuses a key given twice in an object, of which it would silently keep the last.
+    """Parse JSON like `json.loads`, but reject duplicate keys, of which it would silently use the last.
 
-    Raises ValueError, and RecursionError for too many brackets.
+    Raises ValueError, and RecursionError for brackets nested too deeply.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_reject_duplicate_keys)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return found
 
 
 @dataclass(frozen=True)
 class Record:
-    """One parsed line: ``key`` (``file.jsonl:12``), its JSON object, and the settings of its dataset.
+    """Parsed line of a JSONL file: its `key` (`file.jsonl:12`), JSON object, and settings of its dataset.
 
-    ``root`` is the folder of its images, ``max_tiles`` the dataset's own maximum or None.
+    `root` is the folder of its images, `max_tiles` the dataset's own maximum or None.
     """
 
     key: str
@@ -56,9 +56,9 @@ class Record:
 
 
 class JsonlFile:
-    """Records of a JSONL file by number, read from disk when asked for. Blank lines are not records.
+    """Records of a JSONL file by number, read from disk on access. Blank lines are not records.
 
-    ``label`` is how the file is named in keys. Picklable: each process opens the file for itself.
+    `label` is the name of the file in keys. Picklable: each process opens the file for itself.
     """
 
     def __init__(self, path: Path, label: str):
@@ -72,7 +72,9 @@ class JsonlFile:
             self._numbers = np.delete(np.arange(1, len(starts) + 1), blank)
         self._starts, self._lengths = np.delete(starts, blank), np.delete(lengths, blank)
         if len(self) and self._read(self._starts[0], min(64, self._lengths[0])).lstrip()[:1] == b"[":
-            raise ValueError(f"{path} starts with '[': it must be JSONL, one record a line, not a JSON array")
+            raise ValueError(
+                f"{path} starts with '[': it must be JSONL, one record per line, not a JSON array"
+            )
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray]:
         breaks, size = [], 0
@@ -95,17 +97,17 @@ class JsonlFile:
         return len(self._starts)
 
     def key(self, index: int) -> str:
-        """Name and line number of record ``index``."""
+        """Key of record `index`: file name and line number."""
         return f"{self.label}:{index + 1 if self._numbers is None else self._numbers[index]}"
 
     def offsets(self) -> np.ndarray | None:
-        """Starts of the records in bytes and the file's size, int64 [records + 1]; None with blank lines."""
+        """Byte offsets of the records and the file's size, int64 [records + 1]; None if there are blank lines."""
         if self._numbers is not None:
             return None
         return np.append(self._starts, self.path.stat().st_size)
 
     def line(self, index: int) -> bytes:
-        """Record ``index`` as it is in the file, without white space around it."""
+        """Raw text of record `index`, without surrounding white space."""
         return self._read(self._starts[index], self._lengths[index]).strip()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class JsonlFile:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of ``meta.json``; ``repeat_time`` is how often an epoch holds each of its records."""
+    """One dataset of `meta.json`; `repeat_time` is how often an epoch contains each of its records."""
 
     name: str
     file: JsonlFile
@@ -141,14 +143,14 @@ class DatasetEntry:
 
     @property
     def epoch_size(self) -> int:
-        """Records that an epoch holds: ``floor(repeat_time * records)``."""
+        """Number of records in an epoch: `floor(repeat_time * records)`."""
         return math.floor(self.repeat_time * len(self.file) + 1e-6)
 
     def select(self, position: int) -> int:
-        """Record number at ``position`` of the unshuffled epoch.
+        """Record number at `position` of the unshuffled epoch.
 
-        Whole repeats take every record. The rest of the repeat time takes records spread evenly over the
-        file, the same ones each epoch, where the released code takes the first lines.
+        Each whole repeat uses every record. The fractional rest uses records spread evenly over the file, the
+        same ones each epoch; the released code uses the first lines.
         """
         records = len(self.file)
         whole = math.floor(self.repeat_time + 1e-9) * records
@@ -158,19 +160,19 @@ class DatasetEntry:
 
 
 def _resolve(path: str, folder: Path) -> Path:
-    """``path`` as given if that exists, otherwise relative to the folder of ``meta.json``."""
+    """Return `path` if it exists, otherwise the path relative to the folder of `meta.json`."""
     given = Path(path).expanduser()
-    if not given.parts:  # "" and ".": the working directory always exists, so that says nothing
+    if not given.parts:  # "" and ".": the working directory always exists
         return folder
     return given if given.is_absolute() or given.exists() else folder / given
 
 
 def is_url(path: str) -> bool:
-    """Whether ``path`` names an object in a store (``msc://profile/folder``) and not a file."""
+    """Whether `path` is an object-store URL (`msc://profile/folder`) and not a file."""
     return "://" in path
 
 
-def _number(
+def _read_number(
     name: str, entry: dict[str, Any], key: str, default: Any, least: float, most: float = 1 << 31
 ) -> Any:
     value = entry.get(key, default)
@@ -188,7 +190,7 @@ def _number(
     return value
 
 
-def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
+def _parse_entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     if not isinstance(entry, dict) or not {"root", "annotation"} <= entry.keys():
         has = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"dataset {name!r} needs the keys 'root' and 'annotation'; it has {has}")
@@ -198,7 +200,7 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     if unknown := [key for key in entry if key not in _KEYS and not key.startswith("_")]:
         named = ", ".join(f"{key!r}{similar(key, _KEYS)}" for key in unknown)
         raise ValueError(
-            f"dataset {name!r}: unknown keys {named}; known are {', '.join(_KEYS)}, and a comment begins with '_'"
+            f"dataset {name!r}: unknown keys {named}; known are {', '.join(_KEYS)}, and comments starting with '_'"
         )
     if not isinstance(entry.get("data_augment", False), bool):
         raise ValueError(
@@ -207,9 +209,9 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
     annotation = _resolve(entry["annotation"], folder)
     if not annotation.is_file():
         raise ValueError(
-            f"dataset {name!r}: no annotation file {entry['annotation']!r}, neither as given nor in {folder}"
+            f"dataset {name!r}: annotation file {entry['annotation']!r} not found, also not in {folder}"
         )
-    max_tiles = _number(name, entry, "max_dynamic_patch", None, 1)
+    max_tiles = _read_number(name, entry, "max_dynamic_patch", None, 1)
     if max_tiles is not None and max_tiles != int(max_tiles):
         raise ValueError(f"dataset {name!r}: max_dynamic_patch is {max_tiles}; it must be a whole number")
     return DatasetEntry(
@@ -217,43 +219,43 @@ def _entry(name: str, entry: Any, folder: Path) -> DatasetEntry:
         file=JsonlFile(annotation, entry["annotation"]),
         root=entry["root"] if is_url(entry["root"]) else str(_resolve(entry["root"], folder)),
         data_augment=entry.get("data_augment", False),
-        repeat_time=_number(name, entry, "repeat_time", 1, 0, MAX_REPEAT),
+        repeat_time=_read_number(name, entry, "repeat_time", 1, 0, MAX_REPEAT),
         max_tiles=None if max_tiles is None else int(max_tiles),
     )
 
 
 class Manifest:
-    """All datasets of a ``meta.json``, concatenated with their repeats; ``len`` is the size of an epoch.
+    """All datasets of a `meta.json`, concatenated with their repeats; `len` is the size of an epoch.
 
-    Relative paths that do not exist as given are taken from the folder of ``meta.json``, as is an empty
-    root. ``repeat_time`` 0 leaves a dataset out. ``length`` is not needed and not read. ``each_once``, for
-    held-out data: any other ``repeat_time`` counts as 1.
+    Relative paths that do not exist, and an empty root, are relative to the folder of `meta.json`.
+    `repeat_time` 0 excludes a dataset. `length` is ignored. With `each_once`, for held-out data, any other
+    `repeat_time` counts as 1.
 
-    Raises ValueError naming the file and dataset: unreadable JSON, missing keys, missing annotation, values
-    out of range, no record at all.
+    Raises ValueError with the file and dataset: unreadable JSON, missing keys, missing annotation, values
+    out of range, no records.
     """
 
     def __init__(self, path: str | Path, *, each_once: bool = False):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no meta file {self.path}")
+            raise ValueError(f"meta file {self.path} not found")
         try:
             meta = read_json(self.path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path} is not valid JSON: {error}") from error
         if not isinstance(meta, dict):
             raise ValueError(
-                f"{self.path} must hold an object {{name: dataset}}, found {type(meta).__name__}"
+                f"{self.path} must contain an object {{name: dataset}}, found {type(meta).__name__}"
             )
         try:
-            self.entries = [_entry(name, entry, self.path.parent) for name, entry in meta.items()]
+            self.entries = [_parse_entry(name, entry, self.path.parent) for name, entry in meta.items()]
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         if each_once:
             self.entries = [replace(e, repeat_time=float(e.repeat_time > 0)) for e in self.entries]
         if (records := sum(entry.epoch_size for entry in self.entries)) > MAX_EPOCH:
             raise ValueError(
-                f"{self.path}: an epoch would hold {records:,} records, at most {MAX_EPOCH:,} can be: lower repeat_time"
+                f"{self.path}: an epoch has {records:,} records, must be at most {MAX_EPOCH:,}: lower repeat_time"
             )
         self._ends = np.cumsum([entry.epoch_size for entry in self.entries], dtype=np.int64)
         if not len(self):
@@ -263,26 +265,26 @@ class Manifest:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def _place(self, position: int) -> tuple[DatasetEntry, int]:
-        """Set and number in its file of the record at ``position``."""
+    def _locate(self, position: int) -> tuple[DatasetEntry, int]:
+        """Dataset, and number in its file, of the record at `position`."""
         if not 0 <= position < len(self):
-            raise IndexError(f"position {position} of an epoch of {len(self)} records")
+            raise IndexError(f"position {position} is outside an epoch of {len(self)} records")
         number = int(np.searchsorted(self._ends, position, side="right"))
         entry = self.entries[number]
         return entry, entry.select(position - (int(self._ends[number - 1]) if number else 0))
 
     def key(self, position: int) -> str:
-        """Name (file:line) of the record at ``position`` of the unshuffled epoch, which is not read."""
-        entry, index = self._place(position)
+        """Key (file:line) of the record at `position` of the unshuffled epoch, without reading it."""
+        entry, index = self._locate(position)
         return entry.file.key(index)
 
     def record(self, position: int) -> Record:
-        """Record at ``position`` of the unshuffled epoch; BadSample (malformed_json) named file:line."""
-        entry, index = self._place(position)
+        """Read the record at `position` of the unshuffled epoch. Raises BadSample (malformed_json) with its key."""
+        entry, index = self._locate(position)
         return Record(
             entry.file.key(index), entry.file[index], entry.root, entry.data_augment, entry.max_tiles
         )
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Positions int64 [len] in the order of ``epoch``: a permutation that depends on the seed alone."""
+        """Shuffled positions of an epoch, int64 [len]: a permutation that depends only on seed and epoch."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))

@@ -1,4 +1,4 @@
-"""From decoded tiles to what InternViT expects; on whatever device the tiles are."""
+"""Normalisation of decoded tiles for InternViT, on the tiles' device."""
 
 import functools
 
@@ -9,13 +9,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_tiles(tiles_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``(tiles / 255 - mean) / std`` per channel: uint8 [T, 3, S, S] (RGB) to ``dtype`` [T, 3, S, S].
+    """Compute `(tiles / 255 - mean) / std` per channel: uint8 [T, 3, S, S] (RGB) to `dtype` [T, 3, S, S].
 
     Computed in float32 and then cast, as the released transform (ToTensor, Normalize) does. T may be 0.
     """
     if tiles_uint8.dtype != torch.uint8 or tiles_uint8.dim() != 4 or tiles_uint8.size(1) != 3:
         raise ValueError(
-            f"expected uint8 tiles [T, 3, S, S], got {tiles_uint8.dtype} {list(tiles_uint8.shape)}"
+            f"expected uint8 tiles [T, 3, S, S], found {tiles_uint8.dtype} {list(tiles_uint8.shape)}"
         )
     mean, std = _statistics(tiles_uint8.device)
     return tiles_uint8.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)

@@ -22,7 +22,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
-from megatron_internvlx.signal_mask import mask_kept
+from megatron_internvlx.signal_mask import keep_signal_mask
 
 # Samples of a micro-batch, each with its tiles: uint8 tensor [T, 3, S, S] on CPU.
 Items = list[tuple[Sample, torch.Tensor]]
@@ -303,7 +303,7 @@ def _loader(
 def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Iterator[Any]:
     """Contents in order, each after its rejects."""
     # Receiving from a worker takes milliseconds, which a thread takes while the model computes.
-    with mask_kept():  # workers block the signals that this process blocks
+    with keep_signal_mask():  # workers block the signals that this process blocks
         batches_of_workers = iter(loader)
     deliveries = Ahead(batches_of_workers, depth=1) if num_workers else batches_of_workers
     try:

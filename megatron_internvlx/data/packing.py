@@ -1,8 +1,8 @@
-"""Dual-length packing: samples -> packs that obey three budgets at once.
+"""Dual-length packing: combine samples into packs within three budgets.
 
-A sample costs shallow tokens, deep tokens and tiles; a pack's sums may exceed no budget. Which budget binds
-depends on the data: long texts fill the deep tokens, large images the tiles. Everything here is a
-function of the costs alone, so that a resumed run and every rank repeat it exactly.
+A sample costs shallow tokens, deep tokens and tiles; the sums of a pack must be within all budgets. The limiting
+budget depends on the data: long texts fill the deep tokens, large images the tiles. The packs depend only on the
+costs, so that they are the same on every rank and after a resume.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 NAMES = ("shallow tokens", "deep tokens", "tiles")
-# Tries with ever more packs before the tightest heuristic decides, each of them this much more.
+# Number of attempts with a growing number of packs before falling back to the tightest packing, and the growth.
 _GROWTH, _TRIES = 0.008, 6
 
 
 class Cost(NamedTuple):
-    """What a sample takes of a pack: rows of both decoder phases, and tiles."""
+    """Cost of a sample: tokens in both decoder phases, and tiles."""
 
     shallow: int
     deep: int
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """Most that a pack may hold, in tokens of either phase, tiles and samples; None for no limit on the last two."""
+    """Limits of a pack: tokens in both phases, tiles and samples; None: no limit on tiles or samples."""
 
     shallow: int
     deep: int
@@ -41,18 +41,18 @@ class Budget:
                 raise ValueError(f"the packing budget of {name} is {value}; it must be at least 1")
 
     def share(self, samples: int) -> "Budget":
-        """What each of `samples` may take so that all of them fit. Raises ValueError if one of them gets nothing."""
+        """Equal share of the budget for each of `samples`. Raises ValueError if the share is 0."""
         tiles = None if self.tiles is None else self.tiles // samples
         most = None if self.samples is None else self.samples // samples
         return Budget(self.shallow // samples, self.deep // samples, tiles, most)
 
     def limits(self) -> Int64:
-        """int64 [3] in the order of `Cost`."""
+        """Limits as int64 [3], in the order of `Cost`."""
         tiles = np.iinfo(np.int64).max if self.tiles is None else self.tiles
         return np.asarray([self.shallow, self.deep, tiles], np.int64)
 
     def fits(self, cost: Cost) -> bool:
-        """Whether a pack may hold this cost."""
+        """Whether the cost is within the budget."""
         return (
             cost.shallow <= self.shallow
             and cost.deep <= self.deep
@@ -61,18 +61,17 @@ class Budget:
 
 
 def as_costs(costs: Sequence[Cost] | Int64) -> Int64:
-    """int64 [n, 3]."""
+    """Convert costs to int64 [n, 3]."""
     return np.asarray(costs, np.int64).reshape(-1, 3)
 
 
 def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
-    """Indices of the samples of each pack, every sample in exactly one.
+    """Assign every sample to exactly one pack; returns the sample indices of each pack.
 
-    Packs come in order of falling tiles: ranks that pack samples of the same kind have similar tiles at the
+    Packs are sorted by decreasing tiles, so that ranks with similar samples have similar numbers of tiles in the
     same step. Samples of a pack keep their order.
 
-    Raises ValueError naming the sample that is over a budget by itself; see `sample.py` for the rule that
-    prevents it.
+    Raises ValueError for a sample that exceeds a budget by itself; `sample.py` prevents such samples.
     """
     table, limits = as_costs(costs), budget.limits()
     if not len(table):
@@ -81,9 +80,10 @@ def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
     if len(over):
         number, which = (int(i) for i in over[0])
         raise ValueError(
-            f"sample {number} has {table[number, which]} {NAMES[which]}, over the budget of {limits[which]}"
+            f"sample {number} has {table[number, which]} {NAMES[which]}, must be at most {limits[which]}: raise the "
+            "packing budget"
         )
-    owner = _place(table, limits)
+    owner = _assign_packs(table, limits)
     order = np.argsort(owner, kind="stable")
     ends = np.cumsum(np.bincount(owner))
     # Packs of more samples than allowed are rare (many short texts), so they are simply cut.
@@ -99,52 +99,56 @@ def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
 
 
 def lower_bound(costs: Int64, limits: Int64) -> int:
-    """Packs that the fullest budget needs at least."""
+    """Minimum number of packs, given by the most used budget."""
     return max(1, int(np.max(-(-costs.sum(0) // limits))))
 
 
-def _place(costs: Int64, limits: Int64) -> Int64:
-    """Number of the pack of each sample."""
+def _assign_packs(costs: Int64, limits: Int64) -> Int64:
+    """Pack number of each sample."""
     shares = costs / limits
     order = np.argsort(-shares.max(1), kind="stable")
     least = lower_bound(costs, limits)
-    tight = _assign(costs, shares, order, limits, least, spread=False)
+    tight = _assign_greedily(costs, shares, order, limits, least, spread=False)
     most = int(tight.max()) + 1
     for attempt in range(_TRIES):
         count = least + int(np.ceil(attempt * _GROWTH * least))
         if count >= most and attempt:
             break
-        even = _assign(costs, shares, order, limits, count, spread=True)
+        even = _assign_greedily(costs, shares, order, limits, count, spread=True)
         if int(even.max()) < count:
             return even
     return tight
 
 
-def _assign(costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: int, *, spread: bool) -> Int64:
-    """One greedy pass, the largest samples first.
+def _assign_greedily(
+    costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: int, *, spread: bool
+) -> Int64:
+    """Assign samples to packs greedily, the largest samples first; returns the pack number of each sample.
 
-    ``spread``: into the one of ``count`` packs where it adds least to the sum of squared loads, which evens
-    out all three sums. Otherwise: into the fullest one where it fits, which needs the fewest packs.
-    Packs beyond ``count`` are opened when nothing fits.
+    With `spread`, a sample goes to the pack (of `count`) where it increases the sum of squared loads least, which
+    balances all three sums. Otherwise it goes to the fullest pack with room for it, which needs the fewest packs.
+    If no pack has room, a new one is opened.
     """
     owner = np.zeros(len(costs), np.int64)
     free = np.repeat(limits[:, None], len(costs) + 1, axis=1)
     loads = np.zeros((3, len(costs) + 1))
-    opened = count if spread else 1
+    open_packs = count if spread else 1
     for i in order:
         (a, b, c), (x, y, z) = costs[i], shares[i]
-        fits = (free[0, :opened] >= a) & (free[1, :opened] >= b) & (free[2, :opened] >= c)
+        fits = (free[0, :open_packs] >= a) & (free[1, :open_packs] >= b) & (free[2, :open_packs] >= c)
         if spread:
             score = np.where(
-                fits, x * loads[0, :opened] + y * loads[1, :opened] + z * loads[2, :opened], np.inf
+                fits,
+                x * loads[0, :open_packs] + y * loads[1, :open_packs] + z * loads[2, :open_packs],
+                np.inf,
             )
             best = int(score.argmin())
         else:
-            score = np.where(fits, loads[:, :opened].max(0), -np.inf)
+            score = np.where(fits, loads[:, :open_packs].max(0), -np.inf)
             best = int(score.argmax())
         if not fits[best]:
-            best = opened
-            opened += 1
+            best = open_packs
+            open_packs += 1
         owner[i] = best
         free[:, best] -= costs[i]
         loads[:, best] += shares[i]
@@ -153,7 +157,7 @@ def _assign(costs: Int64, shares: NDArray, order: Int64, limits: Int64, count: i
 
 @dataclass(frozen=True)
 class Fill:
-    """How full packs are: share of each budget used over all packs, and which budget binds."""
+    """Fill of packs: used share of each budget over all packs."""
 
     packs: int
     shallow: float
@@ -162,23 +166,23 @@ class Fill:
 
     @property
     def binding(self) -> str:
-        """Name of the fullest budget."""
+        """Name of the most used budget."""
         return NAMES[int(np.argmax([self.shallow, self.deep, self.tiles]))]
 
     @property
     def best(self) -> float:
-        """Share of the binding budget that is used."""
+        """Used share of the most used budget."""
         return max(self.shallow, self.deep, self.tiles)
 
 
 def fill(costs: Sequence[Cost] | Int64, packs: Sequence[Int64], budget: Budget) -> Fill:
-    """Share of every budget that ``packs`` use; 0 for tiles without a limit."""
+    """Compute the used share of every budget; 0 for tiles without a limit."""
     used = as_costs(costs).sum(0) / np.maximum(len(packs), 1) / budget.limits()
     return Fill(len(packs), *(float(share) for share in used))
 
 
 def tile_spread(tiles_per_rank: Sequence[Sequence[int]]) -> float:
-    """Tiles that ranks wait for: mean over steps of (most of any rank / mean of the ranks) - 1."""
+    """Imbalance of tiles over ranks: mean over steps of (maximum over ranks / mean over ranks) - 1."""
     steps = min(len(tiles) for tiles in tiles_per_rank)
     table = np.asarray([tiles[:steps] for tiles in tiles_per_rank], float)
     mean = table.mean(0)

@@ -1,15 +1,14 @@
-"""From InternVL's ``meta.json`` to a directory that the Energon loader reads.
+"""Prepare the data sets of InternVL's `meta.json` for the Energon loader.
 
-    OUT/metadataset.yaml             Energon's MetadatasetV2: what is blended, and how often
-    OUT/broken.jsonl                 every unreadable image, line or record: key, cause, detail
-    OUT/<set>/records.jsonl(.idx)    a link to the annotations and their index; or the good lines of them
-    OUT/<set>/rest.jsonl(.idx)       the records of the fractional part of ``repeat_time``
+    OUT/metadataset.yaml             Energon's MetadatasetV2: blended parts and their repetitions
+    OUT/broken.jsonl                 unreadable images, lines and records: key, cause, detail
+    OUT/<set>/records.jsonl(.idx)    link to the annotations, or a copy of their valid lines; and the index
+    OUT/<set>/rest.jsonl(.idx)       records of the fractional part of `repeat_time`
     OUT/<set>/media/.nv-meta/        sizes of all images, upright (Energon's media metadata table)
-    OUT/<set>/shards/                with ``to_webdataset``: tar files instead of the two above
-    OUT/validation/meta.json         the records kept out of training, for ``--valid-data``
+    OUT/<set>/shards/                with `to_webdataset`: tar files instead of the two above
+    OUT/validation/meta.json         records excluded from training, for `--valid-data`
 
-Images are not copied, except into shards. Work that is done is kept: a run that was stopped goes on where
-it was.
+Images are not copied, except into shards. Finished work is kept: the same command continues a stopped run.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from megatron_internvlx.data.images import BROKEN, SizeTable, measure, read_imag
 from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import parse_record
-from megatron_internvlx.files import unfinished, write_atomically
+from megatron_internvlx.files import atomic_path, write_atomically
 
 VERSION = 1
 MARK = "prepared.json"
@@ -41,8 +40,11 @@ METADATASET = "metadataset.yaml"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """``validation`` share of each set kept out of training, its last records; ``verify`` decodes every
-    image instead of reading its header; ``to_webdataset`` writes tar shards of ``shard_size`` records."""
+    """Settings of a preparation.
+
+    `validation` is the share of each set, its last records, that is excluded from training; `verify` decodes
+    every image instead of reading its header; `to_webdataset` writes tar shards of `shard_size` records.
+    """
 
     validation: float = 0.0
     verify: bool = False
@@ -52,14 +54,16 @@ class PrepareSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
-            raise ValueError(f"the validation share is {self.validation}; it must be at least 0 and below 1")
+            raise ValueError(f"--validation {self.validation}: must be at least 0 and below 1")
         if self.shard_size < 1 or self.threads < 1:
-            raise ValueError(f"shard size {self.shard_size} and threads {self.threads} must be at least 1")
+            raise ValueError(
+                f"--shard-size {self.shard_size} and --threads {self.threads} must be at least 1"
+            )
 
 
 @dataclass
 class SetReport:
-    """One data set as prepared: records that train, validate, are broken; images and broken images."""
+    """Counts of a prepared data set: records for training and validation, images, broken images and records."""
 
     name: str
     train: int = 0
@@ -69,30 +73,30 @@ class SetReport:
     broken_records: int = 0
     repeat_time: float = 1.0
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """What the metadataset blends: path, repetitions, subset, subflavors."""
+    """Parts for the metadataset: path, repetitions, subset, subflavors."""
 
 
 @dataclass
 class _Scan:
-    """What one pass over a set's lines found: good records by number, and what is wrong with the others."""
+    """Result of reading a set's lines: numbers of valid records, images, and errors."""
 
     good: list[int] = field(default_factory=list)
     images: dict[str, int] = field(default_factory=dict)
-    """Each image name and the record that named it first."""
+    """Each image name, with the number of the first record that uses it."""
     bad: list[BadSample] = field(default_factory=list)
 
 
-def _bar(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+def _progress_bar(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     return iter(tqdm(items, total=total, desc=what, unit="", disable=not sys.stderr.isatty()))
 
 
-def _fetched(meta_path: str | Path, out: Path) -> Path:
-    """``meta.json``, its annotations copied to ``out`` where they are URLs; images stay where they are."""
+def _download_annotations(meta_path: str | Path, out: Path) -> Path:
+    """Path of a `meta.json` with local annotations; those at URLs are downloaded to `out`, images are not."""
     path = Path(meta_path)
     try:
         meta = read_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from error
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
     entries = meta.values() if isinstance(meta, dict) else ()
     remote = [e for e in entries if isinstance(e, dict) and is_url(str(e.get("annotation")))]
     if not remote:
@@ -102,7 +106,7 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
     for number, entry in enumerate(remote):
         local = out / "annotations" / f"{number}-{entry['annotation'].rsplit('/', 1)[-1]}"
         if not local.exists():
-            with unfinished(local) as partial:
+            with atomic_path(local) as partial:
                 partial.write_bytes(EPath(entry["annotation"]).read_bytes())
         entry["annotation"] = str(local.absolute())
         if not is_url(entry["root"]) and not Path(entry["root"]).is_absolute():
@@ -113,9 +117,9 @@ def _fetched(meta_path: str | Path, out: Path) -> Path:
 
 
 def _scan(entry: DatasetEntry) -> _Scan:
-    """Read every line: which records have the right shape, and which images they name."""
+    """Read every line of a data set, and collect valid records, image names and errors."""
     found = _Scan()
-    for index in _bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
+    for index in _progress_bar(range(len(entry.file)), len(entry.file), f"{entry.name}: lines"):
         key = entry.file.key(index)
         try:
             with blamed_on(key):
@@ -129,7 +133,7 @@ def _scan(entry: DatasetEntry) -> _Scan:
     return found
 
 
-def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
+def _measure_image(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
     try:
         with blamed_on(name):
             path = os.path.join(root, name)  # noqa: PTH118 (keeps URLs as written)
@@ -144,18 +148,18 @@ def _measured(root: str, name: str, verify: bool) -> tuple[str, dict[str, Any]]:
 
 
 def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings: PrepareSettings) -> int:
-    """Measure the images that the table does not hold yet; add the broken ones to ``found.bad``."""
+    """Measure the images that are not yet in the table; returns the number of broken ones, added to `found.bad`."""
     connection = table.create()
     known = {row[0] for row in connection.execute("SELECT entry_key FROM media_metadata")}
     todo = [name for name in found.images if name not in known]
     with ThreadPoolExecutor(settings.threads) as threads:
-        # In chunks: a million futures at once would be gigabytes.
+        # In chunks: a million futures at once would need gigabytes.
         results = (
             result
             for chunk in batched(todo, 512)
-            for result in threads.map(lambda name: _measured(entry.root, name, settings.verify), chunk)
+            for result in threads.map(lambda name: _measure_image(entry.root, name, settings.verify), chunk)
         )
-        for rows in batched(_bar(results, len(todo), f"{entry.name}: images"), 512):
+        for rows in batched(_progress_bar(results, len(todo), f"{entry.name}: images"), 512):
             connection.executemany(
                 "INSERT OR REPLACE INTO media_metadata VALUES (?, 'image', ?)",
                 [(name, json.dumps(size)) for name, size in rows],
@@ -174,19 +178,19 @@ def _record_sizes(entry: DatasetEntry, found: _Scan, table: SizeTable, settings:
     return broken
 
 
-def _relative(path: str, out: Path) -> str:
-    """A path that stays right when the prepared directory and the data move together; URLs as they are."""
+def _relative_path(path: str, out: Path) -> str:
+    """Path relative to `out`, valid if the prepared directory and the data move together; URLs are unchanged."""
     return path if is_url(path) else os.path.relpath(Path(path).absolute(), out.absolute())
 
 
-def _part(
+def _blend_part(
     folder: Path, out: Path, entry: DatasetEntry, file: str, repetitions: int, count: int
 ) -> dict[str, Any]:
     copied = (folder / file).with_suffix(".lines.npy").exists()
     flavors = {
         "set": entry.name,
         "label": entry.file.label,
-        "root": _relative(entry.root, out),
+        "root": _relative_path(entry.root, out),
         "lines": str((folder / file).with_suffix(".lines.npy").relative_to(out)) if copied else None,
         "data_augment": entry.data_augment,
         "max_tiles": entry.max_tiles,
@@ -202,23 +206,23 @@ def _part(
 def _index_set(
     entry: DatasetEntry, good: list[int], folder: Path, out: Path, train: int
 ) -> list[dict[str, Any]]:
-    """The JSONL parts of a set: all its records, and those of the fractional repeat."""
+    """Write the JSONL parts of a data set: all records, and those of the fractional repeat."""
     records = folder / "records.jsonl"
     parts = []
     whole = int(entry.repeat_time + 1e-9)
     if whole:
         _link_or_copy(entry, good, records)
-        parts.append(_part(folder, out, entry, records.name, whole, train))
+        parts.append(_blend_part(folder, out, entry, records.name, whole, train))
     rest = int((entry.repeat_time - whole) * train + 1e-6)
     if rest:
         chosen = [good[i * train // rest] for i in range(rest)]
         copy_lines(entry, chosen, folder / "rest.jsonl")
-        parts.append(_part(folder, out, entry, "rest.jsonl", 1, rest))
+        parts.append(_blend_part(folder, out, entry, "rest.jsonl", 1, rest))
     return parts
 
 
 def _link_or_copy(entry: DatasetEntry, good: list[int], records: Path) -> None:
-    """Link to the annotations where every line is a record; otherwise copy the lines that are."""
+    """Link to the annotations if every line is a valid record; otherwise copy the valid lines."""
     for old in (records, records.with_suffix(".lines.npy")):
         old.unlink(missing_ok=True)
     offsets = entry.file.offsets()
@@ -240,7 +244,7 @@ def _fingerprint(entry: DatasetEntry, settings: PrepareSettings) -> dict[str, An
 
 
 def _earlier_report(done: Path, mark: dict[str, Any]) -> SetReport | None:
-    """What an earlier run with the same input reported; None if there was none, or its mark is damaged."""
+    """Report of an earlier run with the same input; None if there is none, or its file is damaged."""
     try:
         earlier = json.loads(done.read_text())
         return SetReport(**earlier["report"]) if earlier["fingerprint"] == mark else None
@@ -248,13 +252,13 @@ def _earlier_report(done: Path, mark: dict[str, Any]) -> SetReport | None:
         return None
 
 
-def _mended(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) -> bool:
-    """Forget broken images that can be read by now, as after mounting what was missing; whether any can."""
+def _forget_repaired_images(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) -> bool:
+    """Remove images from the table that were broken and can now be read; returns whether there are any."""
     connection = table.create()
     rows = connection.execute(
         "SELECT entry_key FROM media_metadata WHERE json_extract(metadata_json, '$.format') = ?", (BROKEN,)
     ).fetchall()
-    sizes = (_measured(entry.root, name, settings.verify) for (name,) in rows)
+    sizes = (_measure_image(entry.root, name, settings.verify) for (name,) in rows)
     names = [name for name, size in sizes if size["format"] != BROKEN]
     connection.executemany("DELETE FROM media_metadata WHERE entry_key = ?", [(name,) for name in names])
     connection.commit()
@@ -263,14 +267,14 @@ def _mended(entry: DatasetEntry, table: SizeTable, settings: PrepareSettings) ->
 
 
 def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> SetReport:
-    """Prepare one set, or return what an earlier run with the same input did."""
+    """Prepare one data set; returns the earlier report if the input is unchanged."""
     folder = out / entry.name
     done, mark = folder / "done.json", _fingerprint(entry, settings)
     table = SizeTable(folder / "media")
     earlier = _earlier_report(done, mark)
-    if earlier and not (earlier.broken_images and _mended(entry, table, settings)):
+    if earlier and not (earlier.broken_images and _forget_repaired_images(entry, table, settings)):
         return earlier
-    # From here on the directory is that of neither run, until the new marks are written.
+    # Until the new marks are written, the directory is incomplete.
     for stale in (done, out / MARK):
         stale.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,27 +302,27 @@ def _prepare_set(entry: DatasetEntry, out: Path, settings: PrepareSettings) -> S
 
 
 def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -> list[SetReport]:
-    """Prepare every set of ``meta.json``; returns a report for each. Safe to stop and repeat.
+    """Prepare every data set of `meta.json`; returns a report for each. Safe to stop and repeat.
 
-    Raises ValueError for a meta file that cannot be used, names that are no folder names, or no record.
+    Raises ValueError for an invalid meta file, names that cannot be folder names, or no records.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(_fetched(meta_path, out))
+    manifest = Manifest(_download_annotations(meta_path, out))
     for entry in manifest.entries:
         name = entry.name
         if not name or "/" in name or name.startswith(".") or name in ("validation", "annotations"):
-            raise ValueError(f"data set {name!r} cannot have a folder of its name: rename it in {meta_path}")
+            raise ValueError(f"data set {name!r} must be a valid folder name: rename it in {meta_path}")
     reports = [_prepare_set(entry, out, settings) for entry in manifest.entries]
-    with unfinished(out / "broken.jsonl") as partial, partial.open("wb") as log:
+    with atomic_path(out / "broken.jsonl") as partial, partial.open("wb") as log:
         for report in reports:
             log.write((out / report.name / "broken.jsonl").read_bytes())
     for entry, report in zip(manifest.entries, reports, strict=True):
         listed = (out / entry.name / "broken.jsonl").read_text(encoding="utf-8")
         if report.images and listed.count('"cause": "missing_image"') == report.images:
             raise ValueError(
-                f"data set {entry.name!r}: none of its {report.images} images is there, below {entry.root}: "
-                f"is its root right in {meta_path}? Each is listed in {out / 'broken.jsonl'}"
+                f"data set {entry.name!r}: none of its {report.images} images found in {entry.root}: "
+                f"check its root in {meta_path}; {out / 'broken.jsonl'} lists the images"
             )
     _write_metadataset(out, reports, settings)
     if settings.validation:
@@ -329,18 +333,18 @@ def prepare(meta_path: str | Path, out: str | Path, settings: PrepareSettings) -
 
 
 def prepared_sets(directory: str | Path) -> list[dict[str, Any]]:
-    """Reports of the sets in a prepared directory; ValueError if it is none."""
+    """Reports of the data sets in a prepared directory. Raises ValueError if it is not one."""
     path = Path(directory) / MARK
     if not path.is_file():
         raise ValueError(
-            f"{directory} is no prepared data set (it has no {MARK}): make one with "
+            f"{directory} is not a prepared data set (it has no {MARK}): create one with "
             "tools/prepare_data.py META.json OUT, or use the simple loader with a meta.json"
         )
     try:
         return json.loads(path.read_text())["sets"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): run tools/prepare_data.py again, it goes on"
+            f"{path} is damaged ({error}): run tools/prepare_data.py again, it continues"
         ) from error
 
 
@@ -350,13 +354,13 @@ def _write_metadataset(out: Path, reports: list[SetReport], settings: PrepareSet
     blend = []
     for report in reports:
         for part in report.parts:
-            # a dict each: the same one twice would become a YAML alias, which Energon does not read
+            # a dict each: the same one twice would become a YAML alias, which Energon does not support
             sizes = {"sizes": f"filesystem://{report.name}/media"}
             blend.append(part if settings.to_webdataset else part | {"aux": sizes})
     if not blend:
         records = sum(report.broken_records for report in reports)
         raise ValueError(
-            f"no record is left to train on ({records} broken): see {out / 'broken.jsonl'}, or repeat_time"
+            f"no records to train on ({records} broken): see {out / 'broken.jsonl'}, and check repeat_time"
         )
     document = {
         "__module__": "megatron.energon",

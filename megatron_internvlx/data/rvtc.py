@@ -1,7 +1,7 @@
-"""RVTC: how many tiles an image is cut into, decided from its width and height alone.
+"""RVTC: the grid of tiles into which an image is cut, determined by its width and height.
 
-The search is InternVL's ``find_closest_aspect_ratio``; the released InternVL-X first caps the number of
-tiles by the area of the image (``dynamic_preprocess`` of its dataset code). All sizes are in pixels.
+The search is InternVL's `find_closest_aspect_ratio`; the released InternVL-X first limits the number of
+tiles by the area of the image (`dynamic_preprocess` of its dataset code). All sizes are in pixels.
 """
 
 from functools import lru_cache
@@ -9,7 +9,7 @@ from functools import lru_cache
 POLICIES = ("off", "area", "edge")
 
 
-def _positive(**sizes: int) -> None:
+def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(
@@ -19,15 +19,15 @@ def _positive(**sizes: int) -> None:
 
 @lru_cache(maxsize=1024)
 def _candidates(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int, float], ...]:
-    """Every (cols, rows, cols/rows) with min_tiles <= cols * rows <= max_tiles, by rising area."""
+    """Every (cols, rows, cols/rows) with min_tiles <= cols * rows <= max_tiles, in order of area."""
     grids = [
         (cols, rows)
         for cols in range(1, max_tiles + 1)
         for rows in range(1, max_tiles // cols + 1)
         if cols * rows >= min_tiles
     ]
-    # The released order among equal areas is that of a Python set; it cannot change the result while
-    # min_tiles is 1. A fixed order makes the other cases repeatable.
+    # The released code orders equal areas like a Python set, which does not affect the result if min_tiles
+    # is 1. A fixed order makes the other cases reproducible.
     grids.sort(key=lambda grid: (grid[0] * grid[1], grid))
     return tuple((cols, rows, cols / rows) for cols, rows in grids)
 
@@ -41,18 +41,18 @@ def tile_grid(
     max_tiles: int = 12,
     policy: str = "area",
 ) -> tuple[int, int]:
-    """Grid ``(cols, rows)`` of tiles for an image of ``width`` x ``height`` pixels.
+    """Grid `(cols, rows)` of tiles for an image of `width` x `height` pixels.
 
-    ``policy``: ``off`` is InternVL's search for the nearest aspect ratio with at most ``max_tiles`` tiles;
-    ``area`` (released InternVL-X) first lowers ``max_tiles`` to ``ceil(width/S) * ceil(height/S)``; ``edge``
-    also keeps ``cols <= ceil(width/S)`` and ``rows <= ceil(height/S)``, so that no edge is upsampled
-    past its next whole tile. With ``min_tiles`` 1 the area rule already ensures that, and both policies
-    give the same grid: of two grids that fit the area, the one inside both edges is always nearer. They
-    part only when ``min_tiles`` forbids it. Without any candidate the grid is 1x1.
+    `policy`: `off` is InternVL's search for the nearest aspect ratio with at most `max_tiles` tiles;
+    `area` (released InternVL-X) first limits `max_tiles` to `ceil(width/S) * ceil(height/S)`; `edge`
+    also requires `cols <= ceil(width/S)` and `rows <= ceil(height/S)`, so that no edge is upsampled
+    beyond its next whole tile. With `min_tiles` 1 both policies give the same grid, because of two grids
+    within the area limit the one inside both edges always has the nearer aspect ratio. They differ only for
+    a larger `min_tiles`. Without any candidate the grid is 1x1.
 
-    Raises ValueError for sizes below 1, negative ``max_tiles`` or an unknown policy.
+    Raises ValueError for sizes below 1, negative `max_tiles` or an unknown policy.
     """
-    _positive(width=width, height=height, tile_size=tile_size, min_tiles=min_tiles)
+    _check_positive(width=width, height=height, tile_size=tile_size, min_tiles=min_tiles)
     if max_tiles < 0:
         raise ValueError(f"max_tiles is {max_tiles}; it must not be negative (0 gives one tile)")
     if policy not in POLICIES:
@@ -72,13 +72,13 @@ def tile_grid(
         if cols > col_cap or rows > row_cap:
             continue
         distance = abs(aspect - ratio)
-        # At equal distance the larger grid wins only if the image fills more than half of it.
+        # At equal distance choose the larger grid only if the image fills more than half of it.
         if distance < best_distance or (distance == best_distance and doubled_area > tile_area * cols * rows):
             best, best_distance = (cols, rows), distance
     return best
 
 
 def tile_count(cols: int, rows: int, *, thumbnail: bool) -> int:
-    """Tiles of a ``cols`` x ``rows`` grid, with the thumbnail that follows every grid but 1x1."""
-    _positive(cols=cols, rows=rows)
+    """Number of tiles of a `cols` x `rows` grid, including the thumbnail, which every grid except 1x1 has."""
+    _check_positive(cols=cols, rows=rows)
     return cols * rows + int(thumbnail and cols * rows > 1)

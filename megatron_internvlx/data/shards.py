@@ -1,4 +1,4 @@
-"""WebDataset shards: records and their undecoded images in tar files, indexed by Energon."""
+"""WebDataset shards: tar files of records and their encoded images, indexed by Energon."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_internvlx.data.images import BROKEN, SizeTable, read_image
 from megatron_internvlx.data.manifest import DatasetEntry, Record
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
-from megatron_internvlx.files import unfinished
+from megatron_internvlx.files import atomic_path
 
 META = "record"
 """Extension of the JSON file of each record in a shard."""
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
@@ -33,7 +33,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def _write_record(
     tar: tarfile.TarFile, entry: DatasetEntry, index: int, sizes: dict[str, dict[str, Any]]
 ) -> None:
-    """One record: its JSON under new image names, then the images, byte for byte."""
+    """Write a record: its JSON with new image names, then the unchanged images."""
     data = entry.file[index]
     record = Record(entry.file.key(index), data, "", False, None)
     names, _ = parse_record(record)
@@ -49,18 +49,18 @@ def _write_record(
     images = list(recorded)
     image = images[0] if isinstance(data.get("image"), str) and images else images
     document = {"key": record.key, "sizes": recorded, "record": {**data, "image": image}}
-    _add(tar, f"{stem}.{META}.json", json.dumps(document, ensure_ascii=False).encode())
+    _add_file(tar, f"{stem}.{META}.json", json.dumps(document, ensure_ascii=False).encode())
     for part, blob in files:
-        _add(tar, f"{stem}.{part}", blob)
+        _add_file(tar, f"{stem}.{part}", blob)
 
 
 def write_shards(
     entry: DatasetEntry, indices: list[int], folder: Path, out: Path, table: SizeTable, size: int
 ) -> list[dict[str, Any]]:
-    """Write a set's records in a fixed random order; returns the parts that the metadataset blends.
+    """Write a data set's records in a fixed random order; returns the parts for the metadataset.
 
-    The fractional part of ``repeat_time`` is the first records of that order. Shards that an earlier run
-    finished are kept.
+    The fractional part of `repeat_time` uses the first records of that order. Finished shards of an earlier run
+    are kept.
     """
     from tqdm import tqdm
 
@@ -73,15 +73,15 @@ def write_shards(
     for name, group in zip(tqdm(names, desc=f"{entry.name}: shards", disable=None), groups, strict=True):
         if (shards / name).exists():
             continue
-        with unfinished(shards / name) as partial, tarfile.open(partial, "w") as tar:
+        with atomic_path(shards / name) as partial, tarfile.open(partial, "w") as tar:
             for index in group:
-                _write_record(tar, entry, index, _sizes(connection, entry.file[index]))
+                _write_record(tar, entry, index, _image_sizes(connection, entry.file[index]))
     connection.close()
-    _index(shards, names)
-    return _parts(entry, shards.relative_to(out), len(indices))
+    _write_index(shards, names)
+    return _blend_parts(entry, shards.relative_to(out), len(indices))
 
 
-def _sizes(connection: Any, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _image_sizes(connection: Any, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     named = data.get("image") or []
     found = {}
     for name in [named] if isinstance(named, str) else named:
@@ -93,8 +93,8 @@ def _sizes(connection: Any, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _index(shards: Path, names: Iterable[str]) -> None:
-    """Energon's own index of the shards, and how they are to be read: the JSON only."""
+def _write_index(shards: Path, names: Iterable[str]) -> None:
+    """Write Energon's index of the shards, and its configuration: read only the JSON files."""
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     with redirect_stdout(io.StringIO()):
@@ -108,12 +108,12 @@ def _index(shards: Path, names: Iterable[str]) -> None:
     (shards / ".nv-meta" / "dataset.yaml").write_text(
         "__module__: megatron.energon\n"
         "__class__: CrudeWebdataset\n"
-        # images are read when their pack is made, by their place in the shard
+        # images are read later, when their pack is made, from their position in the shard
         f"part_filter: [{META}.json]\n"
     )
 
 
-def _parts(entry: DatasetEntry, shards: Path, train: int) -> list[dict[str, Any]]:
+def _blend_parts(entry: DatasetEntry, shards: Path, train: int) -> list[dict[str, Any]]:
     whole = int(entry.repeat_time + 1e-9)
     rest = int((entry.repeat_time - whole) * train + 1e-6)
     flavors = {
@@ -124,7 +124,7 @@ def _parts(entry: DatasetEntry, shards: Path, train: int) -> list[dict[str, Any]
     }
     wanted = [(whole, train), (1, rest)]
     return [
-        # a copy each: the same object twice would become a YAML alias, which Energon does not read
+        # a copy each: the same object twice would become a YAML alias, which Energon does not support
         {
             "path": str(shards),
             "repetitions": times,

@@ -1,4 +1,4 @@
-"""Questions of a data set, put to a model that generates; one scored row per answer."""
+"""Ask a generating model the questions of a data set, and score each answer."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor, tile_
 
 @dataclass(frozen=True)
 class Question:
-    """One answer to be generated."""
+    """A question with its context, and the expected answer."""
 
     key: str
     kind: str
     images: tuple[str, ...]
     """Paths of the images up to this turn."""
     prompt: str
-    """The whole conversation before the answer, earlier answers as they should be."""
-    asked: str
+    """Conversation before the answer; earlier answers are the expected ones."""
+    text: str
     expected: str
 
 
 def questions(manifest: Manifest, template: str, limit: int | None = None) -> Iterator[Question]:
-    """Every answer of every record, in the data set's order; `limit` records at most."""
+    """Yield a question for every answer of every record, in the data set's order; at most `limit` records."""
     for position in range(min(len(manifest), limit or len(manifest))):
-        yield from _of_record(manifest.record(position), template)
+        yield from _record_questions(manifest.record(position), template)
 
 
-def _of_record(record: Record, template: str) -> Iterator[Question]:
+def _record_questions(record: Record, template: str) -> Iterator[Question]:
     paths, turns = parse_record(record)
     for number, turn in enumerate(turns):
         if turn.get("from") not in ("system", "human", "gpt") or not isinstance(turn.get("value"), str):
@@ -62,13 +62,13 @@ def _of_record(record: Record, template: str) -> Iterator[Question]:
         answered += 1
         prompt = render_prompt(template, turns[: number + 1], generation_prompt=True, key=record.key)
         seen = sum(t["value"].count(IMAGE) for t in turns[:number])
-        asked = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
+        question = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
         yield Question(
             record.key,
             kind,
             tuple(paths[:seen]),
             prompt,
-            asked.replace(IMAGE, "").strip(),
+            question.replace(IMAGE, "").strip(),
             turn["value"],
         )
 
@@ -79,7 +79,7 @@ class Answerer:
     Args:
         model: from `load_model`, on its device.
         processor: its processor.
-        max_new_tokens: of an answer.
+        max_new_tokens: maximum length of an answer.
     """
 
     def __init__(self, model: Any, processor: InternVLXProcessor, max_new_tokens: int) -> None:
@@ -87,11 +87,11 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, batch: Sequence[Question]) -> list[str]:
-        """The generated texts. Raises BadSample, named by the path, for an image that cannot be decoded."""
+        """Generate the answers of a batch. Raises BadSample with the path of an image that cannot be decoded."""
         images = [list(question.images) for question in batch]
         try:
             inputs = self.processor(images=images, text=[question.prompt for question in batch])
-        except (OSError, SyntaxError):  # what Pillow raises for a broken image
+        except (OSError, SyntaxError):  # raised by Pillow for a broken image
             for path in dict.fromkeys(path for own in images for path in own):
                 with opened(path) as image:
                     image.load()
@@ -101,8 +101,8 @@ class Answerer:
         new = out[:, moved["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
-    def row(self, question: Question, given: str) -> dict[str, Any]:
-        """One line of the predictions file."""
+    def prediction_row(self, question: Question, given: str) -> dict[str, Any]:
+        """Content of one line of the predictions file."""
         cols = rows = 0
         processor = self.processor
         if question.images:
@@ -114,7 +114,7 @@ class Answerer:
         return {
             "key": question.key,
             "kind": question.kind,
-            "question": question.asked,
+            "question": question.text,
             "image": question.images[0] if question.images else None,
             "images": list(question.images),
             "cols": cols,
@@ -128,7 +128,7 @@ class Answerer:
         }
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean scores of all answers, and exact match by kind of question."""
     count = max(1, len(rows))
     kinds: dict[str, list[bool]] = {}

@@ -1,7 +1,7 @@
-"""A Hugging Face directory as a model that generates: with its own code, or with ours.
+"""Load a Hugging Face directory as a generating model, run by our remote code.
 
-Directories exported with LVTC bring their code. Released InternVL and InternVL-X directories (and
-exports without LVTC) are run by the same code, their tensors renamed by the conversion table.
+Directories exported with LVTC contain this code. For released InternVL and InternVL-X directories and for
+exports without LVTC, the conversion table renames the tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_internvlx.checkpoint.errors import ConversionError
-from megatron_internvlx.checkpoint.hf_config import dims, model_config, read_config
+from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.checkpoint.importer import plan_import
 from megatron_internvlx.checkpoint.mapping import output_names, table
@@ -27,12 +27,13 @@ from megatron_internvlx.data.conversation import get_template
 from megatron_internvlx.hf.configuration_internvlx import InternVLXConfig
 from megatron_internvlx.hf.modeling_internvlx import InternVLXForConditionalGeneration
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
+from megatron_internvlx.model.sizes import model_sizes
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProcessor, str]:
-    """(model in evaluation mode on the host, processor, name of the chat template).
+    """Load (model in evaluation mode on the host, processor, name of the chat template).
 
-    Raises ConversionError for a directory that cannot be run.
+    Raises ConversionError for a directory that cannot be loaded.
     """
     from transformers import GenerationConfig
 
@@ -44,8 +45,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProce
     config = remote_code_config(found.arguments, found.family, found.tied, found.dtype, ids)
     with torch.device("meta"):
         model = InternVLXForConditionalGeneration(InternVLXConfig(**config))
-    sizes = dims(found.arguments, found.family)
-    targets = {entry.ours: entry for entry in table(sizes, "internvlx")}
+    sizes = model_sizes(found.arguments)
+    targets = {entry.ours: entry for entry in table(sizes, found.family, "internvlx")}
     tensors: dict[str, torch.Tensor] = {}
     for source in plan.sources:
         ours = source.entry.op.to_ours([weights.read(name) for name in source.entry.theirs])

@@ -1,4 +1,4 @@
-"""The predictions as one HTML file for a person to look through: images, questions, answers."""
+"""HTML page that shows predictions: images, questions, answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SIDE = 360  # pixels; the page holds its images, so that it can be sent to somebody
+IMAGE_SIDE = 360  # pixels; images are embedded, so that the page is one file that can be shared
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#212529;margin:2rem auto;max-width:75rem;padding:0 1rem}
@@ -28,8 +28,8 @@ th{color:#6c757d;font-weight:500}label{margin-right:1.2rem}
 """
 
 
-def _picture(path: str) -> str:
-    """An <img> with the image in it, made small; a note where it cannot be read."""
+def _image_tag(path: str) -> str:
+    """HTML <img> tag with the downscaled image embedded; a note if it cannot be read."""
     try:
         with Image.open(path) as image:
             small = ImageOps.exif_transpose(image).convert("RGB")
@@ -44,7 +44,7 @@ def _picture(path: str) -> str:
 
 def _card(row: Mapping[str, Any]) -> str:
     kind = "right" if row["correct"] else "wrong"
-    pictures = "".join(_picture(path) for path in row["images"])
+    pictures = "".join(_image_tag(path) for path in row["images"])
     grid = f"{row['cols']}x{row['rows']} tiles" + (" and thumbnail" if row["thumbnail"] else "")
     facts = " · ".join(filter(None, [row["kind"], grid if row["images"] else "no image", row["key"]]))
     expected = "" if row["correct"] else f"<div>expected: {html.escape(row['expected'])}</div>"
@@ -58,7 +58,7 @@ def _card(row: Mapping[str, Any]) -> str:
 def write_page(
     path: Path, title: str, scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most: int = 300
 ) -> None:
-    """Write the page: scores, then wrong answers first, `most` answers at most."""
+    """Write the page: scores, then at most `most` answers, wrong ones first."""
     kinds = "".join(
         f"<tr><td>{html.escape(kind)}</td><td>{right} of {asked}</td><td>{100 * right / asked:.1f} %</td></tr>"
         for kind, (right, asked) in scores["by_kind"].items()

@@ -1,4 +1,4 @@
-"""An evaluation from the model to the page: what `tools/evaluate.py` does once PyTorch is loaded."""
+"""Complete evaluation from model to HTML page; the part of `tools/evaluate.py` that needs PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from megatron_internvlx import platform
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.evaluation.answers import Answerer, questions, summary
+from megatron_internvlx.evaluation.answers import Answerer, questions, summarize_scores
 from megatron_internvlx.evaluation.hf_model import load_model
 from megatron_internvlx.evaluation.page import write_page
 
@@ -19,11 +19,11 @@ RESULTS = ("predictions.jsonl", "scores.json", "page.html")
 
 
 def evaluate(args: argparse.Namespace, manifest: Manifest) -> dict:
-    """Generate, score, write; returns the scores.
+    """Generate and score all answers, and write the result files; returns the scores.
 
     Args:
-        args: of `tools/evaluate.py`.
-        manifest: the data's records.
+        args: command line of `tools/evaluate.py`.
+        manifest: records of the data.
 
     Raises ValueError (ConversionError, BadSample).
     """
@@ -31,15 +31,17 @@ def evaluate(args: argparse.Namespace, manifest: Manifest) -> dict:
     answerer = Answerer(model.to(platform.device()), processor, args.max_new_tokens)
     asked = list(questions(manifest, template, args.limit))
     if not asked:
-        raise ValueError(f"{args.data}: none of its records has an answer to compare with")
+        raise ValueError(f"{args.data}: no record has an answer to compare with")
     for path in dict.fromkeys(path for question in asked for path in question.images):
-        image_size(path)  # a missing image is told before hours of generation
+        image_size(path)  # report a missing image before hours of generation
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for start in tqdm(range(0, len(asked), args.batch_size), desc="answers", unit="batch"):
         batch = asked[start : start + args.batch_size]
-        rows += [answerer.row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)]
-    scores = summary(rows)
+        rows += [
+            answerer.prediction_row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)
+        ]
+    scores = summarize_scores(rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     title = f"{args.hf.resolve().name} on {args.data.stem}"
     parts = [args.out / f"{name}.partial" for name in RESULTS]

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import complaint
 from megatron_internvlx.ranks import is_first_rank
-from megatron_internvlx.signal_mask import mask_kept
+from megatron_internvlx.signal_mask import keep_signal_mask
 
 INTERRUPTED = 130  # what a shell reports after SIGINT
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
@@ -51,7 +51,7 @@ class Interrupts:
         self.asked = self.ending = self.can_finish_step = False
         self.newest, self.last_acts = lambda: "training has not begun", []
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        with mask_kept():  # no semaphore of a library unblocks it later
+        with keep_signal_mask():  # no semaphore of a library unblocks it later
             pass
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._watch, name="interrupts", daemon=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import resume
-from megatron_internvlx.platform.schedule import OtherGroups
+from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 
 # Arguments that a checkpoint's optimizer state, or its weights, must have in common with the run that loads it.
 SHAPING = (
@@ -106,7 +106,7 @@ def mistake_behind(args: argparse.Namespace, error: BaseException) -> ValueError
 
     That is optimizer state of other parameter groups, or a checkpoint that was made with other sizes.
     """
-    if isinstance(error, OtherGroups):
+    if isinstance(error, ParameterGroupMismatch):
         return error
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_internvlx.lifecycle.interrupt import Interrupts
 from megatron_internvlx.lifecycle.stall import StallClock
 from megatron_internvlx.ranks import is_first_rank
-from megatron_internvlx.signal_mask import mask_kept
+from megatron_internvlx.signal_mask import keep_signal_mask
 
 if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
     import torch.distributed as dist
@@ -33,7 +33,7 @@ def block_stop_signals() -> None:
     """Block the stop signals, so that they wait until asked for. Call it before any process or thread is started."""
     _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    with mask_kept():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
+    with keep_signal_mask():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
         pass
     atexit.unregister(_end_daemons)
     atexit.register(_end_daemons)

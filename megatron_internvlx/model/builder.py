@@ -7,9 +7,10 @@ import argparse
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_internvlx.config import TrainSettings, settings_from
+from megatron_internvlx.config import TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.model.internvlx import InternVLX
-from megatron_internvlx.model.settings import compression_plan, static_budget, vision_config
+from megatron_internvlx.model.sizes import model_sizes
+from megatron_internvlx.parallel.boundary import Budget
 
 
 def freeze(stage: InternVLX, train: TrainSettings) -> None:
@@ -23,6 +24,19 @@ def freeze(stage: InternVLX, train: TrainSettings) -> None:
             or (not vision and not projector and train.freeze_llm)
         ):
             parameter.requires_grad_(False)
+
+
+def static_budget(train: TrainSettings, seq_length: int) -> Budget | None:
+    """The sizes to which static boundaries pad every micro-batch; None with variable boundaries."""
+    if train.boundary != "static":
+        return None
+    assert train.max_tiles_per_pack is not None
+    return Budget(train.shallow_seq_length or seq_length, seq_length, train.max_tiles_per_pack)
+
+
+def fp8_parts(args: argparse.Namespace) -> list[str]:
+    """Value of --fp8-parts; [] without an FP8 precision."""
+    return (args.fp8_parts or []) if args.fp8 else []
 
 
 def build_stage(
@@ -41,18 +55,15 @@ def build_stage(
     train = settings_from(args, TrainSettings)
     stage = InternVLX(
         config,
-        vision_config(args),
-        compression_plan(args),
-        vocab_size=args.padded_vocab_size,
-        real_vocab_size=args.vocab_size,
+        model_sizes(args),
         max_sequence_length=args.max_position_embeddings,
         rotary_base=args.rotary_base,
         rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         freeze_vision=train.freeze_vision,
-        vision_recompute=args.vision_recompute,
-        vision_fp8=bool(args.fp8) and "vision" in (args.fp8_parts or ()),
-        budget=static_budget(args),
+        vision_recompute=settings_from(args, VisionSettings).vision_recompute,
+        vision_fp8="vision" in fp8_parts(args),
+        projector_fp8="projectors" in fp8_parts(args),
+        budget=static_budget(train, args.seq_length),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

@@ -11,50 +11,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_internvlx.model.lvtc import LVTCInjection
-from megatron_internvlx.model.pvtc import PROJECTORS
+from megatron_internvlx.model.pvtc import build_projector
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.device_plan import DevicePlan
-
-
-@dataclass(frozen=True)
-class CompressionPlan:
-    """Compression settings resolved to sizes; the same on every layer and stage."""
-
-    projector: str
-    pixel_shuffle_version: str
-    drop_path: float
-    injection_layers: tuple[int, ...]
-    low_grid: int
-    high_grid: int
-    patches: int
-    vision_hidden_size: int
-    upsample: str
-    fp8: bool = False
-    """Projectors run in the decoder's FP8; False: in bf16, inside its layers too."""
-
-    @property
-    def lvtc(self) -> bool:
-        """Whether the sequence grows inside the decoder."""
-        return bool(self.injection_layers)
-
-    @property
-    def entry_grid(self) -> int:
-        """Token grid side of the visual rows that enter layer 0."""
-        return self.low_grid if self.lvtc else self.high_grid
-
-    def build_projector(self, config, grid: int, pg_collection):
-        """A projector from ViT features to grid x grid tokens per tile."""
-        if not self.fp8:
-            config = copy.copy(config)
-            config.fp8 = None
-        return PROJECTORS[self.projector](
-            config,
-            self.vision_hidden_size,
-            grid=grid,
-            patches=self.patches,
-            pixel_shuffle_version=self.pixel_shuffle_version,
-            drop_path_rate=self.drop_path,
-            pg_collection=pg_collection,
-        )
 
 
 class PhaseAttention(PackedSeqParams):
@@ -95,7 +54,7 @@ class DecoderInputs:
 class InternVLXLayer(TransformerLayer):
     """Megatron's transformer layer, run on the rows of its phase.
 
-    A layer named in `compression.injection_layers` first expands the visual rows (the first of
+    A layer named in `sizes.injection_layers` first expands the visual rows (the first of
     them) or adds a projection of the ViT features to them (the others).
     `gradient_accumulation_fusion` may be on here and off in `config`; see `language_model_config`.
     """
@@ -105,8 +64,9 @@ class InternVLXLayer(TransformerLayer):
         config,
         submodules,
         *,
-        compression: CompressionPlan,
+        sizes: ModelSizes,
         gradient_accumulation_fusion: bool,
+        projector_fp8: bool = False,
         **kwargs: Any,
     ) -> None:
         config = copy.copy(config)
@@ -116,17 +76,16 @@ class InternVLXLayer(TransformerLayer):
         if kept is not None:  # Transformer Engine's, for which these would mean gaps between segments
             kept -= {"cu_seqlens_q_padded", "cu_seqlens_kv_padded"}
         index = self.layer_number - 1
-        expand_at = compression.injection_layers[0] if compression.lvtc else 0
-        self.is_deep = index >= expand_at
+        self.is_deep = index >= sizes.shallow_layers
         self.injection = None
-        if index in compression.injection_layers:
+        if index in sizes.injection_layers:
             self.injection = LVTCInjection(
                 config,
-                compression.build_projector(config, compression.high_grid, self.pg_collection),
-                expand=index == expand_at,
-                low_grid=compression.low_grid,
-                high_grid=compression.high_grid,
-                upsample=compression.upsample,
+                build_projector(config, sizes, sizes.high_grid, self.pg_collection, fp8=projector_fp8),
+                expand=index == sizes.shallow_layers,
+                low_grid=sizes.low_grid,
+                high_grid=sizes.high_grid,
+                upsample=sizes.upsample,
                 group=self.tp_group,
             )
 

@@ -119,7 +119,11 @@ class LayerScaleDropPath(nn.Module):
         if self.training and self.drop_path_rate > 0:
             with _rng_of_this_rank():
                 keep_1T1 = branch_STC.new_empty(1, branch_STC.size(1), 1).bernoulli_(1 - self.drop_path_rate)
-        parts = {"scale": self.layer_scale, "keep": keep_1T1, "keep_rate": 1 - self.drop_path_rate}
+        parts: dict[str, Any] = {
+            "scale": self.layer_scale,
+            "keep": keep_1T1,
+            "keep_rate": 1 - self.drop_path_rate,
+        }
         if norm is None:
             return kernels.add_branch(residual_STC, branch_STC, **parts, accumulate=self.accumulate)
         return kernels.add_branch_and_norm(residual_STC, branch_STC, norm, **parts)

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from megatron_internvlx.data.normalize import normalize_tiles
 from megatron_internvlx.model.attention import causal_within_segments
-from megatron_internvlx.model.decoder import CompressionPlan, DecoderInputs, PhaseAttention, PhaseInputs
+from megatron_internvlx.model.decoder import DecoderInputs, PhaseAttention, PhaseInputs
 from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
-from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.layer_specs import decoder_spec, language_model_config
 from megatron_internvlx.model.lvtc import merge_visual
+from megatron_internvlx.model.pvtc import build_projector
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
 from megatron_internvlx.parallel.device_plan import DevicePhase, DevicePlan
@@ -43,35 +44,29 @@ class InternVLX(MegatronModule):
 
     Args:
         config: Megatron's config of the language model.
-        vision: architecture of the vision encoder.
-        compression: projector and LVTC sizes.
-        vocab_size: V padded for the layout.
-        real_vocab_size: V of the tokenizer; logits of padding columns are masked, so that the loss does
+        sizes: of the whole model. Logits of the vocabulary's padding are masked, so that the loss does
             not depend on the tensor-parallel size.
         rotary_base: base of RoPE's frequencies.
         rope_scaling_factor: factor of Llama 3's rule; None: plain RoPE.
-        share_embeddings_and_output_weights: tied embeddings.
         freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
         vision_recompute: recompute the vision encoder's layers in the backward pass.
         vision_fp8: run the vision encoder's layers in the decoder's FP8.
+        projector_fp8: run the projectors in the decoder's FP8; else in bf16, inside its layers too.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        vision: InternViTConfig,
-        compression: CompressionPlan,
+        sizes: ModelSizes,
         *,
-        vocab_size: int,
-        real_vocab_size: int,
         max_sequence_length: int,
         rotary_base: float = 10000,
         rope_scaling_factor: float | None = None,
-        share_embeddings_and_output_weights: bool = False,
         freeze_vision: bool = False,
         vision_recompute: bool = False,
         vision_fp8: bool = False,
+        projector_fp8: bool = False,
         budget: Budget | None = None,
         pre_process: bool = True,
         post_process: bool = True,
@@ -82,18 +77,18 @@ class InternVLX(MegatronModule):
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = self.pg_collection.tp
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.compression, self.freeze_vision = compression, freeze_vision
-        self.real_vocab_size = real_vocab_size
-        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.sizes, self.freeze_vision = sizes, freeze_vision
+        self.real_vocab_size = sizes.vocab
+        self.share_embeddings_and_output_weights = sizes.tied
         pp_rank = self.pg_collection.pp.rank()
         layers = stage_layers(config, pp_rank, vp_stage)
         self.layers = layers
-        self.content_in = boundary_content(layers.first, compression.injection_layers)
-        self.content_out = boundary_content(layers.end, compression.injection_layers)
+        self.content_in = boundary_content(layers.first, sizes.injection_layers)
+        self.content_out = boundary_content(layers.end, sizes.injection_layers)
         self.boundary = BoundaryFormat(
             config.hidden_size,
-            compression.vision_hidden_size,
-            1 + compression.patches**2,
+            sizes.vision.hidden_size,
+            sizes.vision.tokens_per_tile,
             sequence_parallel=config.sequence_parallel,
             group=self.tp_group,
             carry_gradient=not freeze_vision,
@@ -101,18 +96,22 @@ class InternVLX(MegatronModule):
         )
         if pre_process:
             vision_settings = internvit_transformer_config(
-                vision, config, recompute=vision_recompute, fp8=vision_fp8
+                sizes.vision, config, recompute=vision_recompute, fp8=vision_fp8
             )
-            self.vision_model = InternViT(vision, vision_settings, self.tp_group)
-            self.projector = compression.build_projector(config, compression.entry_grid, self.pg_collection)
+            self.vision_model = InternViT(sizes.vision, vision_settings, self.tp_group)
+            self.projector = build_projector(
+                config, sizes, sizes.entry_grid, self.pg_collection, fp8=projector_fp8
+            )
         self.language_model = GPTModel(
             config=language_model_config(config),
-            transformer_layer_spec=decoder_spec(config, compression, pp_rank=pp_rank, vp_stage=vp_stage),
-            vocab_size=vocab_size,
+            transformer_layer_spec=decoder_spec(
+                config, sizes, pp_rank=pp_rank, vp_stage=vp_stage, projector_fp8=projector_fp8
+            ),
+            vocab_size=sizes.padded_vocab,
             max_sequence_length=max_sequence_length,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=sizes.tied,
             # Positions differ between the phases, so each layer gets its own; see _phase_inputs.
             position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,

@@ -18,9 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_internvlx.model.attention import PackedDotProductAttention
-from megatron_internvlx.model.decoder import CompressionPlan, InternVLXLayer
+from megatron_internvlx.model.decoder import InternVLXLayer
 from megatron_internvlx.model.norm import norm_builder
 from megatron_internvlx.model.router import LossWeightedMoELayer, LossWeightedRouter
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.layout import stage_layers
 from megatron_internvlx.platform import output_layer_fuses_accumulation
 
@@ -70,7 +71,12 @@ def language_model_config(config: TransformerConfig) -> TransformerConfig:
 
 
 def decoder_spec(
-    config: TransformerConfig, compression: CompressionPlan, *, pp_rank: int, vp_stage: int | None
+    config: TransformerConfig,
+    sizes: ModelSizes,
+    *,
+    pp_rank: int,
+    vp_stage: int | None,
+    projector_fp8: bool = False,
 ) -> TransformerBlockSubmodules:
     """Specs of the decoder layers on one pipeline stage, and the final norm."""
     local = config.transformer_impl == "local"
@@ -83,16 +89,12 @@ def decoder_spec(
         submodules = _weigh_load_balancing(copy.deepcopy(spec.submodules))
         if local:
             submodules = _localize(submodules, config.normalization)
-        built.append(
-            ModuleSpec(
-                module=InternVLXLayer,
-                submodules=submodules,
-                params={
-                    "compression": compression,
-                    "gradient_accumulation_fusion": config.gradient_accumulation_fusion,
-                },
-            )
-        )
+        ours = {
+            "sizes": sizes,
+            "projector_fp8": projector_fp8,
+            "gradient_accumulation_fusion": config.gradient_accumulation_fusion,
+        }
+        built.append(ModuleSpec(module=InternVLXLayer, submodules=submodules, params=ours))
     return TransformerBlockSubmodules(
         layer_specs=built, layer_norm=norm_builder(config.normalization, config.transformer_impl)
     )

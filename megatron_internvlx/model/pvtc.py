@@ -23,14 +23,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_internvlx.config import PVTC_HEADS, PVTC_MLP_RATIO
 from megatron_internvlx.model.drop_path import kept_entries
 from megatron_internvlx.model.norm import KernelNorm
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.platform import kernels
 from megatron_internvlx.precision import high_precision, projector_precision
 
-PVTC_HEADS = 16
 PVTC_EPS = 1e-6
-PVTC_MLP_RATIO = 4
 
 
 def projector_config(config: TransformerConfig) -> TransformerConfig:
@@ -262,4 +262,30 @@ class MLPProjector(MegatronModule):
             return self.linear_fc2(F.gelu(x))[0]
 
 
-PROJECTORS = {"pvtc": PVTC, "mlp": MLPProjector}
+PROJECTORS: dict[str, type[PVTC] | type[MLPProjector]] = {"pvtc": PVTC, "mlp": MLPProjector}
+
+
+def build_projector(
+    config: TransformerConfig,
+    sizes: ModelSizes,
+    grid: int,
+    pg_collection: ProcessGroupCollection,
+    *,
+    fp8: bool,
+) -> PVTC | MLPProjector:
+    """A projector from ViT features to grid x grid tokens per tile.
+
+    Without `fp8` it runs in bf16, inside a decoder layer that runs in FP8 too.
+    """
+    if not fp8:
+        config = copy.copy(config)
+        config.fp8 = None
+    return PROJECTORS[sizes.projector](
+        config,
+        sizes.vision.hidden_size,
+        grid=grid,
+        patches=sizes.patches,
+        pixel_shuffle_version=sizes.pixel_shuffle_version,
+        drop_path_rate=sizes.projector_drop_path,
+        pg_collection=pg_collection,
+    )

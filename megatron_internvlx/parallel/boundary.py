@@ -23,7 +23,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_internvlx.parallel.device_plan import DevicePlan
-from megatron_internvlx.parallel.layout import BoundaryContent
+from megatron_internvlx.parallel.layout import BoundaryContent, carried_rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class BoundaryFormat:
     def carry_rows(self, tiles: int) -> int:
         """Rows of width h that `tiles` tiles of features fill, padded to whole shards."""
         elements = tiles * self.vision_tokens * self.vision_hidden_size
-        return -(-elements // (self.hidden_size * self.shards)) * self.shards
+        return carried_rows(elements, self.hidden_size, self.shards)
 
     def local_rows(self, content: BoundaryContent, plan: DevicePlan | None) -> tuple[int, int]:
         """(decoder rows, carried rows) of this rank's message; with a budget the plan is not needed."""

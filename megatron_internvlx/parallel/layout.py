@@ -58,6 +58,11 @@ def boundary_content(next_layer: int, injection_layers: tuple[int, ...]) -> Boun
     )
 
 
+def carried_rows(elements: int, hidden_size: int, shards: int) -> int:
+    """Rows of width `hidden_size` that so many elements of ViT features fill, padded to whole shards."""
+    return -(-elements // (hidden_size * shards)) * shards
+
+
 def layout_counts(layout: str) -> tuple[int, ...]:
     """`E|tt|(t|)*2L` -> layers per stage, read by Megatron's parser. Raises ValueError."""
     try:

@@ -5,30 +5,93 @@ Counted are the tensors that autograd saves, each storage once, for the two impl
 attention, which keep less; FP8 keeps its linear inputs at half of what is counted here). Vision encoder and
 PVTC have the same kernels, and so keep the same, in both.
 
-Letters: h, c widths of the decoder and of the vision encoder, t tensor-parallel size, S rows.
+Letters: S rows of a layer's phase, s rows of this rank (S/t under sequence parallelism, else S), n supervised
+rows, T tiles (of this rank in the vision encoder), L = 1+P*P tokens and P*P patches of a tile, g*g tokens of a
+projector; h, c widths of decoder and vision encoder, f, F inner widths of their MLPs, q, k query and key widths,
+d width of a head, V vocabulary, E experts, r of them per row; t tensor-parallel size, which divides q, k, f and V.
+Type x is that of activations. "if trained": where the weights get a gradient; "local": not by Transformer Engine.
+
+| tensor | shape | type | who keeps it | counted by |
+|---|---|---|---|---|
+| input of each of two norms | [s, h] | x; local fp32 | norm | `norm` |
+| output of each norm, if trained | [s, h] | x | linear layer behind; local: norm, too | `norm` |
+| queries, keys, values in one | [S, q+2k] | x | attention: values are a view | `attention` |
+| rotated queries and keys | [S, q+k] | x | attention | `attention` |
+| attention output | [S, q] | x | attention; not with core_attn recomputed | `attention` |
+| outputs of all samples joined, local | [S, q] | x | linear_proj | `attention` |
+| norms of queries and keys | [S, q+k] | as norms | q_layernorm, k_layernorm | `attention` |
+| cosines, sines for both, local | 4 [S, d] | x | RoPE | `attention` |
+| gate and up | [S, 2f] | x | SwiGLU | `gated` |
+| SiLU of the gate, local | [S, f] | x | product | `gated` |
+| product, if trained | [S, f] | x | linear_fc2; not with moe_act recomputed | `gated` |
+| rows to and from experts | 2 r [S, h] | x | dispatcher, combination | `mlp` |
+| logits, probabilities, scores | 3 [S, E] | fp32 | router | `mlp` |
+| PVTC: patches; two norms of them, if trained | [T, P*P, c]; 2 [T, P*P, c] | x | ProjectionMLP | `projector` |
+| PVTC: before SiLU, and gathered | [T, P*P, h/t], [T, P*P, h] | x | kv_proj | `projector` |
+| PVTC: before SiLU | [T, g*g, h/t] | x | query_proj | `projector` |
+| PVTC, twice: norm of patches, if trained | [T, P*P, h] | x | WindowAttention | `projector` |
+| PVTC, twice: keys and values | 2 [T, P*P, h/t] | x | WindowAttention | `projector` |
+| PVTC, twice: queries; before its MLP | 2 [T, g*g, h] | x | WindowAttention | `projector` |
+| PVTC, twice: norms of these, if trained | 2 [T, g*g, h] | x | WindowAttention | `projector` |
+| PVTC, twice: q; gate and up | [T, g*g, (1 + 2 * 4) h/t] | x | WindowAttention | `projector` |
+| PVTC, twice: proj input; product; if trained | [T, g*g, (1 + 4) h/t] | x | WindowAttention | `projector` |
+| MLP: norm; before GELU; after, if trained | [T, P*P, c]; 2 [T, g*g, h/t] | x | MLPProjector | `projector` |
+| two norms, inputs and outputs | 4 [T, L, c] | x | InternViTLayer | `vision_layer` |
+| qkv, attention output; joined, local | [T, L, 4c]; [T, L, c] | x | attention | `vision_layer` |
+| queries and keys before their norms, if any | 2 [T, L, c] | x | attention | `vision_layer` |
+| branches before their LayerScale | 2 [T, L, c] | x | LayerScale | `vision_layer` |
+| before and after GELU | 2 [T, L, F] | x | MLP | `vision_layer` |
+| final norm; its output, if trained | [s, h]; [n, h] | as norms | output layer | `output` |
+| logits, softmax in their place | [n, V] | fp32 | loss | `output` |
+| rows that enter a recomputed layer | [s, h] | x | checkpoint | `layer_input` |
+| ViT features of recomputed layers, once | [T, L, c] | x | chunk | `carried_features` |
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
+from operator import mul
 
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from megatron_internvlx.config import PVTC_MLP_RATIO
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import StageLayers
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
-from megatron_internvlx.planning.memory import Layout, in_flight
-from megatron_internvlx.planning.parameters import PVTC_MLP_RATIO, ModelShape
+from megatron_internvlx.planning.memory import Layout, RankState, StateBytes, rank_state
+from megatron_internvlx.planning.simulate import Schedule, in_flight
 
 
 @dataclass(frozen=True)
-class ActivationModel:
-    """What the formulas depend on besides the micro-batch."""
+class MemoryModel:
+    """What the memory of a rank depends on besides the micro-batch."""
 
-    shape: ModelShape
+    sizes: ModelSizes
     layout: Layout
     backward: BackwardSettings
-    width: int
-    """Bytes of an activation element: 2 with bf16, 4 with fp32."""
+    per_parameter: StateBytes
     local: bool
     """Megatron's local implementation instead of Transformer Engine."""
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> MemoryModel:
+        """Of Megatron's validated arguments and ours. Raises ValueError where Megatron refuses the layout."""
+        try:
+            layout = Layout.from_args(args, core_transformer_config_from_args(args))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(str(error) or "Megatron refuses this layout (an assertion)") from error
+        backward, local = BackwardSettings.from_args(args), args.transformer_impl == "local"
+        return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation element: 2 with bf16, 4 with fp32."""
+        return self.per_parameter.weight
+
+    def state(self, rank: int) -> RankState:
+        """Weights, gradients and optimizer state of one rank of pipeline stage `rank`."""
+        return rank_state(self.sizes, self.layout, rank, self.per_parameter, self.backward)
 
     def norm(self, elements: int, *, trained: bool) -> int:
         """A norm of the decoder and the linear layer that reads it."""
@@ -37,111 +100,107 @@ class ActivationModel:
             return elements * self.width + out
         return 4 * elements + elements * self.width * trained + out
 
-    def decoder_layer(self, layer: int, stats: PlanStats) -> int:
-        """A decoder layer that is not recomputed, its injection included."""
-        shape, t, b = self.shape, self.layout.tensor, self.width
-        rows = self.rows(layer, stats)
-        trained = self.backward.trains("llm")
-        queries = shape.heads * shape.head_dim // t
-        keys = shape.kv_groups * shape.head_dim // t
-        part = rows // t if self.layout.sequence_parallel else rows
-        total = 2 * self.norm(part * shape.hidden, trained=trained)
-        # Values stay a view of the fused projection's output, so all of that is kept.
-        attention = (queries + 2 * keys) + queries + keys + queries
-        if self.local:
-            attention += queries  # the rows of all samples joined, besides what each sample's kernel kept
-        if "core_attn" in self.backward.modules:
-            attention -= queries
-        total += rows * attention * b
-        if shape.qk_norm:
-            total += self.norm(rows * (queries + keys), trained=False)
-        if self.local:
-            total += rows * 4 * shape.head_dim * b  # cosines and sines, for queries and for keys
-        total += self._mlp(layer, rows, trained)
-        if layer in shape.compression.injection_layers:
-            total += self.projector(shape.compression.high_grid, stats.projected_tiles)
-        return total
-
     def rows(self, layer: int, stats: PlanStats) -> int:
         """Decoder rows of a layer's phase."""
-        return stats.shallow_rows if layer < self.shape.shallow_layers else stats.deep_rows
+        return stats.shallow_rows if layer < self.sizes.shallow_layers else stats.deep_rows
 
-    def _mlp(self, layer: int, rows: int, trained: bool) -> int:
-        shape, b = self.shape, self.width
-        modules = self.backward.modules
-        if layer not in shape.expert_layers:
-            return 0 if "mlp" in modules else rows * self._gated(shape.ffn // self.layout.tensor, trained)
+    def rank_rows(self, rows: int) -> int:
+        """Of so many rows those that a rank has outside of attention and MLP."""
+        return rows // self.layout.tensor if self.layout.sequence_parallel else rows
+
+    def decoder_layer(self, layer: int, stats: PlanStats) -> int:
+        """A decoder layer that is not recomputed, its injection included."""
+        sizes, rows, trained = self.sizes, self.rows(layer, stats), self.backward.trains("llm")
+        norms = 2 * self.norm(self.rank_rows(rows) * sizes.hidden, trained=trained)
+        injected = layer in sizes.injection_layers
+        injection = self.projector(sizes.high_grid, stats.projected_tiles) if injected else 0
+        return norms + self.attention(rows) + self.mlp(layer, rows, trained) + injection
+
+    def attention(self, rows: int) -> int:
+        """Self-attention of a decoder layer, its norms of queries and keys included."""
+        sizes, t = self.sizes, self.layout.tensor
+        q, k = sizes.query_width // t, sizes.key_width // t
+        fused, rotated, output = q + 2 * k, q + k, 0 if "core_attn" in self.backward.modules else q
+        joined = q if self.local else 0
+        cosines = 4 * sizes.head_dim if self.local else 0
+        norms = self.norm(rows * (q + k), trained=False) if sizes.qk_norm else 0
+        return rows * (fused + rotated + output + joined + cosines) * self.width + norms
+
+    def mlp(self, layer: int, rows: int, trained: bool) -> int:
+        """The MLP of a decoder layer, or its experts with their router."""
+        sizes, layout, modules = self.sizes, self.layout, self.backward.modules
+        if layer not in sizes.expert_layers:
+            return 0 if "mlp" in modules else rows * self.gated(sizes.ffn // layout.tensor, trained)
         if "moe" in modules:
             return 0
-        experts = self._gated(shape.expert_ffn // self.layout.expert_tensor, trained)
-        routed = rows * shape.topk * (experts + 2 * shape.hidden * b)
-        shared = rows * self._gated(shape.shared_ffn // self.layout.tensor, trained)
-        return routed + shared + rows * 3 * shape.experts * 4
+        moved = 2 * sizes.hidden * self.width
+        routed = sizes.topk * (self.gated(sizes.expert_ffn // layout.expert_tensor, trained) + moved)
+        shared = self.gated(sizes.shared_ffn // layout.tensor, trained)
+        return rows * (routed + shared + 3 * sizes.experts * 4)
 
-    def _gated(self, ffn: int, trained: bool) -> int:
-        """Bytes per row between the two linear layers of an MLP."""
-        inner = self.shape.matrices - 1
-        activation = ffn if self.local and inner == 2 else 0  # the unfused product keeps silu(gate)
-        recomputed = {"moe_act"} & self.backward.modules
-        return (inner * ffn + activation + (0 if recomputed else ffn * trained)) * self.width
+    def gated(self, ffn: int, trained: bool) -> int:
+        """Bytes per row between the two linear layers of an MLP, gated or not."""
+        inner = self.sizes.matrices - 1
+        activated = ffn if self.local and inner == 2 else 0
+        product = ffn if trained and "moe_act" not in self.backward.modules else 0
+        return (inner * ffn + activated + product) * self.width
 
     def projector(self, grid: int, tiles: int) -> int:
         """One projector to `grid` x `grid` tokens for so many tiles."""
-        shape, t, b = self.shape, self.layout.tensor, self.width
+        sizes, b = self.sizes, self.width
         trained = self.backward.trains("projectors")
         if not (trained or self.backward.trains("vision")):
             return 0
-        h, c = shape.hidden, shape.vision.hidden_size
-        patches, cells = shape.compression.patches**2, grid * grid
-        if shape.compression.projector == "mlp":
-            norm = b * patches * c * (1 + trained)
-            return tiles * (norm + b * cells * (h // t) * (2 if trained else 1))
-        # Fused kernels keep what they normalize and its norm; both projections norm the same windows.
-        windows = b * patches * c * (1 + 2 * trained)
-        keys = b * patches * (h // t + (h if t > 1 else 0))  # before SiLU, and gathered
-        keys += 0 if t > 1 else b * patches * h
-        branch = b * patches * (h * trained + 2 * (h // t))
-        cell = 2 * b * h * (1 + trained)
-        cell += b * (h // t) * (1 + trained + PVTC_MLP_RATIO * (2 + trained))
-        queries = b * cells * (h // t)
-        return tiles * (windows + keys + queries + 2 * (branch + cells * cell))
+        h, c, share = sizes.hidden, sizes.vision.hidden_size, sizes.hidden // self.layout.tensor
+        patches, cells = sizes.patches**2, grid * grid
+        if sizes.projector == "mlp":
+            return tiles * b * (patches * c * (1 + trained) + cells * share * (1 + trained))
+        windows = b * patches * c * (1 + 2 * trained)  # one input of two norms
+        kv_proj, query_proj = b * patches * (share + h), b * cells * share
+        keys = b * patches * (h * trained + 2 * share)
+        queries = 2 * b * cells * h * (1 + trained)
+        inside = b * cells * share * (1 + trained + PVTC_MLP_RATIO * (2 + trained))
+        return tiles * (windows + kv_proj + query_proj + 2 * (keys + queries + inside))
 
     def vision(self, tiles: int) -> int:
         """The vision encoder for so many tiles of this rank."""
         if not self.backward.trains("vision"):
             return 0
-        vit, b = self.shape.vision, self.width
-        c, tokens = vit.hidden_size, vit.tokens_per_tile
-        if self.backward.vision_recompute:
-            return tiles * tokens * c * b * vit.layers_run
-        return self.vision_layer(tiles) * vit.layers_run
+        kept = self.width * tiles * self.sizes.features_per_tile  # a layer's input
+        one = kept if self.backward.vision_recompute else self.vision_layer(tiles)
+        return one * self.sizes.vision.layers_run
 
     def vision_layer(self, tiles: int) -> int:
         """One layer of the vision encoder that is not recomputed."""
-        vit, b = self.shape.vision, self.width
-        c, rows = vit.hidden_size, tiles * vit.tokens_per_tile
-        norms = 2 * 2 * rows * c * b
-        attention = 4 * c + (c if self.local else 0)
-        # Queries and keys before their norms; those after them, and values, stand in for the packed ones.
-        queries = 2 * rows * c * b if vit.qk_normalization else 0
-        scales = 2 * c
-        return norms + queries + rows * b * (attention + scales + 2 * vit.ffn_hidden_size)
+        vit, b = self.sizes.vision, self.width
+        rows, elements = tiles * vit.tokens_per_tile, tiles * self.sizes.features_per_tile
+        norms, scales = 4 * elements * b, 2 * elements * b
+        attention = (4 + self.local) * elements * b
+        if vit.qk_normalization:
+            attention += 2 * elements * b
+        return norms + attention + scales + 2 * rows * vit.ffn_hidden_size * b
 
     def output(self, stats: PlanStats) -> int:
         """Final norm, logits and loss of the supervised rows."""
-        shape, t = self.shape, self.layout.tensor
-        part = stats.deep_rows // t if self.layout.sequence_parallel else stats.deep_rows
-        trained = self.backward.trains("llm")
-        norm = self.norm(part * shape.hidden, trained=trained) - part * shape.hidden * self.width * trained
-        rows = stats.output_rows
-        return norm + rows * self.width * (shape.hidden * trained + shape.vocab // t)
+        sizes, trained, rows = self.sizes, self.backward.trains("llm"), stats.output_rows
+        elements = self.rank_rows(stats.deep_rows) * sizes.hidden
+        # Of the norm's output only supervised rows go on.
+        norm = self.norm(elements, trained=trained) - elements * self.width * trained
+        kept = sizes.hidden * trained + sizes.padded_vocab // self.layout.tensor
+        return norm + rows * kept * self.width
 
     def layer_input(self, layer: int, stats: PlanStats) -> int:
-        """What full recomputation keeps of a layer: the rows that enter it."""
-        rows = self.rows(layer - 1, stats) if layer in self.shape.compression.injection_layers[:1] else None
-        rows = self.rows(layer, stats) if rows is None else rows
-        part = rows // self.layout.tensor if self.layout.sequence_parallel else rows
-        return part * self.shape.hidden * self.width
+        """What full recomputation keeps of a layer: the rows that enter it, before it expands them."""
+        expands = layer in self.sizes.injection_layers[:1]
+        rows = self.rank_rows(self.rows(layer - 1 if expands else layer, stats))
+        return rows * self.sizes.hidden * self.width
+
+    def carried_features(self, chunk: StageLayers, stats: PlanStats) -> int:
+        """ViT features that a chunk keeps for its recomputed layers: once, however many they are."""
+        consumers = any(layer >= chunk.first for layer in self.sizes.injection_layers)
+        if not (consumers and self.backward.full_layers and chunk.end > chunk.first):
+            return 0
+        return stats.projected_tiles * self.sizes.features_per_tile * self.width
 
 
 @dataclass(frozen=True)
@@ -158,12 +217,17 @@ class ChunkActivations:
         """Bytes kept between forward and backward."""
         return sum(self.parts.values())
 
+    @property
+    def waiting(self) -> int:
+        """Of them those kept while other micro-batches run: the loss's pass backward follows at once."""
+        return self.total - self.parts["output"]
+
 
 def chunk_activations(
-    model: ActivationModel, chunk: StageLayers, stats: PlanStats, *, first: bool, last: bool
+    model: MemoryModel, chunk: StageLayers, stats: PlanStats, *, first: bool, last: bool
 ) -> ChunkActivations:
     """Activations of one micro-batch in a model chunk; `first` and `last` of the whole model."""
-    shape = model.shape
+    sizes = model.sizes
     parts = dict.fromkeys(("vision", "projectors", "shallow", "deep", "output"), 0)
     working = 0
     if not model.backward.reaches("llm"):
@@ -173,10 +237,10 @@ def chunk_activations(
         parts["vision"] = model.vision(tiles)
         if parts["vision"] and model.backward.vision_recompute:
             working = model.vision_layer(tiles)
-        parts["projectors"] = model.projector(shape.compression.entry_grid, stats.projected_tiles)
+        parts["projectors"] = model.projector(sizes.entry_grid, stats.projected_tiles)
     kept_all = replace(model, backward=replace(model.backward, modules=frozenset()))
     for layer in range(chunk.first, chunk.end):
-        phase = "shallow" if layer < shape.shallow_layers else "deep"
+        phase = "shallow" if layer < sizes.shallow_layers else "deep"
         whole = model.decoder_layer(layer, stats)
         if layer in model.backward.full_layers:
             parts[phase] += model.layer_input(layer, stats)
@@ -184,38 +248,26 @@ def chunk_activations(
         else:
             parts[phase] += whole
             working = max(working, kept_all.decoder_layer(layer, stats) - whole)
-    parts["projectors"] += carried_features(model, chunk, stats)
+    parts["projectors"] += model.carried_features(chunk, stats)
     if last:
         parts["output"] = model.output(stats)
     return ChunkActivations(parts, working)
 
 
-def carried_features(model: ActivationModel, chunk: StageLayers, stats: PlanStats) -> int:
-    """Bytes of the ViT features that a chunk keeps for its recomputed layers: once, however many they are."""
-    shape = model.shape
-    consumers = any(layer >= chunk.first for layer in shape.compression.injection_layers)
-    if not (consumers and model.backward.full_layers and chunk.end > chunk.first):
-        return 0
-    elements = stats.projected_tiles * shape.vision.tokens_per_tile * shape.vision.hidden_size
-    return elements * model.width
-
-
 def rank_activations(
-    model: ActivationModel, rank: int, stats: PlanStats, micro_batches: int
+    model: MemoryModel, rank: int, stats: PlanStats, schedule: Schedule
 ) -> tuple[dict[str, int], int, list[int]]:
     """Of a rank at its fullest: bytes per part, bytes while recomputing, micro-batches per chunk."""
     layout = model.layout
-    flying = in_flight(layout, rank, micro_batches)
-    parts: dict[str, int] = {}
-    working = 0
-    for number, (chunk, count) in enumerate(zip(layout.stages[rank], flying, strict=True)):
-        place = {
-            "first": rank == 0 and number == 0,
-            "last": rank == layout.pipeline - 1 and number == len(flying) - 1,
-        }
-        one = chunk_activations(model, chunk, stats, **place)
-        for name, size in one.parts.items():
-            # A micro-batch's loss is computed just before its backward pass: one at a time.
-            parts[name] = parts.get(name, 0) + size * (min(count, 1) if name == "output" else count)
-        working = max(working, one.working)
-    return parts, working, flying
+    end = len(layout.stages[rank]) - 1
+    chunks = [
+        chunk_activations(
+            model, chunk, stats, first=rank == number == 0, last=rank == layout.pipeline - 1 and number == end
+        )
+        for number, chunk in enumerate(layout.stages[rank])
+    ]
+    waiting = [chunk.waiting for chunk in chunks]
+    flying = max(in_flight(schedule, rank).tolist(), key=lambda counts: sum(map(mul, counts, waiting)))
+    parts = {name: sum(map(mul, flying, (chunk.parts[name] for chunk in chunks))) for name in chunks[0].parts}
+    parts["output"] = sum(chunk.parts["output"] for chunk in chunks)
+    return parts, max(chunk.working for chunk in chunks), flying

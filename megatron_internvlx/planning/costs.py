@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.layout import StageLayers, boundary_content
-from megatron_internvlx.planning.activations import ActivationModel, carried_features, chunk_activations
+from megatron_internvlx.planning.activations import MemoryModel, chunk_activations
 from megatron_internvlx.planning.flops import (
     BackwardSettings,
     FlopsByPart,
@@ -23,10 +24,6 @@ from megatron_internvlx.planning.flops import (
     forward_flops,
     training_flops,
 )
-from megatron_internvlx.planning.memory import StateSizes, rank_state
-from megatron_internvlx.planning.parameters import ModelShape
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Everything the pipeline's time depends on; see `planner.find_plan`."""
+    """Everything the pipeline's time depends on; see `search.find_plan`."""
 
     layers: tuple[Cost, ...]
     """Per decoder layer, its injection included."""
@@ -104,7 +101,7 @@ def _seconds(works: Iterable[Work], settings: BackwardSettings, rate: float) -> 
 
 
 def costs_from_flops(
-    shape: ModelShape,
+    sizes: ModelSizes,
     stats: PlanStats,
     settings: BackwardSettings,
     machine: Machine,
@@ -113,11 +110,11 @@ def costs_from_flops(
     sequence_parallel: bool = True,
 ) -> LayerCosts:
     """Costs by counting; every part is taken to run at the same rate."""
-    flops = forward_flops(shape, stats)
+    flops = forward_flops(sizes, stats)
     rate = machine.flops * tensor_parallel
     layers = [
         _seconds((w for w in flops.works if w.layer == layer), settings, rate)
-        for layer in range(shape.layers)
+        for layer in range(sizes.layers)
     ]
     outside = [w for w in flops.works if w.layer is None]
     return LayerCosts(
@@ -125,44 +122,35 @@ def costs_from_flops(
         first=_seconds((w for w in outside if w.part != "output"), settings, rate),
         last=_seconds((w for w in outside if w.part == "output"), settings, rate),
         boundaries=boundary_costs(
-            shape, stats, settings, machine, shards=tensor_parallel if sequence_parallel else 1
+            sizes, stats, settings, machine, shards=tensor_parallel if sequence_parallel else 1
         ),
     )
 
 
-def boundary_bytes(
-    shape: ModelShape, stats: PlanStats, next_layer: int, *, element: int = 2
-) -> tuple[int, int]:
-    """Bytes of decoder rows and of carried ViT features in front of a layer, over all TP ranks."""
-    content = boundary_content(next_layer, shape.compression.injection_layers)
-    rows = (stats.deep_rows if content.deep else stats.shallow_rows) * shape.hidden
-    vision = shape.vision
-    carried = stats.projected_tiles * vision.tokens_per_tile * vision.hidden_size if content.carry else 0
-    return rows * element, carried * element
+def boundary_rows(sizes: ModelSizes, stats: PlanStats, layer: int) -> tuple[int, int]:
+    """Decoder rows, and elements of carried ViT features, in front of a layer, over all TP ranks."""
+    content = boundary_content(layer, sizes.injection_layers)
+    features = stats.projected_tiles * sizes.features_per_tile if content.carry else 0
+    return stats.deep_rows if content.deep else stats.shallow_rows, features
 
 
 def boundary_costs(
-    shape: ModelShape,
-    stats: PlanStats,
-    settings: BackwardSettings,
-    machine: Machine,
-    *,
-    shards: int = 1,
-    element: int = 2,
+    sizes: ModelSizes, stats: PlanStats, settings: BackwardSettings, machine: Machine, *, shards: int = 1
 ) -> tuple[Cost, ...]:
-    """Time of every possible boundary; the features of a frozen encoder get no gradient."""
+    """Time of every possible boundary in bf16; the features of a frozen encoder get no gradient."""
     costs = []
-    for layer in range(shape.layers + 1):
-        rows, carried = boundary_bytes(shape, stats, layer, element=element)
-        back = rows + (0 if settings.freeze_vision else carried)
+    for layer in range(sizes.layers + 1):
+        rows, features = boundary_rows(sizes, stats, layer)
+        back = rows * sizes.hidden + (0 if settings.freeze_vision else features)
         forward, backward = (
-            machine.latency + size / shards / machine.bandwidth for size in (rows + carried, back)
+            machine.latency + 2 * elements / shards / machine.bandwidth
+            for elements in (rows * sizes.hidden + features, back)
         )
         costs.append(Cost(forward, backward))
     return tuple(costs)
 
 
-def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, limit: float) -> StageMemory:
+def stage_memory(model: MemoryModel, stats: PlanStats, limit: float) -> StageMemory:
     """Bytes per layer on one rank, by the formulas of the dry run.
 
     The loss of the one micro-batch that is being computed counts once, not per micro-batch in flight.
@@ -171,23 +159,23 @@ def stage_memory(model: ActivationModel, stats: PlanStats, sizes: StateSizes, li
 
     def state(rank: int, layers: StageLayers) -> float:
         stages = tuple((layers if r == rank else empty,) for r in range(3))
-        alone = replace(model.layout, pipeline=3, stages=stages)
-        return rank_state(model.shape, alone, rank, sizes, model.backward).total
+        return replace(model, layout=replace(model.layout, pipeline=3, stages=stages)).state(rank).total
 
-    layers = [StageLayers(i, i + 1) for i in range(model.shape.layers)]
-    alone = [chunk_activations(model, x, stats, first=False, last=False) for x in layers]
+    layers = [StageLayers(i, i + 1) for i in range(model.sizes.layers)]
+    single = [chunk_activations(model, x, stats, first=False, last=False) for x in layers]
+    carried = [model.carried_features(x, stats) for x in layers]
     first = chunk_activations(model, empty, stats, first=True, last=False)
     return StageMemory(
         tuple(state(1, x) for x in layers),
-        tuple(float(y.total - carried_features(model, x, stats)) for x, y in zip(layers, alone, strict=True)),
+        tuple(float(one.total - features) for one, features in zip(single, carried, strict=True)),
         first_state=state(0, empty),
         first_activations=float(first.total),
         last_state=state(2, empty) + model.output(stats),
         limit=limit,
-        working=tuple(float(one.working) for one in alone),
+        working=tuple(float(one.working) for one in single),
         first_working=float(first.working),
-        carried=float(carried_features(model, layers[0], stats)),
-        carriers=max(model.shape.compression.injection_layers, default=-1) + 1,
+        carried=float(carried[0]),
+        carriers=max(model.sizes.injection_layers, default=-1) + 1,
     )
 
 
@@ -225,19 +213,19 @@ class Profile:
             raise ValueError(f"profile {path} is not one that --measure wrote: {error!r}") from error
 
 
-def layer_kind(shape: ModelShape, layer: int) -> str:
+def layer_kind(sizes: ModelSizes, layer: int) -> str:
     """shallow, expand, deep or inject; mixture-of-experts layers with `_experts` behind."""
-    injections = shape.compression.injection_layers
+    injections = sizes.injection_layers
     if layer in injections:
         kind = "expand" if layer == injections[0] else "inject"
     else:
-        kind = "shallow" if layer < shape.shallow_layers else "deep"
-    return kind + ("_experts" if layer in shape.expert_layers else "")
+        kind = "shallow" if layer < sizes.shallow_layers else "deep"
+    return kind + ("_experts" if layer in sizes.expert_layers else "")
 
 
-def costs_from_profile(profile: Profile, shape: ModelShape, boundaries: tuple[Cost, ...]) -> LayerCosts:
+def costs_from_profile(profile: Profile, sizes: ModelSizes, boundaries: tuple[Cost, ...]) -> LayerCosts:
     """Costs of the model's layers by their kinds. Raises ValueError if a kind was not measured."""
-    kinds = [layer_kind(shape, layer) for layer in range(shape.layers)]
+    kinds = [layer_kind(sizes, layer) for layer in range(sizes.layers)]
     missing = sorted(set(kinds) - set(profile.kinds))
     if missing:
         raise ValueError(

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_internvlx.config import PVTC_MLP_RATIO
 from megatron_internvlx.data.plan import PhasePlan, SequencePlan
 from megatron_internvlx.model.internvit_config import InternViTConfig
-from megatron_internvlx.planning.parameters import PVTC_MLP_RATIO, ModelShape
+from megatron_internvlx.model.sizes import ModelSizes
 
 Attention = Literal["causal", "full"]
 Owner = Literal["vision", "projectors", "llm"]
@@ -78,7 +79,7 @@ class Work:
     """vision, entry_projector, injection_K, upsample, shallow_linear, shallow_attention,
     shallow_experts, deep_linear, deep_attention, deep_experts or output."""
     owner: Owner
-    """Whose freezing it follows."""
+    """Part whose --freeze flag applies to this work."""
     kind: Kind
     layer: int | None
     """0-based decoder layer (of the layer's injection too), None outside the decoder."""
@@ -112,19 +113,19 @@ def _sums(pairs):
     return sums
 
 
-def forward_flops(shape: ModelShape, stats: PlanStats, attention: Attention = "causal") -> FlopsByPart:
+def forward_flops(sizes: ModelSizes, stats: PlanStats, attention: Attention = "causal") -> FlopsByPart:
     """Forward FLOPs of the micro-batches that `stats` counts."""
-    plan, tiles = shape.compression, stats.projected_tiles
-    works = [*_vision(shape.vision, stats.vision_tiles)]
-    works += _projector(shape, plan.entry_grid, "entry_projector", None, tiles)
-    for layer in range(shape.layers):
-        if layer in plan.injection_layers:
-            works += _projector(shape, plan.high_grid, f"injection_{layer}", layer, tiles)
-            if layer == shape.shallow_layers:
-                upsample = 2 * stats.upsampled_tiles * (plan.high_grid * plan.low_grid) ** 2 * shape.hidden
+    tiles = stats.projected_tiles
+    works = [*_vision(sizes.vision, stats.vision_tiles)]
+    works += _projector(sizes, sizes.entry_grid, "entry_projector", None, tiles)
+    for layer in range(sizes.layers):
+        if layer in sizes.injection_layers:
+            works += _projector(sizes, sizes.high_grid, f"injection_{layer}", layer, tiles)
+            if layer == sizes.shallow_layers:
+                upsample = 2 * stats.upsampled_tiles * (sizes.high_grid * sizes.low_grid) ** 2 * sizes.hidden
                 works.append(Work("upsample", "llm", "upsample", layer, upsample))  # of decoder rows
-        works += _layer(shape, layer, stats, attention)
-    output = 2 * stats.output_rows * shape.hidden * shape.vocab
+        works += _layer(sizes, layer, stats, attention)
+    output = 2 * stats.output_rows * sizes.hidden * sizes.padded_vocab
     works.append(Work("output", "llm", "linear", None, output))
     return FlopsByPart(tuple(works))
 
@@ -139,15 +140,15 @@ def _vision(vit: InternViTConfig, tiles: int) -> Iterator[Work]:
     yield Work("vision", "vision", "products", None, 2 * tiles * products)
 
 
-def _projector(shape: ModelShape, grid: int, part: str, layer: int | None, tiles: int) -> Iterator[Work]:
+def _projector(sizes: ModelSizes, grid: int, part: str, layer: int | None, tiles: int) -> Iterator[Work]:
     """One projector: PVTC's three projection MLPs and two window attentions, or the MLP's two layers.
 
     The released class VisionProjector does the same products; tests/parity/test_flops.py counts them.
     """
-    h, c = shape.hidden, shape.vision.hidden_size
-    patches, cells = shape.compression.patches**2, grid * grid
+    h, c = sizes.hidden, sizes.vision.hidden_size
+    patches, cells = sizes.patches**2, grid * grid
     shuffled = patches * c * h  # every patch enters a cell's shuffled channels once
-    if shape.compression.projector == "mlp":
+    if sizes.projector == "mlp":
         yield Work(part, "projectors", "linear", layer, 2 * tiles * (shuffled + cells * h * h))
         return
     projections = 2 * shuffled + c * h
@@ -157,23 +158,23 @@ def _projector(shape: ModelShape, grid: int, part: str, layer: int | None, tiles
     yield Work(part, "projectors", "products", layer, 2 * tiles * 2 * 2 * patches * h)
 
 
-def _layer(shape: ModelShape, layer: int, stats: PlanStats, attention: Attention) -> Iterator[Work]:
-    shallow = layer < shape.shallow_layers
+def _layer(sizes: ModelSizes, layer: int, stats: PlanStats, attention: Attention) -> Iterator[Work]:
+    shallow = layer < sizes.shallow_layers
     phase = "shallow" if shallow else "deep"
     rows = stats.shallow_rows if shallow else stats.deep_rows
     squares = stats.shallow_squares if shallow else stats.deep_squares
     # Two products over the visible pairs, 2 FLOPs each; causal pairs are (squares + rows) / 2.
     pair_flops = 4 * squares if attention == "full" else 2 * (squares + rows)
-    h, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
+    h, queries, keys = sizes.hidden, sizes.query_width, sizes.key_width
     yield Work(f"{phase}_linear", "llm", "linear", layer, 2 * rows * h * 2 * (queries + keys))
     yield Work(f"{phase}_attention", "llm", "products", layer, pair_flops * queries)
-    if layer not in shape.expert_layers:
-        yield Work(f"{phase}_linear", "llm", "mlp", layer, 2 * rows * shape.matrices * h * shape.ffn)
+    if layer not in sizes.expert_layers:
+        yield Work(f"{phase}_linear", "llm", "mlp", layer, 2 * rows * sizes.matrices * h * sizes.ffn)
         return
-    routed = shape.topk * shape.matrices * h * shape.expert_ffn + h * shape.experts  # the last: router
+    routed = sizes.topk * sizes.matrices * h * sizes.expert_ffn + h * sizes.experts  # the last: router
     yield Work(f"{phase}_experts", "llm", "experts", layer, 2 * rows * routed)
-    if shape.shared_ffn:
-        shared = 2 * rows * shape.matrices * h * shape.shared_ffn
+    if sizes.shared_ffn:
+        shared = 2 * rows * sizes.matrices * h * sizes.shared_ffn
         yield Work(f"{phase}_experts", "llm", "shared_experts", layer, shared)
 
 

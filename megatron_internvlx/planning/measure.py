@@ -25,17 +25,17 @@ from megatron_internvlx import platform
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, build_plan
 from megatron_internvlx.model.builder import build_stage
 from megatron_internvlx.model.internvlx import InternVLX
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.device_plan import device_plan
 from megatron_internvlx.planning.costs import Cost, Profile, layer_kind
 from megatron_internvlx.planning.flops import PlanStats
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.platform.transfer import to_device
 
 
-def kinds_of(shape: ModelShape) -> list[str]:
+def kinds_of(sizes: ModelSizes) -> list[str]:
     """Kinds of the model's layers, in the order in which a small model can have one of each."""
-    present = {layer_kind(shape, layer) for layer in range(shape.layers)}
+    present = {layer_kind(sizes, layer) for layer in range(sizes.layers)}
     order = ("shallow", "expand", "deep", "inject")
     return sorted(present, key=lambda kind: (order.index(kind.removesuffix("_experts")), kind))
 

@@ -7,14 +7,21 @@ bytes per tensor). Activations are in planning/activations.py.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.layout import StageLayers, stage_layers
 from megatron_internvlx.planning.flops import BackwardSettings, Owner
-from megatron_internvlx.planning.parameters import PVTC_MLP_RATIO, ModelShape, vision_parameters
+from megatron_internvlx.planning.parameters import (
+    expert_parameters,
+    layer_parameters,
+    projector_parameters,
+    vision_layer_parameters,
+    vision_parameters,
+)
+from megatron_internvlx.planning.simulate import Schedule
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,14 @@ class Layout:
     sequence_parallel: bool = False
     stages: tuple[tuple[StageLayers, ...], ...] = ()
     """Per pipeline rank, its model chunks; one chunk without virtual stages."""
-    group_size: int = 1
-    """Micro-batches that a virtual stage runs before the next one's turn."""
+    group_size: int | None = None
+    """Micro-batches that a virtual stage runs before the next one's turn. None: as many as pipeline ranks."""
+    overlap: bool = True
+    """Virtual stages: receives are posted ahead."""
+
+    def schedule(self, micro_batches: int) -> Schedule:
+        """The pipeline schedule of a step. Raises ValueError for what Megatron would refuse."""
+        return Schedule(self.pipeline, len(self.stages[0]), micro_batches, self.overlap, self.group_size)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -61,7 +74,8 @@ class Layout:
             args.world_size // (expert * expert_tensor * pipeline),
             args.sequence_parallel,
             stages,
-            args.microbatch_group_size_per_vp_stage or pipeline,
+            args.microbatch_group_size_per_vp_stage,
+            args.overlap_p2p_comm,
         )
 
 
@@ -85,87 +99,42 @@ class Part:
         return self.count if self.used is None else self.used
 
 
-def rank_parts(shape: ModelShape, layout: Layout, rank: int) -> list[Part]:
+def rank_parts(sizes: ModelSizes, layout: Layout, rank: int) -> list[Part]:
     """Parameters of one rank of pipeline stage `rank`, all its model chunks together."""
     chunks, t = layout.stages[rank], layout.tensor
     layers = [layer for chunk in chunks for layer in range(chunk.first, chunk.end)]
     first, last = rank == 0, rank == layout.pipeline - 1
-    injected = [layer for layer in layers if layer in shape.compression.injection_layers]
+    injected = [layer for layer in layers if layer in sizes.injection_layers]
     parts = []
     if first:
-        unused = shape.vision.num_layers - shape.vision.layers_run
-        vision = vision_parameters(shape.vision)
-        used = vision - unused * _vision_layer(shape)
+        unused = sizes.vision.num_layers - sizes.vision.layers_run
+        vision = vision_parameters(sizes.vision)
+        used = vision - unused * vision_layer_parameters(sizes.vision)
         parts += [
             Part("vision", "vision", vision, used=used),
-            Part("entry_projector", "projectors", projector_share(shape, shape.compression.entry_grid, t)),
-            Part("embedding", "llm", shape.vocab // t * shape.hidden),
+            Part("entry_projector", "projectors", projector_parameters(sizes, sizes.entry_grid, t)),
+            Part("embedding", "llm", sizes.padded_vocab // t * sizes.hidden),
         ]
-    high = projector_share(shape, shape.compression.high_grid, t)
+    high = projector_parameters(sizes, sizes.high_grid, t)
     parts += [
         Part("injections", "projectors", len(injected) * high),
-        Part("layers", "llm", sum(layer_share(shape, layer, t) for layer in layers)),
-        Part("experts", "llm", sum(expert_share(shape, layer, layout) for layer in layers), expert=True),
+        Part("layers", "llm", sum(layer_parameters(sizes, layer, t) for layer in layers)),
+        Part(
+            "experts",
+            "llm",
+            sum(expert_parameters(sizes, i, layout.expert, layout.expert_tensor) for i in layers),
+            expert=True,
+        ),
     ]
     if last:
-        parts.append(Part("final_norm", "llm", shape.norm_tensors * shape.hidden))
-        if not shape.tied_embeddings or not first:
-            parts.append(Part("output", "llm", shape.vocab // t * shape.hidden))
+        parts.append(Part("final_norm", "llm", sizes.norm_tensors * sizes.hidden))
+        if not sizes.tied or not first:
+            parts.append(Part("output", "llm", sizes.padded_vocab // t * sizes.hidden))
     return [part for part in parts if part.count]
 
 
-def _vision_layer(shape: ModelShape) -> int:
-    vit = shape.vision
-    rest = vision_parameters(_with_layers(vit, 0))
-    return (vision_parameters(vit) - rest) // vit.num_layers
-
-
-def _with_layers(vit, layers: int):
-    from dataclasses import replace
-
-    return replace(vit, num_layers=layers, select_layer=-1)
-
-
-def projector_share(shape: ModelShape, grid: int, tensor: int) -> int:
-    """Parameters of one tensor-parallel rank's share of a projector to `grid` x `grid` tokens."""
-    h, c = shape.hidden, shape.vision.hidden_size
-    shuffled = (shape.compression.patches // grid) ** 2 * c
-    if shape.compression.projector == "mlp":
-        return 2 * shuffled + (shuffled * h + h) // tensor + h * h // tensor + h
-    projections = shuffled + shuffled * h // tensor + 2 * (c + c * h // tensor)
-    attention = (4 * h * h + 3 * PVTC_MLP_RATIO * h * h) // tensor + 3 * h
-    return projections + 2 * attention + grid * grid * h
-
-
-def layer_share(shape: ModelShape, layer: int, tensor: int) -> int:
-    """Parameters of a tensor-parallel rank's share of a decoder layer, experts not included."""
-    h = shape.hidden
-    queries, keys = shape.heads * shape.head_dim, shape.kv_groups * shape.head_dim
-    attention = (h * (queries + 2 * keys) + queries * h) // tensor
-    attention += (queries + 2 * keys) * shape.qkv_bias // tensor + h * shape.linear_bias
-    attention += 2 * shape.head_dim * shape.norm_tensors * shape.qk_norm
-    if layer in shape.expert_layers:
-        mlp = shape.experts * h  # the router, on every rank
-        mlp += _mlp_share(shape, shape.shared_ffn, tensor) if shape.shared_ffn else 0
-    else:
-        mlp = _mlp_share(shape, shape.ffn, tensor)
-    return attention + mlp + 2 * shape.norm_tensors * h
-
-
-def expert_share(shape: ModelShape, layer: int, layout: Layout) -> int:
-    """Parameters of a rank's experts in a decoder layer."""
-    if layer not in shape.expert_layers:
-        return 0
-    return shape.experts // layout.expert * _mlp_share(shape, shape.expert_ffn, layout.expert_tensor)
-
-
-def _mlp_share(shape: ModelShape, ffn: int, tensor: int) -> int:
-    bias = (ffn * (shape.matrices - 1) // tensor + shape.hidden) if shape.linear_bias else 0
-    return shape.matrices * shape.hidden * ffn // tensor + bias
-
-
 @dataclass(frozen=True)
-class StateSizes:
+class StateBytes:
     """Bytes per parameter of what a rank keeps through the whole training."""
 
     weight: int
@@ -177,7 +146,7 @@ class StateSizes:
     """The optimizer's state is sharded over the data-parallel ranks."""
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace) -> StateSizes:
+    def from_args(cls, args: argparse.Namespace) -> StateBytes:
         """Of Megatron's validated arguments."""
         weight = 2 if args.bf16 or args.fp16 else 4
         gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
@@ -210,43 +179,20 @@ class RankState:
 
 
 def rank_state(
-    shape: ModelShape, layout: Layout, rank: int, sizes: StateSizes, frozen: BackwardSettings
+    sizes: ModelSizes, layout: Layout, rank: int, per_parameter: StateBytes, frozen: BackwardSettings
 ) -> RankState:
     """Weights, gradients and optimizer state of one rank of pipeline stage `rank`."""
-    parts = rank_parts(shape, layout, rank)
+    parts = rank_parts(sizes, layout, rank)
     trained = [part for part in parts if frozen.trains(part.owner)]
     copied = sum(p.count for p in parts if p.name in ("layers", "experts"))
-    shards = layout.data if sizes.distributed else 1
-    expert_shards = layout.expert_data if sizes.distributed else 1
+    shards = layout.data if per_parameter.distributed else 1
+    expert_shards = layout.expert_data if per_parameter.distributed else 1
     held = sum(-(-p.trainable // (expert_shards if p.expert else shards)) for p in trained)
     trainable = sum(p.trainable for p in trained)
     return RankState(
         tuple(parts),
         trainable,
-        sum(p.count for p in parts) * sizes.weight + copied * sizes.fp8_copies,
-        trainable * sizes.gradient,
-        held * sizes.optimizer,
+        sum(p.count for p in parts) * per_parameter.weight + copied * per_parameter.fp8_copies,
+        trainable * per_parameter.gradient,
+        held * per_parameter.optimizer,
     )
-
-
-def in_flight(layout: Layout, rank: int, micro_batches: int) -> list[int]:
-    """Micro-batches whose activations each model chunk of pipeline stage `rank` holds at most.
-
-    Megatron's schedules: one forward one backward, or with virtual stages the interleaved one.
-    """
-    chunks = len(layout.stages[rank])
-    behind = layout.pipeline - rank - 1
-    if chunks == 1:
-        return [min(behind + 1, micro_batches)]
-    warmup = min(behind * 2 + (chunks - 1) * layout.group_size + 1, micro_batches * chunks)
-    return list(_forwards_per_chunk(warmup, chunks, layout.group_size, micro_batches))
-
-
-def _forwards_per_chunk(forwards: int, chunks: int, group: int, micro_batches: int) -> Iterator[int]:
-    """Of the first `forwards` forward passes of the interleaved schedule, how many run each chunk."""
-    order: list[int] = []
-    for start in range(0, micro_batches, group):
-        size = min(group, micro_batches - start)
-        order += [chunk for chunk in range(chunks) for _ in range(size)]
-    for chunk in range(chunks):
-        yield order[:forwards].count(chunk)

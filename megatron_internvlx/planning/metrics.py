@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.planning.flops import (
     BackwardSettings,
     PlanStats,
@@ -12,7 +14,6 @@ from megatron_internvlx.planning.flops import (
     forward_flops,
     training_flops,
 )
-from megatron_internvlx.planning.parameters import ModelShape
 
 TERA = 1e12
 
@@ -88,9 +89,14 @@ class StepMeter:
     computed once per interval.
     """
 
-    def __init__(self, shape: ModelShape, settings: BackwardSettings) -> None:
-        self.shape, self.settings = shape, settings
+    def __init__(self, sizes: ModelSizes, settings: BackwardSettings) -> None:
+        self.sizes, self.settings = sizes, settings
         self._reset()
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> StepMeter:
+        """The meter of a run with Megatron's validated arguments and ours."""
+        return cls(model_sizes(args), BackwardSettings.from_args(args))
 
     def _reset(self) -> None:
         self._micro_batches, self._useful, self._padded = 0, PlanStats(), PlanStats()
@@ -111,4 +117,4 @@ class StepMeter:
         return interval
 
     def _training(self, stats: PlanStats) -> TrainingFlops:
-        return training_flops(forward_flops(self.shape, stats), self.settings)
+        return training_flops(forward_flops(self.sizes, stats), self.settings)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.planning.costs import LayerCosts, StageMemory
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.planning.search import PipelinePlan, find_plan
 from megatron_internvlx.planning.simulate import Schedule
 
@@ -19,16 +19,16 @@ def _mark(plan: PipelinePlan) -> str:
     return "" if plan.proven else "not proven"
 
 
-def with_expansion(shape: ModelShape, layer: int) -> ModelShape:
+def with_expansion(sizes: ModelSizes, layer: int) -> ModelSizes:
     """The model with its expansion at `layer`; later injections keep their distance to it.
 
     Raises ValueError if LVTC is off.
     """
-    old = shape.compression.injection_layers
+    old = sizes.injection_layers
     if not old:
         raise ValueError("the model has no expansion to move: LVTC is off (--expand-layer is not set)")
-    moved = sorted({min(layer + k - old[0], shape.layers - 1) for k in old})
-    return replace(shape, compression=replace(shape.compression, injection_layers=tuple(moved)))
+    moved = sorted({min(layer + k - old[0], sizes.layers - 1) for k in old})
+    return replace(sizes, injection_layers=tuple(moved))
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class Expansion:
 
 
 def propose_expansions(
-    shape: ModelShape,
+    sizes: ModelSizes,
     schedule: Schedule,
-    costs: Callable[[ModelShape], LayerCosts],
+    costs: Callable[[ModelSizes], LayerCosts],
     layers: Iterable[int] | None = None,
-    memory: Callable[[ModelShape], StageMemory] | None = None,
+    memory: Callable[[ModelSizes], StageMemory] | None = None,
 ) -> list[Expansion]:
     """Every place for the expansion within an eighth of the depth around the model's, best balanced first.
 
     A lower layer always costs more work; what is compared is how well the work spreads. Places
     where no split fits the memory come last; without `memory` every place fits.
     """
-    here, reach = shape.shallow_layers, max(shape.layers // 8, 1)
-    wanted = layers or range(max(here - reach, 1), min(here + reach, shape.layers - 1) + 1)
-    base = costs(shape).total
+    here, reach = sizes.shallow_layers, max(sizes.layers // 8, 1)
+    wanted = layers or range(max(here - reach, 1), min(here + reach, sizes.layers - 1) + 1)
+    base = costs(sizes).total
     found = []
     for layer in wanted:
-        moved = with_expansion(shape, layer)
+        moved = with_expansion(sizes, layer)
         seconds, limited = costs(moved), memory(moved) if memory else None
         try:
             plan, fits = find_plan(seconds, schedule, limited, frontier=_FRONTIER), True
@@ -102,26 +102,26 @@ class Parallelism:
 
 
 def layouts(
-    shape: ModelShape, gpus: int, per_node: int, global_batch: int
+    sizes: ModelSizes, gpus: int, per_node: int, global_batch: int
 ) -> Iterator[tuple[int, int, int, int]]:
     """(TP, PP, VPP, DP) that divide the GPUs, the heads and the batch; TP stays inside a node."""
     for tensor in (1, 2, 4, 8, 16):
-        if tensor > per_node or gpus % tensor or shape.heads % tensor or shape.kv_groups % tensor:
+        if tensor > per_node or gpus % tensor or sizes.heads % tensor or sizes.kv_groups % tensor:
             continue
         for pipeline in (1, 2, 4, 8, 16):
-            if gpus % (tensor * pipeline) or pipeline > shape.layers:
+            if gpus % (tensor * pipeline) or pipeline > sizes.layers:
                 continue
             data = gpus // (tensor * pipeline)
             if global_batch % data or (pipeline > 1 and global_batch // data < pipeline):
                 continue
             for chunks in (1, 2):
                 batches = global_batch // data
-                if chunks == 1 or (pipeline > 1 and not batches % pipeline and 2 * pipeline <= shape.layers):
+                if chunks == 1 or (pipeline > 1 and not batches % pipeline and 2 * pipeline <= sizes.layers):
                     yield tensor, pipeline, chunks, data
 
 
 def propose_parallelism(
-    shape: ModelShape,
+    sizes: ModelSizes,
     candidates: Iterable[tuple[int, int, int, int]],
     global_batch: int,
     costs: Callable[[int], LayerCosts],
@@ -131,7 +131,7 @@ def propose_parallelism(
     """Layouts that fit the memory, fastest first.
 
     Args:
-        shape: the model.
+        sizes: the model.
         candidates: (TP, PP, VPP, DP), for example from `layouts`.
         global_batch: micro-batches per step over all replicas.
         costs: TP -> costs of a micro-batch. memory: (TP, PP, DP) -> bytes.

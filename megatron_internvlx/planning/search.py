@@ -1,8 +1,19 @@
 """The split of decoder layers over pipeline stages that makes a step shortest.
 
-The search goes stage by stage over all splits at once (numpy rows), drops those whose lower bound
+The search goes rank by rank over all splits at once (numpy rows), drops those whose lower bound
 reaches the best split known, and simulates what is left. Bounds never exceed the simulated time,
 so the result is optimal whenever no frontier had to be cut (`PipelinePlan.proven`).
+
+A bound is of a split whose first R of P ranks are decided. M micro-batches; w forward and backward of one
+micro-batch over the chunks of a rank, u over its first chunk; `passing` the sum of u and of the messages behind it,
+there and back, over the ranks before; T the time of the best split known.
+
+| a step takes at least | because | counted by |
+|---|---|---|
+| M w + passing, for each decided rank | it works M times, behind and before the ranks in front | `quick_bound` |
+| more than T if (T - passing - u) (P - R) / M, | the undecided ranks work off M times what is left, | |
+| of rank R - 1, is less than the work left | in what of T the way to them leaves | `quick_bound` |
+| a simulation of the decided ranks | the layers of the others only delay what passes | `least_seconds` |
 """
 
 from __future__ import annotations

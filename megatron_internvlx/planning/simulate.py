@@ -35,6 +35,8 @@ class Schedule:
     """Micro-batches per step and data-parallel replica."""
     overlap: bool = True
     """Interleaved only: receives are posted ahead (Megatron's default there)."""
+    group_size: int | None = None
+    """Interleaved only: micro-batches that a chunk runs before the next chunk's turn. None: P."""
 
     def __post_init__(self) -> None:
         if min(self.pipeline, self.chunks, self.micro_batches) < 1:
@@ -61,7 +63,12 @@ class Schedule:
         behind = self.pipeline - rank - 1
         if self.chunks == 1:
             return min(behind, total)
-        return min(2 * behind + (self.chunks - 1) * self.pipeline, total)
+        return min(2 * behind + (self.chunks - 1) * self.group, total)
+
+    @property
+    def group(self) -> int:
+        """Micro-batches that a chunk runs at a time."""
+        return self.group_size or self.pipeline
 
 
 class Message(NamedTuple):
@@ -118,12 +125,12 @@ class _Program:
         self.total = schedule.micro_batches * schedule.chunks
         self.warmup = schedule.warmup(rank)
         self.instructions: list[Instruction] = []
-        groups = range(0, schedule.micro_batches, schedule.pipeline)
+        groups = range(0, schedule.micro_batches, schedule.group)
         self.table = [
             (chunk, micro_batch)
             for first in groups
             for chunk in range(schedule.chunks)
-            for micro_batch in range(first, min(first + schedule.pipeline, schedule.micro_batches))
+            for micro_batch in range(first, min(first + schedule.group, schedule.micro_batches))
         ]
 
     def plain(self) -> None:

@@ -14,17 +14,15 @@ which a later start may change). It is made in whole numbers, to be the same on 
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from megatron_internvlx.model.settings import compression_plan, vision_config
+from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.layout import layout_counts
 from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_from_flops
-from megatron_internvlx.planning.dryrun import full_micro_batch
 from megatron_internvlx.planning.flops import BackwardSettings
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.planning.search import layout_string
+from megatron_internvlx.planning.workload import Workload
 from megatron_internvlx.ranks import is_first_rank
 
 _UNITS = 1 << 24  # of work in a micro-batch: as fine as anybody could measure
@@ -98,13 +96,11 @@ def model_costs(args: argparse.Namespace) -> LayerCosts:
     Those of training all of it on one row of --seq-length full of tiles, without recompute. Raises ValueError when
     not even one tile fits.
     """
-    args = copy.copy(args)  # with what Megatron would fill in, as far as costs need it
-    args.padded_vocab_size = None
-    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
-    # Settings that may change between two starts are at values of our own: a pack is one row, whatever its batch.
-    args.boundary, args.max_tiles_per_pack = "variable", args.seq_length  # more than fit
-    shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-    return costs_from_flops(shape, full_micro_batch(args, shape), BackwardSettings(), Machine())
+    filled = {"padded_vocab_size": None, "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size}
+    sizes = model_sizes(vars(args) | filled)  # with what Megatron would fill in, as far as costs need it
+    # A pack is one row, whatever the batch and the tile limits: they may change between two starts.
+    pack = Workload(args.seq_length, image_tiles=args.seq_length).full_micro_batch(sizes)
+    return costs_from_flops(sizes, pack, BackwardSettings(), Machine())
 
 
 def even_work(costs: LayerCosts, stages: int) -> tuple[int, ...]:

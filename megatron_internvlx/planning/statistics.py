@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,12 @@ from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.rvtc import POLICIES
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.data.shards import META
-from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.model.presets import preset
+from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.planning.flops import PlanStats, forward_flops
-from megatron_internvlx.planning.parameters import ModelShape
 
 INK, FAINT = "#212529", "#dee2e6"
 COLOURS = {"off": "#868e96", "area": "#1f5fa8", "edge": "#c2570c"}
-
-
-@dataclass(frozen=True)
-class _Grids:
-    """The part of the model's compression plan that FLOPs depend on."""
-
-    low_grid: int
-    high_grid: int
-    patches: int
-    injection_layers: tuple[int, ...]
-    projector: str = "pvtc"
-
-    @property
-    def lvtc(self) -> bool:
-        return bool(self.injection_layers)
-
-    @property
-    def entry_grid(self) -> int:
-        return self.low_grid if self.lvtc else self.high_grid
 
 
 @dataclass
@@ -147,40 +127,24 @@ def add_fill(stats: DataStats, budget: Budget) -> int:
     return over
 
 
-def add_flops(stats: DataStats, model: str, *, low_grid: int, high_grid: int, patches: int) -> None:
-    """Forward FLOPs of all samples by a model preset, with LVTC at the preset's layer and without it."""
-    flags = preset(model)
-    layer = flags.get("expand_layer") or max(1, flags["num_layers"] // 2)
-    grids = _Grids(low_grid, high_grid, patches, (layer, *sorted(flags.get("inject_layers") or ())))
+def add_flops(stats: DataStats, model: str, tiles: Mapping[str, Any]) -> None:
+    """Forward FLOPs of all samples by a model preset, with LVTC at the preset's layer and without it.
+
+    Args:
+        stats: of `collect`; changed.
+        model: name of the preset.
+        tiles: arguments of the tiles that were counted: image_size, patch_size, low_ratio, high_ratio.
+    """
+    flags = {"expand_layer": None, **preset(model), **tiles}
+    sizes = model_sizes(flags | {"expand_layer": flags["expand_layer"] or max(1, flags["num_layers"] // 2)})
     for policy in stats.policies.values():
-        shallow, deep, tiles = (int(total) for total in policy.costs.sum(0))
+        shallow, deep, count = (int(total) for total in policy.costs.sum(0))
         squares = [int((policy.costs[:, i] ** 2).sum()) for i in (0, 1)]
         rows = int(policy.supervised.sum())
-        with_lvtc = PlanStats(tiles, tiles, tiles, shallow, squares[0], deep, squares[1], rows)
-        without = PlanStats(tiles, tiles, 0, 0, 0, deep, squares[1], rows)
-        policy.flops = forward_flops(_shape(flags, grids), with_lvtc).total
-        plain = replace(grids, injection_layers=())
-        policy.flops_without_lvtc = forward_flops(_shape(flags, plain), without).total
-
-
-def _shape(flags: dict[str, Any], grids: _Grids) -> ModelShape:
-    heads = flags["num_attention_heads"]
-    changes = {key: flags[key] for key in ("image_size", "patch_size") if flags.get(key)}
-    return ModelShape(
-        layers=flags["num_layers"],
-        hidden=flags["hidden_size"],
-        heads=heads,
-        kv_groups=flags["num_query_groups"],
-        head_dim=flags.get("kv_channels") or flags["hidden_size"] // heads,
-        ffn=flags["ffn_hidden_size"],
-        vocab=flags["vocab_size"],
-        vision=internvit_preset(flags["vision_preset"], **changes),
-        compression=grids,  # type: ignore[arg-type]
-        experts=flags.get("num_experts", 0),
-        topk=flags.get("moe_router_topk", 0),
-        expert_ffn=flags.get("moe_ffn_hidden_size", 0),
-        expert_layers=frozenset(range(flags["num_layers"])) if flags.get("num_experts") else frozenset(),
-    )
+        with_lvtc = PlanStats(count, count, count, shallow, squares[0], deep, squares[1], rows)
+        without = PlanStats(count, count, 0, 0, 0, deep, squares[1], rows)
+        policy.flops = forward_flops(sizes, with_lvtc).total
+        policy.flops_without_lvtc = forward_flops(replace(sizes, injection_layers=()), without).total
 
 
 def table(stats: DataStats, budget: Budget | None) -> str:

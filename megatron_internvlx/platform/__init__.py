@@ -1,9 +1,8 @@
-"""Where the model runs: Megatron on CUDA as shipped, or the same unmodified Megatron on CPU with gloo.
+"""Platform: unmodified Megatron on CUDA, or on CPU with gloo and the patches of this package.
 
-`setup()` is called once, before anything imports Megatron. On a machine with CUDA it only prepares the
-environment; without CUDA it applies the patches of `cpu.py`, `rng.py` and `cpu_megatron.py`, one function
-each, with its reason.
-`device()` is the only device switch of the project: no other module asks for CUDA.
+Call `setup()` once, before anything imports Megatron. With CUDA it mainly prepares the environment; without CUDA
+it applies the patches of `cpu.py`, `rng.py` and `cpu_megatron.py`, one function each, with its reason.
+`device()` is the only device switch of the project: no other module queries CUDA.
 """
 
 import argparse
@@ -37,7 +36,7 @@ _done: str | None = None
 
 
 def _has_cuda() -> bool:
-    """Asked once, before any patch, so that no patch can change the answer."""
+    """Whether CUDA is available; called once, before any patch can change the answer."""
     return torch.cuda.is_available()
 
 
@@ -45,22 +44,22 @@ _CUDA = _has_cuda()
 
 
 def device() -> torch.device:
-    """The device of parameters and batches: this rank's GPU, or the CPU."""
+    """Device of parameters and batches: this rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if _CUDA else torch.device("cpu")
 
 
 def backend() -> str:
-    """The torch.distributed backend that moves tensors of `device()`."""
+    """Backend of torch.distributed for tensors on `device()`."""
     return "nccl" if _CUDA else "gloo"
 
 
 def peak_memory() -> int:
-    """Most bytes this process has held on its device; without a GPU, its peak resident size."""
+    """Peak memory of this process on its device in bytes; without a GPU, its peak resident size."""
     return torch.cuda.max_memory_allocated()
 
 
 def synchronize() -> None:
-    """Wait until the device has done what it was given; for measuring time."""
+    """Wait until the device has finished its queued work; for time measurements."""
     if _CUDA:
         torch.cuda.synchronize()
 
@@ -71,9 +70,9 @@ def device_name() -> str:
 
 
 def setup() -> str:
-    """Make `megatron.training.pretrain` run on this machine; returns "cuda" or "cpu". Safe to repeat.
+    """Prepare this process for `megatron.training.pretrain`; returns "cuda" or "cpu". Safe to repeat.
 
-    Must come before the first import of Megatron: its modules bind some torch names when imported.
+    Call it before the first import of Megatron, whose modules bind some torch names when imported.
     """
     global _done
     if _done is None:
@@ -89,15 +88,15 @@ def setup() -> str:
             cuda.patch_torch()
             cuda.patch_megatron()
         shared.use_shipped_index_helper()
-        schedule.let_learning_rates_change()
+        schedule.allow_learning_rate_changes()
         schedule.announce_schedule_changes()
         _done = "cuda" if _CUDA else "cpu"
     return _done
 
 
 def pretend_hopper() -> None:
-    """Megatron's checks see the compute capability of an H100: for dry runs, which need no GPU."""
-    cpu.put(torch.cuda, get_device_capability=lambda *_args, **_kwargs: (9, 0))
+    """Report the compute capability of an H100 to Megatron's checks; for dry runs, which need no GPU."""
+    cpu.set_attributes(torch.cuda, get_device_capability=lambda *_args, **_kwargs: (9, 0))
 
 
 def _installed(package: str) -> bool:
@@ -105,7 +104,7 @@ def _installed(package: str) -> bool:
 
 
 def args_defaults() -> dict[str, Any]:
-    """Values of Megatron arguments (argparse destinations) that this machine needs."""
+    """Defaults of Megatron arguments (argparse destinations) that this machine needs."""
     return {} if _CUDA else dict(cpu.ARGS_DEFAULTS)
 
 
@@ -119,6 +118,6 @@ def output_layer_fuses_accumulation() -> bool:
 
 
 def set_args_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Make those values the parser's defaults; to be called from Megatron's `extra_args_provider`."""
+    """Set `args_defaults()` as the parser's defaults; call it from Megatron's `extra_args_provider`."""
     parser.set_defaults(**args_defaults())
     return parser

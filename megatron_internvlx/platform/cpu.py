@@ -1,8 +1,8 @@
 """Every patch of torch that Megatron needs to run on CPU with gloo, each with its reason.
 
 All seen on megatron-core 0.19.2 / torch 2.13.0 (the CUDA build of torch on a machine without a driver).
-`torch.cuda.is_available()` keeps answering False: other libraries believe it and choose CPU paths, and
-only `initialize_megatron`, which refuses to start otherwise, is told something else while it runs.
+`torch.cuda.is_available()` stays False, so that other libraries choose their CPU paths. It is True only while
+`initialize_megatron` runs, which would refuse to start otherwise.
 """
 
 import contextlib
@@ -39,26 +39,26 @@ ARGS_DEFAULTS: dict[str, Any] = {
 
 
 def patch_torch() -> None:
-    """Apply the patches of torch; must run before Megatron is imported."""
+    """Apply all patches of torch; call it before Megatron is imported."""
     if "OMP_NUM_THREADS" not in os.environ:
         _share_cores()
-    _without_cuda_packages()
-    _no_compilation()
+    _block_cuda_packages()
+    _disable_compilation()
     _allocate_on_cpu()
     _move_to_cpu()
     _report_cuda_tensor_types()
-    _one_device()
-    _streams_and_events()
-    _memory_of_the_process()
-    rng.one_generator()
-    rng.loaders_apart()
-    _plain_barrier()
+    _report_cpu_as_device()
+    _replace_streams_and_events()
+    _report_process_memory()
+    rng.share_one_generator()
+    rng.separate_loader_stream()
+    _drop_barrier_devices()
 
 
 def _share_cores() -> None:
-    """Divide the cores among the ranks of this machine; torch takes all of them in each rank otherwise.
+    """Divide the cores among the ranks of this machine; otherwise torch uses all cores in each rank.
 
-    torchrun sets OMP_NUM_THREADS itself; then its choice stands.
+    Skipped if OMP_NUM_THREADS is set, as it is by torchrun.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -66,34 +66,34 @@ def _share_cores() -> None:
     torch.set_num_threads(threads)
 
 
-def _without_cuda_packages() -> None:
-    """Transformer Engine and apex cannot be imported, where they are installed.
+def _block_cuda_packages() -> None:
+    """Prevent the import of Transformer Engine and apex, if they are installed.
 
-    Megatron takes their fused Adam, gradient norms and scaling whenever it can import them, and those have no
-    kernels for the CPU. Without them it takes torch's.
+    Megatron uses their fused Adam, gradient norms and scaling whenever it can import them, and they have no
+    kernels for the CPU. Without them it uses torch's.
     """
     for package in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
         for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
-            sys.modules[name] = None  # type: ignore[assignment]  # how Python marks what must not be imported
+            sys.modules[name] = None  # type: ignore[assignment]  # makes Python refuse the import
         sys.modules[package] = None  # type: ignore[assignment]
 
 
-def _no_compilation() -> None:
-    """`torch.compile` returns its function unchanged.
+def _disable_compilation() -> None:
+    """Make `torch.compile` return its function unchanged.
 
-    Megatron decorates its fused activations with it: on CPU they would build C++ at first use (tens of
-    seconds), and the decoration alone imports torch's compiler (2 s per process).
+    Megatron decorates its fused activations with it: on CPU they would compile C++ at first use (tens of
+    seconds), and the decorator alone imports torch's compiler (2 s per process).
     """
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
     def unchanged(model: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
         return model if model is not None else lambda function: function
 
-    put(torch, compile=unchanged)
+    set_attributes(torch, compile=unchanged)
 
 
-def put(owner: Any, **names: Any) -> None:
-    """Set attributes of a module or class that is not ours (its stubs would refuse plain assignments)."""
+def set_attributes(owner: Any, **names: Any) -> None:
+    """Set attributes of a foreign module or class (its type stubs would reject plain assignments)."""
     for name, value in names.items():
         setattr(owner, name, value)
 
@@ -104,8 +104,8 @@ def _is_cuda(where: Any) -> bool:
     return isinstance(where, str) and where.startswith("cuda")
 
 
-def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with CUDA devices among its arguments replaced by the CPU, and without pinning."""
+def _redirect_to_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function: CUDA devices among its arguments become the CPU, and memory is not pinned."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -119,11 +119,12 @@ def _with_cpu_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _allocate_on_cpu() -> None:
-    """Factories given `device="cuda"` allocate on the CPU: Megatron writes that string in 100 places.
+    """Make tensor factories with `device="cuda"` allocate on the CPU; Megatron uses that string in 100 places.
 
-    Wrapping the factories costs nothing elsewhere; a TorchFunctionMode would slow every operation and does
-    not reach other threads. The list is torch's own, which is filled first because `torch.device` contexts
-    compare with the unwrapped functions; TorchScript finds builtins by identity and is told the new ones.
+    Wrapping the factories costs nothing elsewhere; a TorchFunctionMode would slow down every operation and does
+    not affect other threads. The list of factories is torch's own. It is computed before wrapping, because
+    `torch.device` contexts compare with the original functions. TorchScript identifies builtins by identity, so
+    the wrapped ones are registered too.
     """
     from torch.jit._builtins import _find_builtin, _register_builtin
 
@@ -131,17 +132,17 @@ def _allocate_on_cpu() -> None:
     for original in factories:
         name = getattr(original, "__name__", "")
         if name in vars(torch) and vars(torch)[name] is original:
-            wrapped = _with_cpu_device(original)
+            wrapped = _redirect_to_cpu(original)
             setattr(torch, name, wrapped)
             if (builtin := _find_builtin(original)) is not None:
                 _register_builtin(wrapped, builtin)
     for name in ("empty", "zeros", "ones", "full"):
         for owner, variant in ((torch, f"{name}_like"), (torch.Tensor, f"new_{name}")):
-            setattr(owner, variant, _with_cpu_device(getattr(owner, variant)))
+            setattr(owner, variant, _redirect_to_cpu(getattr(owner, variant)))
 
 
 def _move_to_cpu() -> None:
-    """`.cuda()`, `.to("cuda")` and `.pin_memory()` return the tensor: there is nowhere to move it."""
+    """Make `.cuda()`, `.to("cuda")` and `.pin_memory()` return the tensor itself."""
     original_to = torch.Tensor.to
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -154,14 +155,14 @@ def _move_to_cpu() -> None:
     def same(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return self
 
-    put(torch.Tensor, to=functools.wraps(original_to)(to), cuda=same, pin_memory=same)
-    # Module.cuda() moves each parameter with Tensor.cuda: nothing to add.
+    set_attributes(torch.Tensor, to=functools.wraps(original_to)(to), cuda=same, pin_memory=same)
+    # Module.cuda() calls Tensor.cuda for each parameter, so it needs no patch.
 
 
 def _report_cuda_tensor_types() -> None:
-    """`tensor.type()` names the CUDA type, which the optimizers compare with "torch.cuda.FloatTensor".
+    """Make `tensor.type()` return the CUDA type, because the optimizers compare it with "torch.cuda.FloatTensor".
 
-    Types by name are accepted in both spellings.
+    As an argument, both spellings are accepted.
     """
     original = torch.Tensor.type
     names = {f"torch.{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
@@ -174,13 +175,13 @@ def _report_cuda_tensor_types() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original(self, dtype, *args, **kwargs)
 
-    put(torch.Tensor, type=functools.wraps(original)(type_))
+    set_attributes(torch.Tensor, type=functools.wraps(original)(type_))
 
 
-def _one_device() -> None:
-    """Queries about "the current device" answer with the CPU instead of loading the driver.
+def _report_cpu_as_device() -> None:
+    """Make queries about the current device report the CPU instead of loading the driver.
 
-    `current_device()` returns the device itself, which every `device=` accepts where an index would fail.
+    `current_device()` returns the device itself: every `device=` accepts it, and an index would fail.
     """
     properties = SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=psutil.virtual_memory().total, multi_processor_count=1
@@ -197,23 +198,23 @@ def _one_device() -> None:
         "_lazy_init": None,
     }
     for name, answer in answers.items():
-        setattr(torch.cuda, name, functools.partial(_answer, answer))
-    # Megatron imports it by name to defer work until CUDA exists; here the work is done at once.
-    put(torch.cuda, _lazy_call=lambda work, **_kwargs: work())
+        setattr(torch.cuda, name, functools.partial(_return_constant, answer))
+    # Megatron uses it to defer work until CUDA is initialised; here the work is done at once.
+    set_attributes(torch.cuda, _lazy_call=lambda work, **_kwargs: work())
 
 
-def _answer(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+def _return_constant(value: Any, *_args: Any, **_kwargs: Any) -> Any:
     return value
 
 
 class Event:
-    """Stand-in for `torch.cuda.Event`: everything has happened; times are the host's."""
+    """Replacement of `torch.cuda.Event`: always complete, timed by the host's clock."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         self.seconds = time.perf_counter()
 
     def record(self, stream: Any = None) -> None:
-        """Remember the present time."""
+        """Store the current time."""
         self.seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -223,7 +224,7 @@ class Event:
         """Return at once: work on CPU is synchronous."""
 
     def query(self) -> bool:
-        """Say that the event has happened."""
+        """Return True: the event is complete."""
         return True
 
     def elapsed_time(self, end: "Event") -> float:
@@ -232,7 +233,7 @@ class Event:
 
 
 class Stream:
-    """Stand-in for `torch.cuda.Stream`: one queue, in program order."""
+    """Replacement of `torch.cuda.Stream`: work runs at once, in program order."""
 
     device = CPU
     cuda_stream = 0
@@ -242,11 +243,11 @@ class Stream:
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
-        """All priorities are the same."""
+        """Range of priorities: there is only one."""
         return (0, 0)
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Return an event which has happened; the all-to-all token dispatcher keeps it."""
+        """Return a complete event, which the all-to-all token dispatcher stores."""
         event = event if event is not None else Event()
         event.record()
         return event
@@ -261,33 +262,33 @@ class Stream:
         """Return at once: work on CPU is synchronous."""
 
     def query(self) -> bool:
-        """Say that the queue is empty."""
+        """Return True: the queue is empty."""
         return True
 
 
-def _streams_and_events() -> None:
-    """Streams and events are needed by overlapped communication, timers and the token dispatcher."""
+def _replace_streams_and_events() -> None:
+    """Replace streams and events, which overlapped communication, timers and the token dispatcher use."""
     only = Stream()
-    put(
+    set_attributes(
         torch.cuda,
         Event=Event,
         Stream=Stream,
-        current_stream=functools.partial(_answer, only),
-        default_stream=functools.partial(_answer, only),
-        set_stream=functools.partial(_answer, None),
+        current_stream=functools.partial(_return_constant, only),
+        default_stream=functools.partial(_return_constant, only),
+        set_stream=functools.partial(_return_constant, None),
         stream=lambda *_: contextlib.nullcontext(),
     )
 
 
-def _memory_of_the_process() -> None:
-    """Memory statistics, which Megatron logs, are those of the process: resident size and its peak."""
+def _report_process_memory() -> None:
+    """Report the process's resident size and its peak as the memory statistics that Megatron logs."""
     process = psutil.Process()
 
     def resident(*_: Any) -> int:
         return process.memory_info().rss
 
     def peak(*_: Any) -> int:
-        # The kernel updates the peak late.
+        # The kernel updates the peak with a delay.
         return max(resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def stats(*_: Any) -> dict[str, int]:
@@ -301,11 +302,13 @@ def _memory_of_the_process() -> None:
         setattr(torch.cuda, name, resident)
     for name in ("max_memory_allocated", "max_memory_reserved"):
         setattr(torch.cuda, name, peak)
-    put(torch.cuda, memory_stats=stats, reset_peak_memory_stats=functools.partial(_answer, None))
+    set_attributes(
+        torch.cuda, memory_stats=stats, reset_peak_memory_stats=functools.partial(_return_constant, None)
+    )
 
 
-def _plain_barrier() -> None:
-    """Barriers drop `device_ids`, which gloo refuses."""
+def _drop_barrier_devices() -> None:
+    """Make barriers ignore `device_ids`, which gloo rejects."""
     original = torch.distributed.barrier
 
     @functools.wraps(original)
@@ -313,4 +316,4 @@ def _plain_barrier() -> None:
         return original(*args, **kwargs)
 
     for module in (torch.distributed, torch.distributed.distributed_c10d):
-        put(module, barrier=barrier)
+        set_attributes(module, barrier=barrier)

@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from megatron_internvlx.platform.cpu import put
+from megatron_internvlx.platform.cpu import set_attributes
 
 
 def patch_megatron() -> None:
-    """Apply the patches; imports Megatron, so torch must be patched before."""
-    _start_without_cuda()
-    _split_sizes_as_lists()
-    _save_without_helper_process()
-    _load_torch_adam()
+    """Apply all patches of Megatron; patch torch first, because this imports Megatron."""
+    _allow_start_without_cuda()
+    _convert_split_sizes()
+    _avoid_save_process()
+    _support_torch_adam()
 
 
-def _start_without_cuda() -> None:
-    """`initialize_megatron` sees one CUDA device while it runs.
+def _allow_start_without_cuda() -> None:
+    """Report one CUDA device while `initialize_megatron` runs.
 
-    It asserts that CUDA exists, and builds the parallel groups and seeds the trackers only if it counts a
-    device.
+    It asserts that CUDA is available, and creates the parallel groups and seeds the RNG trackers only if there
+    is a device.
     """
     import megatron.training.initialize as initialize
     import megatron.training.training as training
@@ -34,21 +34,21 @@ def _start_without_cuda() -> None:
     @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         honest = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count}
-        put(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
+        set_attributes(torch.cuda, is_available=lambda: True, device_count=lambda: 1)
         try:
             return original(*args, **kwargs)
         finally:
-            put(torch.cuda, **honest)
+            set_attributes(torch.cuda, **honest)
 
     for module in (initialize, training):
-        put(module, initialize_megatron=initialize_megatron)
+        set_attributes(module, initialize_megatron=initialize_megatron)
 
 
-def _split_sizes_as_lists() -> None:
-    """The expert dispatcher's split sizes become numpy arrays, as they do when they come from a GPU.
+def _convert_split_sizes() -> None:
+    """Convert the expert dispatcher's split sizes to NumPy arrays, as Megatron does for those from a GPU.
 
     `maybe_move_tensor_to_cpu(as_numpy=True)` converts only CUDA tensors, and gloo's all-to-all does not
-    take tensors as sizes.
+    accept tensors as sizes.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -57,14 +57,14 @@ def _split_sizes_as_lists() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     for module in (moe_utils, token_dispatcher):
-        put(module, maybe_move_tensor_to_cpu=move)
+        set_attributes(module, maybe_move_tensor_to_cpu=move)
 
 
-def _save_without_helper_process() -> None:
-    """A synchronous save passes its results through a queue of this process.
+def _avoid_save_process() -> None:
+    """Use a queue inside this process for the results of a synchronous save.
 
-    Megatron spawns a server process per rank for a queue between processes, which only an asynchronous save
-    needs. The server imports the main script again (seconds per rank), and outlives a rank that is killed.
+    Megatron starts a server process per rank for a queue between processes, which only an asynchronous save
+    needs. The server imports the main script again (seconds per rank), and keeps running if its rank is killed.
     """
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     from megatron.training import global_vars
@@ -76,15 +76,15 @@ def _save_without_helper_process() -> None:
         asynchronous = settings is not None and settings.async_save
         return original(*args, **kwargs) if asynchronous else queue.Queue()
 
-    put(filesystem_async, get_write_results_queue=get_write_results_queue)
+    set_attributes(filesystem_async, get_write_results_queue=get_write_results_queue)
 
 
-def _load_torch_adam() -> None:
-    """The distributed optimizer can load a checkpoint into torch's Adam, which stands in for the fused ones.
+def _support_torch_adam() -> None:
+    """Let the distributed optimizer load a checkpoint into torch's Adam, which replaces the fused ones.
 
-    Three things differ from those: there is no state before the first step, and without it the question what
-    to load fails; the number of steps is a tensor in every parameter's state, where loaders do not expect it;
-    and after loading all parameters share one such tensor, so each step would count once per parameter.
+    Torch's Adam differs in three ways: it has no state before the first step, so Megatron cannot determine what
+    to load; the step count is a tensor in every parameter's state, where the loaders do not expect it; and after
+    loading, all parameters share one such tensor, so each step would count once per parameter.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -118,7 +118,7 @@ def _load_torch_adam() -> None:
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         fill(self, model_param, {**tensors, "step": None})
 
-    put(
+    set_attributes(
         DistributedOptimizer,
         sharded_state_dict=sharded_state_dict,
         load_state_dict=load_state_dict,

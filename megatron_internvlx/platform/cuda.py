@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_internvlx.platform.cpu import put
+from megatron_internvlx.platform.cpu import set_attributes
 
 
 def patch_torch() -> None:
@@ -38,7 +38,7 @@ def _barriers_name_their_device() -> None:
             device_ids = [torch.cuda.current_device()]
         return barrier(group, async_op, device_ids)
 
-    put(torch.distributed, barrier=on_this_gpu)
+    set_attributes(torch.distributed, barrier=on_this_gpu)
 
 
 def _expect_one_stale_stream() -> None:
@@ -77,4 +77,4 @@ def _accumulate_on_the_training_stream() -> None:
             build(self, config, *args, **kwargs)
         before.wait_stream(training)
 
-    put(DistributedDataParallel, __init__=on_training_stream)
+    set_attributes(DistributedDataParallel, __init__=on_training_stream)

@@ -1,4 +1,4 @@
-"""What vision encoder, PVTC and loss compute between matrix products, one kernel for each step and direction.
+"""Operations of vision encoder, PVTC and loss between matrix products, one kernel for each step and direction.
 
 On CUDA they are Triton kernels (`kernels_triton.py`), elsewhere torch's operations (`kernels_torch.py`), with the
 same backward formulas. A parameter whose gradient Transformer Engine would add to `main_grad` in its own kernels
@@ -34,7 +34,7 @@ class Norm(NamedTuple):
 
 
 def implementation(x: Tensor) -> ModuleType:
-    """Where the kernels for this tensor are."""
+    """Module with the kernels for this tensor."""
     if not x.is_cuda:
         return kernels_torch
     from megatron_internvlx.platform import kernels_triton
@@ -109,8 +109,8 @@ def split_packed(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
 def vocab_parallel_cross_entropy(logits: Tensor, targets_n: Tensor, group: ProcessGroup) -> Tensor:
     """Cross entropy of each row, `[n]`, at least in fp32.
 
-    Keeps nothing of the logits' size but the logits, which the backward pass replaces by their gradient: so they
-    can be read by nothing else then, and a second backward pass is an error.
+    Of the logits' size nothing is kept but the logits, which the backward pass replaces by their gradient: nothing
+    else may read them then, and a second backward pass is an error.
 
     Args:
         logits: this rank's columns, `[n, V/TP]` or `[n, 1, V/TP]`, of finite numbers.
@@ -121,7 +121,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets_n: Tensor, group: Proce
 
 
 def _destinations(parameters: list[Tensor | None], accumulate: bool) -> tuple[list[Tensor | None], bool]:
-    """Where the gradients of `parameters` go (None: not wanted), and whether they are added there."""
+    """Buffers for the gradients of `parameters` (None: not wanted), and whether they are added to what is there."""
     wanted = [p for p in parameters if p is not None]
     add = bool(wanted) and accumulate and all(getattr(p, "main_grad", None) is not None for p in wanted)
     if add:
@@ -132,7 +132,7 @@ def _destinations(parameters: list[Tensor | None], accumulate: bool) -> tuple[li
 def _gradients(
     parameters: list[Tensor | None], sums: list[Tensor | None], added: bool
 ) -> list[Tensor | None]:
-    """What autograd gets for `parameters`: their gradients, or a stand-in where those are in `main_grad`."""
+    """Gradients of `parameters` for autograd, or stand-ins where the gradients are in `main_grad`."""
     if not added:
         return sums
     for parameter in parameters:
@@ -176,8 +176,8 @@ class _AddNorm(torch.autograd.Function):
         g_y, g_out = (None, *gradients) if weight is None else gradients
         if g_y is None and g_out is None:
             return (None,) * 9
-        normed = g_y is not None
-        wants = (ctx.needs_input_grad[2], *(wanted and normed for wanted in ctx.needs_input_grad[5:7]))
+        scale_wanted, *norm_wanted = (ctx.needs_input_grad[i] for i in (2, 5, 6))
+        wants = (scale_wanted, *(wanted and g_y is not None for wanted in norm_wanted))
         parameters = [p if wanted else None for p, wanted in zip(ctx.parameters, wants, strict=True)]
         sums, add = _destinations(parameters, ctx.accumulate)
         like = g_out if g_y is None else g_y

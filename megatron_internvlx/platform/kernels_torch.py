@@ -3,6 +3,8 @@
 Shapes: `...` rows, C channels of a row, N windows, w keys of a window, a heads of d channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ def _keep_factor(keep: Tensor, keep_rate: float) -> Tensor:
     return keep / keep_rate
 
 
-def _put(sums: list[Tensor | None], gradients: list[Tensor | None], add: bool) -> None:
+def _put(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None], add: bool) -> None:
     for total, gradient in zip(sums, gradients, strict=True):
         if total is not None:
             assert gradient is not None
@@ -170,14 +172,14 @@ def twin_norm_backward(
 
 
 def _in_shard(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in the columns `first` to `first + width`, and its column there, else 0."""
+    """Mask of the targets in the columns from `first` to `first + width`, and their columns there, 0 elsewhere."""
     column = targets - first
     inside = (column >= 0) & (column < width)
     return inside, torch.where(inside, column, 0)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the cross entropy needs of this rank's columns of the vocabulary.
+    """Cross entropy and its statistics over this rank's columns of the vocabulary.
 
     Args:
         logits: `[n, V]`.
@@ -198,9 +200,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, 
 def cross_entropy_backward(
     g_losses: Tensor, logits: Tensor, targets: Tensor, first: int, maximum: Tensor, total: Tensor
 ) -> None:
-    """Puts the gradient of the logits, `(softmax - one_hot) * g_losses`, in their place.
+    """Gradient of the logits, `(softmax - one_hot) * g_losses`, written in their place.
 
-    `maximum` and `total` are those of all columns of the vocabulary.
+    `maximum` and `total` are of all columns of the vocabulary.
     """
     gradient = (_wide(logits) - maximum[:, None]).exp_().div_(total[:, None])
     inside, column = _in_shard(targets, first, logits.shape[-1])

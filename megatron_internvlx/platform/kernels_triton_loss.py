@@ -13,7 +13,7 @@ from torch import Tensor
 def _cross_entropy(
     logits, targets, losses, maximum, total, picked, width, first, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One program per row reads it once: the sum of exponentials is rescaled when a block has a new maximum."""
+    """One program per row, which is read once: the sum of exponentials is rescaled when a block has a new maximum."""
     row = tl.program_id(0).to(tl.int64)
     start_of_row = logits + row * width
     column = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""What Megatron says: one line per iteration, and each warning once. Filters text; changes no behaviour.
+"""Filters for Megatron's output: one log line per interval, and each warning once. Behaviour is unchanged.
 
 `INTERNVLX_VERBOSE=1` turns the filters off. Errors are never filtered.
 """
@@ -21,7 +21,7 @@ from megatron_internvlx.ranks import is_first_rank
 
 VERBOSE = os.environ.get("INTERNVLX_VERBOSE") == "1"
 
-# What Megatron prints at start, at checkpoints and beside its log line; anything else passes.
+# Lines that Megatron prints at start, at checkpoints and next to its log line; all other lines are shown.
 _CHATTER = re.compile(
     "|".join(
         (
@@ -39,20 +39,20 @@ _CHATTER = re.compile(
     )
 )
 
-# What it says when it takes weights alone from a checkpoint, as it was told to: of the rest it would be news.
-_CHATTER_ABOUT_WEIGHTS = re.compile(
+# Expected if a run loads only weights from a checkpoint; in any other run they are worth showing.
+_WEIGHTS_CHATTER = re.compile(
     r"could not find arguments in the checkpoint|WARNING: [TP]P size not found in checkpoint args"
     r"|\(TP, PP\) mismatch after resume .*RNG state will be ignored"
     r"|Job sharding has changed: Rerun state will be ignored"
 )
 
-# True on every CPU run, and what the CPU patches are for.
+# Expected on every CPU run; the CPU patches handle these cases.
 _EXPECTED_ON_CPU = re.compile(
     r"Transformer Engine and Apex are not installed|Only transformer-engine>="
     r"|'pin_memory' argument is set|CPU RNG state changed within GPU RNG context|No CUDA runtime is found"
 )
 
-# True on every run, and nothing that a user could or should change.
+# Expected on every run; users cannot or should not change these.
 _EXPECTED = re.compile(
     r"\s*It is recommended to use a ModelConfig|GPTModel IS DEPRECATED|MimoModelConfig is experimental"
     r"|RerunStateMachine initialized|Result validation enabled|Setting RerunStateMachine mode"
@@ -77,8 +77,8 @@ _seen: set[str] = set()
 _installed = False
 
 
-def _first_time(text: str) -> bool:
-    """Whether the cause, taken to be the message's first sentence, is new in this process."""
+def _is_new_cause(text: str) -> bool:
+    """Whether this process has not yet shown a message with the same first sentence."""
     cause = re.split(r"[.,:\n] ?", text.strip(), maxsplit=1)[0][:80]
     if cause in _seen:
         return False
@@ -87,27 +87,27 @@ def _first_time(text: str) -> bool:
 
 
 class _Filter(logging.Filter):
-    """Drops what every rank repeats, and what is expected on CPU."""
+    """Log filter that drops repeated and expected warnings."""
 
     def __init__(self, on_cpu: bool) -> None:
         super().__init__()
         self.on_cpu = on_cpu
 
-    def keeps(self, text: str) -> bool:
-        """Whether a warning with this text is to be shown."""
-        return is_first_rank() and not self.expected(text) and _first_time(text)
+    def should_show(self, text: str) -> bool:
+        """Whether to show a warning with this text."""
+        return is_first_rank() and not self.is_expected(text) and _is_new_cause(text)
 
-    def expected(self, text: str) -> bool:
-        """Whether the text says what is known and cannot be helped."""
+    def is_expected(self, text: str) -> bool:
+        """Whether the text is a known warning that needs no action."""
         return bool(_EXPECTED.match(text) or (self.on_cpu and _EXPECTED_ON_CPU.match(text)))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Errors pass; warnings pass once; progress lines do not."""
+        """Keep errors, keep each warning once, drop progress lines."""
         if record.levelno >= logging.ERROR:
             return True
         if record.levelno < logging.WARNING:
             return False  # Megatron lowers the level to INFO for its own progress lines
-        return self.keeps(record.getMessage())
+        return self.should_show(record.getMessage())
 
 
 def quiet_logs(*, on_cpu: bool = False) -> None:
@@ -125,33 +125,33 @@ def quiet_logs(*, on_cpu: bool = False) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("torch.utils.cpp_extension").addFilter(log_filter)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Megatron lets every library say what it does
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Megatron sets INFO for every library
 
     original = warnings.showwarning
     ours = re.compile(r"/megatron/(core|training)/|/torch/")
 
     def showwarning(message: Any, category: Any, filename: str, *args: Any, **kwargs: Any) -> None:
         text = str(message)
-        if log_filter.keeps(text) if ours.search(filename) else not log_filter.expected(text):
+        if log_filter.should_show(text) if ours.search(filename) else not log_filter.is_expected(text):
             original(message, category, filename, *args, **kwargs)
 
     warnings.showwarning = showwarning
-    # Warnings given while Megatron's files are compiled, when Python may not keep the compiled files.
+    # Given on every compilation of Megatron's files, so each time if Python may not write compiled files.
     warnings.filterwarnings("ignore", category=SyntaxWarning)
 
 
 def _quiet_print(*values: Any, **kwargs: Any) -> None:
     lines = " ".join(str(value) for value in values).splitlines()
-    kept = [line for line in lines if line.strip() and not _CHATTER.match(line)]
-    if _takes_weights_alone():
-        kept = [line for line in kept if not _CHATTER_ABOUT_WEIGHTS.match(line)]
-    if kept:
-        builtins.print("\n".join(kept), **kwargs)
+    shown = [line for line in lines if line.strip() and not _CHATTER.match(line)]
+    if _starts_from_weights():
+        shown = [line for line in shown if not _WEIGHTS_CHATTER.match(line)]
+    if shown:
+        builtins.print("\n".join(shown), **kwargs)
 
 
-def _takes_weights_alone() -> bool:
-    """Whether this start begins at step 0 with the weights of a checkpoint."""
-    from megatron.training import global_vars  # it is what prints
+def _starts_from_weights() -> bool:
+    """Whether this run starts at step 0 with the weights of a checkpoint."""
+    from megatron.training import global_vars  # imported already: it is Megatron that prints
 
     settings = global_vars._GLOBAL_ARGS
     if settings is None:
@@ -161,7 +161,7 @@ def _takes_weights_alone() -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _is_import(directory: str) -> bool:
-    """Whether the newest checkpoint here is an import, which has weights and nothing else."""
+    """Whether the newest checkpoint of a directory is an import, which holds only weights."""
     try:
         return (Path(directory) / TRACKER).read_text() == "release"
     except OSError:
@@ -169,7 +169,7 @@ def _is_import(directory: str) -> bool:
 
 
 def quiet_prints() -> None:
-    """Drop Megatron's arguments dump, banners and memory reports; lines that are not known pass."""
+    """Suppress Megatron's arguments dump, banners and memory reports; unknown lines are shown."""
     if VERBOSE:
         return
     for name in _PRINTING_MODULES:
@@ -180,11 +180,11 @@ def quiet_prints() -> None:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """What Megatron knows at a log interval."""
+    """Megatron's measurements at the end of a log interval."""
 
     iteration: int
     train_iters: int
-    losses: dict[str, float]  # averages over the log interval; empty but on the last pipeline stage
+    losses: dict[str, float]  # averages over the log interval; empty except on the last pipeline stage
     learning_rate: float | None
     grad_norm: float | None
     loss_scale: float
@@ -198,30 +198,30 @@ def install_log_line(
     fn: Callable[[LogRecord], str | None],
     fn_eval: Callable[[str, dict[str, float] | None], str | None] | None = None,
 ) -> None:
-    """Replace Megatron's lines about training and evaluation by those that `fn` and `fn_eval` return.
+    """Replace Megatron's lines about training and evaluation with those that `fn` and `fn_eval` return.
 
     Both are called on every rank (so they may communicate) and their text is printed on the last rank; None
     prints nothing. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the mean
-    of each reported value, empty on ranks without the last pipeline stage; None where the time limit cut the
-    evaluation short. TensorBoard is written as before.
-    A second call replaces the first.
+    of each reported value: empty on ranks without the last pipeline stage, None if the time limit ended the
+    evaluation early. TensorBoard output is unchanged.
+    A second call replaces the functions of the first.
     """
     import megatron.training.training as training
 
     quiet_prints()
-    training.training_log = _with_log_line(training, _megatrons(training.training_log), fn)
+    training.training_log = _with_log_line(training, _unwrap(training.training_log), fn)
     if fn_eval is not None:
-        evaluation = _megatrons(training.evaluate_and_print_results)
+        evaluation = _unwrap(training.evaluate_and_print_results)
         training.evaluate_and_print_results = _with_eval_line(training, evaluation, fn_eval)
 
 
-def _megatrons(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without a wrapper of ours, which a second call of `install_log_line` replaces."""
+def _unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Original function inside our wrapper, if a previous call of `install_log_line` has wrapped it."""
     return getattr(function, "__wrapped__", function)
 
 
-class _Replaced:
-    """Replaces names in a module while a call lasts."""
+class _TemporaryAttributes:
+    """Context that replaces attributes of a module and restores them at the end."""
 
     def __init__(self, module: Any, **names: Any) -> None:
         self.module, self.names = module, names
@@ -243,7 +243,7 @@ def _print_on_last_rank(training: Any, text: str | None) -> None:
 
 
 def _averages(totals: dict[str, Any]) -> tuple[dict[str, float], int, int]:
-    """Losses, skipped and NaN counts out of Megatron's running totals, as `training_log` computes them."""
+    """Losses, skipped and NaN counts from Megatron's running totals, as computed by `training_log`."""
     counts = {key: int(totals[key]) for key in totals if key.endswith(" iterations")}
     advanced = max(1, counts["advanced iterations"])
     losses = {key: float(totals[key]) / advanced for key in totals if key not in counts}
@@ -251,7 +251,7 @@ def _averages(totals: dict[str, Any]) -> tuple[dict[str, float], int, int]:
 
 
 def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..., str | None]) -> Any:
-    """Wrap `training_log`: it reads the interval timer just before it resets the totals, so we look there."""
+    """Wrap `training_log`; the totals are read when it reads the interval timer, just before it resets them."""
 
     @functools.wraps(original)
     def training_log(
@@ -281,12 +281,12 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
             taken["lr"] = reduce_max(*a, **k)
             return taken["lr"]
 
-        # Megatron logs its first iteration without closing the interval, which is right unless it ends there.
+        # Megatron logs its first iteration without ending the interval: wrong if the interval ends there.
         interval_ends = iteration % training.get_args().log_interval == 0
         first = kwargs.pop("is_first_iteration", False) and not interval_ends
         timer.elapsed = elapsed
         try:
-            with _Replaced(
+            with _TemporaryAttributes(
                 training,
                 reduce_max_stat_across_model_parallel_group=largest,
                 print_rank_last=lambda _line: None,
@@ -319,9 +319,9 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
 
 
 def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[..., str | None]) -> Any:
-    """Wrap `evaluate_and_print_results`, keeping what each of its calls of `evaluate` returned.
+    """Wrap `evaluate_and_print_results` and record the results of its calls of `evaluate`.
 
-    Megatron evaluates at every --eval-interval and after the last step: where both fall together, once.
+    Megatron evaluates at every --eval-interval and after the last step; if both coincide, this evaluates once.
     """
     last = ""
 
@@ -335,14 +335,14 @@ def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[.
         found: dict[str, float] | None = None
         evaluate = training.evaluate
 
-        def kept(*a: Any, **k: Any) -> Any:
+        def evaluate_and_record(*a: Any, **k: Any) -> Any:
             nonlocal found
             totals, data, out_of_time = evaluate(*a, **k)
             if not out_of_time:
                 found = {name: float(value) for name, value in totals.items()}
             return totals, data, out_of_time
 
-        with _Replaced(training, evaluate=kept, print_rank_last=lambda _line: None):
+        with _TemporaryAttributes(training, evaluate=evaluate_and_record, print_rank_last=lambda _line: None):
             original(prefix, *args, **kwargs)
         _print_on_last_rank(training, fn(prefix, found))
 

@@ -1,4 +1,4 @@
-"""Random numbers on CPU: exact under recompute and resume, equal over a tensor parallel group.
+"""Random numbers on CPU: reproducible under recomputation and resuming, equal in a tensor-parallel group.
 
 Seen on megatron-core 0.19.2 / torch 2.13.0.
 """
@@ -14,7 +14,7 @@ import torch.utils.data.dataloader as dataloader
 
 
 class _Generators:
-    """Stand-in for `torch.cuda.default_generators`: any index gives the CPU's default generator."""
+    """Replacement of `torch.cuda.default_generators`: every index returns the CPU's default generator."""
 
     def __getitem__(self, index: Any) -> torch.Generator:
         return torch.default_generator
@@ -23,13 +23,13 @@ class _Generators:
         return 1
 
 
-def one_generator() -> None:
-    """The "CUDA" random state is that of the CPU's default generator: one generator under both names.
+def share_one_generator() -> None:
+    """Use the CPU's default generator for the "CUDA" random state: one generator under both names.
 
-    Dropout on CPU draws from the default generator, so Megatron's `CudaRNGStatesTracker.fork` (which sets
-    and restores the CUDA state) changes what dropout draws only if it reaches that generator. Recompute and
-    checkpoints save and restore both names at one moment, so both hold the same state and stay exact.
-    What draws from the CPU's generator beside the model is the data loader; see `loaders_apart`.
+    Dropout on CPU draws from the default generator, so Megatron's `CudaRNGStatesTracker.fork`, which sets and
+    restores the CUDA state, must set this generator to have an effect on dropout. Recomputation and checkpoints
+    save and restore both states at the same moment, so both are equal and random numbers stay reproducible.
+    Only the data loader draws from the CPU's generator besides the model; see `separate_loader_stream`.
     """
     generator = torch.default_generator
     functions: dict[str, Callable[..., Any]] = {
@@ -47,20 +47,20 @@ def one_generator() -> None:
 
 
 class _LoaderStream:
-    """The random stream of data loaders, kept apart from the model's."""
+    """Random state of the data loaders, separate from the model's."""
 
     def __init__(self) -> None:
         self.state: torch.Tensor | None = None
         self.active = False
 
     def reset(self) -> None:
-        """Start again from torch's seed at the next use."""
+        """Restart from torch's seed at the next use."""
         self.state = None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Swap the default generator's state for the loaders' while a loader works."""
-        # Other threads share the generator with a running step: swapping it there would change the model's.
+        """Context in which the default generator has the loaders' state."""
+        # A thread shares the generator with the running step: swapping its state there would affect the model.
         if self.active or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -82,12 +82,12 @@ class _LoaderStream:
 _loader_stream = _LoaderStream()
 
 
-def loaders_apart() -> None:
-    """Data loaders draw from a random stream of their own.
+def separate_loader_stream() -> None:
+    """Give data loaders a random state of their own.
 
-    A loader draws a seed when it is opened, from the CPU's generator. On CUDA that is not the model's; here
-    it is, so a resumed run (which opens its loader after the state was loaded), or the ranks of a tensor
-    parallel group (only the first opens a loader), would draw other dropout masks.
+    A loader draws a seed from the CPU's generator when it is opened. On CUDA the model uses another generator;
+    here it is the same one. Without this patch dropout masks would differ after a resume (which opens the loader
+    after the state was loaded) and within a tensor-parallel group (only the first rank opens a loader).
     """
     base = dataloader._BaseDataLoaderIter
     for name in ("__init__", "__next__"):

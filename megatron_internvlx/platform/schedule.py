@@ -1,7 +1,7 @@
-"""A run that is resumed with another learning-rate schedule follows the one that it was given.
+"""Patches for resuming with a changed learning-rate schedule: the arguments override the checkpoint.
 
-Seen on megatron-core 0.19.2. With `--override-opt-param-scheduler`, which our runs set, its scheduler takes the
-new values; what is missing is here.
+Seen on megatron-core 0.19.2. With `--override-opt-param-scheduler`, which our runs set, its scheduler uses the
+new values; these patches add the missing parts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_internvlx.platform.cpu import put
+from megatron_internvlx.platform.cpu import set_attributes
 from megatron_internvlx.ranks import is_first_rank
 
 _NAMES = {
@@ -32,15 +32,15 @@ _NOT_SAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # by Megatron
 _ONLY_WSD = ("wsd_decay_steps", "lr_wsd_decay_style")
 
 
-class OtherGroups(ValueError):
-    """The optimizer's parameter groups are not those of the checkpoint."""
+class ParameterGroupMismatch(ValueError):
+    """Error: the optimizer's parameter groups differ from those of the checkpoint."""
 
 
-def let_learning_rates_change() -> None:
-    """Optimizers take a checkpoint whose parameter groups have other learning rates.
+def allow_learning_rate_changes() -> None:
+    """Let optimizers load a checkpoint whose parameter groups have other learning rates.
 
-    Megatron finds the saved group of a present one by all that tells groups apart, the peak and the end of the
-    learning rate among it: with another --lr it finds none, and the distributed optimizer dies of a KeyError.
+    Megatron matches the saved and the current groups by all their attributes, including the peak and the final
+    learning rate: with another --lr it finds no match, and the distributed optimizer fails with a KeyError.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -49,23 +49,23 @@ def let_learning_rates_change() -> None:
 
     @functools.wraps(load)
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        _give_rates(self.optimizer.param_groups, state_dict["optimizer"]["param_groups"])
+        _copy_learning_rates(self.optimizer.param_groups, state_dict["optimizer"]["param_groups"])
         load(self, state_dict)
 
     @functools.wraps(pair)
     def filter_and_reorder(current_groups: list[dict], state_dict_groups: list[dict]) -> list[dict]:
-        _give_rates(current_groups, state_dict_groups)
+        _copy_learning_rates(current_groups, state_dict_groups)
         return pair(current_groups, state_dict_groups)
 
-    put(DistributedOptimizer, load_state_dict=load_state_dict)
-    put(MegatronOptimizer, _filter_and_reorder_param_groups=staticmethod(filter_and_reorder))
+    set_attributes(DistributedOptimizer, load_state_dict=load_state_dict)
+    set_attributes(MegatronOptimizer, _filter_and_reorder_param_groups=staticmethod(filter_and_reorder))
 
 
-def _give_rates(current: list[dict], saved: list[dict]) -> None:
-    """Groups that differ in learning rates alone get the same: the present ones, or those of the checkpoint.
+def _copy_learning_rates(current: list[dict], saved: list[dict]) -> None:
+    """Give matching groups equal learning rates: the arguments', or the checkpoint's if the user asked for them.
 
-    Raises OtherGroups for a group that the checkpoint does not have, among them those that nothing but learning
-    rates tells apart (--decoupled-lr): Megatron's distributed optimizer would die of a KeyError.
+    Raises ParameterGroupMismatch for a group that is not in the checkpoint, instead of the KeyError of Megatron's
+    distributed optimizer. This includes groups that differ from each other only in learning rates (--decoupled-lr).
     """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
     from megatron.training import get_args
@@ -85,32 +85,33 @@ def _give_rates(current: list[dict], saved: list[dict]) -> None:
         elif values(group, param_group_identifier_keys) not in [
             values(other, param_group_identifier_keys) for other in saved
         ]:
-            raise OtherGroups(_unlike(group, saved, rates_alone=name in theirs))
+            raise ParameterGroupMismatch(_explain_group_mismatch(group, saved, rates_alone=name in theirs))
 
 
-def _unlike(group: dict, saved: list[dict], *, rates_alone: bool) -> str:
-    """Why a group is not among those of the checkpoint."""
+def _explain_group_mismatch(group: dict, saved: list[dict], *, rates_alone: bool) -> str:
+    """Reason why a group matches none of the checkpoint."""
     if not rates_alone:
         return (
-            "the checkpoint's optimizer has other groups of parameters than this run: resume with the same --freeze-* "
-            "and weight-decay flags, or take its weights alone with --pretrained-checkpoint and another --save"
+            "the parameter groups of the checkpoint's optimizer differ from this run's: resume with the same "
+            "--freeze-* and weight-decay flags, or load only its weights with --pretrained-checkpoint and "
+            "another --save"
         )
 
     def rates(one: dict) -> str:
         return f"{one.get('max_lr')} to {one.get('min_lr')}"
 
     return (
-        "the learning rates of a run with --decoupled-lr cannot change when it resumes, because nothing else tells its "
-        f"groups of parameters apart: the checkpoint has {', '.join(dict.fromkeys(map(rates, saved)))}, this run "
-        f"{rates(group)}. Give the checkpoint's --lr, --min-lr, --decoupled-lr and --decoupled-min-lr"
+        "with --decoupled-lr the learning rates cannot change on resume, because its parameter groups differ only in "
+        f"them: the checkpoint has {', '.join(dict.fromkeys(map(rates, saved)))}, this run "
+        f"{rates(group)}. Use the checkpoint's --lr, --min-lr, --decoupled-lr and --decoupled-min-lr"
     )
 
 
 def announce_schedule_changes() -> None:
-    """One line where a checkpoint's schedule and the arguments' differ: which of the two the run goes on with.
+    """Print one line if a checkpoint's schedule differs from the arguments', and which of the two is used.
 
-    Megatron saves neither where the warm-up begins nor the decay of WSD. They are saved here, and compared where
-    the checkpoint has them; with --use-checkpoint-opt-param-scheduler they are taken from it as the others are.
+    Megatron does not save the start of the warm-up and the WSD decay. This patch saves them and compares them if
+    the checkpoint has them; with --use-checkpoint-opt-param-scheduler they are loaded like the other values.
     """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -130,18 +131,20 @@ def announce_schedule_changes() -> None:
         differ = [
             key
             for key in _NAMES
-            if key in state_dict and state_dict[key] != wanted[key] and _counts(key, state_dict, wanted)
+            if key in state_dict and state_dict[key] != wanted[key] and _has_effect(key, state_dict, wanted)
         ]
         if differ and is_first_rank():
-            follows = "the arguments count" if self.override_opt_param_scheduler else "the checkpoint counts"
+            follows = (
+                "the arguments are used" if self.override_opt_param_scheduler else "the checkpoint is used"
+            )
             changes = ", ".join(f"{_NAMES[key]} {state_dict[key]} -> {wanted[key]}" for key in differ)
             print(f"learning-rate schedule, checkpoint -> arguments: {changes}; {follows}", flush=True)
 
-    put(OptimizerParamScheduler, state_dict=state_dict, load_state_dict=load_state_dict)
+    set_attributes(OptimizerParamScheduler, state_dict=state_dict, load_state_dict=load_state_dict)
 
 
-def _counts(key: str, *schedules: dict[str, Any]) -> bool:
-    """Whether a setting has an effect in one of the schedules."""
+def _has_effect(key: str, *schedules: dict[str, Any]) -> bool:
+    """Whether a setting has an effect in at least one of the schedules."""
     if key == "wd_incr_steps":
         return any(schedule["wd_incr_style"] != "constant" for schedule in schedules)
     return key not in _ONLY_WSD or any(schedule["lr_decay_style"] == "WSD" for schedule in schedules)

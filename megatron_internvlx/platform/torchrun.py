@@ -1,15 +1,15 @@
-"""What torchrun does not tell whoever calls it."""
+"""Exit codes of the ranks, which torchrun does not report to its caller."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def keep_exit_codes() -> dict[int, int | None]:
-    """Exit code of each local rank of the newest start, once torchrun has ended its ranks; None for one that lives on.
+def record_exit_codes() -> dict[int, int | None]:
+    """Record the exit code of each local rank when torchrun ends the ranks; None for a rank that is still running.
 
-    After a signal of its own torchrun raises SignalException without looking at how the ranks ended, and nothing
-    else (events, logs, failures) has it. Seen on torch 2.13.
+    The returned dictionary is filled later, for the newest start. After a signal torchrun raises SignalException
+    without checking how the ranks ended, and no event, log or failure has the codes. Seen on torch 2.13.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 

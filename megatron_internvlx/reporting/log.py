@@ -12,10 +12,7 @@ from megatron.core import parallel_state as mpu
 from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.plan import SequencePlan
-from megatron_internvlx.model.settings import compression_plan, vision_config
-from megatron_internvlx.planning.flops import BackwardSettings
 from megatron_internvlx.planning.metrics import StepMeter, peak_flops
-from megatron_internvlx.planning.parameters import ModelShape
 from megatron_internvlx.reporting.answers import AnswerBook
 from megatron_internvlx.reporting.interval import interval_totals, validation_totals
 from megatron_internvlx.reporting.lines import tracked_values, training_line, validation_line
@@ -47,8 +44,7 @@ class TrainingLog:
         self._files = [path for path in (settings.predictions_file, settings.report_file) if path]
         self._logged = 0
         step.on_answers = self.record_answers
-        shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-        step.meter = StepMeter(shape, BackwardSettings.from_args(args))
+        step.meter = StepMeter.from_args(args)
         platform.install_log_line(self.train_line, self.eval_line)
 
     def record_answers(self, plan: SequencePlan, predicted: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import megatron.training.training as training
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 
 from megatron_internvlx.parallel.batch import MicroBatch
-from megatron_internvlx.platform.cpu import put
+from megatron_internvlx.platform.cpu import set_attributes
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -98,4 +98,6 @@ def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple
 def record_steps() -> None:
     """Let Megatron's loop use our graph and stop at bad numbers; for --cuda-graph-impl full_iteration."""
     if training.FullCudaGraphWrapper is not StepGraph:
-        put(training, FullCudaGraphWrapper=StepGraph, train_step=stop_at_bad_numbers(training.train_step))
+        set_attributes(
+            training, FullCudaGraphWrapper=StepGraph, train_step=stop_at_bad_numbers(training.train_step)
+        )

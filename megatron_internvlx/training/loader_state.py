@@ -14,9 +14,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
-from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, settings_from
-from megatron_internvlx.data.decode import TileDecoder
+from megatron_internvlx.data.decode import TileDecoder, ranks_cut
 from megatron_internvlx.data.energon_loader import (
     EnergonBatches,
     LoaderSettings,
@@ -59,13 +58,6 @@ def say(message: str) -> None:
     """Tell the user once, from the first loading rank."""
     if mpu.get_data_parallel_rank() == 0:
         print(f"data loader: {message}", flush=True)
-
-
-def ranks_cut(data: DataSettings) -> bool:
-    """Whether images travel undecoded to the ranks that encode their tiles."""
-    if data.loader != "energon" or data.image_decoder != "dali":
-        return False
-    return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
 
 
 def energon_loader(

@@ -18,6 +18,7 @@ from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
@@ -28,7 +29,7 @@ from megatron_internvlx.data.prepare import MARK, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
-from megatron_internvlx.model.settings import compression_plan
+from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.batch import (
     BatchChannel,
     BatchIterator,
@@ -48,14 +49,14 @@ FIRST_RECORDS = 64
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
     """Row alignment and budgets of the layout that the arguments describe."""
-    compression = compression_plan(args)
+    sizes = model_sizes(args)
     train = settings_from(args, TrainSettings)
     tensor_parallel = args.tensor_model_parallel_size
     static = train.boundary == "static"
     return PlanSettings(
-        low_grid=compression.low_grid,
-        high_grid=compression.high_grid,
-        lvtc=compression.lvtc,
+        low_grid=sizes.low_grid,
+        high_grid=sizes.high_grid,
+        lvtc=sizes.lvtc,
         alignment=row_alignment(args),
         tile_multiple=tensor_parallel,
         shallow_length=train.shallow_seq_length if static else None,
@@ -93,7 +94,7 @@ def sample_budget(args: argparse.Namespace, micro_batch_size: int) -> Budget | N
 def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> SampleEncoder:
     """Record -> tokens, labels and tile grids, as the model's token counts want them."""
     data = settings_from(args, DataSettings)
-    compression = compression_plan(args)
+    sizes = model_sizes(args)
     settings = EncoderSettings(
         template=data.conversation_template,
         tile_size=args.image_size,
@@ -101,8 +102,8 @@ def build_encoder(args: argparse.Namespace, budget: Budget | None = None) -> Sam
         max_tiles=data.max_tiles,
         use_thumbnail=not data.no_thumbnail,
         rvtc=data.rvtc,
-        tokens_per_tile=compression.high_grid**2,
-        shallow_tokens_per_tile=compression.low_grid**2 if compression.lvtc else None,
+        tokens_per_tile=sizes.high_grid**2,
+        shallow_tokens_per_tile=sizes.low_grid**2 if sizes.lvtc else None,
         budget=budget,
         max_length=args.seq_length,
         dynamic_image_size=not data.static_image_size,
@@ -265,10 +266,6 @@ class DataProvider:
 
     def _pipeline(self) -> TilePipeline | None:
         """What cuts this rank's training images, if their files come to it; held-out data come as tiles."""
-        if self.data.loader != "energon":
-            return None
-        from megatron_internvlx.training.loader_state import ranks_cut
-
         if not ranks_cut(self.data):
             return None
         cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)

@@ -60,7 +60,7 @@ def copy_weights(source: InternVLX, target: InternVLX) -> None:
 def batch(model: InternVLX, changed: int | None = None) -> MicroBatch:
     """Three samples with 1, 0 and 2 tiles, rows aligned for FP8; `changed` gets other words and pixels."""
     rng = np.random.default_rng(0)
-    per_tile = model.compression.high_grid**2
+    per_tile = model.sizes.high_grid**2
     ids, labels, visual, tiles = [], [], [], []
     for number, (count, text) in enumerate(((1, 40), (0, 72), (2, 56))):
         words = rng.integers(1, VOCABULARY, text)

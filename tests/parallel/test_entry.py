@@ -121,7 +121,7 @@ def test_a_run_is_extended_with_another_schedule(
     (line,) = [line for line in extended[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
     assert line == (
         "learning-rate schedule, checkpoint -> arguments: --lr 0.0015 -> 0.003, samples of warm-up 4.0 -> 10.0, "
-        "samples until the learning rate has decayed 16 -> 40; the arguments count"
+        "samples until the learning rate has decayed 16 -> 40; the arguments are used"
     )
     assert not [line for line in begun[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
     # The new schedule is in use, not only said: 3e-3 after 10 of 40 samples of warm-up, then a cosine to 7.5e-5.
@@ -193,7 +193,7 @@ def test_bad_records_are_skipped_counted_and_listed(pool: Pool, demo: Path, tmp_
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--expand-layer", "4"], "--expand-layer 4 is outside 1..3"),
+        (["--expand-layer", "4"], "--expand-layer 4 must be between 1 and 3"),
         (["--low-ratio", "0.3"], "--low-ratio 0.3 does not fit"),
         (["--context-parallel-size", "2"], "--context-parallel-size"),
         (["--model-preset", "internvlx_9b"], "--model-preset internvlx_9b: unknown"),

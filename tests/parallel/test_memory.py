@@ -85,10 +85,8 @@ def measure(changes):
     from megatron.core import parallel_state as mpu
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from megatron_internvlx.planning import dryrun
-    from megatron_internvlx.planning.activations import ActivationModel, rank_activations
-    from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
-    from megatron_internvlx.planning.memory import Layout, StateSizes, rank_state
+    from megatron_internvlx.planning.activations import MemoryModel, rank_activations
+    from megatron_internvlx.planning.flops import PlanStats
 
     found = {}
     original = training.train
@@ -101,7 +99,7 @@ def measure(changes):
 
         def counted(self, data_iterator, chunk):
             out = step(self, data_iterator, chunk)
-            seen.append(PlanStats.of(out[1].args[0], padded=True))
+            seen.append(PlanStats.of(out[1].args[0].host, padded=True))
             return out
 
         class Counted(type(forward_step)):
@@ -120,16 +118,9 @@ def measure(changes):
         layouts.train([*WIDE.split(), *changes.split()])
     finally:
         training.train, layouts.micro_batch = original, make
-    args = training.get_args()
-    from megatron.training.argument_utils import core_transformer_config_from_args
-
-    layout = Layout.from_args(args, core_transformer_config_from_args(args))
-    shape = dryrun.ModelShape.from_args(args, dryrun.vision_config(args), dryrun.compression_plan(args))
-    sizes, frozen = StateSizes.from_args(args), BackwardSettings.from_args(args)
-    rank = mpu.get_pipeline_model_parallel_rank()
-    state = rank_state(shape, layout, rank, sizes, frozen)
-    model = ActivationModel(shape, layout, frozen, sizes.weight, True)
-    parts, working, flying = rank_activations(model, rank, seen[0], get_num_microbatches())
+    model, rank = MemoryModel.from_args(training.get_args()), mpu.get_pipeline_model_parallel_rank()
+    state, schedule = model.state(rank), model.layout.schedule(get_num_microbatches())
+    parts, working, flying = rank_activations(model, rank, seen[0], schedule)
     found["said"] = {
         "parameters": state.parameters, "state": state.total, "held": sum(parts.values()) + working,
         "parts": parts, "working": working, "flying": flying,

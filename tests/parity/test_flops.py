@@ -21,15 +21,13 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_internvlx.arguments import add_our_arguments
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.model.decoder import CompressionPlan
-from megatron_internvlx.model.internvit_config import PRESETS as VISION
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.presets import preset
-from megatron_internvlx.model.settings import compression_plan, vision_config
+from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.device_plan import device_plan
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats, forward_flops, training_flops
-from megatron_internvlx.planning.parameters import ModelShape, parameters
+from megatron_internvlx.planning.parameters import parameters
 from megatron_internvlx.training.builder import ModelProvider
 from tests.golden_weights import GOLDEN
 
@@ -37,41 +35,30 @@ FIGURES = json.loads((GOLDEN / "flops_params.json").read_text())
 TOLERANCE = 0.005
 
 
-def released_shape(size: str, projector: str) -> ModelShape:
-    llm = preset(f"internvlx_{size.lower()}_released")
-    return ModelShape(
-        layers=llm["num_layers"],
-        hidden=llm["hidden_size"],
-        heads=llm["num_attention_heads"],
-        kv_groups=llm["num_query_groups"],
-        head_dim=llm["hidden_size"] // llm["num_attention_heads"],
-        ffn=llm["ffn_hidden_size"],
-        vocab=llm["vocab_size"],
-        vision=VISION[llm["vision_preset"]],
-        compression=CompressionPlan(projector, "v2", 0.1, (), 16, 16, 32, 1024, "bilinear"),
-    )
+def released_sizes(size: str, projector: str) -> ModelSizes:
+    return model_sizes(preset(f"internvlx_{size.lower()}_released") | {"projector": projector})
 
 
 @pytest.mark.parametrize("size", ["2B", "8B"])
 def test_golden_flops(size: str) -> None:
-    shape = released_shape(size, "pvtc")
-    widths = f"1024->{shape.hidden}"
-    one_tile = forward_flops(shape, PlanStats(vision_tiles=1, projected_tiles=1)).by_part()
+    sizes = released_sizes(size, "pvtc")
+    widths = f"1024->{sizes.hidden}"
+    one_tile = forward_flops(sizes, PlanStats(vision_tiles=1, projected_tiles=1)).by_part()
     assert one_tile["vision"] == FIGURES["internvit_300m_448"]["forward_flops_per_448_tile"]
     assert one_tile["entry_projector"] == FIGURES["pvtc"][widths]["forward_flops_per_448_tile"]
-    mlp = forward_flops(released_shape(size, "mlp"), PlanStats(projected_tiles=1))
+    mlp = forward_flops(released_sizes(size, "mlp"), PlanStats(projected_tiles=1))
     assert mlp.total == FIGURES["mlp1_baseline"][widths]["forward_flops_per_448_tile"]
     for n in (256, 512, 2048):
         text = PlanStats(deep_rows=n, deep_squares=n * n, output_rows=n)
-        assert forward_flops(shape, text, "full").total == FIGURES[f"llm_{size}"][f"llm_forward_flops_seq{n}"]
+        assert forward_flops(sizes, text, "full").total == FIGURES[f"llm_{size}"][f"llm_forward_flops_seq{n}"]
 
 
 @pytest.mark.parametrize("size", ["2B", "8B"])
 def test_golden_parameters(size: str) -> None:
-    counts = parameters(released_shape(size, "pvtc"))
-    baseline = parameters(released_shape(size, "mlp"))
+    counts = parameters(released_sizes(size, "pvtc"))
+    baseline = parameters(released_sizes(size, "mlp"))
     llm = FIGURES[f"llm_{size}"]
-    widths = f"1024->{released_shape(size, 'pvtc').hidden}"
+    widths = f"1024->{released_sizes(size, 'pvtc').hidden}"
     assert sum(counts.values()) == FIGURES[f"InternVL-X-{size}"]["total_params"]
     assert sum(baseline.values()) == FIGURES[f"InternVL2-{size}_baseline"]["total_params"]
     assert counts["vision"] == FIGURES["internvit_300m_448"]["params"]
@@ -87,12 +74,12 @@ class Built:
     """A tiny model made from command-line flags, and what counting needs."""
 
     model: InternVLX
-    shape: ModelShape
+    sizes: ModelSizes
     backward: BackwardSettings
 
     def plan(self, *, tiles: tuple[int, ...] = (2, 0, 1), alignment: int = 64) -> SequencePlan:
         """Samples with so many tiles, padding at the end, one blank tile."""
-        grids = self.shape.compression
+        grids = self.sizes
         per_tile = grids.high_grid**2
         rng = np.random.default_rng(0)
         ids, labels, visual = [], [], []
@@ -108,7 +95,7 @@ class Built:
         return build_plan(ids, labels, visual, settings)
 
     def batch(self, plan: SequencePlan) -> MicroBatch:
-        side = self.shape.vision.image_size
+        side = self.sizes.vision.image_size
         return MicroBatch(
             device_plan(plan), torch.zeros(plan.tile_capacity, 3, side, side, dtype=torch.uint8)
         )
@@ -127,8 +114,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Built]:
         vars(args).update(changes)
         validate_args(args)
         args.padded_vocab_size = args.vocab_size + 64
-        shape = ModelShape.from_args(args, vision_config(args), compression_plan(args))
-        return Built(ModelProvider(args)(), shape, BackwardSettings.from_args(args))
+        return Built(ModelProvider(args)(), model_sizes(args), BackwardSettings.from_args(args))
 
     return make
 
@@ -168,16 +154,21 @@ def our_part(name: str) -> str:
 @pytest.mark.parametrize(("model", "flags"), MODELS)
 def test_parameters_of_built_models(model: str, flags: str, build) -> None:
     built = build(flags, model)
-    real = dict.fromkeys(parameters(built.shape), 0)
+    real = dict.fromkeys(parameters(built.sizes), 0)
     for name, parameter in built.model.named_parameters():
         real[our_part(name)] += parameter.numel()
-    assert parameters(built.shape) == real
+    assert parameters(built.sizes) == real
+
+
+def test_parameters_with_biases(build) -> None:
+    built = build(add_bias_linear=True)
+    assert sum(parameters(built.sizes).values()) == sum(p.numel() for p in built.model.parameters())
 
 
 def test_tied_embeddings_count_once() -> None:
-    shape = released_shape("2B", "pvtc")
-    tied = parameters(dataclasses.replace(shape, tied_embeddings=True))
-    assert tied == parameters(shape) | {"output": 0}
+    sizes = released_sizes("2B", "pvtc")
+    tied = parameters(dataclasses.replace(sizes, tied=True))
+    assert tied == parameters(sizes) | {"output": 0}
 
 
 def counted(run: Callable[[], object]) -> int:
@@ -192,10 +183,10 @@ def test_forward_of_each_part(model: str, flags: str, build) -> None:
     built = build("", model, expand_layer=None) if flags == "LVTC off" else build(flags, model)
     plan = built.plan()
     batch = built.batch(plan)
-    ours = forward_flops(built.shape, PlanStats.of(plan, padded=True), "full").by_part()
+    ours = forward_flops(built.sizes, PlanStats.of(plan, padded=True), "full").by_part()
     layers = built.model.language_model.decoder.layers
     projectors = {"entry_projector": built.model.projector}
-    for k in built.shape.compression.injection_layers:
+    for k in built.sizes.injection_layers:
         projectors[f"injection_{k}"] = layers[k].injection.projector
 
     features = built.model.encode(batch.tiles, batch.plan).detach()
@@ -238,7 +229,7 @@ def counted_training(built: Built, batch: MicroBatch) -> int:
 def both_counts(built: Built) -> tuple[int, int]:
     """Forward and backward of a small micro-batch: torch's count and ours."""
     plan = built.plan(tiles=(1, 0), alignment=32)
-    forward = forward_flops(built.shape, PlanStats.of(plan, padded=True), "full")
+    forward = forward_flops(built.sizes, PlanStats.of(plan, padded=True), "full")
     return counted_training(built, built.batch(plan)), training_flops(forward, built.backward).hardware
 
 

@@ -16,7 +16,7 @@ from megatron_internvlx import arguments, paths
 from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.model.presets import PRESETS, preset
-from megatron_internvlx.model.settings import vision_config
+from megatron_internvlx.model.sizes import vision_config
 from tests.golden_weights import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"
@@ -68,27 +68,27 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (None, "No such file or directory"),
         ("a: [1\n", "not YAML"),
-        ("- seq_length\n", "a recipe is a flat mapping of argument names to values"),
+        ("- seq_length\n", "a recipe must be a flat mapping of argument names to values"),
         (
             "seq_length: 8\nexpand_layr: 3\nzeta: 1\n",
             r"unknown arguments expand_layr \(do you mean expand_layer\?\), zeta",
         ),
-        ("expand_layer: three\n", "expand_layer: 'three' is no number"),
-        ("train_iters: 2.5\n", "train_iters: 2.5 is no whole number"),
-        ("lr: true\n", "lr: True is no number"),
-        ("inject_layers: 4\n", r"inject_layers: 4 is not a list: write \[4\]"),
-        ("expand_layer: [3]\n", r"expand_layer: \[3\] is a list, and the argument takes one value"),
-        ("rvtc: sideways\n", "rvtc: 'sideways' is not one of area, edge, off"),
-        ("freeze_llm: maybe\n", "freeze_llm: 'maybe' is neither true nor false"),
-        ("lr: {start: 1}\n", "lr: {'start': 1} is a mapping; a recipe is flat"),
-        ("train_iters: .inf\n", "train_iters: inf is no whole number"),
-        ("inject_layers: [.nan]\n", r"inject_layers: \[nan\] is no whole number"),
-        ("lr: .nan\n", "lr: nan is no finite number"),
-        ("lr: 2024-01-01\n", r"lr: datetime.date\(2024, 1, 1\) is no number"),
-        ("clip_grad: null\n", "clip_grad: None is no value: give one, or leave the line out for 1.0"),
-        ("data: 5\n", "data: 5 is no text: put it into quotes"),
+        ("expand_layer: three\n", "expand_layer: 'three' must be a number"),
+        ("train_iters: 2.5\n", "train_iters: 2.5 must be a whole number"),
+        ("lr: true\n", "lr: True must be a number"),
+        ("inject_layers: 4\n", r"inject_layers: 4 must be a list: write \[4\]"),
+        ("expand_layer: [3]\n", r"expand_layer: \[3\] must be a single value, not a list"),
+        ("rvtc: sideways\n", "rvtc: 'sideways' must be one of area, edge, off"),
+        ("freeze_llm: maybe\n", "freeze_llm: 'maybe' must be true or false"),
+        ("lr: {start: 1}\n", "lr: {'start': 1} must not be a mapping: a recipe is flat"),
+        ("train_iters: .inf\n", "train_iters: inf must be a whole number"),
+        ("inject_layers: [.nan]\n", r"inject_layers: \[nan\] must be a whole number"),
+        ("lr: .nan\n", "lr: nan must be a finite number"),
+        ("lr: 2024-01-01\n", r"lr: datetime.date\(2024, 1, 1\) must be a number"),
+        ("clip_grad: null\n", "clip_grad: None must be a value: give one, or remove the line for 1.0"),
+        ("data: 5\n", "data: 5 must be text: put it in quotes"),
         ("lr: 1\nseed: 1\nlr: 2\n", "lr is set twice, in lines 1 and 3: keep one"),
-        ("conversation_template: phi3-chat\n", "conversation_template: 'phi3-chat' is not one of internlm2"),
+        ("conversation_template: phi3-chat\n", "conversation_template: 'phi3-chat' must be one of internlm2"),
     ],
 )
 def test_bad_recipes(
@@ -171,19 +171,23 @@ EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64"]
             "1 rank cannot be divided into TP 1 x PP 2 = 2: start 2",
         ),
         (3, ["--tensor-model-parallel-size", "2"], "3 ranks cannot be divided into TP 2 x PP 1 = 2: start 4"),
-        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: want at least 1"),
+        (3, ["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must be at least 1"),
         (
             6,
             ["--global-batch-size", "16", "--tensor-model-parallel-size", "2"],
-            "--global-batch-size 16 is not a multiple of --micro-batch-size 1 x 3 data-parallel ranks = 3 "
+            "--global-batch-size 16 must be a multiple of --micro-batch-size 1 x 3 data-parallel ranks = 3 "
             "(6 ranks / TP 2 / PP 1): use 15",
         ),
         (
             4,
             [*EXPERTS, "--expert-model-parallel-size", "3"],
-            "--expert-model-parallel-size 3 does not divide the model's 4 experts: use one of 1, 2, 4",
+            "the model's 4 experts cannot be divided by --expert-model-parallel-size 3: use one of 1, 2, 4",
         ),
-        (2, ["--expert-model-parallel-size", "2"], "does not divide the model's 0 experts: leave it out"),
+        (
+            2,
+            ["--expert-model-parallel-size", "2"],
+            "the model's 0 experts cannot be divided by --expert-model-parallel-size 2: remove it",
+        ),
         (
             2,
             [*EXPERTS, "--expert-model-parallel-size", "4"],
@@ -207,7 +211,7 @@ def test_layouts_that_do_not_divide(
 
 def test_a_preset_that_this_megatron_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "strange", {"num_lairs": 3, "hidden_size": 16})
-    with pytest.raises(ValueError, match="these settings are no arguments of this Megatron: num_lairs"):
+    with pytest.raises(ValueError, match="settings unknown to this version of Megatron: num_lairs"):
         parsed(monkeypatch, "--model-preset", "strange", *NEEDED)
 
 
@@ -229,7 +233,7 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
             ["--num-layers", "4", "--hidden-size", "64"],
             "not set: --num-attention-heads (or a --model-preset); give",
         ),
-        ([*TINY, "--expand-layer", "6"], "--expand-layer 6 is outside 1..5"),
+        ([*TINY, "--expand-layer", "6"], "--expand-layer 6 must be between 1 and 5"),
         ([*TINY, "--high-ratio", "0.3"], "--high-ratio 0.3 does not fit 8x8 patches"),
         ([*TINY, "--hidden-size", "136"], "--hidden-size 136 is not a multiple of 16"),
         ([*TINY, "--context-parallel-size", "2"], "--context-parallel-size: not supported with InternVL-X"),
@@ -240,25 +244,33 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ),
         ([*TINY, "--use-megatron-fsdp"], "--use-megatron-fsdp: not supported"),
         ([*TINY, "--cuda-graph-impl", "local"], "--cuda-graph-impl local: graphs of single layers"),
+        (
+            [*TINY, "--cuda-graph-impl", "full_iteration", "--clip-grad", "0"],
+            "--cuda-graph-impl full_iteration cannot go with --boundary variable (micro-batches of different shapes; "
+            "use static); --transformer-impl local (no GPU kernels); --clip-grad 0 (the norm shows",
+        ),
         ([*TINY, "--heterogeneous-layers-config-path", "x"], "--heterogeneous-layers-config-path: not supp"),
         (
             [*TINY, "--max-position-embeddings", "128"],
             "--seq-length 256 is more than the model's --max-position-embeddings 128",
         ),
         ([*TINY, "--boundary", "static"], "--boundary static needs --max-tiles-per-pack and --shallow-seq"),
-        ([*TINY, *STATIC, "--seq-length", "208"], "--seq-length 208 does not hold the 208 visual rows"),
+        ([*TINY, *STATIC, "--seq-length", "208"], "--seq-length 208 is too small for the 208 visual rows"),
         (
             [*TINY, "--freeze-vision", "--freeze-llm", "--freeze-projectors"],
             "--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train",
         ),
-        ([*TINY, "--min-tiles", "0"], "--min-tiles 0: want at least 1 and at most 65,536 (tiles)"),
-        ([*TINY, "--min-tiles", "7", "--max-tiles", "6"], "--min-tiles 7 --max-tiles 6: want"),
+        ([*TINY, "--min-tiles", "0"], "--min-tiles 0: must be at least 1 and at most 65,536 (tiles)"),
+        (
+            [*TINY, "--min-tiles", "7", "--max-tiles", "6"],
+            "--min-tiles 7 must be at least 1 and at most --max-tiles 6",
+        ),
         ([*TINY, "--data", ""], "not set: --data (meta.json of the training data); give"),
         (
             [*TINY, "--tokenizer-model", ""],
             "not set: --tokenizer-model (a Hugging Face tokenizer directory); give",
         ),
-        ([*TINY, "--train-samples", "3"], "--train-iters 1 and --train-samples 3: one of them"),
+        ([*TINY, "--train-samples", "3"], "--train-iters 1 and --train-samples 3: set only one of them"),
         (
             [*TINY, "--data", "", "--tokenizer-model", "", "--save", "x"],
             "not set: --save-interval (steps between two checkpoints), --data (meta.json of the training data), "
@@ -271,7 +283,7 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ),
         (
             [*TINY, "--log-memory-interval", "3", "--log-interval", "2"],
-            "Megatron refuses the arguments: it wants log_memory_interval % log_interval == 0 "
+            "Megatron refuses the arguments: it requires log_memory_interval % log_interval == 0 "
             "(--log-memory-interval is 3, --log-interval is 2)",
         ),
     ],
@@ -354,7 +366,7 @@ def test_flags_stay() -> None:
 def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arguments.add_our_arguments(add_megatron_arguments(parser))
-    for flag in (*paths.PATHS, "--save"):
+    for flag in (*paths.PATH_FLAGS, "--save"):
         action = parser._option_string_actions[flag]
         assert (action.nargs, action.type in (None, str), action.option_strings) == (None, True, [flag])
         assert action.dest == flag[2:].replace("-", "_")

@@ -63,7 +63,7 @@ def test_compression_that_works(settings: dict) -> None:
         ({"expand_layer": 3, "low_ratio": 0.3}, "--low-ratio 0.3 does not fit 32x32 patches"),
         (
             {"inject_layers": [4]},
-            "--inject-layers [4] needs --expand-layer: injections add to visual rows that were expanded",
+            "--inject-layers [4] needs --expand-layer: injections add to visual rows that are already expanded",
         ),
         (
             {"expand_layer": 3, "low_ratio": 0.5},
@@ -73,14 +73,14 @@ def test_compression_that_works(settings: dict) -> None:
         ({"expand_layer": 3, "low_ratio": 1.0}, "--low-ratio 1.0 gives a 32x32 grid"),
         (
             {"expand_layer": 0},
-            "--expand-layer 0 is outside 1..7 (the model has 8 layers); leave it unset to switch LVTC off",
+            "--expand-layer 0 must be between 1 and 7 (the model has 8 layers); leave it unset to switch LVTC off",
         ),
-        ({"expand_layer": 8}, "--expand-layer 8 is outside 1..7"),
+        ({"expand_layer": 8}, "--expand-layer 8 must be between 1 and 7"),
         (
             {"expand_layer": 3, "inject_layers": [2, 5, 3]},
-            "--inject-layers [2, 3]: each must lie after --expand-layer 3 and before 8",
+            "--inject-layers [2, 3]: each must be above --expand-layer 3 and below 8",
         ),
-        ({"expand_layer": 3, "inject_layers": [8]}, "--inject-layers [8]: each must lie after"),
+        ({"expand_layer": 3, "inject_layers": [8]}, "--inject-layers [8]: each must be above"),
         ({"expand_layer": 3, "inject_layers": [5, 5]}, "--inject-layers [5, 5] names a layer twice"),
     ],
 )
@@ -107,7 +107,9 @@ def test_projector() -> None:
     check_projector(CompressionSettings(), hidden_size=48, tensor_parallel=8)
     with pytest.raises(ValueError, match="--hidden-size 40 is not a multiple of 16"):
         check_projector(CompressionSettings(), hidden_size=40, tensor_parallel=1)
-    with pytest.raises(ValueError, match=r"--tensor-model-parallel-size 3 does not divide: use 1, 2, 4, 8"):
+    with pytest.raises(
+        ValueError, match=r"cannot be divided by --tensor-model-parallel-size 3: use 1, 2, 4, 8"
+    ):
         check_projector(CompressionSettings(), hidden_size=48, tensor_parallel=3)
     # InternVL's projector has no heads.
     check_projector(CompressionSettings(projector="mlp"), hidden_size=40, tensor_parallel=3)
@@ -145,13 +147,13 @@ def test_static_budgets_that_work() -> None:
         (
             static(max_tiles_per_pack=5),
             {"samples": 2, "deep": 128},
-            "--max-tiles-per-pack 5 does not hold one image of 3 tiles for each of 2 samples of a micro-batch: "
+            "--max-tiles-per-pack 5 is too small for one image of 3 tiles for each of 2 samples of a micro-batch: "
             "raise it to 6",
         ),
         (
             static(max_tiles_per_pack=6),
             {"samples": 2, "deep": 96},
-            "--seq-length 96 does not hold the 48 visual",
+            "--seq-length 96 is too small for the 48 visual",
         ),
         (static(shallow_seq_length=None), {}, "--boundary static needs --shallow-seq-length:"),
         (
@@ -160,16 +162,20 @@ def test_static_budgets_that_work() -> None:
             "--boundary static needs --max-tiles-per-pack and --shallow-seq-length: it pads every "
             "micro-batch to fixed sizes; give them, or use --boundary variable",
         ),
-        (static(), {"deep": 70}, "--seq-length 70 is not a multiple of 16"),
-        (static(shallow_seq_length=33), {}, "--shallow-seq-length 33 is not a multiple of 16"),
-        (static(shallow_seq_length=33), {}, "this layout need: use 48"),
+        (static(), {"deep": 70}, "--seq-length 70 must be a multiple of 16"),
+        (static(shallow_seq_length=33), {}, "--shallow-seq-length 33 must be a multiple of 16"),
+        (static(shallow_seq_length=33), {}, "of this layout: use 48"),
         (
             static(max_tiles_per_pack=2),
             {},
-            "--max-tiles-per-pack 2 does not hold one image of 3 tiles: raise it to 3, or lower --max-tiles",
+            "--max-tiles-per-pack 2 is too small for one image of 3 tiles: raise it to 3, or lower --max-tiles",
         ),
-        (static(), {"deep": 48}, "--seq-length 48 does not hold the 48 visual rows of one image of 3 tiles"),
-        (static(), {"low_rows": 11}, "--shallow-seq-length 32 does not hold the 33 visual rows"),
+        (
+            static(),
+            {"deep": 48},
+            "--seq-length 48 is too small for the 48 visual rows of one image of 3 tiles",
+        ),
+        (static(), {"low_rows": 11}, "--shallow-seq-length 32 is too small for the 33 visual rows"),
         (static(shallow_seq_length=80), {}, "--shallow-seq-length 80 is more than --seq-length 64"),
     ],
 )

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_internvlx.files import checkpoint_directory, iterations, unfinished, write_atomically
+from megatron_internvlx.files import atomic_path, checkpoint_directory, iterations, write_atomically
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
-    with unfinished(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text("half")
         assert not path.exists()
     assert path.read_text() == "half"
@@ -22,7 +22,7 @@ def test_after_an_error_the_old_file_is_there_and_no_other(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     write_atomically(path, "old")
-    with pytest.raises(error), unfinished(path) as partial:
+    with pytest.raises(error), atomic_path(path) as partial:
         partial.write_text("half")
         raise error
     assert path.read_text() == "old"

@@ -87,11 +87,11 @@ def test_ranks_that_crash_after_a_signal_are_named(tmp_path):
         (15, {0: -9, 1: 74}, 74, "rank 0 was ended by SIGKILL, rank 1 ended with 74"),
         (15, {0: 0, 1: -11}, 139, "rank 1 was ended by SIGSEGV"),
         (2, {0: -15}, 143, "rank 0 was ended by SIGTERM"),
-        (15, {0: None}, 137, "rank 0 still lives"),
+        (15, {0: None}, 137, "rank 0 is still running"),
     ],
 )
 def test_how_ranks_end_after_a_signal(number, codes, ends, said, capsys):
-    assert launch._ended_by(number, codes) == ends
+    assert launch._exit_code_after_signal(number, codes) == ends
     line = capsys.readouterr().err
     assert line.endswith(f"of this node's ranks: {said}\n") if said else line == ""
 

@@ -10,7 +10,7 @@ from megatron_internvlx import paths
 def command(folder: Path, **changes: str | None) -> list[str]:
     """A command line whose paths are all there, but for the changes (None: left out)."""
     named: dict[str, str | None] = {}
-    for flag in paths.PATHS:
+    for flag in paths.PATH_FLAGS:
         path = folder / flag.strip("-")
         path.mkdir(exist_ok=True)
         named[flag] = str(path)
@@ -18,7 +18,7 @@ def command(folder: Path, **changes: str | None) -> list[str]:
     return ["--lr", "1e-4", *(word for flag, path in named.items() if path for word in (flag, path))]
 
 
-@pytest.mark.parametrize("flag", paths.PATHS)
+@pytest.mark.parametrize("flag", paths.PATH_FLAGS)
 def test_a_mistyped_path_is_named(tmp_path, flag):
     name = flag[2:].replace("-", "_")
     paths.check_command_line(command(tmp_path))
@@ -34,7 +34,7 @@ def test_the_last_one_counts(tmp_path):
     paths.check_command_line(["--data", "nowhere", *command(tmp_path)])
 
 
-@pytest.mark.parametrize("flag", paths.WEIGHTS)
+@pytest.mark.parametrize("flag", paths.WEIGHT_FLAGS)
 def test_the_own_directory_may_come_later(tmp_path, flag):
     new = str(tmp_path / "new")
     paths.check_command_line(command(tmp_path, **{flag[2:].replace("-", "_"): new, "save": new}))

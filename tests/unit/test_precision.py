@@ -16,9 +16,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.model.builder import fp8_parts  # noqa: E402
 from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
 from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
-from megatron_internvlx.model.settings import compression_plan  # noqa: E402
+from megatron_internvlx.model.sizes import model_sizes  # noqa: E402
 from megatron_internvlx.precision import (  # noqa: E402
     PRECISIONS,
     check_precision,
@@ -77,7 +78,7 @@ def test_the_gpu_tests_have_valid_arguments(parsed, name: str) -> None:
     args = parsed(*production(name))
     arguments.validate(args)
     assert ("vision" in (args.fp8_parts or ())) == bool(args.fp8)
-    assert compression_plan(args).injection_layers == (2, 3)
+    assert model_sizes(args).injection_layers == (2, 3)
 
 
 def test_every_name_is_tested() -> None:
@@ -111,11 +112,10 @@ def test_sequence_parallel_rows_align_on_every_rank(parsed) -> None:
 
 
 def test_parts(parsed) -> None:
-    assert not compression_plan(parsed("--precision", "fp8_tensorwise")).fp8
-    assert not compression_plan(parsed("--precision", "bf16", "--fp8-parts", "decoder", "projectors")).fp8
-    assert compression_plan(
-        parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "projectors")
-    ).fp8
+    named = ("--fp8-parts", "decoder", "projectors")
+    assert fp8_parts(parsed("--precision", "fp8_tensorwise")) == []
+    assert fp8_parts(parsed("--precision", "bf16", *named)) == []
+    assert fp8_parts(parsed("--precision", "fp8_tensorwise", *named)) == ["decoder", "projectors"]
     static = ["--boundary", "static", "--shallow-seq-length", "2048", "--max-tiles-per-pack", "16"]
     parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "vision", *static)
 

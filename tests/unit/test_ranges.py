@@ -43,60 +43,63 @@ def test_every_range_is_of_an_argument_and_holds_its_default(parser: argparse.Ar
         assert f"--{name.replace('_', '-')}" in action.option_strings
         assert action.type in (int, float), name
         assert span.low < span.high and span.what
-        assert action.default is None or span.holds(action.default), name
+        assert action.default is None or span.contains(action.default), name
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--lr inf", "--lr inf: want at least 0 and at most 1,000.0 (the peak of the learning rate)"),
-        ("--lr nan", "--lr nan: want at least 0"),
-        ("--lr -1", "--lr -1.0: want at least 0"),
-        ("--weight-decay nan", "--weight-decay nan: want at least 0"),
-        ("--clip-grad nan", "--clip-grad nan: want at least 0"),
-        ("--lr-warmup-fraction 2", "--lr-warmup-fraction 2.0: want at least 0.0 and below 1.0"),
-        ("--lr-warmup-fraction 1", "--lr-warmup-fraction 1.0: want at least 0.0 and below 1.0"),
-        ("--adam-beta2 7", "--adam-beta2 7.0: want at least 0.0 and below 1.0"),
-        ("--vision-drop-path -0.5", "--vision-drop-path -0.5: want at least 0.0 and below 1.0"),
-        ("--projector-drop-path 1", "--projector-drop-path 1.0: want at least 0.0 and below 1.0"),
-        ("--train-iters -3", "--train-iters -3: want at least 1"),
+        ("--lr inf", "--lr inf: must be at least 0 and at most 1,000.0 (the peak of the learning rate)"),
+        ("--lr nan", "--lr nan: must be at least 0"),
+        ("--lr -1", "--lr -1.0: must be at least 0"),
+        ("--weight-decay nan", "--weight-decay nan: must be at least 0"),
+        ("--clip-grad nan", "--clip-grad nan: must be at least 0"),
+        ("--lr-warmup-fraction 2", "--lr-warmup-fraction 2.0: must be at least 0.0 and below 1.0"),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction 1.0: must be at least 0.0 and below 1.0"),
+        ("--adam-beta2 7", "--adam-beta2 7.0: must be at least 0.0 and below 1.0"),
+        ("--vision-drop-path -0.5", "--vision-drop-path -0.5: must be at least 0.0 and below 1.0"),
+        ("--projector-drop-path 1", "--projector-drop-path 1.0: must be at least 0.0 and below 1.0"),
+        ("--train-iters -3", "--train-iters -3: must be at least 1"),
         (
             f"--train-iters {10**30}",
-            "--train-iters 1000000000000000000000000000000: want at least 1 and at most",
+            "--train-iters 1000000000000000000000000000000: must be at least 1 and at most",
         ),
-        (f"--train-iters {10**300}", "--train-iters 100000000000... (301 digits): want"),
-        ("--log-interval 0", "--log-interval 0: want at least 1"),
-        ("--vocab-size -1", "--vocab-size -1: want at least 1"),
-        ("--loader-workers -1", "--loader-workers -1: want at least 0"),
-        (f"--seed {2**70}", f"--seed {2**70}: want at least 1 and at most 2,147,483,647"),
-        ("--pack-buffer 0", "--pack-buffer 0: want at least 1"),
-        ("--max-reject-rate 1.5", "--max-reject-rate 1.5: want at least 0.0 and at most 1.0"),
-        ("--stall-minutes nan", "--stall-minutes nan: want at least 0"),
-        ("--norm-epsilon 0", "--norm-epsilon 0.0: want above 0 and at most 1"),
-        ("--expand-layer 2 --inject-layers 3 -1", "--inject-layers -1: want at least 0"),
+        (f"--train-iters {10**300}", "--train-iters 100000000000... (301 digits): must be"),
+        ("--log-interval 0", "--log-interval 0: must be at least 1"),
+        ("--vocab-size -1", "--vocab-size -1: must be at least 1"),
+        ("--loader-workers -1", "--loader-workers -1: must be at least 0"),
+        (f"--seed {2**70}", f"--seed {2**70}: must be at least 1 and at most 2,147,483,647"),
+        ("--pack-buffer 0", "--pack-buffer 0: must be at least 1"),
+        ("--max-reject-rate 1.5", "--max-reject-rate 1.5: must be at least 0.0 and at most 1.0"),
+        ("--stall-minutes nan", "--stall-minutes nan: must be at least 0"),
+        ("--norm-epsilon 0", "--norm-epsilon 0.0: must be above 0 and at most 1"),
+        ("--expand-layer 2 --inject-layers 3 -1", "--inject-layers -1: must be at least 0"),
         # Not in the table: finite, and 64 bits.
-        ("--moe-router-bias-update-rate nan", "--moe-router-bias-update-rate nan: want a finite number"),
-        (f"--null-tokenizer-eod-id {2**63}", f"--null-tokenizer-eod-id {2**63}: more than 64 bits hold"),
+        ("--moe-router-bias-update-rate nan", "--moe-router-bias-update-rate nan: must be a finite number"),
+        (f"--null-tokenizer-eod-id {2**63}", f"--null-tokenizer-eod-id {2**63}: must fit into 64 bits"),
         # All at once.
         (
             "--lr inf --adam-beta1 1",
-            "--adam-beta1 1.0: want at least 0.0 and below 1.0 (the decay of a running mean); --lr",
+            "--adam-beta1 1.0: must be at least 0.0 and below 1.0 (the decay of a running mean); --lr",
         ),
         # Two of them.
         ("--min-lr 5", "--min-lr 5.0 is more than the peak, --lr 0.001"),
         ("--lr-warmup-init 1", "--lr-warmup-init 1.0 is more than the peak, --lr 0.001"),
-        ("--bf16 --fp16", "--bf16 and --fp16: one of them"),
-        ("--train-iters 4 --lr-warmup-iters 4", "--lr-warmup-iters 4 is not below the 4 iters"),
+        ("--bf16 --fp16", "--bf16 and --fp16: set only one of them"),
+        (
+            "--train-iters 4 --lr-warmup-iters 4",
+            "--lr-warmup-iters 4 must be below the length of the decay, 4 iters",
+        ),
         (
             "--lr-decay-iters 9 --lr-warmup-iters 9 --train-iters 20",
-            "--lr-warmup-iters 9 is not below the 9 iters",
+            "--lr-warmup-iters 9 must be below the length of the decay, 9 iters",
         ),
         (
             "--lr-warmup-fraction 0.5 --lr-warmup-iters 1",
-            "--lr-warmup-fraction 0.5 and --lr-warmup-iters 1: one",
+            "--lr-warmup-fraction 0.5 and --lr-warmup-iters 1: set only one",
         ),
-        ("--lr-decay-style WSD", "--lr-decay-style WSD: --lr-wsd-decay-iters is None, want 1 to 1"),
-        ("--weight-decay-incr-style linear", "want --start-weight-decay (now None) and --end-weight-decay"),
+        ("--lr-decay-style WSD", "--lr-decay-style WSD: --lr-wsd-decay-iters is None, must be 1 to 1"),
+        ("--weight-decay-incr-style linear", "needs --start-weight-decay (now None) and --end-weight-decay"),
     ],
 )
 @pytest.mark.parametrize("dry", BOTH, ids=["run", "dry run"])

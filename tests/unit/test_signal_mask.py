@@ -5,7 +5,7 @@ from multiprocessing import resource_tracker
 
 import pytest
 
-from megatron_internvlx.signal_mask import mask_kept
+from megatron_internvlx.signal_mask import keep_signal_mask
 
 HELD = {signal.SIGINT, signal.SIGTERM}
 
@@ -32,7 +32,7 @@ def test_python_still_forgets_the_mask(tracker):
 
 
 def test_processes_started_inside_inherit_the_mask(tracker):
-    with mask_kept():
+    with keep_signal_mask():
         assert tracker._fd is not None
         tracker.ensure_running()
         assert now() >= HELD
@@ -41,7 +41,7 @@ def test_processes_started_inside_inherit_the_mask(tracker):
 
 def test_a_tracker_that_is_started_anew_inside(tracker):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # as without --exit-signal-handler
-    with mask_kept():
+    with keep_signal_mask():
         tracker._stop()
         tracker.ensure_running()
     assert HELD & now() == {signal.SIGINT}

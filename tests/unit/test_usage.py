@@ -37,18 +37,18 @@ def test_help_needs_neither_torch_nor_a_launcher() -> None:
     *shown, end = done.stdout.splitlines()
     assert (end, done.stderr, done.returncode) == ("code 0, torch False", "", 0)
     assert len(shown) < 120 and max(map(len, shown)) < 160
-    assert "\n".join(shown) == "\n".join(usage.lines())
+    assert "\n".join(shown) == "\n".join(usage.help_lines())
 
 
 def test_help_shows_every_setting_of_ours_in_its_own_words() -> None:
-    shown = "\n".join(usage.lines())
+    shown = "\n".join(usage.help_lines())
     for settings in SETTINGS:
-        assert usage.docstrings(settings) == ArgumentGroupFactory(settings).field_docstrings
+        assert usage.field_docstrings(settings) == ArgumentGroupFactory(settings).field_docstrings
         for field in fields(settings):
             (line,) = [
                 row for row in shown.splitlines() if row.startswith(f"  --{field.name.replace('_', '-')} ")
             ]
-            assert usage.docstrings(settings)[field.name] in line
+            assert usage.field_docstrings(settings)[field.name] in line
             assert field.default is None or field.default is False or line.endswith(f" [{field.default}]")
 
 

@@ -65,13 +65,13 @@ def test_missing_shard(hf: Path, tmp_path: Path, capsys) -> None:
 
 def test_shape_mismatch_names_both(hf: Path, tmp_path: Path, capsys) -> None:
     rename_or_drop(hf, NATIVE, lambda t: {NATIVE: t[:-1].contiguous()})
-    assert f"{NATIVE} is [95, 64], config.json wants [96, 64]" in refused(capsys, tmp_path)
+    assert f"{NATIVE} is [95, 64], expected [96, 64]" in refused(capsys, tmp_path)
 
 
 def test_unknown_keys_are_listed(hf: Path, tmp_path: Path, capsys) -> None:
     rename_or_drop(hf, NATIVE, lambda t: {NATIVE: t, "lora.A": t.clone(), "lora.B": t.clone()})
     message = refused(capsys, tmp_path)
-    assert "2 tensors have no place" in message
+    assert "2 tensors are not in this model" in message
     assert "lora.A\n  lora.B" in message
 
 

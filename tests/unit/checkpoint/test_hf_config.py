@@ -9,14 +9,13 @@ from transformers import AutoConfig
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES as ROWS
 from megatron_internvlx.checkpoint.hf_config import (
-    dims,
     family_of,
     model_config,
     vision_arguments,
-    vision_from,
 )
 from megatron_internvlx.checkpoint.hf_write import chat_config
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
+from megatron_internvlx.model.sizes import model_sizes, vision_config
 from tests.converting import FAMILIES, MARKS, Named, lvtc_config
 from tests.golden_weights import GOLDEN
 
@@ -48,8 +47,8 @@ def left_out(family: str, key: str) -> dict[str, Any]:
         (changed("llama", "llm_config", hidden_act="gelu"), "only silu"),
         (changed("llama", "llm_config", rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling"),
         (changed("qwen3_moe", "llm_config", norm_topk_prob=False), "norm_topk_prob = False is not"),
-        (left_out("qwen3_moe", "norm_topk_prob"), "norm_topk_prob = its default, as it is left out, is not"),
-        (left_out("internlm2", "bias"), "llm_config.bias = its default"),
+        (left_out("qwen3_moe", "norm_topk_prob"), r"norm_topk_prob = \(default\) is not"),
+        (left_out("internlm2", "bias"), r"llm_config.bias = \(default\)"),
         (changed("llama", force_image_size=32), "force_image_size 32"),
         (changed("llama", "vision_config", hidden_act="relu"), "hidden_act"),
         (changed("native", vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
@@ -116,8 +115,8 @@ def test_family_of_a_model_trained_from_scratch() -> None:
 
 def test_lvtc_sizes() -> None:
     found = read(lvtc_config(), "projector.cls_scale")
-    sizes = dims(found.arguments, found.family)
-    assert (sizes.entry_grid, sizes.high_grid, sizes.injections) == (1, 2, (1, 2))
+    sizes = model_sizes(found.arguments)
+    assert (sizes.entry_grid, sizes.high_grid, sizes.injection_layers) == (1, 2, (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_lvtc_sizes() -> None:
 )
 def test_any_vision_encoder_has_arguments(vision: InternViTConfig) -> None:
     arguments = vision_arguments(vision)
-    assert vision_from(arguments) == vision
+    assert vision_config(arguments) == vision
     assert ("vision_overrides" in arguments) is (vision.hidden_size == 48)
 
 

@@ -58,30 +58,30 @@ def run_import(hf: Path, save: Path, capsys: pytest.CaptureFixture, *arguments: 
         ("chat", "llm_config.num_attention_heads", 0, "llm_config.num_attention_heads is 0; it must be a whole"),
         ("chat", "llm_config.hidden_size", "64", "llm_config.hidden_size is '64'; it must be a whole number"),
         ("chat", "llm_config.intermediate_size", 1.5, "intermediate_size is 1.5"),
-        ("chat", "llm_config.num_key_value_heads", 3, "num_attention_heads 8 is not a multiple of num_key_value"),
+        ("chat", "llm_config.num_key_value_heads", 3, "num_attention_heads 8 must be a multiple of num_key_value"),
         ("chat", "llm_config.rms_norm_eps", "small", "rms_norm_eps is 'small'; it must be a positive number"),
         ("chat", "llm_config.rope_scaling", "x", "rope_scaling is 'x'; it must be an object or null"),
         ("chat", "llm_config.vocab_size", ..., "'vocab_size' is missing"),
         ("chat", "vision_config.patch_size", 0, "vision_config.patch_size is 0"),
         ("native", "vision_config.patch_size", [4, "4"], "vision_config.patch_size is [4, '4']"),
         ("chat", "ps_version", "v3", "ps_version is 'v3'; it must be v1 or v2"),
-        ("chat", "torch_dtype", "float7", "dtype 'float7' is none of float32, bfloat16, float16"),
+        ("chat", "torch_dtype", "float7", "dtype 'float7' must be one of float32, bfloat16, float16"),
         ("chat", "min_dynamic_patch", 9, "min_dynamic_patch is 9 and max_dynamic_patch 6"),
         ("chat", "downsample_ratio", "half", "downsample_ratio is 'half'"),
         ("chat", "select_layer", "last", "select_layer is 'last'"),
         ("lvtc", "compression", None, "compression is missing"),
         ("lvtc", "compression.projector", "qformer", "compression.projector is 'qformer'; it must be pvtc or mlp"),
-        ("lvtc", "compression.inject_layers", "2", "compression needs whole numbers as expand_layer"),
-        ("lvtc", "compression.depth", 3, "compression has depth, which is no setting of it"),
-        ("moe", "llm_config.num_experts_per_tok", 9, "num_experts_per_tok 9 is more than 4 experts"),
-        ("chat", "llm_config.num_hidden_layers", 10**9, "is 1000000000, and 4 decoder layers are among the weights:"),
-        ("native", "text_config.num_hidden_layers", 5, "is 5, and 4 decoder layers are among the weights (number 4 is"),
-        ("chat", "vision_config.num_hidden_layers", 10**9, "is 1000000000, and 2 layers of the vision encoder are"),
-        ("native", "vision_config.num_hidden_layers", 1, "is 1, and 2 layers of the vision encoder are"),
-        ("moe", "llm_config.num_experts", 10**9, "llm_config.num_experts is 1000000000, and 4 experts are"),
-        ("moe", "llm_config.moe_intermediate_size", 10**30, f"config.json wants [{10**30}, 64]"),
-        ("chat", "llm_config.hidden_size", 64 * 10**30, "tensors have other shapes than it says; correct it, or bring"),
-        ("chat", "llm_config.vocab_size", 10**30, f"is [713, 64], config.json wants [{10**30}, 64]"),
+        ("lvtc", "compression.inject_layers", "2", "compression: expand_layer and inject_layers must be whole numbers"),
+        ("lvtc", "compression.depth", 3, "compression has unknown settings depth"),
+        ("moe", "llm_config.num_experts_per_tok", 9, "num_experts_per_tok 9 must be at most the number of experts, 4"),
+        ("chat", "llm_config.num_hidden_layers", 10**9, "is 1000000000, but the weights have 4 decoder layers:"),
+        ("native", "text_config.num_hidden_layers", 5, "is 5, but the weights have 4 decoder layers (without number 4"),
+        ("chat", "vision_config.num_hidden_layers", 10**9, "is 1000000000, but the weights have 2 layers"),
+        ("native", "vision_config.num_hidden_layers", 1, "is 1, but the weights have 2 layers"),
+        ("moe", "llm_config.num_experts", 10**9, "num_experts is 1000000000, but the weights have 4 experts"),
+        ("moe", "llm_config.moe_intermediate_size", 10**30, f"expected [{10**30}, 64]"),
+        ("chat", "llm_config.hidden_size", 64 * 10**30, "tensors have other shapes than expected from it; correct"),
+        ("chat", "llm_config.vocab_size", 10**30, f"is [713, 64], expected [{10**30}, 64]"),
         ("chat", "llm_config.vocab_size", True, "vocab_size is True; it must be a whole number of at least 1"),
         ("chat", "llm_config.rms_norm_eps", float("nan"), "rms_norm_eps is nan; it must be a positive number"),
         ("chat", "llm_config.rope_theta", float("inf"), "rope_theta is inf; it must be a positive number"),
@@ -96,8 +96,8 @@ def run_import(hf: Path, save: Path, capsys: pytest.CaptureFixture, *arguments: 
         ("chat", "downsample_ratio", 1e-320, "downsample_ratio is 1e-320; it must be a number above 0"),
         ("chat", "downsample_ratio", float("inf"), "downsample_ratio is inf; it must be a number above 0"),
         ("chat", "select_layer", 10**9, "select_layer 1000000000 is outside -3..2"),
-        ("lvtc", "compression.low_ratio", 1e-320, "numbers above 0, at most 1, as low_ratio and high_ratio"),
-        ("lvtc", "compression.expand_layer", 10**9, "--expand-layer 1000000000 is outside 1..3"),
+        ("lvtc", "compression.low_ratio", 1e-320, "low_ratio and high_ratio numbers above 0 and at most 1"),
+        ("lvtc", "compression.expand_layer", 10**9, "--expand-layer 1000000000 must be between 1 and 3"),
     ],
 )  # fmt: skip
 def test_config_values(made, tmp_path: Path, capsys, kind: str, key: str, value: Any, message: str) -> None:
@@ -115,9 +115,9 @@ def test_config_values(made, tmp_path: Path, capsys, kind: str, key: str, value:
     [
         (lambda index: [1], "not a JSON object"),
         (lambda index: {"weight_map": ["a"]}, "it has no weight_map"),
-        (lambda index: {"weight_map": {"a": 3}}, "a is in 3, which is no name of a .safetensors file"),
-        (lambda index: {"weight_map": {"a": "../x.safetensors"}}, "a is in '../x.safetensors', which is no name"),
-        (lambda index: {"weight_map": {**index["weight_map"], "a": SECOND}}, "1 tensors that its files do not hold: a"),
+        (lambda index: {"weight_map": {"a": 3}}, "a is in 3, which must be the name of a .safetensors file"),
+        (lambda index: {"weight_map": {"a": "../x.safetensors"}}, "a is in '../x.safetensors', which must be the name"),
+        (lambda index: {"weight_map": {**index["weight_map"], "a": SECOND}}, "1 tensors that are not in its files: a"),
     ],
 )  # fmt: skip
 def test_weight_index(made, tmp_path: Path, capsys, change: Any, message: str) -> None:
@@ -132,8 +132,8 @@ def test_weight_index(made, tmp_path: Path, capsys, change: Any, message: str) -
     [
         ("", "not JSON"),
         ("[1]", "not a JSON object"),
-        ("{}", "model_type None (architectures none) is not a model that can be imported"),
-        ('{"a":' * 100_000, "its brackets are nested too deeply to be read"),
+        ("{}", "model_type None (architectures none) cannot be imported"),
+        ('{"a":' * 100_000, "brackets are nested too deeply"),
         (
             '{"model_type": "internvl_chat", "select_layer": ' + "9" * 5000 + "}",
             "not JSON: Exceeds the limit",
@@ -183,10 +183,10 @@ class Harm:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("harm", "it holds other things than tensors"),
+        ("harm", "it must contain only tensors"),
         ("cut", "not a complete file of tensors"),
         ("old", "not the zip format"),
-        ("nested", "1 entries are no tensors (state_dict)"),
+        ("nested", "1 entries are not tensors (state_dict)"),
         ("list", "not a dictionary of tensors: list"),
     ],
 )
@@ -240,15 +240,15 @@ def broken_checkpoint(ck: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("harm", "has no place in it"),
-        ("notes", "conversion.json: not as an import writes it"),
-        ("notes of another kind", "conversion.json: not as an import writes it; remove it"),
-        ("arguments of notes", "conversion.json: not as an import writes it; remove it"),
-        ("long tracker", "is neither an iteration nor 'release'"),
+        ("harm", "is not allowed in it"),
+        ("notes", "conversion.json: not written by an import"),
+        ("notes of another kind", "conversion.json: not written by an import; remove it"),
+        ("arguments of notes", "conversion.json: not written by an import; remove it"),
+        ("long tracker", "must be an iteration or 'release'"),
         ("config", "config.json: No such file"),
         ("arguments", "the arguments of the checkpoint cannot be read"),
         ("no arguments", "data files are missing: __common.distcp"),
-        ("tracker", "is neither an iteration nor 'release'"),
+        ("tracker", "must be an iteration or 'release'"),
     ],
 )
 def test_broken_checkpoints(made, tmp_path: Path, capsys, what: str, message: str) -> None:
@@ -287,7 +287,7 @@ def test_tokenizer_code_is_not_run(tmp_path: Path, capsys, monkeypatch) -> None:
         f"import os\nos.mkdir({str(tmp_path / 'harm')!r})\nclass TheirTokenizer: pass\n"
     )
     assert main(["export", "--load", str(tmp_path / "ck2"), "--hf", str(tmp_path / "third"), "--quiet"]) == 2
-    assert "its tokenizer is Python code, which is not run here" in capsys.readouterr().err
+    assert "its tokenizer needs Python code, which is not run here" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
 
 
@@ -296,10 +296,10 @@ def test_an_unknown_chat_template_is_told(made, tmp_path: Path, capsys) -> None:
     config = json.loads((hf / "config.json").read_text()) | {"template": "vicuna"}
     (hf / "config.json").write_text(json.dumps(config))
     assert main(["import", "--hf", str(hf), "--save", str(tmp_path / "ck"), "--quiet"]) == 0
-    assert "chat template 'vicuna'; the recipe has 'internvl2_5'" in capsys.readouterr().out
+    assert "chat template 'vicuna'; the recipe uses 'internvl2_5'" in capsys.readouterr().out
 
 
 def test_an_export_without_tokenizer_is_told(made, tmp_path: Path, capsys) -> None:
     command = ["export", "--load", str(made["ck"]), "--hf", str(tmp_path / "out"), "--quiet"]
     assert main(command) == 0
-    assert "cannot be used yet, it has no tokenizer: export again with --like" in capsys.readouterr().out
+    assert "cannot be used yet: it has no tokenizer. Export again with --like" in capsys.readouterr().out

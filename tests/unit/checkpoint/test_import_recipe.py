@@ -13,7 +13,7 @@ import yaml
 
 from megatron_internvlx import arguments
 from megatron_internvlx.checkpoint.import_recipe import fine_tune_settings
-from megatron_internvlx.checkpoint.summary import by_part, part_of
+from megatron_internvlx.checkpoint.summary import count_by_part, model_part
 from megatron_internvlx.lifecycle.start import check_paths
 from tests.converting import FAMILIES, TOKENIZER, make_directory
 from tools.convert_checkpoint import main
@@ -68,7 +68,7 @@ def test_every_setting_of_the_recipe_is_explained(tmp_path: Path, capsys) -> Non
     assert lines.keys() == {*fine_tune_settings(), "rvtc"}
     assert recipe["train_iters"] * recipe["global_batch_size"] == 128_000
     assert "128,000 samples" in lines["train_iters"]
-    assert "by InternVL's rule" in lines["rvtc"]
+    assert "InternVL's rule" in lines["rvtc"]
     assert max(map(len, text.splitlines())) < 130
 
 
@@ -79,7 +79,7 @@ def test_new_compressors_are_summed_up(tmp_path: Path, capsys) -> None:
     assert new.startswith("81 tensors initialised")
     assert new.endswith(": projector 27, projector of layer 1 27, projector of layer 2 27")
     assert any(line.startswith("6 tensors not used: multi_modal_projector 6") for line in said)
-    assert any(line.startswith("rvtc: off, as the directory was made") for line in said)
+    assert any(line.startswith("rvtc is off, as in the directory") for line in said)
     notes = json.loads((tmp_path / "c k" / "hf" / "conversion.json").read_text())
     assert (len(notes["initialised"]), len(notes["unused"])) == (81, 6)
 
@@ -90,6 +90,8 @@ def test_an_import_without_changes_says_nothing_of_rvtc(tmp_path: Path, capsys) 
 
 def test_parts() -> None:
     names = ["mlp1.0.weight", "lvtc_projectors.7.cls_scale", "lvtc_projectors.7.mlp1.0.weight"]
-    assert by_part(names) == "mlp1 1, projector of layer 7 2"
-    assert part_of("model.language_model.layers.0.self_attn.rotary_emb.inv_freq") == "language_model.layers"
-    assert part_of("vision_model.encoder.layers.3.attn.proj.weight") == "vision_model"
+    assert count_by_part(names) == "mlp1 1, projector of layer 7 2"
+    assert (
+        model_part("model.language_model.layers.0.self_attn.rotary_emb.inv_freq") == "language_model.layers"
+    )
+    assert model_part("vision_model.encoder.layers.3.attn.proj.weight") == "vision_model"

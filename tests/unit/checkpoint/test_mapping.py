@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from megatron_internvlx.checkpoint.hf_config import dims, model_config
+from megatron_internvlx.checkpoint.hf_config import model_config
 from megatron_internvlx.checkpoint.mapping import output_names, table
 from megatron_internvlx.checkpoint.torch_dist import location
+from megatron_internvlx.model.sizes import model_sizes
 from tests.converting import FAMILIES, MARKS, Named, native
 from tests.golden_weights import GOLDEN, MANIFEST
 from tests.parity.released import ReleasedModel
@@ -21,7 +22,7 @@ from tests.parity.released import ReleasedModel
 
 def shapes_of(config: dict[str, Any], *marks: str) -> dict[str, tuple[int, ...]]:
     ours = model_config(config, Named(*marks))
-    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    entries = table(model_sizes(ours.arguments), ours.family, ours.layout)
     return {name: shape for e in entries for name, shape in zip(e.theirs, e.shapes, strict=True)}
 
 
@@ -45,7 +46,7 @@ def test_golden_tensors_go_where_the_parity_tests_put_them(model: str) -> None:
         load_file(folder / "model.safetensors"),
     )
     ours = model_config(config, Named(*golden))
-    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    entries = table(model_sizes(ours.arguments), ours.family, ours.layout)
     found = {e.ours: e.op.to_ours([golden[name] for name in e.theirs]) for e in entries}
     expected = ReleasedModel.from_config(config).to_ours(golden)
     assert found.keys() == expected.keys()
@@ -80,7 +81,7 @@ def test_native_names_are_those_of_transformers() -> None:
 def test_nothing_is_named_twice(family: str) -> None:
     config = {k: v for k, v in FAMILIES[family].items() if k not in MARKS}
     ours = model_config(config, Named("projector.cls_scale"))
-    entries = table(dims(ours.arguments, ours.family), ours.layout)
+    entries = table(model_sizes(ours.arguments), ours.family, ours.layout)
     theirs = [name for entry in entries for name in entry.theirs]
     assert len({e.ours for e in entries}) == len(entries)
     assert len(set(theirs)) == len(theirs)

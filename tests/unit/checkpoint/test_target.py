@@ -34,7 +34,7 @@ def slow(unit):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    target.ALONE_BELOW = 0
+    target.MIN_PARALLEL_BYTES = 0
     with target.new_directory(Path({final!r}), "mark", 1) as made:
         units = [str(made.partial / f"part{{i}}") for i in range(40)]
         try:
@@ -93,7 +93,7 @@ def test_a_killed_worker_is_told_and_its_parts_are_kept(tmp_path: Path) -> None:
     process, partial = started(tmp_path)
     os.kill(int(next(partial.glob("part*")).read_text()), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert "a process was killed, perhaps for want of memory" in errors
+    assert "a process was killed, perhaps because memory was full" in errors
     assert len(list((partial / target.NOTES).glob("*.json"))) >= 2
 
 

@@ -11,13 +11,13 @@ import torch
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.safetensors_io import copy_bytes
-from megatron_internvlx.checkpoint.torch_dist import Piece, Stored, read_stored, stored_runs
+from megatron_internvlx.checkpoint.torch_dist import Piece, StoredTensor, byte_ranges, read_stored
 from megatron_internvlx.checkpoint.torch_dist_write import save_tensor
 
 WHOLE = torch.arange(6 * 5 * 4, dtype=torch.float32).view(6, 5, 4)
 
 
-def stored(folder: Path, *slices: tuple[slice, ...]) -> Stored:
+def stored(folder: Path, *slices: tuple[slice, ...]) -> StoredTensor:
     """WHOLE in a file, one piece per slice, after some bytes of something else."""
     pieces = []
     with (folder / "data").open("wb") as file:
@@ -27,12 +27,12 @@ def stored(folder: Path, *slices: tuple[slice, ...]) -> Stored:
             start, length = save_tensor(file, part)
             offsets = [s.start or 0 for s in chosen] + [0] * (3 - len(chosen))
             pieces.append(Piece(tuple(offsets), tuple(part.shape), "data", start, length))
-    return Stored(tuple(WHOLE.shape), WHOLE.dtype, tuple(pieces))
+    return StoredTensor(tuple(WHOLE.shape), WHOLE.dtype, tuple(pieces))
 
 
-def copied(folder: Path, tensor: Stored, place: int | None = None) -> torch.Tensor:
+def copied(folder: Path, tensor: StoredTensor, place: int | None = None) -> torch.Tensor:
     """What copying the runs gives."""
-    runs = stored_runs(folder, tensor, place)
+    runs = byte_ranges(folder, tensor, place)
     assert runs is not None
     target = folder / "target"
     target.touch()
@@ -78,17 +78,17 @@ def test_whole_rows_are_copied(tmp_path: Path, monkeypatch, way: str, kernel: bo
 def test_rows_of_stacked_tensors_are_copied(tmp_path: Path) -> None:
     tensor = stored(tmp_path, *WAYS["rows of items"])
     # They are no rows of the whole, but of each slice along its leading dimension.
-    assert stored_runs(tmp_path, tensor) is None
+    assert byte_ranges(tmp_path, tensor) is None
     assert torch.equal(copied(tmp_path, tensor, 4), WHOLE[4].flatten())
 
 
 def test_what_is_not_in_order_is_not_copied(tmp_path: Path) -> None:
-    assert stored_runs(tmp_path, stored(tmp_path, *WAYS["columns"])) is None
+    assert byte_ranges(tmp_path, stored(tmp_path, *WAYS["columns"])) is None
     with (tmp_path / "data").open("wb") as file:
         torch.save(WHOLE.transpose(0, 1), file)  # torch keeps the strides
         length = file.tell()
-    turned = Stored((5, 6, 4), WHOLE.dtype, (Piece((0, 0, 0), (5, 6, 4), "data", 0, length),))
-    assert stored_runs(tmp_path, turned) is None
+    turned = StoredTensor((5, 6, 4), WHOLE.dtype, (Piece((0, 0, 0), (5, 6, 4), "data", 0, length),))
+    assert byte_ranges(tmp_path, turned) is None
     assert torch.equal(read_stored(tmp_path, turned), WHOLE.transpose(0, 1))
 
 
@@ -96,16 +96,16 @@ def test_a_view_in_a_larger_storage_is_copied_from_its_place(tmp_path: Path) -> 
     with (tmp_path / "data").open("wb") as file:
         torch.save(WHOLE[2:], file)
         length = file.tell()
-    part = Stored((4, 5, 4), WHOLE.dtype, (Piece((0, 0, 0), (4, 5, 4), "data", 0, length),))
+    part = StoredTensor((4, 5, 4), WHOLE.dtype, (Piece((0, 0, 0), (4, 5, 4), "data", 0, length),))
     assert torch.equal(copied(tmp_path, part), WHOLE[2:].flatten())
 
 
 def test_gaps_are_refused(tmp_path: Path) -> None:
     tensor = stored(tmp_path, (slice(0, 4),))
-    for read in (read_stored, stored_runs):
-        with pytest.raises(ConversionError, match=r"80 numbers are stored of a tensor of \[6, 5, 4\]"):
+    for read in (read_stored, byte_ranges):
+        with pytest.raises(ConversionError, match=r"only 80 values of a tensor \[6, 5, 4\]"):
             read(tmp_path, tensor)
-        with pytest.raises(ConversionError, match=r"0 numbers are stored of a tensor of \[5, 4\]"):
+        with pytest.raises(ConversionError, match=r"only 0 values of a tensor \[5, 4\]"):
             read(tmp_path, tensor, 5)
 
 
@@ -133,5 +133,5 @@ def test_an_index_of_torch_is_read_without_torchs_classes(tmp_path: Path) -> Non
     assert torch.equal(read_stored(tmp_path, tensors["a"]), WHOLE)
     assert tensors["b"].dtype == torch.bfloat16 and tensors["b"].shape == (3,)
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": Call()}))
-    with pytest.raises(ConversionError, match="has no place in it"):
+    with pytest.raises(ConversionError, match="is not allowed in it"):
         torch_dist._load_metadata(tmp_path / ".metadata")

@@ -97,7 +97,7 @@ def test_malformed_line_names_file_and_line(disk, line):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"annotation": "none.jsonl"}, "'bad': no annotation file 'none.jsonl'"),
+        ({"annotation": "none.jsonl"}, "'bad': annotation file 'none.jsonl' not found"),
         ({"repeat_time": -1}, "repeat_time is -1"),
         ({"repeat_time": "2"}, "repeat_time is '2'"),
         ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0"),
@@ -137,12 +137,12 @@ def test_json_array_and_broken_meta_are_refused(disk):
     with pytest.raises(ValueError, match="is not valid JSON"):
         Manifest(disk.folder / "meta.json")
     (disk.folder / "meta.json").write_text('{"a": {"root": ""}, "b": {}, "a": {"root": "x"}}')
-    with pytest.raises(ValueError, match=r"meta.json is not valid JSON: the key 'a' is given twice"):
+    with pytest.raises(ValueError, match=r"meta.json is not valid JSON: duplicate key 'a'"):
         Manifest(disk.folder / "meta.json")
     (disk.folder / "meta.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not valid JSON"):
         Manifest(disk.folder / "meta.json")
-    with pytest.raises(ValueError, match="no meta file"):
+    with pytest.raises(ValueError, match=r"meta file .* not found"):
         Manifest(disk.folder / "other.json")
 
 
@@ -153,7 +153,7 @@ def test_a_key_with_an_underscore_is_a_comment(disk):
 def test_an_epoch_that_no_memory_holds_is_refused(disk, monkeypatch):
     monkeypatch.setattr("megatron_internvlx.data.manifest.MAX_EPOCH", 20)
     assert len(disk.add("a", numbered(4), repeat_time=5).manifest()) == 20
-    with pytest.raises(ValueError, match=r"an epoch would hold 24 records, at most 20 .*lower repeat_time"):
+    with pytest.raises(ValueError, match=r"an epoch has 24 records, must be at most 20.*lower repeat_time"):
         disk.add("a", numbered(4), repeat_time=6).manifest()
 
 

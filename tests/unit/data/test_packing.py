@@ -52,7 +52,7 @@ def test_every_sample_is_in_one_pack_and_no_pack_is_over_a_budget(problem):
 
 
 def test_a_sample_over_a_budget_is_named_with_both_numbers():
-    with pytest.raises(ValueError, match="sample 1 has 9 tiles, over the budget of 8"):
+    with pytest.raises(ValueError, match="sample 1 has 9 tiles, must be at most 8"):
         pack([Cost(1, 1, 8), Cost(1, 1, 9)], Budget(10, 10, 8))
 
 
@@ -147,3 +147,12 @@ def test_more_images_than_tiles_in_a_pack_is_a_bad_sample(disk, encoder):
     manifest = disk.add("a", [record(names, "<image><image><image>Which?", "This.")]).manifest()
     with pytest.raises(BadSample, match="too_many_images"):
         packed_encoder(encoder, tiles=2).encode(manifest.record(0))
+
+
+def test_no_pack_has_more_samples_than_allowed() -> None:
+    """Many short samples: their packs are cut, every sample stays in one."""
+    costs = [Cost(2, 2, 0)] * 50 + [Cost(30, 60, 3)]
+    packs = pack(costs, Budget(100, 100, 4, samples=8))
+    assert max(map(len, packs)) == 8
+    assert sorted(i for rows in packs for i in rows) == list(range(51))
+    assert max(map(len, pack(costs, Budget(100, 100, 4)))) > 8

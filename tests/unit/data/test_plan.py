@@ -194,6 +194,7 @@ def test_exactly_full() -> None:
         ({"shallow_length": 4}, "a micro-batch has 5 shallow rows, over the static budget of 4"),
         ({"deep_length": 10}, "a micro-batch has 11 deep rows, over the static budget of 10"),
         ({"tile_budget": 1}, "a micro-batch has 2 tiles, over the static budget of 1"),
+        ({"sample_budget": 0}, "a micro-batch has 1 samples, over the static budget of 0"),
     ],
 )
 def test_over_a_static_budget(budget: dict[str, int], message: str) -> None:

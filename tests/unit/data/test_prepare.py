@@ -115,9 +115,9 @@ def test_object_store_urls_are_read_through_the_storage_client(disk, tmp_path, m
 def test_mistakes_are_named(meta, tmp_path, capsys):
     assert prepare_data.main([str(tmp_path / "none.json"), str(tmp_path / "out")]) == 2
     assert "none.json" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no prepared data set"):
+    with pytest.raises(ValueError, match="not a prepared data set"):
         prepared_sets(tmp_path)
-    with pytest.raises(ValueError, match="validation share is 1"):
+    with pytest.raises(ValueError, match="--validation 1"):
         PrepareSettings(validation=1)
 
 
@@ -146,7 +146,7 @@ def test_images_that_appear_later_are_measured_and_a_wrong_root_is_an_error(disk
     disk.add("a", [record(name, "What?", "It.") for name in names]).manifest()
     command = [str(disk.folder / "meta.json"), str(tmp_path / "out")]
     assert prepare_data.main(command) == 2
-    assert "none of its 3 images is there" in capsys.readouterr().err
+    assert "none of its 3 images found" in capsys.readouterr().err
     assert len((tmp_path / "out" / "broken.jsonl").read_text().splitlines()) == 3
     for name in names[:2]:
         disk.image(name, 30, 40)
@@ -181,7 +181,7 @@ def test_a_run_with_other_settings_takes_the_marks_away_first(disk, tmp_path, mo
 
     monkeypatch.setattr(module, "_index_set", killed)
     assert prepare_data.main([str(meta), str(out), "--validation", "0.5"]) == 130
-    with pytest.raises(ValueError, match="no prepared data set"):
+    with pytest.raises(ValueError, match="not a prepared data set"):
         prepared_sets(out)
     assert not (out / "a" / "done.json").exists()
 
@@ -189,9 +189,9 @@ def test_a_run_with_other_settings_takes_the_marks_away_first(disk, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seq-length", "100"], "--seq-length 100 does not hold one tile of 256 tokens"),
+        (["--seq-length", "100"], "--seq-length 100 is too small for one tile of 256 tokens"),
         (["--shallow-seq-length", "4096"], "need --seq-length"),
-        (["--image-size", "450"], "--image-size 450 is not a multiple of --patch-size 14"),
+        (["--image-size", "450"], "--image-size 450 must be a multiple of --patch-size 14"),
         (["--png", "/proc/none.png"], "/proc/none.png"),
     ],
 )

@@ -16,7 +16,7 @@ from megatron_internvlx.lifecycle.continuation import Continuation
 from megatron_internvlx.lifecycle.outcome import Outcome
 from megatron_internvlx.lifecycle.resume import RunState
 from megatron_internvlx.lifecycle.setup import setup_from
-from megatron_internvlx.platform.schedule import OtherGroups
+from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 from tests.unit.lifecycle.test_resume import checkpoint
 
 MADE = {
@@ -124,7 +124,7 @@ def test_another_failure_is_recorded_as_itself(tmp_path: Path, made: dict, crash
 
 
 def test_other_groups_are_a_mistake(tmp_path: Path, crash) -> None:
-    error = OtherGroups("of others")
+    error = ParameterGroupMismatch("of others")
     assert crash(arguments(tmp_path), error) is error
     assert RunState.read(tmp_path).reason.endswith("of others")
 

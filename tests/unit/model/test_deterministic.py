@@ -137,7 +137,7 @@ def test_a_step_uses_no_operation_that_cuda_refuses(projector: str, upsample: st
             "projector": projector,
             "upsample": upsample,
             "pixel_shuffle_version": version,
-            "drop_path": 0.1,
+            "projector_drop_path": 0.1,
         },
         num_layers=3,
         hidden_size=64,

@@ -85,7 +85,7 @@ def both(
         num_query_groups=2,
         **decoder,
     )
-    plan, config = model.compression, model.config
+    sizes, config = model.sizes, model.config
     described = reference.Model(
         patches=vit.patches_per_side,
         patch_size=vit.patch_size,
@@ -97,12 +97,12 @@ def both(
         head_width=config.kv_channels,
         rotary_base=1000,
         norm_eps=config.layernorm_epsilon,
-        low_grid=plan.low_grid,
-        high_grid=plan.high_grid,
-        injection_layers=plan.injection_layers,
-        upsample=plan.upsample,
-        projector=plan.projector,
-        transposed_query=plan.pixel_shuffle_version == "v1",
+        low_grid=sizes.low_grid,
+        high_grid=sizes.high_grid,
+        injection_layers=sizes.injection_layers,
+        upsample=sizes.upsample,
+        projector=sizes.projector,
+        transposed_query=sizes.pixel_shuffle_version == "v1",
     )
     return model, described, random_weights(model, seed=3)
 

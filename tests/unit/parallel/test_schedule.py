@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from tests import preload  # noqa: F401  # isort: skip  (sets Megatron up)
+from testing import preload  # noqa: F401  # isort: skip  (sets Megatron up)
 from megatron_internvlx.parallel.schedule import message_order, repeated
 
 # pipeline stages, chunks, micro-batches, group size: with and without a remainder

@@ -65,7 +65,10 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     assert {layer for stage in plan.stages for a, b in stage.chunks for layer in range(a, b)} == set(
         range(args.num_layers)
     )
-    assert plan.micro_batches * plan.layout.data * args.micro_batch_size == args.global_batch_size
+    assert (
+        plan.pipeline.schedule.micro_batches * plan.model.layout.data * args.micro_batch_size
+        == args.global_batch_size
+    )
     # Matrix products over a vocabulary that 64 does not divide take several times as long.
     assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
@@ -83,17 +86,17 @@ def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, cap
 def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
     args = dry(monkeypatch, recipe)
     forget()
-    task = planning.Task(plan_pipeline.own_arguments().parse_args([]))
+    task = planning.Task(plan_pipeline.planner_parser().parse_args([]))
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven
-    assert dryrun.check(args).layout.counts == best.counts
+    assert dryrun.check(args).model.layout.counts == best.counts
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
     plan = dryrun.check(dry(monkeypatch, SFT_8B, "--dry-run-world-size", "128"))
-    assert plan.layout.data == 32
-    assert plan.micro_batches == 4
+    assert plan.model.layout.data == 32
+    assert plan.pipeline.schedule.micro_batches == 4
 
 
 @pytest.mark.parametrize(
@@ -103,12 +106,12 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         (["--tensor-model-parallel-size", "16"], "8"),
         (["--global-batch-size", "100"], "100"),
         (["--gpu-memory-gib", "20"], "GiB per GPU"),
-        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: want a number of GPUs"),
+        (["--dry-run-world-size", "0"], "--dry-run-world-size 0: must be a number of GPUs"),
         (["--dry-run-json", "/proc/none.json"], "--dry-run-json /proc/none.json: No such file"),
-        (["--micro-batch-size", "2"], "--packing makes each pack a micro-batch"),
+        (["--micro-batch-size", "2"], "with --packing a micro-batch is one pack"),
         (["--max-tiles-per-pack", "5"], "tiles"),
         (["--seq-length", "1000000"], "max-position-embeddings"),
-        (["--expand-layer", "40"], "outside"),
+        (["--expand-layer", "40"], "must be between 1 and"),
         # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
         (
             [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],

@@ -9,8 +9,8 @@ from megatron_internvlx import platform
 platform.setup()
 
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan  # noqa: E402
-from megatron_internvlx.model.decoder import CompressionPlan  # noqa: E402
 from megatron_internvlx.model.internvit_config import PRESETS  # noqa: E402
+from megatron_internvlx.model.sizes import ModelSizes  # noqa: E402
 from megatron_internvlx.planning.flops import (  # noqa: E402
     BackwardSettings,
     PlanStats,
@@ -18,10 +18,9 @@ from megatron_internvlx.planning.flops import (  # noqa: E402
     training_flops,
 )
 from megatron_internvlx.planning.metrics import StepMeter, mfu, peak_flops  # noqa: E402
-from megatron_internvlx.planning.parameters import ModelShape  # noqa: E402
 
-LVTC = CompressionPlan("pvtc", "v2", 0.1, (2, 3), 2, 4, 8, 64, "bilinear")
-SHAPE = ModelShape(4, 128, 4, 2, 32, 352, 512, PRESETS["internvit_tiny"], LVTC)
+TINY = dataclasses.replace(PRESETS["internvit_tiny"], patch_size=7)  # 8 x 8 patches
+SIZES = ModelSizes(4, 128, 4, 2, 32, 352, 512, 512, TINY, 2, 4, (2, 3))
 
 
 def plan(tiles: tuple[int, ...] = (1, 0), text: int = 20, **settings: int) -> SequencePlan:
@@ -43,11 +42,11 @@ def test_text_alone_still_runs_a_blank_tile() -> None:
     text = plan((0, 0))
     assert PlanStats.of(text).vision_tiles == PlanStats.of(text).projected_tiles == 0
     ran = PlanStats.of(text, padded=True)
-    assert (ran.vision_tiles, ran.projected_tiles, ran.upsampled_tiles) == (1, 1, 0)
+    assert (ran.vision_tiles, ran.projected_tiles, ran.upsampled_tiles) == (1, 1, 1)
 
 
 def test_without_lvtc_there_is_no_shallow_phase() -> None:
-    off = dataclasses.replace(SHAPE, compression=dataclasses.replace(LVTC, injection_layers=()))
+    off = dataclasses.replace(SIZES, injection_layers=())
     stats = PlanStats.of(plan(lvtc=False))
     assert (stats.upsampled_tiles, stats.shallow_rows, stats.shallow_squares) == (0, 0, 0)
     parts = forward_flops(off, stats).by_part()
@@ -57,14 +56,14 @@ def test_without_lvtc_there_is_no_shallow_phase() -> None:
 def test_causal_attention_counts_visible_pairs() -> None:
     stats = PlanStats(deep_rows=12, deep_squares=5**2 + 7**2)
     visible = sum(query + 1 for length in (5, 7) for query in range(length))
-    causal = forward_flops(SHAPE, stats).by_part()["deep_attention"]
-    full = forward_flops(SHAPE, stats, "full").by_part()["deep_attention"]
+    causal = forward_flops(SIZES, stats).by_part()["deep_attention"]
+    full = forward_flops(SIZES, stats, "full").by_part()["deep_attention"]
     assert causal == 2 * 2 * 2 * visible * 128  # deep layers, products, FLOPs
     assert full == 2 * 2 * 2 * stats.deep_squares * 128
 
 
 def test_layers_add_up() -> None:
-    flops = forward_flops(SHAPE, PlanStats.of(plan()))
+    flops = forward_flops(SIZES, PlanStats.of(plan()))
     layers, parts = flops.by_layer(), flops.by_part()
     assert sum(layers.values()) == sum(parts.values()) == flops.total
     assert layers[None] == parts["vision"] + parts["entry_projector"] + parts["output"]
@@ -73,7 +72,7 @@ def test_layers_add_up() -> None:
 
 
 def test_backward_of_frozen_parts() -> None:
-    forward = forward_flops(SHAPE, PlanStats.of(plan()))
+    forward = forward_flops(SIZES, PlanStats.of(plan()))
     once, trained = forward.by_part(), training_flops(forward, BackwardSettings()).by_part
     for part in ("entry_projector", "injection_2", "shallow_linear", "deep_attention", "output"):
         assert trained[part] == 3 * once[part]
@@ -87,7 +86,7 @@ def test_backward_of_frozen_parts() -> None:
 
 
 def test_recomputation_is_hardware_work_alone() -> None:
-    forward = forward_flops(SHAPE, PlanStats.of(plan()))
+    forward = forward_flops(SIZES, PlanStats.of(plan()))
     parts, layers = forward.by_part(), forward.by_layer()
     plain = training_flops(forward, BackwardSettings())
 
@@ -109,7 +108,7 @@ def test_recomputation_is_hardware_work_alone() -> None:
 
 def test_experts() -> None:
     shape = dataclasses.replace(
-        SHAPE, experts=8, topk=2, expert_ffn=64, shared_ffn=96, expert_layers=frozenset({1, 3})
+        SIZES, experts=8, topk=2, expert_ffn=64, shared_ffn=96, expert_layers=frozenset({1, 3})
     )
     forward = forward_flops(shape, PlanStats(shallow_rows=10, deep_rows=30))
     per_row = 2 * 128 * (2 * 3 * 64 + 8 + 3 * 96)
@@ -123,12 +122,12 @@ def test_experts() -> None:
 
 
 def test_meter_adds_up_and_starts_anew() -> None:
-    meter = StepMeter(SHAPE, BackwardSettings())
+    meter = StepMeter(SIZES, BackwardSettings())
     plans = [plan(alignment=32, tile_multiple=2), plan((2, 1), text=9, alignment=32)]
     one_by_one = 0
     for each in plans:
         meter.add(each)
-        one_by_one += training_flops(forward_flops(SHAPE, PlanStats.of(each)), BackwardSettings()).model
+        one_by_one += training_flops(forward_flops(SIZES, PlanStats.of(each)), BackwardSettings()).model
     interval = meter.take()
     assert interval.micro_batches == 2
     assert interval.model_flops == one_by_one
@@ -140,7 +139,7 @@ def test_meter_adds_up_and_starts_anew() -> None:
 
 def test_meter_is_cheap() -> None:
     """The limit is generous for a loaded machine; measured 21 us for a pack of 20 samples."""
-    meter, pack = StepMeter(SHAPE, BackwardSettings()), plan((1, 0) * 10)
+    meter, pack = StepMeter(SIZES, BackwardSettings()), plan((1, 0) * 10)
     best = min(_seconds(lambda: meter.add(pack)) for _ in range(50))
     assert best < 50e-6
 

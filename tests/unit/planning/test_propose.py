@@ -8,11 +8,10 @@ from megatron_internvlx import platform
 
 platform.setup()
 
-from megatron_internvlx.model.decoder import CompressionPlan  # noqa: E402
 from megatron_internvlx.model.internvit_config import PRESETS  # noqa: E402
+from megatron_internvlx.model.sizes import ModelSizes  # noqa: E402
 from megatron_internvlx.planning import propose  # noqa: E402
 from megatron_internvlx.planning.costs import Cost, LayerCosts, StageMemory  # noqa: E402
-from megatron_internvlx.planning.parameters import ModelShape  # noqa: E402
 from megatron_internvlx.planning.propose import (  # noqa: E402
     layouts,
     propose_expansions,
@@ -26,9 +25,8 @@ FREE = Cost(0.0, 0.0)
 SCHEDULE = Schedule(2, 1, 4)
 
 
-def model(layers: int, injections: tuple[int, ...] = ()) -> ModelShape:
-    plan = CompressionPlan("pvtc", "v2", 0.1, injections, 2, 4, 8, 64, "bilinear")
-    return ModelShape(layers, 32, 4, 4, 8, 48, 64, PRESETS["internvit_tiny"], plan)
+def model(layers: int, injections: tuple[int, ...] = ()) -> ModelSizes:
+    return ModelSizes(layers, 32, 4, 4, 8, 48, 64, 64, PRESETS["internvit_tiny"], 2, 4, injections)
 
 
 def layer_costs(seconds: list[float]) -> LayerCosts:
@@ -37,7 +35,7 @@ def layer_costs(seconds: list[float]) -> LayerCosts:
     return LayerCosts(costs, FREE, FREE, (FREE,) * (len(costs) + 1))
 
 
-def by_depth(shape: ModelShape) -> LayerCosts:
+def by_depth(shape: ModelSizes) -> LayerCosts:
     """A shallow layer 1 s, a deep one 3 s."""
     return layer_costs([1.0 if i < shape.shallow_layers else 3.0 for i in range(shape.layers)])
 
@@ -145,8 +143,8 @@ def test_best_expansion_of_all(here: int) -> None:
 
 def test_injections_move_along() -> None:
     shape = model(8, (4, 6))
-    assert with_expansion(shape, 3).compression.injection_layers == (3, 5)
-    assert with_expansion(shape, 7).compression.injection_layers == (7,)
+    assert with_expansion(shape, 3).injection_layers == (3, 5)
+    assert with_expansion(shape, 7).injection_layers == (7,)
     with pytest.raises(ValueError, match="LVTC is off"):
         with_expansion(model(8), 3)
 
@@ -154,7 +152,7 @@ def test_injections_move_along() -> None:
 def test_expansions_that_do_not_fit_are_last_and_marked() -> None:
     """A deep layer takes 2, a shallow one 1: 13 in all at layer 3, 12 at 4 (6 + 6 as 5 + 3 layers)."""
 
-    def memory(shape: ModelShape) -> StageMemory:
+    def memory(shape: ModelSizes) -> StageMemory:
         state = tuple(1.0 if i < shape.shallow_layers else 2.0 for i in range(8))
         return StageMemory(state, (0.0,) * 8, limit=6.4)
 

@@ -108,7 +108,7 @@ def test_layers_that_do_not_divide_are_split(monkeypatch, capsys) -> None:
     assert f"7 layers do not divide over 2 pipeline stages: split by work into {found[0]} + {found[1]}" in (
         capsys.readouterr().out
     )
-    assert dryrun.check(args).layout.counts == found
+    assert dryrun.check(args).model.layout.counts == found
     monkeypatch.setenv("RANK", "1")
     assert counts(parsed(monkeypatch, 2, *SEVEN, "--global-batch-size", "4")) == found
     assert "split" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import global_vars
 
-from megatron_internvlx.platform.schedule import OtherGroups
+from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 
 
 def scheduler(**changes: Any) -> OptimizerParamScheduler:
@@ -49,7 +49,7 @@ RISING = {"wd_incr_style": "linear", "end_wd": 0.2}
 )
 def test_all_of_a_schedule_is_compared(saved: dict, now: dict, said: str | None, capsys) -> None:
     scheduler(**now).load_state_dict(scheduler(**saved).state_dict())
-    wanted = said and f"learning-rate schedule, checkpoint -> arguments: {said}; the arguments count\n"
+    wanted = said and f"learning-rate schedule, checkpoint -> arguments: {said}; the arguments are used\n"
     assert capsys.readouterr().out == (wanted or "")
 
 
@@ -58,7 +58,7 @@ def test_the_checkpoints_schedule_can_be_kept_whole(capsys) -> None:
     saved = scheduler(**WSD, init_lr=0.5)
     kept = scheduler(**WSD | {"wsd_decay_steps": 30, "lr_wsd_decay_style": "cosine"}, **follows)
     kept.load_state_dict(saved.state_dict())
-    assert "the checkpoint counts" in capsys.readouterr().out
+    assert "the checkpoint is used" in capsys.readouterr().out
     for steps in (5, 80, 8):
         for one in (saved, kept):
             one.step(steps)
@@ -91,12 +91,12 @@ def test_groups_that_only_learning_rates_tell_apart(monkeypatch) -> None:
     saved = groups((1.0, 0.0), (0.1, 0.0))
     load(groups((1.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     with pytest.raises(
-        OtherGroups, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Give"
+        ParameterGroupMismatch, match=r"checkpoint has 1.0 to 0.0, 0.1 to 0.0, this run 2.0 to 0.0\. Use"
     ):
         load(groups((2.0, 0.0), (0.1, 0.0)), saved, monkeypatch)
     load(groups((2.0, 0.0)), groups((1.0, 0.0)), monkeypatch)
 
 
 def test_other_groups_are_named(monkeypatch) -> None:
-    with pytest.raises(OtherGroups, match="resume with the same --freeze"):
+    with pytest.raises(ParameterGroupMismatch, match="resume with the same --freeze"):
         load(groups((1.0, 0.0)), groups((1.0, 0.0), wd_mult=0.0), monkeypatch)

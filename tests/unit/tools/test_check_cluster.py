@@ -24,7 +24,7 @@ def test_a_broken_package_is_a_finding(monkeypatch):
     def broken() -> check_cluster.Check:
         raise OSError("libnvjpeg.so: cannot open\nmore")
 
-    (found,) = check_cluster._guarded("DALI", broken)
+    (found,) = check_cluster._run_check("DALI", broken)
     assert (found.status, found.name) == ("missing", "DALI")
     assert "libnvjpeg" in found.detail
 
@@ -38,12 +38,12 @@ def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
 
 
 def all_reduce(slowest: float) -> list[str]:
-    return [str(check) for check in check_cluster._all_reduce(1, slowest)]
+    return [str(check) for check in check_cluster._measure_all_reduce(1, slowest)]
 
 
 def test_a_slow_link_is_called_slow(pool):
     (found,), _ = pool.run(2, all_reduce, 1e6)
-    assert found.startswith("slow") and "1e+06 wanted" in found
+    assert found.startswith("slow") and "1e+06 expected" in found
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_links_between_gpus_have_a_least_speed(monkeypatch, backend, options, le
 
 
 def unwritable(folder: str) -> list[str]:
-    return [str(check) for check in check_cluster._shared_files(Path(folder), 1)]
+    return [str(check) for check in check_cluster._check_shared_files(Path(folder), 1)]
 
 
 def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
@@ -76,8 +76,8 @@ def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
     ("options", "message"),
     [
         (["--shared", "/tmp"], "start this with torchrun"),
-        (["--node", "--megabytes", "0"], "--megabytes: 0: want a whole number"),
-        (["--node", "--gpus", "x"], "--gpus: x: want a whole number"),
+        (["--node", "--megabytes", "0"], "--megabytes: 0: must be a whole number"),
+        (["--node", "--gpus", "x"], "--gpus: x: must be a whole number"),
     ],
 )
 def test_mistakes_on_the_command_line(options, message, monkeypatch, capsys):

@@ -65,14 +65,14 @@ def test_messages_become_conversations(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        (None, "needs 'messages'"),
+        (None, "must have 'messages'"),
         ([{"role": "tool", "content": "x"}], "role 'tool'"),
-        ([{"role": "user", "content": 3}], "neither a text nor a list"),
+        ([{"role": "user", "content": 3}], "must be a text or a list"),
         ([user({"type": "input_audio"})], "type 'input_audio'"),
         ([user(image("https://example.org/a.jpg"))], "download it"),
         ([user(image("data:image/png;base64,###"))], "base64"),
-        ([user(image(""))], "without an address"),
-        ([user(text("an <image> here"))], "stands for an image"),
+        ([user(image(""))], "without a URL"),
+        ([user(text("an <image> here"))], "reserved for images"),
         ([{"role": "user", "content": "\ud800"}], "surrogates not allowed"),
     ],
 )

@@ -173,7 +173,7 @@ def test_other_settings_need_force(tmp_path, capsys):
 def test_foreign_directory_is_left_alone(tmp_path, capsys, force):
     (tmp_path / "precious.txt").write_text("mine")
     assert make(tmp_path, *force) == 2
-    assert "did not make it" in capsys.readouterr().err
+    assert "not made by this tool" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 

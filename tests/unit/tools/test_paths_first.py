@@ -53,7 +53,7 @@ def test_paths_before_imports(tmp_path: Path) -> None:
         ([*verify, "--hf", "hf", "--out", "file"], "file exists already"),
         (["evaluate", "--hf", "none", "--data", "file"], "--hf none: no such directory"),
         (["evaluate", "--hf", "other", "--data", "file"], "model_type 'bert'"),
-        (["evaluate", "--hf", "hf", "--data", "none"], "no meta file none"),
+        (["evaluate", "--hf", "hf", "--data", "none"], "meta file none"),
         (["evaluate", "--hf", "hf", "--data", "file"], "file is not valid JSON"),
     ]
     process = subprocess.run(
@@ -71,9 +71,9 @@ def test_paths_before_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["import", "--seed", str(2**70)], "want a whole number in 0.."),
-        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "nan"], "nan: want a number at least 0"),
-        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "-1"], "-1: want a number at least 0"),
+        (["import", "--seed", str(2**70)], "must be a whole number between 0 and "),
+        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "nan"], "nan: must be a number at least 0"),
+        (["verify", "--inputs", "x", "--out", "y", "--tolerance", "-1"], "-1: must be a number at least 0"),
     ],
 )
 def test_numbers_that_make_no_sense(capsys, arguments: list[str], message: str) -> None:
@@ -92,4 +92,4 @@ def test_ratios_and_processes_that_make_no_sense(tmp_path: Path, capsys) -> None
     (tmp_path / "case").write_text("")
     command = ["verify", "--hf", str(hf), "--inputs", str(tmp_path / "case"), "--out", str(tmp_path / "o")]
     assert convert_checkpoint.main([*command, "--nproc", "100000"]) == 2
-    assert "100000 processes on this machine are too many: 256 at most" in capsys.readouterr().err
+    assert "100000 processes on one machine are too many: use at most 256" in capsys.readouterr().err

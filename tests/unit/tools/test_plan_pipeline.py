@@ -86,7 +86,7 @@ def test_mistakes_are_one_line(command, tmp_path) -> None:
         ),
         (("--profile", str(tmp_path / "none.json")), "No such file"),
         (("--pipeline", "4"), "1 GPUs cannot be divided into TP 1 x PP 4"),
-        (("--pipeline", "0"), "--pipeline: 0: want a whole number in 1.."),
+        (("--pipeline", "0"), "--pipeline: 0: must be a whole number between 1 and "),
         (("--pipelin", "4"), "unknown arguments --pipelin"),
         (("--pipeline", "2", "--micro-batches", "2", "--timeline", "/proc/none.png"), "No such file"),
         (("--gpu-memory-gib", "6.001"), "no split found that fits"),

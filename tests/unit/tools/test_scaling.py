@@ -138,7 +138,7 @@ def test_report_has_a_table_and_three_pictures(tmp_path):
         }
         results.append(scaling_report.Result(point.name, point.labels, found, series))
     assert results[0].compute()[-1] == pytest.approx((0.2, 0.05))
-    text = scaling_report.write(tmp_path / "report", "trial", results).read_text()
+    text = scaling_report.write_report(tmp_path / "report", "trial", results).read_text()
     assert "| model=a,tokens=64" in text and "90.0%" in text
     pictures = sorted(path.name for path in (tmp_path / "report").glob("*.png"))
     assert pictures == [
@@ -151,4 +151,4 @@ def test_report_has_a_table_and_three_pictures(tmp_path):
 
 def test_report_without_runs_is_a_mistake(tmp_path):
     with pytest.raises(ValueError, match="no run"):
-        scaling_report.write(tmp_path, "trial", [])
+        scaling_report.write_report(tmp_path, "trial", [])

@@ -65,4 +65,4 @@ def test_files_that_are_no_images(tmp_path, capsys):
 @pytest.mark.parametrize("more", [["--max-tiles", 0], ["--min-tiles", 5, "--max-tiles", 2], ["--patch", 0]])
 def test_numbers_that_mean_nothing(tmp_path, capsys, more):
     assert run(image(tmp_path / "a.png", (50, 50)), tmp_path / "t.png", *more) == 2
-    assert "want" in capsys.readouterr().err
+    assert "must be" in capsys.readouterr().err

@@ -43,10 +43,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
     build: Callable[..., internvlx.InternVLX] = internvlx.InternVLX
 
-    def spy(config: Any, vision: Any, compression: Any, **more: Any) -> internvlx.InternVLX:
+    def spy(config: Any, sizes: Any, **more: Any) -> internvlx.InternVLX:
         shown = {name: value for name, value in more.items() if name not in ("loss_weight", "pg_collection")}
-        seen.append(shown | {"vision": vision, "compression": compression})
-        return build(config, vision, compression, **more | {"vision_fp8": False})
+        seen.append(shown | {"sizes": sizes})
+        return build(config, sizes, **more | {"vision_fp8": False, "projector_fp8": False})
 
     monkeypatch.setattr("megatron_internvlx.model.builder.InternVLX", spy)
     return seen
@@ -62,7 +62,7 @@ def test_what_is_measured_is_what_trains(args: argparse.Namespace, asked: list[d
     assert shapes[0] == shapes[1]
     assert asked[0] == asked[1]
     assert asked[1]["rope_scaling_factor"] == 3
-    assert asked[1]["share_embeddings_and_output_weights"]
+    assert asked[1]["sizes"].tied
     assert trained.rotary.inv_freq.equal(measured.rotary.inv_freq)
     assert not any("output_layer.weight" in name for name in shapes[1])  # tied
 
@@ -75,4 +75,4 @@ def test_the_vision_encoder_is_measured_in_its_precision(
         monkeypatch.setattr(f"{module}.core_transformer_config_from_args", lambda _: plain)
     args.fp8, args.fp8_parts = "hybrid", ["decoder", "vision", "projectors"]
     reduced_model(args)
-    assert asked[0]["vision_fp8"] and asked[0]["compression"].fp8
+    assert asked[0]["vision_fp8"] and asked[0]["projector_fp8"]

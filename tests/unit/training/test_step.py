@@ -129,7 +129,7 @@ def test_nothing_supervised(tiles: int, weighting: str) -> None:
         vit,
         vocab_size=11,
         rotary_base=1000,
-        compression={"injection_layers": (1,), "low_grid": 1, "high_grid": 2, "patches": 2},
+        compression={"injection_layers": (1,), "low_grid": 1, "high_grid": 2},
     )
     visual = np.array([False, *[True] * 4 * tiles, False])
     labels = np.full(len(visual), -100)
