@@ -11,7 +11,7 @@ from megatron.training.global_vars import destroy_global_vars
 
 from megatron_internvlx import arguments
 from megatron_internvlx.planning import dryrun
-from megatron_internvlx.planning.search import find_plan
+from megatron_internvlx.planning.search import evaluate, find_plan
 from tools import plan_pipeline, planning
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
@@ -90,7 +90,20 @@ def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, r
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven
-    assert dryrun.check(args).model.layout.counts == best.counts
+    # Several splits may be equally fast: all that hangs on the busiest stage is where its layers are.
+    given = evaluate(task.costs(), task.schedule, dryrun.check(args).model.layout.counts, memory)
+    assert given.seconds == pytest.approx(best.seconds, rel=1e-9)
+
+
+def test_the_buffers_of_a_graph_are_counted(monkeypatch):
+    """8B on 64 GPUs, TP 4: 8 micro-batches a replica of 24 tiles, 6 on each rank, of 448 x 448 pixels in bytes."""
+    plan = dryrun.check(dry(monkeypatch, SFT_8B))
+    (stage,) = plan.stages
+    assert stage.inputs == plan.pipeline.schedule.micro_batches * 6 * 3 * 448**2
+    assert "inputs" in dryrun.describe(plan)
+    eager = dryrun.check(dry(monkeypatch, SFT_8B, "--cuda-graph-impl", "none"))
+    assert eager.fullest.total + stage.inputs == plan.fullest.total
+    assert "inputs" not in dryrun.describe(eager)
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
