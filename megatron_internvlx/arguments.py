@@ -41,7 +41,6 @@ from megatron_internvlx.precision import (
     Precision,
     check_precision,
     precision_defaults,
-    row_alignment,
 )
 from megatron_internvlx.ranges import check_numbers, check_required, check_schedule
 from megatron_internvlx.recipe import raise_instead_of_exit, read_recipe
@@ -147,16 +146,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_unsupported(args)
     _check_positions(settings_from(args, Rotary), batches.seq_length)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
+    precision = settings_from(args, Precision)
     check_precision(
-        settings_from(args, Precision),
+        precision,
         settings_from(args, DecoderWidths),
         train,
         tokens_per_tile=sizes.vision.tokens_per_tile,
         cells=(sizes.entry_grid**2, sizes.high_grid**2),
     )
-    _check_static(sizes, train, data, batches, alignment=row_alignment(args))
-    _check_training(args, train, data)
-    _check_graph(args, sizes, train, batches, parallel)
+    _check_static(sizes, train, data, batches, alignment=precision.row_alignment)
+    _check_training(args, train, data, precision)
+    _check_graph(args, sizes, train, precision, batches, parallel)
 
 
 def _check_world(parallel: ParallelSizes, batches: Batches, sizes: ModelSizes, *, dry_run: bool) -> None:
@@ -255,6 +255,7 @@ def _check_graph(
     args: argparse.Namespace,
     sizes: ModelSizes,
     train: TrainSettings,
+    precision: Precision,
     batches: Batches,
     parallel: ParallelSizes,
 ) -> None:
@@ -270,12 +271,12 @@ def _check_graph(
         )
     refused = {
         "--boundary variable (micro-batches of different shapes; use static)": train.boundary != "static",
-        "--transformer-impl local (no GPU kernels)": args.transformer_impl == "local",
+        "--transformer-impl local (no GPU kernels)": precision.transformer_impl == "local",
         "--pipeline-model-parallel-size above 1 (messages between stages were never recorded)": (
             parallel.pipeline_model_parallel_size > 1
         ),
         "--num-experts (tokens per expert are read on the host)": bool(sizes.experts),
-        "--fp16 (its loss scale changes on the host; use --bf16)": args.fp16,
+        "--fp16 (its loss scale changes on the host; use --bf16)": precision.fp16,
         "--rampup-batch-size (a graph has as many micro-batches as it was recorded with)": bool(
             batches.rampup_batch_size
         ),
@@ -291,10 +292,12 @@ def _check_graph(
     args.check_for_nan_in_loss_and_grad = False
 
 
-def _check_training(args: argparse.Namespace, train: TrainSettings, data: DataSettings) -> None:
+def _check_training(
+    args: argparse.Namespace, train: TrainSettings, data: DataSettings, precision: Precision
+) -> None:
     if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
         raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
-    if args.bf16 and args.fp16:
+    if precision.bf16 and precision.fp16:
         raise ValueError("--bf16 and --fp16: set only one of them; --precision bf16 sets the first")
     if not 1 <= data.min_tiles <= data.max_tiles:
         raise ValueError(

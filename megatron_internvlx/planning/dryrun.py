@@ -111,7 +111,7 @@ def check(args: argparse.Namespace) -> Plan:
         settings_from(args, Parallelism),
         precision,
         settings_from(args, RunSettings),
-        layout_name(args),
+        layout_name(settings_from(args, Parallelism)),
         model,
         work,
         stats,

@@ -68,7 +68,8 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
         return []
     from megatron_internvlx.reporting.mlflow_sink import MlflowSink, RunInfo, git_state
 
-    tags = environment() | {"layout": layout_name(settings_from(args, Parallelism))} | git_state(Path(__file__).parents[2])
+    layout = layout_name(settings_from(args, Parallelism))
+    tags = environment() | {"layout": layout} | git_state(Path(__file__).parents[2])
     info = RunInfo(
         experiment,
         Path(args.save).name if args.save else None,

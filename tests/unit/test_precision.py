@@ -16,7 +16,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.config import TrainSettings  # noqa: E402
+from megatron_internvlx.config import TrainSettings, settings_from  # noqa: E402
 from megatron_internvlx.model.builder import fp8_parts  # noqa: E402
 from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
 from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
@@ -129,9 +129,14 @@ def test_sequence_parallel_rows_align_on_every_rank(parsed) -> None:
 
 def test_parts(parsed) -> None:
     named = ("--fp8-parts", "decoder", "projectors")
-    assert fp8_parts(parsed("--precision", "fp8_tensorwise")) == []
-    assert fp8_parts(parsed("--precision", "bf16", *named)) == []
-    assert fp8_parts(parsed("--precision", "fp8_tensorwise", *named)) == ["decoder", "projectors"]
+
+    def parts_of(*flags: str) -> list[str]:
+        args = parsed(*flags)
+        return fp8_parts(settings_from(args, TrainSettings), settings_from(args, Precision))
+
+    assert parts_of("--precision", "fp8_tensorwise") == []
+    assert parts_of("--precision", "bf16", *named) == []
+    assert parts_of("--precision", "fp8_tensorwise", *named) == ["decoder", "projectors"]
     static = ["--boundary", "static", "--shallow-seq-length", "2048", "--max-tiles-per-pack", "16"]
     parsed("--precision", "fp8_tensorwise", "--fp8-parts", "decoder", "vision", *static)
 
