@@ -1,4 +1,4 @@
-"""How many batches an evaluation takes, and what is asked of the held-out data before training."""
+"""Number of batches of an evaluation, and the files of its answers."""
 
 import argparse
 import json
@@ -21,22 +21,50 @@ def test_batches_hold_all_records_and_little_more(records, batch, replicas, grou
         assert size - records < replicas * group
 
 
+BATCHES = {
+    "seq_length": 64,
+    "micro_batch_size": 1,
+    "global_batch_size": 8,
+    "eval_iters": 12,
+    "eval_interval": 100,
+    "eval_global_batch_size": 8,
+    "eval_micro_batch_size": 2,
+    "train_iters": 100,
+    "seed": 1,
+}
+PARALLEL = {
+    "rank": 0,
+    "world_size": 2,
+    "data_parallel_size": 2,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "pipeline_model_parallel_layout": None,
+    "virtual_pipeline_model_parallel_size": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "sequence_parallel": False,
+    "use_distributed_optimizer": False,
+    "microbatch_group_size_per_vp_stage": None,
+}
+FILES = {
+    "save": None,
+    "load": None,
+    "pretrained_checkpoint": None,
+    "ckpt_step": None,
+    "finetune": False,
+}
+
+
 def arguments(meta, **changes):
     given = {
         "valid_data": str(meta) if meta else None,
         "valid_records": None,
-        "eval_iters": 12,
-        "eval_interval": 100,
-        "eval_global_batch_size": 8,
-        "eval_micro_batch_size": 2,
-        "data_parallel_size": 2,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "microbatch_group_size_per_vp_stage": None,
         "full_validation": True,
-        "save": None,
         "predictions_file": None,
         "report_file": None,
+        **BATCHES,
+        **PARALLEL,
+        **FILES,
     }
     return argparse.Namespace(**given | changes)
 
@@ -51,7 +79,7 @@ def meta(tmp_path):
 
 
 @pytest.mark.parametrize("iterations", [0, 2, 1000])
-def test_all_records_whatever_the_iterations_say(meta, capsys, iterations):
+def test_all_records_are_evaluated_whatever_eval_iters_is(meta, capsys, iterations):
     args = arguments(meta, eval_iters=iterations)
     assert len(settle_validation(args)) == 77
     assert (args.eval_iters, args.eval_global_batch_size) == (10, 8)  # 80 places, three of them for fillers
@@ -60,7 +88,7 @@ def test_all_records_whatever_the_iterations_say(meta, capsys, iterations):
 
 
 @pytest.mark.parametrize(("group", "size"), [(None, 8), (4, 16), (8, 32)])
-def test_virtual_stages_want_whole_groups_of_micro_batches(meta, group, size):
+def test_virtual_stages_need_whole_groups_of_micro_batches(meta, group, size):
     stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     args = arguments(meta, valid_records=5, microbatch_group_size_per_vp_stage=group, **stages)
     settle_validation(args)
@@ -80,7 +108,7 @@ def test_no_validation_without_data(capsys):
     assert "not validated" in capsys.readouterr().out
 
 
-def test_answers_lie_beside_the_checkpoints(meta, tmp_path):
+def test_answers_are_written_beside_the_checkpoints(meta, tmp_path):
     args = arguments(meta, save=str(tmp_path / "run"))
     settle_validation(args)
     assert args.predictions_file == str(tmp_path / "run" / "predictions.jsonl")
