@@ -1,4 +1,4 @@
-"""Core attention of the local (CPU) spec: several samples in one pack, each seeing only itself.
+"""Core attention of the local (CPU) spec: several samples in one pack, each attending only to itself.
 
 Megatron's own local core attention refuses packed sequences and writes the whole score matrix; this one runs
 PyTorch's fused attention once per sample. On GPU the Transformer Engine spec does the same with cu_seqlens.
@@ -27,7 +27,7 @@ class PackedDotProductAttention(MegatronModule):
     """Scaled dot-product attention, causal or unmasked, isolated between the segments of a pack.
 
     It takes the constructor arguments of Megatron's `DotProductAttention` and replaces it in a layer spec.
-    It holds no parameters and works under selective recompute.
+    It has no parameters and works under selective recompute.
 
     Args:
         config: Megatron's transformer settings.
@@ -79,7 +79,7 @@ class PackedDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attends within each segment.
+        """Attend within each segment.
 
         Args:
             query: `[S, B, N, D]`, or `[S, N, D]` as Megatron passes the "thd" format.
@@ -90,7 +90,7 @@ class PackedDotProductAttention(MegatronModule):
             attention_bias: must be None.
             packed_seq_params: its attribute `segment_lengths`, a tuple of ints on the host, gives the
                 samples' lengths in order; zeros are skipped. Or its attribute `allowed`, `[S, S]` of booleans,
-                says which token sees which, causality included: one operation whatever the samples are.
+                tells which token attends to which, causality included: one operation for any samples.
                 None: all S tokens are one sample.
 
         Returns:
@@ -137,14 +137,14 @@ class PackedDotProductAttention(MegatronModule):
         return (o_SBND[0] if len(o_SBND) == 1 else torch.cat(o_SBND)).reshape(size, batch, heads * width)
 
     def _dropout_rng(self, dropout: float) -> AbstractContextManager:
-        """Megatron's rule: heads of different TP ranks drop differently, so the state is the TP one."""
+        """Generator of the dropout: that of this TP rank, because heads of different ranks drop differently."""
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
 def causal_within_segments(position_ids: Tensor) -> Tensor:
-    """Whether a row sees another, `[S, S]`: one of its own segment that does not come after it.
+    """Whether a row attends to another, `[S, S]`: one of its own segment that is not after it.
 
     Args:
         position_ids: `[S]` position inside the segment, 0 where one begins.
@@ -161,7 +161,7 @@ def _is_causal(mask_type: AttnMaskType) -> bool:
 
 
 def _segment_lengths(packed: PackedSeqParams | None, size: int) -> list[int]:
-    """Returns the lengths of the non-empty segments.
+    """Lengths of the non-empty segments.
 
     Raises:
         ValueError: if they are absent or do not add up to `size`.

@@ -1,4 +1,4 @@
-"""From parsed arguments to one (virtual) pipeline stage of the model."""
+"""Builder of one (virtual) pipeline stage from parsed arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder layer that knows its phase, and injects at its entry where LVTC says so."""
+"""Decoder layer that runs on the rows of its phase, with LVTC's injections at its entry."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_internvlx.parallel.device_plan import DevicePlan
 
 
 class PhaseAttention(PackedSeqParams):
-    """Megatron's packed-sequence parameters, and what attention without kernels for packs takes instead."""
+    """Megatron's packed-sequence parameters, and those of attention without kernels for packs."""
 
     segment_lengths: tuple[int, ...] | None = None
-    """Rows of each segment, on the host; None in static mode, where nothing on the host depends on samples."""
+    """Rows of each segment, on the host; None in static mode, in which the host must not depend on samples."""
     allowed: Tensor | None = None
-    """[S, S] true where a row (first) may see another, in static mode."""
+    """[S, S] whether a row (first index) may attend to another, in static mode."""
 
 
 @dataclass
 class PhaseInputs:
-    """What a layer needs of the phase it runs in."""
+    """Inputs of a layer that depend on its phase."""
 
     rotary: Tensor | None
     attention: PhaseAttention
@@ -36,11 +36,11 @@ class PhaseInputs:
 
 @dataclass
 class DecoderInputs:
-    """Handed to every layer of a stage through TransformerBlock's `packed_seq_params`.
+    """Inputs of every layer of a stage besides its rows, passed as TransformerBlock's `packed_seq_params`.
 
-    ViT features with a gradient travel as the block's `context`: a tensor argument of every layer, so
-    that recomputation needs nothing from us. Those of a frozen encoder are here instead: as an argument
-    they would get a gradient of zeros from every recomputed layer.
+    ViT features with a gradient are passed as the block's `context`, a tensor argument of every layer, so that
+    Megatron's recomputation handles them. Features of a frozen encoder are here instead: as an argument they would
+    get a gradient of zeros from every recomputed layer.
     """
 
     plan: DevicePlan
@@ -52,7 +52,7 @@ class DecoderInputs:
 
 
 class InternVLXLayer(TransformerLayer):
-    """Megatron's transformer layer, run on the rows of its phase.
+    """Megatron's transformer layer on the rows of its phase.
 
     A layer named in `sizes.injection_layers` first expands the visual rows (the first of
     them) or adds a projection of the ViT features to them (the others).
@@ -97,7 +97,7 @@ class InternVLXLayer(TransformerLayer):
         packed_seq_params: DecoderInputs | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows [S, 1, h] and ViT features [T, L, c] -> rows of this layer's phase, same features."""
+        """Run the layer: rows [S, 1, h] and ViT features [T, L, c] -> rows of this layer's phase, same features."""
         assert packed_seq_params is not None
         if self.injection is not None:
             features = packed_seq_params.frozen_features if context is None else context

@@ -8,10 +8,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_
 from torch import Tensor
 
 
-def kept_entries(branch: Tensor, keep_rate: float) -> Tensor:
-    """1 with probability `keep_rate`, else 0, for every entry of dim 0 of `branch`: `[N, 1, ...]`.
+def draw_kept_entries(branch: Tensor, keep_rate: float) -> Tensor:
+    """Draw 1 with probability `keep_rate`, else 0, for every entry of dim 0 of `branch`: `[N, 1, ...]`.
 
-    Drawn from Megatron's data-parallel generator: the branch is replicated over the tensor-parallel group, and
+    The generator is Megatron's data-parallel one: the branch is replicated over the tensor-parallel group, and
     inside a sequence-parallel decoder the default generator is not.
     """
     tracker = get_cuda_rng_tracker()

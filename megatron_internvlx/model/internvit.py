@@ -49,7 +49,7 @@ _INHERITED_FP8 = (
 def internvit_transformer_config(
     vit: InternViTConfig, parent: TransformerConfig, *, recompute: bool = False, fp8: bool = False
 ) -> TransformerConfig:
-    """Returns the encoder as Megatron sees it: one rank wide, all layers here.
+    """Megatron's config of the encoder: no model parallelism, all layers on this rank.
 
     Args:
         vit: the architecture.
@@ -105,7 +105,7 @@ class InternViTEmbeddings(nn.Module):
         )
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Returns the position embedding `[1, 1 + rows*columns, C]` for a grid of patches.
+        """Position embedding `[1, 1 + rows*columns, C]` for a grid of patches.
 
         Other grids than the trained one are interpolated bicubically in fp32, without antialias; the CLS
         token's position is not.
@@ -118,7 +118,7 @@ class InternViTEmbeddings(nn.Module):
         return torch.cat([cls_11C, grid_1Chw.flatten(2).transpose(1, 2).to(cls_11C.dtype)], dim=1)
 
     def forward(self, pixels_T3HW: Tensor) -> Tensor:
-        """Embeds tiles; see the class.
+        """Embed tiles; see the class.
 
         Raises:
             ValueError: if a side is not a multiple of the patch size.
@@ -137,7 +137,7 @@ class InternViTEmbeddings(nn.Module):
 class InternViT(MegatronModule):
     """The vision encoder: tiles of pixels to features.
 
-    Every parameter carries `tile_parallel = True`: it is equal on all tensor-parallel ranks and its gradient
+    Every parameter has `tile_parallel = True`: it is equal on all tensor-parallel ranks and its gradient
     covers only the tiles of this rank, so gradients have to be summed over that group.
 
     Args:
@@ -174,9 +174,9 @@ class InternViT(MegatronModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights, equal on all ranks that were given the same seed, whatever the layout.
+        """Draw all weights, equal on all ranks with the same seed, in every layout.
 
-        The generators are this method's own, so that ranks with and without an encoder stay in step.
+        The generators are this method's own, so that ranks with and without an encoder stay equal.
         Norms and layer-scale factors keep the values they were built with.
         """
         generators: dict[torch.device, torch.Generator] = {}
@@ -195,14 +195,14 @@ class InternViT(MegatronModule):
                 parameter.copy_(drawn.normal_(0, std, generator=generators[device]))
 
     def freeze(self) -> None:
-        """Stops training every parameter.
+        """Switch off the gradients of all parameters.
 
         The mode stays as it is, so drop path remains active in training mode, as in the released code.
         """
         self.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encodes tiles.
+        """Encode tiles.
 
         Args:
             pixel_values: `[T, 3, H, W]`, normalized, H and W multiples of the patch size; T may be 0.
@@ -223,10 +223,10 @@ class InternViT(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """Returns the state for Megatron's distributed checkpoint, one writer over all replicas.
+        """State for Megatron's distributed checkpoint, one writer over all replicas.
 
-        The modules inside see a tensor-parallel group of one rank and would each call themselves the first
-        replica; this puts the rank in the real group into the replica number.
+        The modules inside have a tensor-parallel group of one rank, so each would be the first replica; this method
+        sets the replica number to the rank in the real group.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for entry in state.values():

@@ -16,7 +16,7 @@ class InternViTConfig:
     hidden_size: int = 1024
     """Width of a token, in channels."""
     num_layers: int = 24
-    """Number of transformer layers held in the checkpoint."""
+    """Number of transformer layers in the checkpoint."""
     num_heads: int = 16
     """Attention heads; they divide `hidden_size`. Any number works at any tensor-parallel size."""
     ffn_hidden_size: int = 4096
@@ -41,7 +41,7 @@ class InternViTConfig:
     drop_path_rate: float = 0.0
     """Probability that a tile skips a branch of the last layer; linear from 0 at the first. 0: off."""
     select_layer: int = -1
-    """Which hidden state is the output: 0 the embeddings, n the output of the n-th layer, negative numbers
+    """Hidden state that is the output: 0 the embeddings, n the output of the n-th layer, negative numbers
     count from the end (-1 the last). Layers above it are frozen and do not run."""
     initializer_range: float = 0.02
     """Standard deviation of freshly drawn weights and embeddings."""
@@ -64,7 +64,7 @@ class InternViTConfig:
         if self.norm_type not in ("layer_norm", "rms_norm"):
             raise ValueError(f"unknown norm_type {self.norm_type!r}: use layer_norm or rms_norm")
         if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate {self.drop_path_rate} is not in [0, 1)")
+            raise ValueError(f"drop_path_rate {self.drop_path_rate} must be at least 0 and below 1")
         if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
             raise ValueError(
                 f"select_layer {self.select_layer} is outside -{self.num_layers + 1}..{self.num_layers} "
@@ -88,12 +88,12 @@ class InternViTConfig:
 
     @classmethod
     def from_hf(cls, vision_config: Mapping[str, Any], *, select_layer: int = -1) -> "InternViTConfig":
-        """Reads a Hugging Face `vision_config`.
+        """Convert a Hugging Face `vision_config`.
 
         Args:
             vision_config: the mapping of that name in a released `config.json`; unknown keys are ignored,
                 absent ones take the released class's defaults.
-            select_layer: from the top level of `config.json`.
+            select_layer: value of that name at the top level of `config.json`.
 
         Raises:
             ValueError: for a setting that this encoder does not have (dropout, another activation).
@@ -111,7 +111,7 @@ class InternViTConfig:
         return cls(select_layer=select_layer, **fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the Hugging Face `vision_config`; without `select_layer` (top level)."""
+        """Convert to a Hugging Face `vision_config`, without `select_layer`, which is at the top level."""
         named = {theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()}
         return {
             "architectures": ["InternVisionModel"],
@@ -202,7 +202,7 @@ PRESETS: dict[str, InternViTConfig] = {
 
 
 def internvit_preset(name: str, **changes: Any) -> InternViTConfig:
-    """Returns the preset `name` with fields changed.
+    """Preset `name` with fields changed.
 
     Raises:
         ValueError: if there is no such preset.

@@ -35,7 +35,7 @@ _TP_RNG = "model-parallel-rng"
 class InternViTLayer(TransformerLayer):
     """A transformer layer whose residuals, branch ends and norms are one kernel wherever they meet.
 
-    When `unused`, it only holds its weights for the checkpoint.
+    When `unused`, it only has its weights, for the checkpoint.
 
     Args:
         unused: whether the layer lies above the selected hidden state.
@@ -48,7 +48,7 @@ class InternViTLayer(TransformerLayer):
             self.requires_grad_(False)
 
     def forward(self, hidden_states: Tensor, **_unused: Any) -> tuple[Tensor, Tensor | None]:
-        """Maps `hidden_states` `[S, T, C]` to `([S, T, C], None)`."""
+        """Map `hidden_states` `[S, T, C]` to `([S, T, C], None)`."""
         if self.unused:
             return hidden_states, None
         residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
@@ -78,7 +78,7 @@ class InternViTSelfAttention(SelfAttention):
             self.k_norm = build(hidden_size=self.kv_projection_size)
 
     def forward(self, hidden_states: Tensor, **_unused: Any) -> tuple[Tensor, None]:
-        """Maps `hidden_states` `[S, T, C]` to `([S, T, C], None)`; the bias is in the result."""
+        """Map `hidden_states` `[S, T, C]` to `([S, T, C], None)`; the bias is in the result."""
         qkv_STc, _ = self.linear_qkv(hidden_states)
         qkv_STN3D = qkv_STc.unflatten(-1, (-1, 3, self.hidden_size_per_attention_head))
         if self.q_norm is None or self.k_norm is None:
@@ -93,7 +93,7 @@ class InternViTSelfAttention(SelfAttention):
 
 
 class LayerScaleDropPath(nn.Module):
-    """Ends a branch: `residual + drop_path(branch * layer_scale)`; takes the place of bias-dropout-add.
+    """End of a branch: `residual + drop_path(branch * layer_scale)`; takes the place of bias-dropout-add.
 
     Args:
         hidden_size: C.
@@ -114,7 +114,7 @@ class LayerScaleDropPath(nn.Module):
     def forward(
         self, residual_STC: Tensor, branch_STC: Tensor, norm: kernels.Norm | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Adds the branch, `[S, T, C]`; with `norm`, returns its norm as well: `(norm, sum)`."""
+        """Add the branch, `[S, T, C]`; with `norm`, returns its norm as well: `(norm, sum)`."""
         keep_1T1 = None
         if self.training and self.drop_path_rate > 0:
             with _rng_of_this_rank():
@@ -130,7 +130,7 @@ class LayerScaleDropPath(nn.Module):
 
 
 def _rng_of_this_rank() -> AbstractContextManager:
-    """Draws from Megatron's tensor-parallel generator, which full recompute restores like the default one.
+    """Generator of this tensor-parallel rank, which full recompute restores like the default one.
 
     Tensor-parallel ranks encode different tiles, and different numbers of them: draws from the default
     generator would leave it in different states, and the decoder needs it equal on these ranks.
@@ -139,8 +139,8 @@ def _rng_of_this_rank() -> AbstractContextManager:
     return tracker.fork(_TP_RNG) if _TP_RNG in tracker.get_states() else nullcontext()
 
 
-def _adding_its_bias(column: Callable[..., nn.Module], **settings: bool) -> Callable[..., nn.Module]:
-    """Builds a column-parallel layer, also where Megatron asks for a row-parallel one.
+def _column_linear_with_bias(column: Callable[..., nn.Module], **settings: bool) -> Callable[..., nn.Module]:
+    """Builder of a column-parallel layer, also for Megatron's row-parallel ones.
 
     Over one rank both are the same, but Transformer Engine adds the bias of a row-parallel layer, and sums its
     gradient, in kernels of their own: between product and bias it would sum over the ranks.
@@ -153,7 +153,7 @@ def _adding_its_bias(column: Callable[..., nn.Module], **settings: bool) -> Call
 
 
 def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Returns the layers of an InternViT; there is no final norm.
+    """Layers of an InternViT, without a final norm.
 
     Norms and linear layers stay separate modules in both implementations, so that their parameters have
     the same names. Every linear layer adds its own bias: Transformer Engine does so at the end of the matrix
@@ -161,7 +161,7 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
 
     Args:
         vit: the architecture.
-        config: the same as Megatron sees it; its `transformer_impl` chooses the implementation.
+        config: Megatron's config of it; its `transformer_impl` chooses the implementation.
     """
     impl = config.transformer_impl
     backend = get_backend(impl)
@@ -174,13 +174,15 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
         },
         submodules=SelfAttentionSubmodules(
             # Megatron gives all projections of a layer a bias or none.
-            linear_qkv=_adding_its_bias(linear, **({} if vit.qkv_bias else {"bias": False})),
+            linear_qkv=_column_linear_with_bias(linear, **({} if vit.qkv_bias else {"bias": False})),
             core_attention=PackedDotProductAttention if impl == "local" else backend.core_attention(),
-            linear_proj=_adding_its_bias(linear),
+            linear_proj=_column_linear_with_bias(linear),
         ),
     )
     norm = partial(KernelNorm, normalization=config.normalization)
-    linears = MLPSubmodules(linear_fc1=_adding_its_bias(linear), linear_fc2=_adding_its_bias(linear))
+    linears = MLPSubmodules(
+        linear_fc1=_column_linear_with_bias(linear), linear_fc2=_column_linear_with_bias(linear)
+    )
     mlp = partial(MLP.as_mlp_submodule, submodules=linears)
 
     def layer(index: int, drop_path_rate: float) -> ModuleSpec:

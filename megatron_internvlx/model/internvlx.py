@@ -1,4 +1,4 @@
-"""InternVL-X as Megatron sees it: one module per (virtual) pipeline stage.
+"""InternVL-X as Megatron's model: one module per (virtual) pipeline stage.
 
 Shapes: S rows of the current phase (S/TP per rank under sequence parallelism), h LLM width,
 T tiles, L = 1+P*P ViT tokens, c ViT width, n supervised rows, V vocabulary.
@@ -44,11 +44,11 @@ class InternVLX(MegatronModule):
 
     Args:
         config: Megatron's config of the language model.
-        sizes: of the whole model. Logits of the vocabulary's padding are masked, so that the loss does
-            not depend on the tensor-parallel size.
+        sizes: architecture of the whole model. Logits of the vocabulary's padding are masked, so that the loss
+            does not depend on the tensor-parallel size.
         rotary_base: base of RoPE's frequencies.
         rope_scaling_factor: factor of Llama 3's rule; None: plain RoPE.
-        freeze_vision: the vision encoder gets no gradient, and none is sent back to it.
+        freeze_vision: do not compute the gradient of the vision encoder, nor send it between stages.
         vision_recompute: recompute the vision encoder's layers in the backward pass.
         vision_fp8: run the vision encoder's layers in the decoder's FP8.
         projector_fp8: run the projectors in the decoder's FP8; else in bf16, inside its layers too.
@@ -132,11 +132,11 @@ class InternVLX(MegatronModule):
             self.language_model.output_layer.allreduce_dgrad = self.tp_group.size() > 1
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight, where Megatron's gradient all-reduce between stages looks for it."""
+        """Tied weight, which Megatron reduces between the first and the last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Called by Megatron's schedules with what the previous stage sent."""
+        """Set the tensor received from the previous stage; called by Megatron's schedules."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: MicroBatch, *, return_logits: bool = False) -> Tensor:
@@ -172,7 +172,7 @@ class InternVLX(MegatronModule):
         return self.boundary.join(out, features, self.content_out, plan)
 
     def encode(self, tiles: Tensor, plan: DevicePlan) -> Tensor:
-        """This rank's tiles (uint8, or already normalised floats) -> features of all [T, L, c].
+        """Encode this rank's tiles (uint8, or normalised floats), and gather the features of all: [T, L, c].
 
         The encoder is tile-parallel: weights are replicated over TP and every rank encodes its
         share. The gradient that comes back is the same on all ranks; each keeps its share, and
@@ -196,7 +196,7 @@ class InternVLX(MegatronModule):
         return rows
 
     def decoder_inputs(self, plan: DevicePlan, features: Tensor | None) -> DecoderInputs:
-        """What every decoder layer gets besides its rows; features [T, L, c] of a frozen encoder too."""
+        """Inputs of every decoder layer besides its rows, with the features [T, L, c] of a frozen encoder."""
         deep = self._phase_inputs(plan.deep)
         return DecoderInputs(
             plan,

@@ -27,7 +27,7 @@ from megatron_internvlx.platform import output_layer_fuses_accumulation
 
 
 def _localize(submodules, normalization: str):
-    """Replace what Megatron's local modules cannot do: sequence-parallel norms, packed attention."""
+    """Replace Megatron's local norms and attention by ours, for sequence parallelism and packs."""
     norm = norm_builder(normalization, "local")
     submodules.input_layernorm = norm
     submodules.pre_mlp_layernorm = norm
@@ -44,13 +44,13 @@ def _localize(submodules, normalization: str):
 
 
 def _experts(submodules) -> MoESubmodules | None:
-    """What a layer's experts are made of; None: a dense layer."""
+    """Submodules of a layer's experts; None for a dense layer."""
     experts = getattr(submodules.mlp, "keywords", {}).get("submodules")
     return experts if isinstance(experts, MoESubmodules) else None
 
 
 def _weigh_load_balancing(submodules):
-    """Give an experts layer our router, and its recomputation."""
+    """Use our router, and our recomputation, in a layer with experts."""
     experts = _experts(submodules)
     if experts is not None:
         ours = replace(experts, router=LossWeightedRouter)
@@ -59,9 +59,9 @@ def _weigh_load_balancing(submodules):
 
 
 def language_model_config(config: TransformerConfig) -> TransformerConfig:
-    """The decoder's config as Megatron's GPT model gets it, whose output layer may lack the fused accumulation.
+    """Config of Megatron's GPT model, without fused gradient accumulation if its output layer does not support it.
 
-    The layers of `decoder_spec` keep theirs.
+    The layers of `decoder_spec` keep the setting.
     """
     if not config.gradient_accumulation_fusion or output_layer_fuses_accumulation():
         return config

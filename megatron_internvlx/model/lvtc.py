@@ -1,11 +1,11 @@
-"""LVTC: visual rows are few in the shallow layers and expanded at the entry of layer k.
+"""LVTC: a coarse grid of visual rows in the shallow layers, expanded at the entry of layer k.
 
 Shapes: S shallow or deep rows, h LLM width, T tiles, p = g_low**2, q = g_high**2 rows per tile,
 L = 1+P*P ViT tokens, c ViT width. Rows are [S, 1, h]; under sequence parallelism each TP rank
 holds its S/TP share.
 
-Source: paper section on layer-wise visual token compression; DESIGN of the exact rule is in
-docs/lvtc.md (the released code has no LVTC).
+Source: paper section on layer-wise visual token compression; the exact rule is in docs/lvtc.md (the released code
+has no LVTC).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_internvlx.parallel.device_plan import DevicePlan
 
 
 def upsample_matrix(low: int, high: int, mode: str) -> Tensor:
-    """The linear map from a low x low grid to a high x high grid: [high*high, low*low], fp32.
+    """Linear map from a low x low grid to a high x high grid: [high*high, low*low], fp32.
 
     mode "bilinear" is align_corners=False, "nearest" repeats rows. A matrix product instead of
     torch's interpolation keeps the token layout, and its backward is deterministic on every device.
@@ -35,7 +35,7 @@ def upsample_matrix(low: int, high: int, mode: str) -> Tensor:
 
 
 class LVTCInjection(MegatronModule):
-    """What happens at the entry of one decoder layer: expansion, or addition of a projection.
+    """Injection at the entry of one decoder layer: expansion, or addition of a projection.
 
     Args:
         config: decoder config.
@@ -44,6 +44,7 @@ class LVTCInjection(MegatronModule):
         low_grid: token grid side per tile before the expansion.
         high_grid: token grid side per tile after it.
         upsample: "bilinear" or "nearest".
+        group: tensor-parallel group.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class LVTCInjection(MegatronModule):
             )
 
     def forward(self, rows_S1h: Tensor, features_TLc: Tensor, plan: DevicePlan) -> Tensor:
-        """Shallow rows -> deep rows at layer k; deep rows -> deep rows afterwards."""
+        """Expand shallow rows to deep rows at layer k, or add a projection to deep rows after it."""
         visual_Tqh = self.projector(features_TLc)
         if self.config.sequence_parallel:
             # The gradient that comes back is the same on all ranks after the scatter below, so

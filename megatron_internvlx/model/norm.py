@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         self.weight = _parameter(config, hidden_size, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes `x`."""
+        """Normalize `x`."""
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
@@ -74,15 +74,15 @@ class LayerNorm(nn.Module):
         self.bias = _parameter(config, hidden_size, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes `x`."""
+        """Normalize `x`."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class KernelNorm(nn.Module):
-    """The parameters of a norm that a fused kernel applies together with its neighbours.
+    """Parameters of a norm that a fused kernel applies together with neighbouring operations.
 
-    Calling it gives what the kernel needs. It has to be called, not only read: Megatron's hooks wait there for
-    weights that are still being gathered.
+    The module must be called to get them: Megatron's hooks wait in the call for weights that are still being
+    gathered.
 
     Args:
         config: gives the parameter type, `sequence_parallel` and `gradient_accumulation_fusion`.
@@ -100,15 +100,15 @@ class KernelNorm(nn.Module):
         self.bias = _parameter(config, hidden_size, 0.0) if normalization == "LayerNorm" else None
 
     def forward(self) -> kernels.Norm:
-        """The norm's parameters."""
+        """Parameters of the norm, for the kernel."""
         return kernels.Norm(self.weight, self.bias, self.eps, self.accumulate)
 
 
 def norm_builder(normalization: str, transformer_impl: str) -> NormBuilder:
-    """Returns what builds a norm: called with `config=`, `hidden_size=`, `eps=`.
+    """Builder of a norm, to be called with `config=`, `hidden_size=`, `eps=`.
 
     Args:
-        normalization: "RMSNorm" or "LayerNorm"; it wins over `config.normalization`, because the vision
+        normalization: "RMSNorm" or "LayerNorm"; it has priority over `config.normalization`, because the vision
             encoder has RMS norms on queries and keys beside layer norms.
         transformer_impl: "local" or "transformer_engine".
 

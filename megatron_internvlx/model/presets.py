@@ -62,7 +62,7 @@ _TINY_VISION = {"vision_preset": "internvit_tiny", "image_size": 224, "patch_siz
 
 
 def _lvtc(layers: int) -> dict[str, Any]:
-    """LVTC as our recipes use it: expansion a third of the way up, one more injection halfway."""
+    """LVTC of our recipes: expansion after a third of the layers, one more injection after half of them."""
     return {"expand_layer": layers // 3, "inject_layers": [layers // 2]}
 
 
@@ -114,7 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The argparse defaults of a named model. Raises ValueError for an unknown name."""
+    """Argparse defaults of a named model. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"--model-preset {name}: unknown; one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_internvlx.config import PVTC_HEADS, PVTC_MLP_RATIO
-from megatron_internvlx.model.drop_path import kept_entries
+from megatron_internvlx.model.drop_path import draw_kept_entries
 from megatron_internvlx.model.norm import KernelNorm
 from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.platform import kernels
@@ -34,7 +34,7 @@ PVTC_EPS = 1e-6
 
 
 def projector_config(config: TransformerConfig) -> TransformerConfig:
-    """The decoder's config without sequence parallelism: projectors see every visual row."""
+    """Decoder's config without sequence parallelism, because projectors run on every visual row."""
     own = copy.copy(config)
     own.sequence_parallel = False
     own.tp_comm_overlap = False
@@ -99,7 +99,7 @@ class _TileWindows(torch.autograd.Function):
 
 
 def tile_windows(features_TLc: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Cuts every tile into non-overlapping block x block windows: `[T, 1+P*P, c] -> [T*g*g, b*b, c]` and `[T, c]`.
+    """Cut every tile into non-overlapping block x block windows: `[T, 1+P*P, c] -> [T*g*g, b*b, c]` and `[T, c]`.
 
     Windows and the patches inside them are in row-major order; the second result is the CLS features.
     """
@@ -116,14 +116,14 @@ class ProjectionMLP(MegatronModule):
         self.linear = column_linear(config, in_size, config.hidden_size, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., in] -> [.., h]."""
+        """Project [.., in] to [.., h]."""
         normed, _ = kernels.norm_and_pass(x, self.norm())
         y, _ = self.linear(normed)
         return gather_from_tensor_model_parallel_region(F.silu(y), group=self.group)
 
 
 class WindowAttention(MegatronModule):
-    """One query per window attending to the window's patches, then a gated MLP; both residual."""
+    """One query per window that attends to the window's patches, then a gated MLP; both residual."""
 
     def __init__(self, config: TransformerConfig, drop_path_rate: float, group) -> None:
         super().__init__(config)
@@ -144,22 +144,22 @@ class WindowAttention(MegatronModule):
         self.linear_down = row_linear(config, PVTC_MLP_RATIO * h, h, group)
 
     def forward(self, query_Nh: Tensor, keys_Nwh: Tensor, values_Nwh: Tensor) -> Tensor:
-        """`[N, h]` queries, and window patches `[N, w, h]` normalized by `norm_kv` for keys and values: `[N, h]`."""
+        """Queries `[N, h]` attend to patches `[N, w, h]` normalized by `norm_kv` for keys and values."""
         normed, query_Nh = kernels.norm_and_pass(query_Nh, self.norm_query())
         k, v = self.linear_k(keys_Nwh)[0], self.linear_v(values_Nwh)[0]
         out = kernels.window_attention(self.linear_q(normed)[0], k, v, self.local_heads)
         branch = self.linear_proj(out)[0]
-        normed, x = kernels.add_branch_and_norm(query_Nh, branch, self.norm_mlp(), **self._kept(branch))
+        normed, x = kernels.add_branch_and_norm(query_Nh, branch, self.norm_mlp(), **self._draw_kept(branch))
         inner = kernels.gated_silu(self.linear_gate(normed)[0], self.linear_up(normed)[0])
         branch = self.linear_down(inner)[0]
-        return kernels.add_branch(x, branch, **self._kept(branch))
+        return kernels.add_branch(x, branch, **self._draw_kept(branch))
 
-    def _kept(self, branch_Nh: Tensor) -> dict[str, Any]:
-        """Which windows keep a branch, as the kernels take it."""
+    def _draw_kept(self, branch_Nh: Tensor) -> dict[str, Any]:
+        """Draw the windows that keep a branch; {} without drop path. Arguments of the kernels."""
         if not self.training or self.drop_path_rate == 0:
             return {}
         keep_rate = 1 - self.drop_path_rate
-        return {"keep": kept_entries(branch_Nh, keep_rate), "keep_rate": keep_rate}
+        return {"keep": draw_kept_entries(branch_Nh, keep_rate), "keep_rate": keep_rate}
 
 
 class PVTC(MegatronModule):
@@ -167,7 +167,7 @@ class PVTC(MegatronModule):
 
     Args:
         config: decoder config; `hidden_size` is h. Sequence parallelism is switched off inside.
-        vision_hidden_size: c.
+        vision_hidden_size: c, width of the vision encoder.
         grid: g, tokens per tile side.
         patches: P, patches per tile side.
         pixel_shuffle_version: "v1" transposes the grid of the pixel-shuffle queries, and neither
@@ -273,7 +273,7 @@ def build_projector(
     *,
     fp8: bool,
 ) -> PVTC | MLPProjector:
-    """A projector from ViT features to grid x grid tokens per tile.
+    """Build a projector from ViT features to grid x grid tokens per tile.
 
     Without `fp8` it runs in bf16, inside a decoder layer that runs in FP8 too.
     """

@@ -1,4 +1,4 @@
-"""Expert routing whose load-balancing loss weighs what its coefficient says, in every layout.
+"""Expert routing whose load-balancing loss has the weight of its coefficient, in every layout.
 
 Megatron divides all gradients by the number of loss tokens, and multiplies the load-balancing loss by the
 number of rows beforehand, as the two are nearly the same in text training. Here they are not: an image has
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class LossWeightedRouter(TopKRouter):
-    """Megatron's top-k router; the decoder layer sets `loss_weight` before each use."""
+    """Megatron's top-k router with a loss weight, which the decoder layer sets before each use."""
 
     loss_weight: Tensor | float = 0
     """Total loss weight of the micro-batch that is routed, a scalar."""
@@ -29,7 +29,7 @@ class LossWeightedRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, *args: Any, valid_token_count: Any = None, **kwargs: Any
     ) -> Tensor:
-        """Megatron's, with the micro-batch's loss weight in place of its row count."""
+        """Attach the load-balancing loss as Megatron does, with the loss weight instead of the number of rows."""
         # The original multiplies by the size of the group, for its partial sums.
         count = self.loss_weight / self.tp_cp_group.size()
         return super().attach_and_log_load_balancing_loss(
@@ -40,7 +40,7 @@ class LossWeightedRouter(TopKRouter):
 class LossWeightedMoELayer(MoELayer):
     """Megatron's experts layer, whose recomputation routes with the loss weight of its own micro-batch.
 
-    By the time a micro-batch is recomputed, others have passed: what is kept for it keeps its weight.
+    When a micro-batch is recomputed, others have been routed since, so its weight is saved with it.
     """
 
     moe_layer_recompute: bool
@@ -48,7 +48,7 @@ class LossWeightedMoELayer(MoELayer):
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
     ) -> Any:
-        """Megatron's; with --recompute-modules moe the layer as a whole is recomputed here instead of there."""
+        """Run the layer; with --recompute-modules moe the whole layer is recomputed here instead of in Megatron."""
         plain = super().forward
         if not (self.moe_layer_recompute and self.training):
             return plain(hidden_states, intermediate_tensors, padding_mask)

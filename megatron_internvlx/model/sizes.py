@@ -1,4 +1,4 @@
-"""What a model is made of: one description for the model, the planner, the converter and the statistics.
+"""Sizes of a model: one description for the model, the planner, the converter and the statistics.
 
 Nothing here needs Megatron or torch: sizes are known before either is imported.
 """
@@ -129,10 +129,10 @@ class ModelSizes:
 
 
 def model_sizes(arguments: Arguments) -> ModelSizes:
-    """The model that arguments describe: parsed ones, a preset, an import's recipe or a checkpoint's.
+    """Sizes of the model that arguments describe: parsed ones, a preset, an import's recipe or a checkpoint's.
 
-    What a mapping leaves out has the default of Megatron's argument, or of ours. Raises ValueError where
-    settings do not fit each other, KeyError where a size of the decoder is missing.
+    Missing entries of a mapping have the default of Megatron's argument, or of ours. Raises ValueError if settings
+    do not fit each other, KeyError if a size of the decoder is missing.
     """
     arguments = as_mapping(arguments)
     get = arguments.get
@@ -183,7 +183,7 @@ def _expert_layers(layers: int, frequency: int | list[int]) -> Collection[int]:
 
 
 def vision_config(arguments: Arguments) -> InternViTConfig:
-    """The vision encoder's architecture: the preset with our overrides. Raises ValueError."""
+    """Architecture of the vision encoder: the preset with our overrides. Raises ValueError."""
     wanted = settings_from(arguments, VisionSettings)
     changes: dict[str, Any] = {"image_size": wanted.image_size, "drop_path_rate": wanted.vision_drop_path}
     if wanted.patch_size is not None:
@@ -196,19 +196,19 @@ def vision_config(arguments: Arguments) -> InternViTConfig:
 
 
 def vision_overrides(text: str) -> dict[str, Any]:
-    """The fields in --vision-overrides. Raises ValueError for bad JSON, unknown fields and wrong types."""
+    """Parse the fields in --vision-overrides. Raises ValueError for bad JSON, unknown fields and wrong types."""
     try:
         found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"--vision-overrides {text}: not JSON: {error}") from error
     known = {field.name: field.type for field in fields(InternViTConfig)}
     if not isinstance(found, dict):
-        raise ValueError(f'--vision-overrides {text}: want a JSON object, such as {{"num_layers": 12}}')
+        raise ValueError(f'--vision-overrides {text}: must be a JSON object, such as {{"num_layers": 12}}')
     for name, value in found.items():
         if name not in known:
             hint = similar(name, known) or f": one of {', '.join(known)}"
             raise ValueError(f"--vision-overrides: InternViT has no field {name}{hint}")
         kind = type(getattr(InternViTConfig, name))  # its default's
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"--vision-overrides: {name} is {json.dumps(value)}, want {_KINDS[kind]}")
+            raise ValueError(f"--vision-overrides: {name} is {json.dumps(value)}, must be {_KINDS[kind]}")
     return found

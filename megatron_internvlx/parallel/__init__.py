@@ -1,1 +1,1 @@
-"""What crosses ranks: boundaries, batches, layouts and process groups."""
+"""Exchange between ranks: boundaries, batches, layouts and process groups."""

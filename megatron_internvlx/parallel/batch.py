@@ -1,4 +1,4 @@
-"""What each rank gets of a micro-batch.
+"""Distribution of a micro-batch to the ranks of a replica.
 
 One rank per data-parallel replica (first stage, TP rank 0) loads samples. The plan, the token ids
 and the targets of a micro-batch are a few kilobytes of int32: they go to the first rank of each
@@ -38,9 +38,9 @@ class HostBatch:
     tiles: Tensor | None
     """uint8 [num_tiles, 3, S, S], in the order of the plan's visual rows; None if there are images instead."""
     images: list[PackImage] | None = None
-    """Files that the ranks cut, and tiles of others, in the same order."""
+    """Files that the ranks cut into tiles, and tiles of other images, in the same order."""
     key: Any = None
-    """What the loader makes this micro-batch from again."""
+    """Key from which the loader can make this micro-batch again."""
 
     def __post_init__(self) -> None:
         found = sum(
@@ -62,12 +62,12 @@ class MicroBatch:
     tiles: Tensor | None
     """uint8 [share, 3, S, S] tiles that this rank encodes; None after the first stage."""
 
-    def kept(self) -> MicroBatch:
-        """A copy in buffers that `overwrite` fills anew: what a CUDA graph reads."""
-        return MicroBatch(self.plan.in_buffer(), None if self.tiles is None else self.tiles.clone())
+    def clone(self) -> MicroBatch:
+        """Copy into new buffers, which a CUDA graph reads and `overwrite` fills."""
+        return MicroBatch(self.plan.clone(), None if self.tiles is None else self.tiles.clone())
 
     def overwrite(self, other: MicroBatch) -> None:
-        """Put another micro-batch into this one's buffers, which have the same shapes."""
+        """Copy another micro-batch of the same shapes into the buffers of this one."""
         self.plan.flat.copy_(other.plan.flat, non_blocking=True)
         if self.tiles is not None:
             assert other.tiles is not None
@@ -75,17 +75,17 @@ class MicroBatch:
 
 
 class BatchChannel:
-    """Hands micro-batches from the loading rank of a replica to its TP x PP ranks.
+    """Transfer of micro-batches from the loading rank of a replica to its TP x PP ranks.
 
     Args:
-        stages: global ranks of the replica, one list per pipeline stage in TP order; the loading rank
-            is the first of the first.
-        group: host group of all of them; None when it holds one rank.
-        stage_group: host group of this rank's stage; None when it holds one rank.
+        stages: global ranks of the replica, one list per pipeline stage in TP order; the loading rank is the first
+            rank of the first stage.
+        group: host group of all these ranks; None for one rank.
+        stage_group: host group of this rank's stage; None for one rank.
         tile_size: side of a tile, in pixels.
-        weigh: what the loss rows of a micro-batch weigh.
-        pipeline: on the first stage, cuts images whose files come instead of their tiles; a micro-batch is then
-            begun while the one before it is computed.
+        weigh: function that gives the weights of a micro-batch's loss rows.
+        pipeline: on the first stage, the pipeline that cuts images that arrive as files instead of tiles. A
+            micro-batch is then started while the one before it is computed.
     """
 
     START_CAPACITY = 1 << 14
@@ -110,7 +110,7 @@ class BatchChannel:
         self.files: FileScatter | None = None
         if pipeline is not None:
             self.files = FileScatter(self.first_stage, stage_group, tile_size, pipeline)
-        self._begun: deque[tuple[SequencePlan, HostBatch | None]] = deque()
+        self._started: deque[tuple[SequencePlan, HostBatch | None]] = deque()
         self.capacity = self.START_CAPACITY
         self.broadcasts = 0
         self._sending: list[tuple[dist.Work, Tensor]] = []
@@ -121,34 +121,34 @@ class BatchChannel:
         return self.rank == self.source
 
     def receive(self, loader: Iterator[HostBatch] | None) -> MicroBatch:
-        """Next micro-batch; `loader` is read on the loading rank only."""
+        """Receive the next micro-batch; `loader` is read on the loading rank only."""
         if self.files is None:
             plan, batch = self._next_plan(loader)
             tiles = None
             if self.rank in self.first_stage:
                 tiles = self.pixels(plan.tile_capacity, batch.tiles if batch else None)
             return MicroBatch(device_plan(plan, self.weigh), tiles)
-        if not self._begun:
-            self._begin(self.files, loader)
-        plan, _ = self._begun.popleft()
+        if not self._started:
+            self._start_next(self.files, loader)
+        plan, _ = self._started.popleft()
         tiles = self.files.collect()
-        self._begin(self.files, loader)
+        self._start_next(self.files, loader)
         return MicroBatch(device_plan(plan, self.weigh), tiles)
 
     def _next_plan(self, loader: Iterator[HostBatch] | None) -> tuple[SequencePlan, HostBatch | None]:
         batch = next(loader) if self.is_source else None  # type: ignore[arg-type]
         return unpack_plan(self._broadcast(pack_plan(batch.plan) if batch else None)), batch
 
-    def _begin(self, files: FileScatter, loader: Iterator[HostBatch] | None) -> None:
-        """Let the images of the next micro-batch be cut; it has no end here: the loader of files is endless."""
+    def _start_next(self, files: FileScatter, loader: Iterator[HostBatch] | None) -> None:
+        """Start to cut the images of the next micro-batch; the loader of files is endless, so there is one."""
         plan, batch = self._next_plan(loader)
         files.start(plan.tile_capacity, batch.images if batch else None)
-        self._begun.append((plan, batch))
+        self._started.append((plan, batch))
 
     @property
-    def begun_keys(self) -> list[Any]:
-        """Keys of the micro-batches that the loader gave and no one has received; on the loading rank."""
-        return [batch.key for _, batch in self._begun if batch is not None]
+    def pending_keys(self) -> list[Any]:
+        """Keys of the micro-batches that are loaded but not yet received; on the loading rank."""
+        return [batch.key for _, batch in self._started if batch is not None]
 
     def _broadcast(self, flat: np.ndarray | None) -> np.ndarray:
         if self.group is None:
@@ -172,10 +172,10 @@ class BatchChannel:
         return torch.cat([first[1:], rest]).numpy()
 
     def _exchange(self, buffer: Tensor) -> None:
-        """From the loading rank to the first rank of every stage, then one broadcast inside each stage.
+        """Send from the loading rank to the first rank of every stage, then broadcast inside each stage.
 
-        The loading rank does not wait for the later stages: they ask for the plan only when their input
-        arrives, and that input waits for the loading rank's forward pass.
+        The loading rank does not wait for the later stages: they need the plan only when their input arrives, and
+        that input is sent after the loading rank's forward pass.
         """
         if self.is_source:
             self._sending = [(w, kept) for w, kept in self._sending if not w.is_completed()]
@@ -191,10 +191,15 @@ class BatchChannel:
 
 
 class SharedBatches:
-    """Lets every virtual pipeline chunk of a rank read the same micro-batches in its own order.
+    """Micro-batches of a rank, which every virtual pipeline chunk reads in its own order.
 
-    A chunk asks for its n-th micro-batch; the first to ask receives it from the channel, the last
-    to ask drops it.
+    The first chunk that asks for a number receives the micro-batch from the channel; after the last one it is
+    dropped.
+
+    Args:
+        channel: source of the micro-batches.
+        loader: loader of this replica, on the loading rank; None on others.
+        readers: number of chunks.
     """
 
     def __init__(self, channel: BatchChannel, loader: Iterator[HostBatch] | None, readers: int) -> None:
@@ -208,19 +213,19 @@ class SharedBatches:
             self._received += 1
 
     def loader_state(self) -> Any:
-        """What the loader says of its position, which must be that of the micro-batches consumed."""
+        """Loader's position; RuntimeError if a received micro-batch is not yet consumed."""
         if self._kept:
-            raise RuntimeError(f"{len(self._kept)} micro-batches are received and not yet consumed")
+            raise RuntimeError(f"{len(self._kept)} micro-batches are received but not yet consumed")
         save = getattr(self.loader, "save_state", None)
-        return save(self.channel.begun_keys) if save is not None else None
+        return save(self.channel.pending_keys) if save is not None else None
 
     def peek(self, number: int) -> MicroBatch:
-        """The micro-batch with this number, which stays for its readers."""
+        """Micro-batch with this number; all chunks can still get it."""
         self._receive_up_to(number)
         return self._kept[number][0]
 
     def get(self, number: int) -> MicroBatch:
-        """The micro-batch with this number; each reader asks once per number."""
+        """Micro-batch with this number; each chunk must ask once per number."""
         self._receive_up_to(number)
         batch, left = self._kept.pop(number)
         if left > 1:
@@ -243,7 +248,7 @@ class BatchIterator:
         return batch
 
     def save_state(self) -> Any:
-        """Position of the loader for Megatron's checkpoint; None if it needs none. On the loading rank."""
+        """Position of the loader for Megatron's checkpoint, on the loading rank; None if the loader has none."""
         return self.shared.loader_state()
 
     def upcoming(self, least: int) -> tuple[int, DevicePlan]:

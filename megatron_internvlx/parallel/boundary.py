@@ -28,36 +28,38 @@ from megatron_internvlx.parallel.layout import BoundaryContent, carried_rows
 
 @dataclass(frozen=True)
 class Budget:
-    """Static mode: the sizes to which every micro-batch is padded."""
+    """Sizes to which every micro-batch is padded in static mode."""
 
     shallow: int
     """Rows of the shallow phase."""
     deep: int
     """Rows of the deep phase."""
     tiles: int
-    """Tiles whose features a message has room for."""
+    """Tiles of features in a message."""
 
 
 def attach_carried(rows_S1h: Tensor, carried_C1h: Tensor) -> Tensor:
-    """Let features without gradient travel with the rows; see `take_carried`."""
+    """Attach features without gradient to the rows, outside of autograd; see `take_carried`."""
     rows_S1h.carried = carried_C1h  # type: ignore[attr-defined]
     return rows_S1h
 
 
 def take_carried(rows_S1h: Tensor) -> Tensor | None:
-    """What `attach_carried` attached, once; None if nothing is."""
+    """Remove and return the attached features, or None."""
     return rows_S1h.__dict__.pop("carried", None)
 
 
 class BoundaryFormat:
-    """Packs and unpacks boundary tensors.
+    """Packing and unpacking of boundary tensors.
 
     Args:
-        hidden_size: h. vision_hidden_size: c. vision_tokens: L = 1 + P*P.
+        hidden_size: h, width of the decoder.
+        vision_hidden_size: c, width of the vision encoder.
+        vision_tokens: L = 1 + P*P, tokens per tile of the vision encoder.
         sequence_parallel: whether rows are sharded over `group`.
         group: tensor-parallel group.
-        carry_gradient: whether the gradient of carried features is wanted.
-        budget: sizes in static mode; None: those of the micro-batch's plan.
+        carry_gradient: whether the carried features have a gradient.
+        budget: sizes in static mode; None for the sizes of the micro-batch's plan.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class BoundaryFormat:
     def join(
         self, rows_S1h: Tensor, features_TLc: Tensor | None, content: BoundaryContent, plan: DevicePlan
     ) -> Tensor:
-        """Decoder rows and, if the boundary carries them, features -> what the schedule sends."""
+        """Pack decoder rows and, if the boundary carries them, features into the tensor that the schedule sends."""
         if content.carry:
             assert features_TLc is not None
             carry = self._flatten(features_TLc, self.local_rows(content, plan)[1], rows_S1h.dtype)
@@ -108,7 +110,7 @@ class BoundaryFormat:
         return attach_carried(out, carry.detach()) if content.carry and not self.carry_gradient else out
 
     def _flatten(self, features_TLc: Tensor, local_rows: int, dtype: torch.dtype) -> Tensor:
-        """Features as rows of width h, this rank's share: [local_rows, 1, h]."""
+        """Reshape features to rows of width h, this rank's share: [local_rows, 1, h]."""
         flat = features_TLc.reshape(-1).to(dtype)
         missing = local_rows * self.shards * self.hidden_size - flat.numel()
         carry = torch.nn.functional.pad(flat, (0, missing)).view(-1, 1, self.hidden_size)
@@ -119,14 +121,14 @@ class BoundaryFormat:
     def split(
         self, message: Tensor, content: BoundaryContent, plan: DevicePlan
     ) -> tuple[Tensor, Tensor | None]:
-        """What the schedule received -> decoder rows [S, 1, h] and features [T, L, c] (or None)."""
+        """Unpack a received tensor into decoder rows [S, 1, h] and features [T, L, c] (or None)."""
         rows, carried = self.local_rows(content, plan)
         attached = take_carried(message)
         received = message.shape[0] + (attached.shape[0] if attached is not None else 0)
         if received != rows + carried:
             raise RuntimeError(
-                f"boundary before layer {content.next_layer}: received {received} rows, the plan "
-                f"says {rows} decoder rows and {carried} carried rows"
+                f"boundary before layer {content.next_layer}: received {received} rows, expected "
+                f"{rows} decoder rows and {carried} carried rows"
             )
         if not content.carry:
             return message, None

@@ -1,4 +1,4 @@
-"""Megatron's pipeline communication, with lengths that both sides know beforehand.
+"""Megatron's pipeline communication, with message lengths that the receiver computes.
 
 Megatron exchanges the shape of every variable-length message first, which makes the host wait for
 the device. Here the receiver computes it: in variable mode from the micro-batch's plan, which is on
@@ -10,8 +10,8 @@ but outside of autograd: Megatron's schedule sees a tensor of decoder rows, whos
 only, and nothing is padded or sent back for the features. See `boundary.attach_carried`.
 
 The receiver reads the plan before the message comes. That cannot block the pipeline: the loading rank
-sends a micro-batch's plan when it starts its forward pass, which comes before anything that a sender
-could send of it.
+sends a micro-batch's plan when it starts its forward pass, before any other rank can send an output of that
+micro-batch.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from torch import Tensor
 from megatron_internvlx.parallel.boundary import BoundaryFormat, attach_carried, take_carried
 from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.parallel.layout import BoundaryContent
-from megatron_internvlx.parallel.schedule import MessageOrder, message_order, repeated
+from megatron_internvlx.parallel.schedule import MessageOrder, message_order, repeat_runs
 
 FORWARD, BACKWARD = "forward", "backward"
 
 
 class PipelineStage(Protocol):
-    """What is asked of a model chunk of this rank; see `model.internvlx.InternVLX`."""
+    """Attributes that a model chunk of this rank must have; see `model.internvlx.InternVLX`."""
 
     pg_collection: ProcessGroupCollection
     config: TransformerConfig
@@ -49,7 +49,7 @@ class PipelineStage(Protocol):
 
 @dataclass
 class Traffic:
-    """What arrived over one boundary in one direction."""
+    """Messages received over one boundary in one direction."""
 
     messages: int = 0
     bytes: int = 0
@@ -57,7 +57,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Incoming:
-    """A message about to be received: for which chunk, and its rows on this rank."""
+    """Chunk and sizes of the next message; `rows` decoder rows and `carried` rows on this rank."""
 
     chunk: int
     rows: int
@@ -65,14 +65,15 @@ class Incoming:
 
 
 class BoundaryCommunicator(P2PCommunicator):
-    """To be passed to Megatron's `pretrain` as `p2p_communicator`.
+    """Communicator for the `p2p_communicator` of Megatron's `pretrain`.
 
-    It is made before Megatron's groups exist: the first stage added gives it its group and config.
+    It is created before Megatron's groups exist: the first added stage provides the group and the config.
 
     Args:
-        micro_batches: micro-batches of one run of the schedule, in training (True) or evaluation.
-        upcoming: (chunk, training, least) -> number and plan of the next micro-batch of that chunk whose
-            number is at least `least` and which it has not consumed. Not asked in static mode.
+        micro_batches: function that gives the number of micro-batches of one run of the schedule, in training (True)
+            or evaluation (False).
+        upcoming: function of (chunk, training, least) that gives the number and the plan of the next micro-batch that
+            the chunk has not consumed and whose number is at least `least`. Not called in static mode.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class BoundaryCommunicator(P2PCommunicator):
         # Number of the latest micro-batch whose input was asked for, by chunk and mode.
         self._asked: dict[tuple[int, bool], int] = {}
         self._incoming: Incoming | None = None
-        # With overlapped communication nobody waits for a send at once: the last two stay alive.
+        # With overlapped communication no one waits for a send at once: the last two must stay in memory.
         self._sending: deque[Tensor] = deque(maxlen=2)
 
     def add(self, stage: PipelineStage) -> None:
-        """Take note of a model chunk of this rank, when it is built."""
+        """Add a model chunk of this rank, after it is built."""
         if not self.stages:
             super().__init__(stage.pg_collection.pp, stage.config)
             self._input_chunks = self._chunks(lambda order: order.receive_forward)
@@ -103,13 +104,13 @@ class BoundaryCommunicator(P2PCommunicator):
 
     @property
     def training(self) -> bool:
-        """Whether the schedule now runs for training."""
+        """Whether the present run of the schedule is training."""
         return self.stages[0].training
 
     def _chunks(self, direction: Callable[[MessageOrder], list[int]]) -> Iterator[int]:
         if self.virtual_pipeline_model_parallel_size is None:
             return repeat(0)
-        return repeated(lambda: direction(self._order()))
+        return repeat_runs(lambda: direction(self._order()))
 
     def _order(self) -> MessageOrder:
         return message_order(
@@ -130,7 +131,7 @@ class BoundaryCommunicator(P2PCommunicator):
         tensor_shape: object,
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, object]:
-        """Megatron's exchange of one message per neighbour and direction, carried rows included."""
+        """Exchange one message per neighbour and direction, carried rows included."""
         message = self._outgoing(tensor_send_next) if tensor_send_next is not None else None
         if message is not None and not wait_on_reqs:
             self._sending.append(message)
@@ -145,7 +146,7 @@ class BoundaryCommunicator(P2PCommunicator):
         return self._split(from_prev), from_next, requests
 
     def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
-        """Shapes of what comes from the previous and the next rank; computed, not exchanged."""
+        """Compute the shapes of the messages from the previous and the next rank, without communication."""
         hidden = self.config.hidden_size
         from_prev, from_next = [0, 0, 0], [0, 0, 0]
         if recv_prev:
@@ -174,7 +175,7 @@ class BoundaryCommunicator(P2PCommunicator):
         return output if carried is None else torch.cat([output.detach(), carried])
 
     def _split(self, message: Tensor | None) -> Tensor | None:
-        """A received message as the schedule shall see it: a leaf whose gradient goes back."""
+        """Decoder rows of a received message, a leaf whose gradient is sent back, with the carried rows attached."""
         if message is None:
             return None
         incoming, self._incoming = self._incoming, None

@@ -1,9 +1,9 @@
 """A micro-batch's plan on its rank's device.
 
-Everything that a stage reads of a plan is a tensor here, or the same for all plans of a run with static
-boundaries: between taking such a micro-batch and the end of its backward pass nothing depends on the samples but
-the contents of tensors, so that one CUDA graph serves all of them. In static mode every index map is padded to its
-budget; rows and tiles beyond the real ones are computed and weigh nothing.
+Every value of a plan that a stage reads is a tensor here, or the same for all plans of a run with static boundaries.
+With static boundaries only the contents of tensors therefore depend on the samples, from the receipt of a micro-batch
+to the end of its backward pass, and one CUDA graph is valid for all of them. Every index map is then padded to its
+budget; padding rows and tiles are computed with weight 0.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class DevicePhase:
     length: int
     max_seqlen: int
     segment_lengths: tuple[int, ...] | None
-    """On the host, for attention without kernels for packs; None in static mode."""
+    """Rows of each segment, on the host, for attention without kernels for packs; None in static mode."""
     used: Tensor
-    """[1] rows of samples; the others are padding."""
+    """[1] number of rows of samples; the others are padding."""
     whole: Tensor
     """[2] 0 and `length`: the phase as one segment."""
     cu_seqlens: Tensor
     position_ids: Tensor
     visual_rows: Tensor
-    """[encoded tiles * g*g] row of every visual token; those of blank tiles name rows all over the phase."""
+    """[encoded tiles * g*g] row of every visual token; those of blank tiles are spread over the phase."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DevicePlan:
     merge_index: Tensor
     tokens: Tensor
     loss_rows: Tensor
-    """[n] deep rows that reach the output layer; padding names rows all over the phase."""
+    """[n] deep rows that reach the output layer; padding is spread over the phase."""
     targets: Tensor
     """[n] 0 for padding."""
     loss_weights: Tensor
@@ -66,17 +66,17 @@ class DevicePlan:
     deep: DevicePhase
     expand_index: Tensor | None
     flat: Tensor
-    """All of these tensors' memory, int32."""
+    """Memory of all these tensors, int32."""
     host: SequencePlan | None
-    """For whom counts and reports; None where a graph is recorded, whose plan is any."""
+    """Plan on the host, for counts and reports; None in a graph, which is valid for any plan."""
 
     @property
     def entry(self) -> DevicePhase:
-        """The phase of layer 0."""
+        """Phase of layer 0."""
         return self.shallow if self.lvtc else self.deep
 
-    def in_buffer(self) -> DevicePlan:
-        """The same plan with its tensors in a buffer of its own, which other plans may overwrite."""
+    def clone(self) -> DevicePlan:
+        """Copy the tensors into a new buffer, which other plans may overwrite."""
         assert self.host is not None and self.host.fixed, "plans of a run without static boundaries differ"
         return replace(_Views(self.flat.clone()).plan(self.host), host=None)
 
@@ -87,7 +87,7 @@ def device_plan(plan: SequencePlan, weigh: Weigh = loss_weights) -> DevicePlan:
 
 
 def _flatten(plan: SequencePlan, weigh: Weigh) -> np.ndarray:
-    """Everything that `_Views.plan` takes, one after another: int32 [words]."""
+    """Concatenate the arrays that `_Views.plan` cuts out again: int32 [words]."""
     weights, total = weigh(plan)
     rows, tiles = plan.supervised_capacity, plan.encoded_tiles
     real = (np.arange(tiles) < plan.num_tiles).astype(np.float32)
@@ -121,7 +121,7 @@ class _Views:
         return self.flat[self.at - words : self.at].view(dtype)
 
     def plan(self, plan: SequencePlan) -> DevicePlan:
-        """The views that a plan of these sizes has."""
+        """Cut out the tensors of a plan with these sizes."""
         rows, tiles = plan.supervised_capacity, plan.encoded_tiles
         total, supervised = self._next(2, torch.float64), self._next(1)
         real = self._next(tiles, torch.float32)

@@ -1,4 +1,4 @@
-"""Process groups that Megatron does not make, or not in time.
+"""Process groups that Megatron does not create, or creates too late.
 
 The vision encoder's weights are replicated over the tensor-parallel group, every rank encoding its own
 tiles. Its Megatron modules therefore get tensor-, pipeline- and context-parallel groups of size one, which
@@ -16,10 +16,10 @@ _cache: list[tuple[torch.distributed.ProcessGroup | None, ProcessGroupCollection
 
 
 def single_rank_groups() -> ProcessGroupCollection:
-    """Returns a collection whose model-parallel groups hold this rank only; no rank waits for another.
+    """Collection whose model-parallel groups have this rank only; no rank waits for another.
 
-    The groups are made once per default group, so that a process that starts torch.distributed anew (as
-    tests do) gets new ones.
+    The groups are created once per default group, so that a process that restarts torch.distributed (as tests do)
+    gets new ones.
 
     Raises:
         RuntimeError: if torch.distributed is not initialized.
@@ -39,9 +39,9 @@ def single_rank_groups() -> ProcessGroupCollection:
 
 
 class MegatronGroups(ProcessGroupCollection):
-    """Megatron's own groups, looked up when first needed.
+    """Megatron's own groups, looked up when they are first needed.
 
-    `pretrain` wants the collection beside a communicator of ours, but makes the groups itself, later.
+    `pretrain` needs the collection together with our communicator, but creates the groups itself, later.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which decoder layers, projectors and carried features each pipeline stage has."""
+"""Decoder layers, projectors and carried features of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StageLayers:
 
 
 def stage_layers(config: TransformerConfig, pp_rank: int, vp_stage: int | None) -> StageLayers:
-    """Layers that Megatron builds on this stage, under any of its ways to split them."""
+    """Layers that Megatron builds on this stage, with any of its ways to split them."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None and config.pipeline_model_parallel_size > 1:
         # Not by the layout's own methods: without initialized groups, as in a dry run, they take every model chunk
@@ -37,13 +37,13 @@ def stage_layers(config: TransformerConfig, pp_rank: int, vp_stage: int | None) 
 
 @dataclass(frozen=True)
 class BoundaryContent:
-    """What crosses the boundary in front of decoder layer `next_layer`."""
+    """Content of the boundary in front of decoder layer `next_layer`."""
 
     next_layer: int
     deep: bool
-    """The decoder rows are those of the deep phase."""
+    """Whether the decoder rows are those of the deep phase."""
     carry: bool
-    """ViT features travel along: layer `next_layer` or a later one projects them."""
+    """Whether ViT features are sent too, because layer `next_layer` or a later one projects them."""
 
 
 def boundary_content(next_layer: int, injection_layers: tuple[int, ...]) -> BoundaryContent:
@@ -60,18 +60,18 @@ def boundary_content(next_layer: int, injection_layers: tuple[int, ...]) -> Boun
 
 
 def carried_rows(elements: int, hidden_size: int, shards: int) -> int:
-    """Rows of width `hidden_size` that so many elements of ViT features fill, padded to whole shards."""
+    """Number of rows of width `hidden_size` for so many elements of ViT features, padded to whole shards."""
     return -(-elements // (hidden_size * shards)) * shards
 
 
 def layout_counts(layout: str) -> tuple[int, ...]:
-    """`E|tt|(t|)*2L` -> layers per stage, read by Megatron's parser. Raises ValueError."""
+    """Layers per stage of a layout such as `E|tt|(t|)*2L`, in Megatron's notation. Raises ValueError."""
     try:
         stages = PipelineParallelLayerLayout.parse_str_to_list(layout)
     except (AssertionError, ValueError, IndexError) as error:
         raise ValueError(f"layout {layout!r}: {error}") from error
     if not stages[0] or stages[0][0] is not LayerType.embedding or stages[-1][-1:] != [LayerType.loss]:
-        raise ValueError(f"layout {layout!r}: want E in front and L at the end, such as E|tt|tt|L")
+        raise ValueError(f"layout {layout!r}: must begin with E and end with L, such as E|tt|tt|L")
     return tuple(stage.count(LayerType.decoder) for stage in stages)
 
 

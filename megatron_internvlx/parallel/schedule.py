@@ -1,4 +1,4 @@
-"""Which model chunk each message of a pipeline rank belongs to.
+"""Model chunk of each message of a pipeline rank.
 
 Megatron's interleaved schedule posts sends and receives without naming the model chunk. Their order is
 fixed by the schedule table, so it can be counted: every rank forwards the table's entries one after
@@ -19,10 +19,10 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 @dataclass(frozen=True)
 class MessageOrder:
-    """Chunk of this rank, message by message, in one run of the schedule.
+    """Chunk of this rank for each message, in one run of the schedule.
 
-    Without a receive or a send in some direction the list is empty: the first virtual stage receives
-    nothing forward, the last nothing backward.
+    The list is empty for a direction without messages: the first virtual stage receives none forward, the last none
+    backward.
     """
 
     receive_forward: list[int]
@@ -57,8 +57,8 @@ def message_order(
     )
 
 
-def repeated(order: Callable[[], list[int]]) -> Iterator[int]:
-    """The chunks of run after run; `order` is asked anew when a run's messages are used up."""
+def repeat_runs(order: Callable[[], list[int]]) -> Iterator[int]:
+    """Yield the chunks of one run after another; `order` is called at the beginning of each run."""
     while True:
         run = order()
         assert run, "a message in a direction in which this rank has none"

@@ -1,7 +1,7 @@
-"""How the TP ranks of the first stage get the tiles that they encode: as pixels, or as files that each cuts itself.
+"""Distribution of tiles to the TP ranks of the first stage: as pixels, or as files that each rank cuts itself.
 
-The tiles of a micro-batch, padded to its capacity, are dealt to the ranks in equal shares, in order. An image whose
-tiles lie in two shares goes to both ranks. Everything here is on the host until a share is cut or copied.
+The tiles of a micro-batch, padded to its capacity, are divided over the ranks in equal shares, in order. An image
+whose tiles are in two shares is sent to both ranks. Everything here is on the host until a share is cut or copied.
 
 S side of a tile, in pixels. T tiles of a share.
 """
@@ -22,13 +22,13 @@ from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.platform import device
 from megatron_internvlx.platform.transfer import to_device
 
-# Tiles of a part: of a file, or those given.
+# Consecutive tiles of an image: of a file, or pixels.
 Part = Wanted | Tensor
 
 
-def shares_of(images: Sequence[PackImage], share: int, ranks: int) -> list[list[Part]]:
-    """Parts of each rank in the order of the plan, at most ``share`` tiles each."""
-    dealt: list[list[Part]] = [[] for _ in range(ranks)]
+def split_images(images: Sequence[PackImage], share: int, ranks: int) -> list[list[Part]]:
+    """Divide images over ranks: the parts of each rank in the order of the plan, at most `share` tiles per rank."""
+    shares: list[list[Part]] = [[] for _ in range(ranks)]
     place = 0
     for image in images:
         tiles = image.num_tiles if isinstance(image, EncodedImage) else len(image)
@@ -36,9 +36,9 @@ def shares_of(images: Sequence[PackImage], share: int, ranks: int) -> list[list[
         while first < tiles:
             rank = place // share
             count = min(tiles - first, (rank + 1) * share - place)
-            dealt[rank].append(_part(image, first, count))
+            shares[rank].append(_part(image, first, count))
             first, place = first + count, place + count
-    return dealt
+    return shares
 
 
 def _part(image: PackImage, first: int, count: int) -> Part:
@@ -48,7 +48,7 @@ def _part(image: PackImage, first: int, count: int) -> Part:
 
 
 def pack_parts(parts: Sequence[Part]) -> np.ndarray:
-    """Parts as one message, uint8: their number, eight integers for each, and its file or pixels."""
+    """Pack parts into one message, uint8: their number, eight integers for each, and the files or pixels."""
     rows, blobs = [], []
     for part in parts:
         if isinstance(part, Wanted):
@@ -64,7 +64,7 @@ def pack_parts(parts: Sequence[Part]) -> np.ndarray:
 
 
 def unpack_parts(message: np.ndarray, tile_size: int) -> list[Part]:
-    """Reverses `pack_parts`."""
+    """Unpack a message of `pack_parts`."""
     count = int(message[:8].view(np.int64)[0])
     place = 8 + 64 * count
     parts: list[Part] = []
@@ -81,11 +81,11 @@ def unpack_parts(message: np.ndarray, tile_size: int) -> list[Part]:
 
 
 class PixelScatter:
-    """Deals tiles that the loading rank has.
+    """Division of tiles that the loading rank has as pixels.
 
     Args:
         ranks: global ranks of the first stage in TP order; the first one loads.
-        group: host group of them; None for one rank.
+        group: host group of these ranks; None for one rank.
         tile_size: S.
     """
 
@@ -93,7 +93,7 @@ class PixelScatter:
         self.ranks, self.group, self.tile_size = ranks, group, tile_size
 
     def __call__(self, capacity: int, tiles: Tensor | None) -> Tensor:
-        """This rank's tiles uint8 [T, 3, S, S] of ``capacity`` tiles, on its device; the surplus is blank."""
+        """Scatter `capacity` tiles; returns this rank's, uint8 [T, 3, S, S] on its device, missing ones blank."""
         share = capacity // len(self.ranks)
         shape = (share, 3, self.tile_size, self.tile_size)
         padded = None
@@ -110,7 +110,9 @@ class PixelScatter:
 
 
 @dataclass
-class _Begun:
+class _Started:
+    """Micro-batch of which this rank's pipeline cuts the files; `share` tiles on this rank."""
+
     share: int
     parts: list[Part]
 
@@ -120,15 +122,13 @@ class _Begun:
 
 
 class FileScatter:
-    """Deals undecoded images; each rank cuts its share: `start` a micro-batch, `collect` it later.
+    """Division of undecoded images; each rank cuts its share. `start` a micro-batch, and `collect` it later.
 
     Args:
         ranks: global ranks of the first stage in TP order; the first one loads.
-        group: host group of them; None for one rank.
+        group: host group of these ranks; None for one rank.
         tile_size: S.
-        pipeline: of this rank.
-
-    ``sent`` counts the bytes that this rank sent.
+        pipeline: pipeline that cuts on this rank.
     """
 
     def __init__(
@@ -136,28 +136,29 @@ class FileScatter:
     ):
         self.ranks, self.group, self.tile_size, self.pipeline = ranks, group, tile_size, pipeline
         self.sent = 0
-        self._begun: deque[_Begun] = deque()
+        """Bytes that this rank has sent."""
+        self._started: deque[_Started] = deque()
         self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def start(self, capacity: int, images: Sequence[PackImage] | None) -> None:
-        """Deal the images of the next micro-batch, ``capacity`` tiles in all, and begin to cut this rank's."""
+        """Divide the images of the next micro-batch, `capacity` tiles in all, and start to cut this rank's share."""
         share = capacity // len(self.ranks)
-        begun = _Begun(share, self._exchange(share, images))
-        self._begun.append(begun)
-        self.pipeline.start(begun.files)
+        started = _Started(share, self._exchange(share, images))
+        self._started.append(started)
+        self.pipeline.start(started.files)
 
     def _exchange(self, share: int, images: Sequence[PackImage] | None) -> list[Part]:
-        dealt = None if images is None else shares_of(images, share, len(self.ranks))
+        shares = None if images is None else split_images(images, share, len(self.ranks))
         if len(self.ranks) == 1:
-            assert dealt is not None
-            return dealt[0]
+            assert shares is not None
+            return shares[0]
         size = torch.zeros(1, dtype=torch.int64)
-        if dealt is None:
+        if shares is None:
             dist.scatter(size, None, src=self.ranks[0], group=self.group)
             message = torch.empty(int(size[0]), dtype=torch.uint8)
             dist.recv(message, self.ranks[0], group=self.group)
             return unpack_parts(message.numpy(), self.tile_size)
-        messages = [torch.from_numpy(pack_parts(parts)) for parts in dealt[1:]]
+        messages = [torch.from_numpy(pack_parts(parts)) for parts in shares[1:]]
         sizes = [torch.tensor([len(message)]) for message in messages]
         dist.scatter(size, [size, *sizes], src=self.ranks[0], group=self.group)
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
@@ -166,28 +167,28 @@ class FileScatter:
             assert work is not None
             self._sending.append((work, message))
             self.sent += len(message)
-        return dealt[0]
+        return shares[0]
 
     def collect(self) -> Tensor:
-        """This rank's tiles uint8 [T, 3, S, S] of the oldest micro-batch, on its device; the surplus is blank."""
-        begun = self._begun.popleft()
+        """This rank's tiles of the oldest started micro-batch, uint8 [T, 3, S, S] on its device, missing ones blank."""
+        started = self._started.popleft()
         shape = (3, self.tile_size, self.tile_size)
-        out = torch.empty((begun.share, *shape), dtype=torch.uint8, device=device())
-        counts = [part.count if isinstance(part, Wanted) else len(part) for part in begun.parts]
+        out = torch.empty((started.share, *shape), dtype=torch.uint8, device=device())
+        counts = [part.count if isinstance(part, Wanted) else len(part) for part in started.parts]
         out[sum(counts) :].zero_()
-        files = begun.files
-        if len(files) == len(begun.parts):
+        files = started.files
+        if len(files) == len(started.parts):
             self.pipeline.collect(out[: sum(counts)])
             return out
         cut = torch.empty((sum(part.count for part in files), *shape), dtype=torch.uint8, device=device())
         self.pipeline.collect(cut)
-        for place, tiles in _placed(begun.parts, counts, cut):
+        for place, tiles in _tiles_with_places(started.parts, counts, cut):
             out[place : place + len(tiles)].copy_(tiles)
         return out
 
 
-def _placed(parts: list[Part], counts: list[int], cut: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Tiles and where they go, ``cut`` being those of all files."""
+def _tiles_with_places(parts: list[Part], counts: list[int], cut: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the tiles of each part and the number of the first one; `cut` has the tiles of all files."""
     place = taken = 0
     for part, count in zip(parts, counts, strict=True):
         if isinstance(part, Wanted):

@@ -1,4 +1,4 @@
-"""From parsed arguments to one stage of the model: Megatron's `model_provider`."""
+"""Megatron's `model_provider`: builds one stage of the model from parsed arguments."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from megatron_internvlx.training.gradients import WeightSum, finalize_hook
 
 
 class ModelProvider:
-    """Builds the stage that Megatron asks for.
+    """Builder of the stage that Megatron asks for.
 
     Args:
-        args: parsed arguments.
-        communicator: is told of every stage; needed with more than one pipeline stage.
-        weights: the forward step's, by which gradients are divided; needed for training.
+        args: validated arguments; Megatron's namespace.
+        communicator: communicator to which every stage is added; needed with more than one pipeline stage.
+        weights: sum of the loss weights that the forward step counts, by which gradients are divided; needed for
+            training.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class ModelProvider:
     def __call__(
         self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None, **_: Any
     ) -> InternVLX:
-        """One (virtual) pipeline stage, frozen parts included."""
+        """Build one (virtual) pipeline stage, frozen parts included."""
         config = config or core_transformer_config_from_args(self.args)
         # Makes Megatron ask our communicator for the shape of every message, in both boundary modes.
         # Its validate_args resets the argument; the config is where schedules look.

@@ -1,4 +1,4 @@
-"""Gradient sums that Megatron does not know about."""
+"""Sums of gradients and of loss weights that Megatron does not make."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron.core.utils import get_attr_wrapped_model
 def sum_vision_gradients(model: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
     """Sum the tile-parallel vision encoder's gradients over the tensor-parallel group.
 
-    Every TP rank encoded its own tiles with the same weights, so the gradient of the whole
-    micro-batch is the sum. `main_grad` is Megatron's accumulation buffer.
+    Every TP rank encoded its own tiles with the same weights, so the gradient of the whole micro-batch is the sum.
+    `main_grad` is Megatron's accumulation buffer.
     """
     if group.size() == 1:
         return
@@ -32,8 +32,8 @@ def sum_vision_gradients(model: list[torch.nn.Module], group: torch.distributed.
 class WeightSum:
     """Sum of the loss weights of a global batch on this rank, by which its gradients are divided.
 
-    Megatron counts in a 32-bit integer, which holds neither square roots nor their sum. The sum stays on the
-    device, in one place: a CUDA graph that adds to it and takes it does so whenever it is replayed.
+    Megatron counts in a 32-bit integer, which can represent neither square roots nor their sum. The sum stays on the
+    device at one address, so that a replayed CUDA graph adds to it and reads it like the recorded step.
     """
 
     def __init__(self) -> None:
@@ -45,11 +45,11 @@ class WeightSum:
         return self._total
 
     def add(self, weight: torch.Tensor) -> None:
-        """Count a micro-batch of this weight, fp64 [1]; on the last stage."""
+        """Add the loss weight of a micro-batch, fp64 [1]; on the last stage."""
         self._sum(weight.device).add_(weight)
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """The sum since the last call, fp32 scalar; 0 on all stages but the last."""
+        """Return the sum since the last call, fp32 scalar, and reset it; 0 on all stages but the last."""
         total = self._sum(device)
         taken = total[0].float()
         total.zero_()
@@ -64,12 +64,11 @@ def finalize_gradients(
     weights: WeightSum | None,
     **kwargs: Any,
 ) -> None:
-    """Megatron's finalize_model_grads, then the sum over TP of the vision encoder's gradients.
+    """Run Megatron's `finalize_model_grads`, then sum the vision encoder's gradients over TP.
 
-    Both are linear, so the order does not matter; after Megatron's data-parallel reduction the
-    buffers are complete (or, with the distributed optimizer, complete in this rank's shard, which
-    is the same shard on every TP rank). Megatron sends the last stage's divisor to the other stages and adds up
-    those of the data-parallel ranks.
+    Both are linear, so the order does not matter. After Megatron's data-parallel reduction the buffers are complete;
+    with the distributed optimizer, they are complete in this rank's shard, which is the same on every TP rank.
+    Megatron sends the divisor from the last stage to the other stages and sums it over the data-parallel ranks.
     """
     assert num_tokens is not None, "--calculate-per-token-loss is off"
     assert weights is not None, "the model provider was made without the forward step's weights"
@@ -78,5 +77,5 @@ def finalize_gradients(
 
 
 def finalize_hook(group: torch.distributed.ProcessGroup, weights: WeightSum | None):
-    """The function to install as `config.finalize_model_grads_func`; without `weights` it must not be called."""
+    """Create the function for `config.finalize_model_grads_func`; it must not be called if `weights` is None."""
     return partial(finalize_gradients, group=group, weights=weights)

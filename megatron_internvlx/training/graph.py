@@ -1,9 +1,9 @@
 """A training step as one CUDA graph: forward and backward passes of all its micro-batches.
 
-Megatron records its forward-backward function after a few steps and replays it. A graph repeats addresses, so
-each step's micro-batches are copied into buffers that stay; it repeats no Python, so micro-batches are counted when
-they are copied, and what the step is divided by is summed on the device (`gradients.WeightSum`). The optimizer,
-and evaluation, run without a graph.
+Megatron records its forward-backward function after a few steps and replays it. A graph reads the same addresses
+each time, so each step's micro-batches are copied into fixed buffers. It runs no Python, so micro-batches are counted
+when they are copied, and the divisor of the gradients is summed on the device (`gradients.WeightSum`). The optimizer
+and the evaluation run without a graph.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from megatron_internvlx.training.step import ForwardStep
 
 
 class BadNumbers(RuntimeError):
-    """A step whose loss or gradient is not finite."""
+    """Loss or gradient of a step that is not finite."""
 
 
-class KeptBatches:
-    """Buffers that the micro-batches of every step are copied into, in their order."""
+class BatchBuffers:
+    """Fixed buffers into which the micro-batches of every step are copied, in their order."""
 
     def __init__(self) -> None:
         self.batches: list[MicroBatch] = []
 
     def fill(self, iterator: Iterator[MicroBatch], step: ForwardStep, count: int) -> list[MicroBatch]:
-        """The next `count` micro-batches, counted by `step`; the same objects in every call."""
+        """Copy the next `count` micro-batches, which `step` counts, into the buffers, always the same objects."""
         for number in range(count):
             batch = step.next_batch(iterator, counted=True)
             if number < len(self.batches):
                 self.batches[number].overwrite(batch)
             else:
-                self.batches.append(batch.kept())
+                self.batches.append(batch.clone())
         return self.batches[:count]
 
 
 class StepGraph(FullCudaGraphWrapper):
-    """Megatron's recording of the forward-backward function, given our micro-batches; evaluation runs as it is."""
+    """Megatron's recorder of the forward-backward function, for our micro-batches; evaluation is not recorded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kept = KeptBatches()
+        self.buffers = BatchBuffers()
         self._step: ForwardStep | None = None
 
     def data_read(
         self, data_iterator: Any, model: Any, training: bool, num_microbatches: int
     ) -> list[Iterator[MicroBatch]]:
-        """Fill the buffers, and give the schedule an iterator over them."""
+        """Fill the buffers, and return the schedule's iterator over them."""
         iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         assert self._step is not None
-        return [iter(self.kept.fill(iterator, self._step, num_microbatches))]
+        return [iter(self.buffers.fill(iterator, self._step, num_microbatches))]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One step's passes, recorded or replayed; reports as the schedule's, in tensors that the next step reuses."""
+        """Record or replay one step; returns the schedule's reports, in tensors that the next step overwrites."""
         if kwargs["forward_only"]:
             return self.forward_backward_func(*args, **kwargs)
         self._step = kwargs["forward_step_func"]
@@ -67,11 +67,11 @@ class StepGraph(FullCudaGraphWrapper):
 
 
 def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Megatron's train_step, which raises BadNumbers after a step whose loss or gradient norm is not finite.
+    """Wrap Megatron's train_step: BadNumbers is raised after a step whose loss or gradient norm is not finite.
 
-    Megatron's own check reads every micro-batch's loss in the middle of the step, which no graph can. This one comes
-    after the optimizer's step: the weights are spoilt by then, but no checkpoint is written of them. The norm is
-    that of all ranks, so they stop together.
+    Megatron's own check reads every micro-batch's loss in the middle of the step, which a graph cannot do. This one
+    runs after the optimizer's step: the weights are invalid by then, but no checkpoint of them is written. The norm
+    is the one of all ranks, so they stop together.
     """
 
     @functools.wraps(train_step)
@@ -87,8 +87,8 @@ def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple
         if bad:
             step = kwargs["iteration"] + 1
             raise BadNumbers(
-                f"step {step}: {', '.join(bad)}; nothing of this step is saved. Go on from the last checkpoint with a "
-                "lower --lr or --clip-grad, or with --restart-data if the data is to blame"
+                f"step {step}: {', '.join(bad)}; nothing of this step is saved. Resume from the last checkpoint with a "
+                "lower --lr or --clip-grad, or with --restart-data if the data are the cause"
             )
         return result
 
@@ -96,7 +96,7 @@ def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple
 
 
 def record_steps() -> None:
-    """Let Megatron's loop use our graph and stop at bad numbers; for --cuda-graph-impl full_iteration."""
+    """Make Megatron's loop use our graph and stop at bad numbers; for --cuda-graph-impl full_iteration."""
     if training.FullCudaGraphWrapper is not StepGraph:
         set_attributes(
             training, FullCudaGraphWrapper=StepGraph, train_step=stop_at_bad_numbers(training.train_step)

@@ -1,6 +1,6 @@
-"""Where launchers of earlier versions ask: `python -m megatron_internvlx.training.resume`.
+"""Old name of the command that launchers call: `python -m megatron_internvlx.training.resume`.
 
-The question and its answer are in `lifecycle/resume.py`.
+The program is `lifecycle/resume.py`.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""One forward step: micro-batch -> stage output, and the loss with its weights.
+"""One forward step: from a micro-batch to the stage's output, and the loss with its weights.
 
 The gradient of a global batch is sum(weight * loss) / sum(weight), over all micro-batches and data-parallel
-ranks; the weights come with the micro-batches (`data/loss_weights.py`). In training nothing here reads a number of
-the micro-batch on the host once it is taken, so that a CUDA graph of the step holds for all of them.
+ranks; the weights come with the micro-batches (`data/loss_weights.py`). In training, after a micro-batch is received,
+nothing here reads its numbers on the host, so that one CUDA graph of the step is valid for all micro-batches.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from megatron_internvlx.training.gradients import WeightSum
 
 @dataclass
 class Counters:
-    """What a rank has seen of training micro-batches since the last log line."""
+    """Counts of a rank's training micro-batches since the last log line."""
 
     rows: int = 0
     """Deep rows, padding included."""
     padding: int = 0
+    """Deep rows that belong to no sample."""
     tiles: int = 0
+    """Tiles of images."""
     data_wait: float = 0.0
     """Seconds spent waiting for micro-batches."""
 
 
-def answers_right(plan: SequencePlan, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """Per answer span, whether every token was predicted, and whether it counts (a filler's does not).
+def correct_answers(plan: SequencePlan, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether every token of an answer was predicted, and whether the answer counts (that of a filler does not).
 
-    Both 0 or 1, fp32 [answers]; an answer that does not count is not right.
+    Both fp32 [answers], 0 or 1; an answer that does not count is not correct.
     """
     wrong = (predicted != to_device(torch.from_numpy(plan.targets))).to(torch.float32)
     answers = int(plan.answer_ids[-1]) + 1 if len(plan.answer_ids) else 0
@@ -55,29 +57,29 @@ class ForwardStep:
     """Megatron's `forward_step_func`.
 
     Args:
-        on_answers: called on the last stage in evaluation with (plan, predicted ids [n]).
+        on_answers: function that is called on the last stage in evaluation with (plan, predicted ids [n]).
     """
 
     def __init__(self, on_answers: Callable[[SequencePlan, Tensor], None] | None = None) -> None:
         self.on_answers = on_answers
         self.weights = WeightSum()
-        """Of the training micro-batches since the last optimizer step; for `gradients.finalize_hook`."""
+        """Loss weights of the micro-batches since the last optimizer step; for `gradients.finalize_hook`."""
         self.counters = Counters()
         self.meter: StepMeter | None = None
-        """Counts the floating-point work of training micro-batches, if set."""
+        """Meter of the floating-point operations of training micro-batches, if set."""
         self.passes = 0
-        """Forward passes begun."""
+        """Number of forward passes that have begun."""
         self.doing = "starting"
-        """What this rank does, for those who wait for it."""
+        """Present activity of this rank, for the report of a hung run."""
         self._first_chunk: object = None
 
     def take(self) -> Counters:
-        """Counters since the last call, which start anew."""
+        """Return the counters since the last call, and reset them."""
         taken, self.counters = self.counters, Counters()
         return taken
 
     def __call__(self, data_iterator: Iterator[MicroBatch], model):
-        """Run one stage on the next micro-batch: (output, loss function)."""
+        """Run one stage on the next micro-batch, and return (output, loss function)."""
         # With virtual pipeline stages, every chunk of this rank sees each micro-batch once.
         self._first_chunk = self._first_chunk or model
         batch = self.next_batch(data_iterator, counted=model.training and model is self._first_chunk)
@@ -105,9 +107,9 @@ class ForwardStep:
             self.meter.add(plan)
 
     def loss(self, plan: DevicePlan, training: bool, output: Tensor):
-        """Weighted loss sum, how many tokens it is of, and what to report (each [sum, weight]).
+        """Weighted loss sum, number of its tokens, and values to report (each [sum, weight]).
 
-        Megatron adds up the second in an integer. The gradients are divided by `weights` instead.
+        Megatron sums the second in an integer. The gradients are divided by `weights` instead.
         """
         losses = output if training else output[0]
         weighted = (losses.float() * plan.loss_weights).sum()
@@ -117,8 +119,8 @@ class ForwardStep:
         else:
             assert plan.host is not None, "evaluation is not recorded in a graph"
             predicted = output[1, : len(plan.host.targets)].to(torch.int32)
-            right, asked = answers_right(plan.host, predicted)
-            report["accuracy"] = torch.stack([right.sum(), asked.sum()])
+            correct, asked = correct_answers(plan.host, predicted)
+            report["accuracy"] = torch.stack([correct.sum(), asked.sum()])
             if self.on_answers is not None:
                 self.on_answers(plan.host, predicted)
         return weighted, plan.supervised[0], report

@@ -27,7 +27,7 @@ from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.model.lvtc import LVTCInjection
 from megatron_internvlx.parallel.batch import HostBatch
 from megatron_internvlx.parallel.device_plan import DevicePlan
-from megatron_internvlx.training.graph import KeptBatches
+from megatron_internvlx.training.graph import BatchBuffers
 from megatron_internvlx.training.provider import plan_settings
 from megatron_internvlx.training.step import ForwardStep
 from tests.distributed import Pool
@@ -125,7 +125,7 @@ def record(changes: list[str], mistake: str | None = None) -> dict[str, list[str
 def _record(changes: list[str], *, told: bool) -> dict[str, list[str]]:
     """`told`: the step sees the plan on the host, which it does not where a graph is recorded."""
     run = layouts.Run(changes, Packs)
-    kept, passes = KeptBatches(), get_forward_backward_func()
+    kept, passes = BatchBuffers(), get_forward_backward_func()
     iterator = run.data(None)[0]
     seen = {}
     for chunk in run.model:

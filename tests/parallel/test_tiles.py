@@ -13,7 +13,7 @@ from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
 from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.parallel.batch import BatchChannel, HostBatch
-from megatron_internvlx.parallel.tiles import pack_parts, shares_of, unpack_parts
+from megatron_internvlx.parallel.tiles import pack_parts, split_images, unpack_parts
 from tests.distributed import Pool
 
 SIZE = 16
@@ -69,7 +69,7 @@ def share_of_rank(ranks: int) -> tuple[list[np.ndarray], list[int]]:
         assert tiles is not None
         got.append(tiles.numpy())
         if channel.is_source:  # the next one is on its way
-            assert channel.begun_keys == [(number + 1) % len(packs())]
+            assert channel.pending_keys == [(number + 1) % len(packs())]
         cut.append(pipeline.images)
     assert channel.files is not None
     for work, _ in channel.files._sending:
@@ -102,7 +102,7 @@ def test_every_rank_cuts_its_own_share(pool: Pool, ranks: int) -> None:
 
 def test_shares_are_equal_and_in_order() -> None:
     images = [image(0, 3, 2), pixels(1, 3), image(2, 2, 2)]
-    dealt = shares_of(images, 4, 4)
+    dealt = split_images(images, 4, 4)
     sizes = [[part.count if isinstance(part, Wanted) else len(part) for part in parts] for parts in dealt]
     assert sizes == [[4], [3, 1], [2, 2], [3]]
     assert [(p.first, p.count) for parts in dealt for p in parts if isinstance(p, Wanted)] == [

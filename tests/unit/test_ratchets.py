@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_internvlx"
 FILE_LINES, FUNCTION_LINES = 400, 80
+NAMESPACE_READS = 140
+"""Maximum number of names of arguments in the package: all other code takes typed settings."""
 
 DEVICE_CALL = re.compile(r"torch\.cuda\.|\.cuda\(|device\s*=\s*[\"']cuda|torch\.device\([\"']cuda")
 # Values of the device: each waits until it has done all that was asked of it.
@@ -23,6 +25,8 @@ READS_ALLOWED = {
 }
 # A program that examines the devices of a machine.
 DEVICE_ALLOWED = ("tools/check_cluster.py",)
+# An argument by its name in Megatron's namespace. Other namespaces have other names, such as `options`.
+NAMESPACE_READ = re.compile(r"\bargs\.[a-z_]+")
 MACHINE = re.compile(r"[\"'\s=(]/(root|home|work|mnt|Users)/[\w.-]")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted|download\.pytorch\.org|anaconda\.org|index-url\s*=\s*\w")
 
@@ -82,11 +86,24 @@ def test_forward_code_never_waits_for_the_device() -> None:
     assert set(READS_ALLOWED) <= {hit.split(":", 1)[0] for hit in found}, "an exception that nothing needs"
 
 
-@pytest.mark.parametrize("pattern", [DEVICE_CALL, READS_DEVICE, MACHINE, REGISTRY])
+def test_namespace_is_read_where_arguments_are_parsed() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources(PACKAGE)
+        for number, line in code_lines(path)
+        for _ in NAMESPACE_READ.findall(line)
+    ]
+    assert len(found) <= NAMESPACE_READS, (
+        f"{len(found)} arguments are read by name; take a typed object instead (config.settings_from): {found}"
+    )
+
+
+@pytest.mark.parametrize("pattern", [DEVICE_CALL, READS_DEVICE, NAMESPACE_READ, MACHINE, REGISTRY])
 def test_patterns_find_what_they_are_for(pattern: re.Pattern[str]) -> None:
     examples = {
         DEVICE_CALL: ["x.cuda()", "torch.cuda.synchronize()", "torch.zeros(1, device='cuda')"],
         READS_DEVICE: ["count.item()", "mask.nonzero()", "lengths.tolist()"],
+        NAMESPACE_READ: ["x = args.seq_length", "if self.args.fp8:"],
         MACHINE: ["open('/" + "home/me/data')", "cd /" + "root/x"],
         REGISTRY: ["--index-url" + "=https://x", "https://py" + "pi.org/simple"],
     }

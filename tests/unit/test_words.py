@@ -11,7 +11,10 @@ from tests.unit.test_ratchets import PACKAGE, ROOT, sources
 
 # Folders and files that follow the rules; in the end the whole package.
 DONE = (
-    *(f"{PACKAGE}/{room}/" for room in ("checkpoint", "evaluation", "planning", "platform")),
+    *(
+        f"{PACKAGE}/{room}/"
+        for room in ("checkpoint", "evaluation", "model", "parallel", "planning", "platform", "training")
+    ),
     *(
         f"{PACKAGE}/{name}.py"
         for name in (
@@ -19,6 +22,7 @@ DONE = (
             "config",
             "files",
             "launch",
+            "megatron_settings",
             "paths",
             "precision",
             "ranges",

@@ -88,7 +88,7 @@ def run_import(hf: Path, save: Path, capsys: pytest.CaptureFixture, *arguments: 
         ("chat", "llm_config.rope_theta", 10**400, "it must be a positive number"),
         ("chat", "llm_config.rope_parameters", {"rope_theta": "x"}, "rope_parameters.rope_theta is 'x'; it must be"),
         ("chat", "vision_config.initializer_range", "x", "vision_config.initializer_range is 'x'; it must be a number"),
-        ("chat", "vision_config.drop_path_rate", 1.5, "drop_path_rate 1.5 is not in [0, 1)"),
+        ("chat", "vision_config.drop_path_rate", 1.5, "drop_path_rate 1.5 must be at least 0 and below 1"),
         ("chat", "vision_config.qkv_bias", "false", "vision_config.qkv_bias is 'false'; it must be true or false"),
         ("chat", "llm_config.tie_word_embeddings", "no", "tie_word_embeddings is 'no'; it must be true or false"),
         ("chat", "use_thumbnail", "no", "config.json: use_thumbnail is 'no'; it must be true or false"),

@@ -62,5 +62,5 @@ def test_round_trip(gradient: bool, budget: Budget | None) -> None:
 
 def test_a_message_of_another_length_is_refused() -> None:
     content, planned = boundary_content(2, (2,)), plan(tiles=(1,))
-    with pytest.raises(RuntimeError, match=r"received 3 rows, the plan says \d+ decoder rows"):
+    with pytest.raises(RuntimeError, match=r"received 3 rows, expected \d+ decoder rows"):
         form().split(torch.zeros(3, 1, HIDDEN), content, planned)

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 
 from testing import preload  # noqa: F401  # isort: skip  (sets Megatron up)
-from megatron_internvlx.parallel.schedule import message_order, repeated
+from megatron_internvlx.parallel.schedule import message_order, repeat_runs
 
 # pipeline stages, chunks, micro-batches, group size: with and without a remainder
 SCHEDULES = [(2, 2, 4, 2), (2, 2, 5, 3), (4, 2, 4, 4), (4, 3, 8, 4), (4, 2, 12, 8), (3, 4, 7, 4)]
@@ -40,4 +40,4 @@ def test_two_stages_of_two_chunks() -> None:
 
 def test_the_next_run_may_have_another_number_of_micro_batches() -> None:
     runs = iter([[0, 1], [0, 0, 1, 1]])
-    assert list(islice(repeated(lambda: next(runs)), 6)) == [0, 1, 0, 0, 1, 1]
+    assert list(islice(repeat_runs(lambda: next(runs)), 6)) == [0, 1, 0, 0, 1, 1]

@@ -210,7 +210,7 @@ def test_memory_of_a_split_is_that_of_the_dry_run(ends: tuple[int, ...]) -> None
         ("Ett|ttL", 2, "has 4 layers (2 + 2) and the model 5; tools/plan_pipeline.py"),
         ("Ett|ttt|L", 2, "has 3 stages, which --pipeline-model-parallel-size 2 does not divide"),
         ("Ett|tttL", 1, "has 2 stages and --pipeline-model-parallel-size is 1"),
-        ("tt|tttL", 2, "want E in front"),
+        ("tt|tttL", 2, "must begin with E"),
         ("Exx|tttL", 2, "Invalid layer character: x"),
     ],
 )
@@ -233,7 +233,7 @@ def test_layouts_are_read_by_megatron(counts: tuple[int, ...]) -> None:
 
 
 def test_wrong_input() -> None:
-    with pytest.raises(ValueError, match="want E in front"):
+    with pytest.raises(ValueError, match="must begin with E"):
         layout_counts("tt|tt")
     with pytest.raises(ValueError, match="the model has 4 layers"):
         evaluate(depth_aware(4, 0), Schedule(2, 1, 2), (1, 2))

@@ -10,7 +10,7 @@ import torch
 from tests.unit.parallel.plans import plan  # isort: skip  (sets Megatron up)
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import Budget
-from megatron_internvlx.training.graph import BadNumbers, KeptBatches, StepGraph, stop_at_bad_numbers
+from megatron_internvlx.training.graph import BadNumbers, BatchBuffers, StepGraph, stop_at_bad_numbers
 from megatron_internvlx.training.step import ForwardStep
 
 BUDGET = Budget(20, 40, 3)
@@ -23,7 +23,7 @@ def batch(*tiles: int) -> MicroBatch:
 
 def test_buffers_stay_and_contents_change() -> None:
     """The n-th micro-batch of every step is at the same place; it is counted once, when it comes."""
-    kept, step = KeptBatches(), ForwardStep()
+    kept, step = BatchBuffers(), ForwardStep()
     first = kept.fill(iter([batch(1), batch(2, 1)]), step, 2)
     places = [part.data_ptr() for kept_one in first for part in (kept_one.plan.flat, kept_one.tiles)]
     incoming = [batch(0), batch(1, 1)]
@@ -40,7 +40,7 @@ def test_buffers_stay_and_contents_change() -> None:
 
 def test_a_buffer_is_of_static_plans() -> None:
     with pytest.raises(AssertionError, match="without static boundaries differ"):
-        MicroBatch(plan((1,)), None).kept()
+        MicroBatch(plan((1,)), None).clone()
 
 
 def test_evaluation_is_not_recorded() -> None:
@@ -52,7 +52,7 @@ def test_evaluation_is_not_recorded() -> None:
     graph(data_iterator=data, forward_only=True, **common)
     assert seen == [data]
     graph(data_iterator=data, forward_only=False, **common)
-    assert isinstance(seen[1], list) and next(seen[1][0]) is graph.kept.batches[0]
+    assert isinstance(seen[1], list) and next(seen[1][0]) is graph.buffers.batches[0]
     graph.reset_cuda_graph()
 
 

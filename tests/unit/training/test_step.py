@@ -12,7 +12,7 @@ from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.data.sample import filler_sample
 from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.parallel.device_plan import DevicePlan, device_plan
-from megatron_internvlx.training.step import ForwardStep, answers_right
+from megatron_internvlx.training.step import ForwardStep, correct_answers
 
 # Supervised tokens of every sample; a list per micro-batch. 0: a sample without any.
 GLOBAL_BATCH = [[3, 1, 7], [2], [0, 5], [0], [40, 1]]
@@ -152,7 +152,7 @@ def test_nothing_supervised(tiles: int, weighting: str) -> None:
 def test_answers_are_right_as_a_whole() -> None:
     plan = plan_of([5, 2], spans=2)  # answers of 3, 2, 1 and 1 tokens
     predicted = torch.tensor([5, 5, 5, 5, 6, 5, 0])
-    assert [x.tolist() for x in answers_right(plan, predicted)] == [[1, 0, 1, 0], [1, 1, 1, 1]]
+    assert [x.tolist() for x in correct_answers(plan, predicted)] == [[1, 0, 1, 0], [1, 1, 1, 1]]
 
 
 def test_counters() -> None:
