@@ -75,8 +75,7 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _set_dry_run_world(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
-    deterministic = chosen.deterministic_mode or bool(recipe.get("deterministic_mode"))
-    defaults = platform.args_defaults(deterministic=deterministic) | OUR_DEFAULTS | named | recipe
+    defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"settings unknown to this version of Megatron: {', '.join(unknown)}")
@@ -101,7 +100,6 @@ def _parse_early_flags(argv: list[str]) -> argparse.Namespace:
     peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
-    peek.add_argument("--deterministic-mode", action="store_true")
     peek.add_argument("--dry-run", action="store_true")
     peek.add_argument("--dry-run-world-size", type=int)
     return peek.parse_known_args(argv)[0]

@@ -57,11 +57,6 @@ def count(fused: bool = True) -> dict[str, int]:
     batch = micro_batch(plan, torch.randn(2, 3, 32, 32))
     found = {}
     with as_on_a_gpu(fused) as mode:
-        if fused:
-            loss = mode.fused(
-                "loss", lambda x, y: torch.nn.functional.cross_entropy(x[:, 0], y, reduction="none")
-            )
-            model._losses = loss
         parts = {
             "vision": (model.vision_model, batch.tiles),
             "projector": (model.projector, torch.randn(2, 65, 16)),
