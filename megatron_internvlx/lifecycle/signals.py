@@ -30,7 +30,7 @@ interrupts = Interrupts(on_sigterm=_caught.add)
 
 
 def block_stop_signals() -> None:
-    """Block the stop signals, so that they wait until asked for. Call it before any process or thread is started."""
+    """Block the stop signals; they stay pending until asked for. Call it before any process or thread is started."""
     _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     with keep_signal_mask():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
@@ -40,14 +40,14 @@ def block_stop_signals() -> None:
 
 
 def unblock_stop_signals() -> None:
-    """Give the signals their usual effect back; for runs that want no checkpoint then."""
+    """Restore the usual effect of the signals, for runs without a checkpoint at that moment."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
+    for number in _caught:  # signals that the thread waiting for Ctrl-C has received meanwhile
         signal.raise_signal(number)
 
 
 def catch_in_other_threads() -> None:
-    """Record signals that reach a thread which does not block them: libraries start some when imported."""
+    """Record signals that reach a thread without the mask: libraries start some when imported."""
     for number in STOP:
         signal.signal(number, lambda caught, _frame: _caught.add(caught))
 
@@ -58,7 +58,7 @@ def pending() -> bool:
 
 
 def report_phase(text: str) -> None:
-    """Print what the start does now, from the first rank."""
+    """Print the current phase of the start, on the first rank."""
     if is_first_rank():
         print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
