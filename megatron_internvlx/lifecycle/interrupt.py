@@ -80,7 +80,7 @@ class Interrupts:
             self._print(
                 "Ctrl-C: the run ends after this step, with a checkpoint; press it again to end at once"
             )
-            signal.sigwait(_WATCHED)  # torchrun sends SIGTERM when it is told a second time
+            signal.sigwait(_WATCHED)  # torchrun sends SIGTERM when it receives a second SIGINT
         self.end()
 
     def end(self) -> None:

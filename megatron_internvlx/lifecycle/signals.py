@@ -98,19 +98,19 @@ class StopSignals:
         import torch
         import torch.distributed as dist
 
-        told = torch.tensor([_INTERRUPTED if interrupts.asked else _SIGNALED if pending() else 0])
+        signal_code = torch.tensor([_INTERRUPTED if interrupts.asked else _SIGNALED if pending() else 0])
         if dist.get_world_size() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")
             self.waiting = True
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(signal_code, op=dist.ReduceOp.MAX, group=self._group)
             self.waiting = False
         if self.clock is not None:
             self.clock.restart()
         # If Python's resource tracker was killed and restarted, that unblocked them (signal_mask.py).
         signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP, signal.SIGINT))
-        self.received = bool(told.item())
-        self.interrupted = told.item() == _INTERRUPTED
+        self.received = bool(signal_code.item())
+        self.interrupted = signal_code.item() == _INTERRUPTED
         # From now on Ctrl-C waits for the end of a step. Ranks reach this line at slightly different times: a
         # Ctrl-C in between, in the first step only, ends at once those that have not, and so the run.
         interrupts.can_finish_step = True

@@ -253,8 +253,8 @@ def _draw_tiles(axes: Axes, example: Example) -> None:
     try:
         if example.image is None:
             raise FileNotFoundError
-        with Image.open(example.image) as opened:
-            image = opened.convert("RGB")
+        with Image.open(example.image) as file:
+            image = file.convert("RGB")
     except (OSError, UnidentifiedImageError):
         # A report about a finished run must not fail for want of one picture.
         text = "text only" if example.image is None else "image not readable"
