@@ -19,6 +19,7 @@ ORDER = [
         "refusals",
         "ranges",
         "config",
+        "megatron_settings",
         "usage",
         "precision",
         "ranks",
