@@ -185,7 +185,7 @@ def profile(arguments: list[str]) -> dict[str, tuple[float, float]]:
     finally:
         sys.argv = saved
     kinds = ["shallow", "expand", "deep"]
-    reduce_to_kinds(args, kinds)
+    args = reduce_to_kinds(args, kinds)
     ours.check_arguments(args)
     ours.validate(args)
     set_global_variables(args)

@@ -35,7 +35,13 @@ from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
 from megatron_internvlx.planning.split import settle_split
-from megatron_internvlx.precision import check_precision, precision_defaults, row_alignment
+from megatron_internvlx.precision import (
+    DecoderWidths,
+    Precision,
+    check_precision,
+    precision_defaults,
+    row_alignment,
+)
 from megatron_internvlx.ranges import check_numbers, check_required, check_schedule
 from megatron_internvlx.recipe import raise_instead_of_exit, read_recipe
 from megatron_internvlx.refusals import translate_refusals
@@ -139,8 +145,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_unsupported(args)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     check_precision(
-        args,
-        train.fp8_parts or ["decoder"],
+        settings_from(args, Precision),
+        settings_from(args, DecoderWidths),
+        train,
         tokens_per_tile=sizes.vision.tokens_per_tile,
         cells=(sizes.entry_grid**2, sizes.high_grid**2),
     )

@@ -1,4 +1,4 @@
-"""Named precisions: Megatron's own arguments for each, what FP8 asks of the sizes, and FP8 per part.
+"""Named precisions: Megatron's arguments for each, the sizes that FP8 needs, and FP8 per part.
 
 | name          | GPUs              | scales                                             | forward, backward |
 |---------------|-------------------|----------------------------------------------------|-------------------|
@@ -15,9 +15,11 @@ The decoder's first and last layers stay in bf16 with Megatron's `--first-last-l
 
 from __future__ import annotations
 
-import argparse
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from megatron_internvlx.config import Arguments, TrainSettings, settings_from
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -41,7 +43,7 @@ PARTS = ("vision", "projectors", "decoder")
 
 
 def precision_defaults(name: str | None) -> dict[str, Any]:
-    """The argparse defaults of a named precision; {} without a name. Raises ValueError for an unknown one."""
+    """Argparse defaults of a named precision; {} without a name. Raises ValueError for an unknown one."""
     if name is None:
         return {}
     if name not in PRECISIONS:
@@ -49,91 +51,140 @@ def precision_defaults(name: str | None) -> dict[str, Any]:
     return dict(PRECISIONS[name])
 
 
-def row_multiple(args: argparse.Namespace) -> int:
-    """Rows of every FP8 matrix product are a multiple of this: 1 without FP8, 32 for MXFP8, else 16."""
-    if not args.fp8:
-        return 1
-    return 32 if args.fp8_recipe == "mxfp8" else 16
+@dataclass(frozen=True)
+class Precision:
+    """Megatron's arguments for number formats, and for the ranks that share the rows and widths of a matrix product."""
+
+    bf16: bool
+    fp16: bool
+    fp8: str | None
+    """Formats of the forward and the backward pass, such as hybrid; None for no FP8."""
+    fp8_recipe: str
+    fp8_param_gather: bool
+    """Keep the decoder's weights in FP8 only."""
+    first_last_layers_bf16: bool
+    transformer_impl: str
+    """transformer_engine or local."""
+    tensor_model_parallel_size: int
+    sequence_parallel: bool
+
+    @property
+    def row_multiple(self) -> int:
+        """Number of which the rows of a matrix product must be a multiple: 1 without FP8, 32 for MXFP8, else 16."""
+        if not self.fp8:
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    @property
+    def row_alignment(self) -> int:
+        """Number of which the rows of both phases must be a multiple, so that each rank's share suits FP8."""
+        return self.row_multiple * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    @property
+    def description(self) -> str:
+        """Format of most matrix products, for reports: fp8 tensorwise, bfloat16, float16 or float32."""
+        if self.fp8:
+            return f"fp8 {self.fp8_recipe}"
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
-def row_alignment(args: argparse.Namespace) -> int:
-    """Both phases hold a multiple of this many rows: what FP8 and sequence parallelism need.
+@dataclass(frozen=True)
+class DecoderWidths:
+    """Megatron's arguments for the widths of the decoder's matrix products, before it fills in what is not given."""
 
-    FP8 matrix products need multiples of 16, MXFP8 blocks 32, on every rank of the split.
-    """
-    return row_multiple(args) * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    hidden_size: int
+    num_attention_heads: int
+    kv_channels: int | None
+    """Width of a head; None: hidden_size / num_attention_heads."""
+    group_query_attention: bool
+    num_query_groups: int
+    ffn_hidden_size: int | None
+    num_experts: int | None
+    moe_ffn_hidden_size: int | None
+
+
+def row_alignment(arguments: Arguments) -> int:
+    """Number of which the rows of both phases must be a multiple, for FP8 and sequence parallelism."""
+    return settings_from(arguments, Precision).row_alignment
 
 
 def check_precision(
-    args: argparse.Namespace, parts: list[str], *, tokens_per_tile: int, cells: tuple[int, ...]
+    precision: Precision,
+    widths: DecoderWidths,
+    train: TrainSettings,
+    *,
+    tokens_per_tile: int,
+    cells: tuple[int, ...],
 ) -> None:
     """Check that FP8 can run with these sizes. Raises ValueError with the numbers and the remedy.
 
     Args:
-        args: parsed arguments.
-        parts: value of --fp8-parts.
-        tokens_per_tile: of the vision encoder, CLS included.
+        precision: number formats and tensor parallelism.
+        widths: of the decoder.
+        train: settings that name the parts in FP8 and hold the static budgets.
+        tokens_per_tile: tokens of a tile in the vision encoder, CLS included.
         cells: visual rows per tile of each projector.
     """
+    parts = train.fp8_parts or ["decoder"]
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ValueError(f"--fp8-parts {' '.join(unknown)}: unknown; of {', '.join(PARTS)}")
-    if not args.fp8:
+    if not precision.fp8:
         return
     if "decoder" not in parts:
         raise ValueError("--fp8-parts without decoder: use --precision bf16, the rest gains little by FP8")
-    if args.transformer_impl != "transformer_engine":
+    if precision.transformer_impl != "transformer_engine":
         raise ValueError(
             "FP8 needs --transformer-impl transformer_engine, it is "
-            f"{args.transformer_impl}: without a GPU use --precision bf16"
+            f"{precision.transformer_impl}: without a GPU use --precision bf16"
         )
-    if args.first_last_layers_bf16 and args.fp8_recipe == "delayed":
+    if precision.first_last_layers_bf16 and precision.fp8_recipe == "delayed":
         raise ValueError(
             "--first-last-layers-bf16: delayed scaling cannot leave single layers out; use fp8_tensorwise"
         )
-    if args.fp8_param_gather and "projectors" not in parts:
+    if precision.fp8_param_gather and "projectors" not in parts:
         raise ValueError(
             "--fp8-param-gather keeps the injections' weights in FP8: name projectors in --fp8-parts, or "
             "leave it off"
         )
-    _check_widths(args)
-    multiple = row_multiple(args)
+    _check_widths(precision, widths)
+    multiple = precision.row_multiple
     wrong = [n for n in (*cells, tokens_per_tile - 1) if n % multiple]
     if "projectors" in parts and wrong:
         raise ValueError(
             f"--fp8-parts projectors: {wrong[0]} rows per tile are not a multiple of {multiple}; leave it out"
         )
     if "vision" in parts:
-        _check_vision(args, tokens_per_tile)
+        _check_vision(precision, train, tokens_per_tile)
 
 
-def _check_widths(args: argparse.Namespace) -> None:
-    """Every rank's share of a weight must divide as well, along both dimensions."""
-    multiple, tensor = row_multiple(args), args.tensor_model_parallel_size
-    heads, hidden = args.num_attention_heads, args.hidden_size
-    head_dim = args.kv_channels or hidden // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    widths = {
+def _check_widths(precision: Precision, widths: DecoderWidths) -> None:
+    """Check that every rank's share of a weight can be divided as well, along both dimensions."""
+    multiple, tensor = precision.row_multiple, precision.tensor_model_parallel_size
+    heads, hidden = widths.num_attention_heads, widths.hidden_size
+    head_dim = widths.kv_channels or hidden // heads
+    groups = widths.num_query_groups if widths.group_query_attention else heads
+    found = {
         "--hidden-size": (hidden, 1),
         "query, key and value width": ((heads + 2 * groups) * head_dim, tensor),
         "attention output width": (heads * head_dim, tensor),
-        "--ffn-hidden-size": (args.ffn_hidden_size or 0, tensor),
-        "--moe-ffn-hidden-size": ((args.num_experts and args.moe_ffn_hidden_size) or 0, 1),
+        "--ffn-hidden-size": (widths.ffn_hidden_size or 0, tensor),
+        "--moe-ffn-hidden-size": ((widths.num_experts and widths.moe_ffn_hidden_size) or 0, 1),
     }
-    for name, (width, ranks) in widths.items():
+    for name, (width, ranks) in found.items():
         if width % (multiple * ranks):
             raise ValueError(
-                f"{name} {width} is not a multiple of {multiple * ranks}: {args.fp8_recipe} FP8 needs {multiple} "
+                f"{name} {width} is not a multiple of {multiple * ranks}: {precision.fp8_recipe} FP8 needs {multiple} "
                 f"on each of {ranks} tensor-parallel ranks; use another tensor-parallel size, or bf16"
             )
 
 
-def _check_vision(args: argparse.Namespace, tokens: int) -> None:
-    """The encoder's rows are tiles times tokens, which only a fixed number of tiles can align."""
-    multiple, tensor = row_multiple(args), args.tensor_model_parallel_size
-    budget = args.max_tiles_per_pack
+def _check_vision(precision: Precision, train: TrainSettings, tokens: int) -> None:
+    """Check the encoder's rows: tiles times tokens, which only a fixed number of tiles can align."""
+    multiple, tensor = precision.row_multiple, precision.tensor_model_parallel_size
+    budget = train.max_tiles_per_pack
     remedy = f"--max-tiles-per-pack a multiple of {multiple * tensor}"
-    if args.boundary != "static" or budget is None:
+    if train.boundary != "static" or budget is None:
         raise ValueError(
             f"--fp8-parts vision: a tile has {tokens} tokens, so only a fixed number of tiles makes "
             f"multiples of {multiple} rows: use --boundary static and {remedy}"
@@ -147,9 +198,9 @@ def _check_vision(args: argparse.Namespace, tokens: int) -> None:
 
 
 def projector_precision(config: TransformerConfig) -> AbstractContextManager:
-    """The precision of a projector's matrix products over patches and tokens.
+    """Context in which a projector multiplies its matrices of patches and tokens: in FP8 if `config.fp8` is set.
 
-    With `config.fp8` unset they stay in bf16 even inside a decoder layer that runs in FP8.
+    Without it they stay in bf16, even inside a decoder layer that runs in FP8.
     """
     if config.transformer_impl == "local":
         return nullcontext()
@@ -161,7 +212,7 @@ def projector_precision(config: TransformerConfig) -> AbstractContextManager:
 
 
 def high_precision(config: TransformerConfig) -> AbstractContextManager:
-    """bf16, whatever surrounds it; for products with too few rows for FP8."""
+    """Context of bf16 inside any other; for matrix products with too few rows for FP8."""
     if config.transformer_impl == "local":
         return nullcontext()
     from transformer_engine.pytorch import fp8_autocast

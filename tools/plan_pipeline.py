@@ -77,19 +77,19 @@ def main() -> int:
     parser = planner_parser()
     parser.exit_on_error = False
     try:
-        own, rest = parser.parse_known_args()
+        options, rest = parser.parse_known_args()
     except argparse.ArgumentError as error:
         print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2
-    sys.argv = [sys.argv[0], *rest] + ([] if own.measure else ["--dry-run"])
+    sys.argv = [sys.argv[0], *rest] + ([] if options.measure else ["--dry-run"])
     platform.setup()
     from tools import planning
 
     try:
-        if own.measure:
-            planning.measure(own)
+        if options.measure:
+            planning.measure(options)
         else:
-            planning.plan(own)
+            planning.plan(options)
     except (ValueError, OSError) as error:
         if is_first_rank():
             print(f"plan_pipeline.py: {error}", file=sys.stderr)

@@ -14,16 +14,24 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_internvlx import arguments, platform
 from megatron_internvlx.arguments import add_our_arguments
+from megatron_internvlx.config import RunSettings, TrainSettings, VisionSettings, settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.planning import costs as cost
 from megatron_internvlx.planning.activations import MemoryModel
 from megatron_internvlx.planning.dryrun import GIB, RESERVE_GIB, text_table
-from megatron_internvlx.planning.measure import kinds_of, reduce_to_kinds, synthetic_batch, with_recomputation
+from megatron_internvlx.planning.measure import (
+    layer_kinds,
+    reduce_to_kinds,
+    synthetic_batch,
+    with_recomputation,
+)
 from megatron_internvlx.planning.propose import layouts, propose_expansions, propose_parallelism
 from megatron_internvlx.planning.search import PipelinePlan, evaluate, find_plan, uniform_counts
 from megatron_internvlx.planning.simulate import Schedule
 from megatron_internvlx.planning.timeline import draw_timeline
 from megatron_internvlx.planning.workload import Workload
+from megatron_internvlx.precision import Precision
 from megatron_internvlx.ranks import is_first_rank
 
 NVLINK = 300e9  # sustained bytes per second and GPU of a tensor-parallel all-gather, assumed for H100
@@ -39,31 +47,33 @@ def fill_unused_arguments(args: argparse.Namespace) -> None:
 class Task:
     """Planning task: a run's arguments as model shape, workload, machine and schedule."""
 
-    def __init__(self, own: argparse.Namespace) -> None:
-        self.own, self.args = own, arguments.parse(fill_unused_arguments)
-        args = self.args
+    def __init__(self, options: argparse.Namespace) -> None:
+        args = arguments.parse(fill_unused_arguments)
+        self.options, self.run = options, settings_from(args, RunSettings)
+        self.preset = settings_from(args, TrainSettings).model_preset
+        self.world_size = settings_from(args, Parallelism).world_size
         self.model, self.work = MemoryModel.from_args(args), Workload.from_args(args)
         self.sizes, self.layout = self.model.sizes, self.model.layout
         self.stats = self.work.full_micro_batch(self.sizes)
-        assumed = cost.Machine.assumed(fp8=bool(args.fp8), local=self.model.local)
+        assumed = cost.Machine.assumed(fp8=bool(settings_from(args, Precision).fp8), local=self.model.local)
         self.machine = cost.Machine(
-            own.tflops * 1e12 if own.tflops else assumed.flops,
-            own.bandwidth * 1e9 if own.bandwidth else assumed.bandwidth,
-            own.latency * 1e-6 if own.latency is not None else assumed.latency,
+            options.tflops * 1e12 if options.tflops else assumed.flops,
+            options.bandwidth * 1e9 if options.bandwidth else assumed.bandwidth,
+            options.latency * 1e-6 if options.latency is not None else assumed.latency,
         )
         self.schedule = self._schedule()
 
     def _schedule(self) -> Schedule:
-        own, layout = self.own, self.layout
-        pipeline, given = own.pipeline or layout.pipeline, len(layout.stages[0])
-        chunks = own.virtual or (given if pipeline == layout.pipeline else 1)
-        world, ranks = self.args.world_size, layout.tensor * pipeline
-        if world % ranks and own.micro_batches is None:
+        options, layout = self.options, self.layout
+        pipeline, given = options.pipeline or layout.pipeline, len(layout.stages[0])
+        chunks = options.virtual or (given if pipeline == layout.pipeline else 1)
+        world, ranks = self.world_size, layout.tensor * pipeline
+        if world % ranks and options.micro_batches is None:
             raise ValueError(
                 f"{world} GPUs cannot be divided into TP {layout.tensor} x PP {pipeline}: use another "
                 "--pipeline, or set --micro-batches"
             )
-        batches = own.micro_batches or max(self.work.packs // max(world // ranks, 1), 1)
+        batches = options.micro_batches or max(self.work.packs // max(world // ranks, 1), 1)
         return Schedule(pipeline, chunks, batches, layout.overlap or chunks != given)
 
     def costs(self, sizes: ModelSizes | None = None, tensor: int | None = None) -> cost.LayerCosts:
@@ -80,16 +90,16 @@ class Task:
             tensor_parallel=tensor or self.layout.tensor,
             sequence_parallel=self.layout.sequence_parallel,
         )
-        if not self.own.profile:
+        if not self.options.profile:
             return counted
-        profile = with_recomputation(cost.Profile.load(self.own.profile), bool(settings.full_layers))
+        profile = with_recomputation(cost.Profile.load(self.options.profile), bool(settings.full_layers))
         return cost.costs_from_profile(profile, sizes, counted.boundaries)
 
     def memory(
         self, tensor: int, pipeline: int, data: int, sizes: ModelSizes | None = None
     ) -> cost.StageMemory:
         """Memory per layer and limit of a GPU, in bytes."""
-        limit = self.args.gpu_memory_gib
+        limit = self.run.gpu_memory_gib
         layout = replace(self.layout, tensor=tensor, pipeline=pipeline, data=data, expert_data=data)
         model = replace(self.model, sizes=sizes or self.sizes, layout=layout)
         return cost.stage_memory(model, self.stats, (limit - RESERVE_GIB) * GIB if limit else float("inf"))
@@ -103,11 +113,11 @@ class Task:
         return moves * rows * self.sizes.hidden * 2 * (tensor - 1) / tensor / NVLINK
 
 
-def plan(own: argparse.Namespace) -> None:
+def plan(options: argparse.Namespace) -> None:
     """Find the best split and print it with a comparison. Raises ValueError."""
-    task = Task(own)
+    task = Task(options)
     schedule, tensor = task.schedule, task.layout.tensor
-    data = max(task.args.world_size // (tensor * schedule.pipeline), 1)
+    data = max(task.world_size // (tensor * schedule.pipeline), 1)
     memory = task.memory(tensor, schedule.pipeline, data)
     costs = task.costs()
     best = find_plan(costs, schedule, memory)
@@ -124,12 +134,12 @@ def plan(own: argparse.Namespace) -> None:
     print(f"--pipeline-model-parallel-layout '{best.layout}'" if schedule.stages > 1 else one)
     if not best.proven:
         print("(the search was stopped early, so a slightly better split may exist)")
-    if own.timeline:
-        draw_timeline(plans, own.timeline)
-        print(f"timeline: {own.timeline}")
-    if own.expansions:
+    if options.timeline:
+        draw_timeline(plans, options.timeline)
+        print(f"timeline: {options.timeline}")
+    if options.expansions:
         print("\n" + "\n".join(_expansions(task)))
-    if own.gpus:
+    if options.gpus:
         print("\n" + "\n".join(_parallelism(task)))
 
 
@@ -142,12 +152,12 @@ def _requested_split(task: Task) -> tuple[int, ...] | None:
 
 def _head(task: Task, costs: cost.LayerCosts) -> list[str]:
     stats, machine = task.stats, task.machine
-    counted = f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
-    source = f"measured, {task.own.profile}" if task.own.profile else counted
+    flops = f"FLOPs at {machine.flops / 1e12:g} TFLOP/s per GPU"
+    source = f"measured, {task.options.profile}" if task.options.profile else flops
     sizes, schedule = task.sizes, task.schedule
     link = f"{machine.bandwidth / 1e9:g} GB/s and {machine.latency * 1e6:g} us per message"
     return [
-        f"model        {task.args.model_preset or ''} {sizes.layers} layers, expansion at layer "
+        f"model        {task.preset or ''} {sizes.layers} layers, expansion at layer "
         f"{sizes.shallow_layers or '-'}, injections {list(sizes.injection_layers)}",
         f"micro-batch  {stats.projected_tiles} tiles, {stats.shallow_rows:,} shallow and "
         f"{stats.deep_rows:,} deep rows",
@@ -190,7 +200,7 @@ def _comparison(plans: dict[str, PipelinePlan]) -> list[str]:
 
 def _expansions(task: Task) -> list[str]:
     tensor, pipeline = task.layout.tensor, task.schedule.pipeline
-    data = max(task.args.world_size // (tensor * pipeline), 1)
+    data = max(task.world_size // (tensor * pipeline), 1)
     found = propose_expansions(
         task.sizes,
         task.schedule,
@@ -205,8 +215,8 @@ def _expansions(task: Task) -> list[str]:
 
 
 def _parallelism(task: Task) -> list[str]:
-    own, packs = task.own, task.work.packs
-    if own.profile:
+    options, packs = task.options, task.work.packs
+    if options.profile:
         raise ValueError(
             "--gpus compares tensor-parallel sizes, but a profile is for one size: remove --profile"
         )
@@ -214,27 +224,27 @@ def _parallelism(task: Task) -> list[str]:
         raise ValueError("--gpus does not place experts; use --pipeline for a given layout")
     found = propose_parallelism(
         task.sizes,
-        layouts(task.sizes, own.gpus, own.gpus_per_node, packs),
+        layouts(task.sizes, options.gpus, options.gpus_per_node, packs),
         packs,
         lambda tensor: task.costs(tensor=tensor),
         task.memory,
         task.communication,
     )
     if not found:
-        return [f"no layout of {own.gpus} GPUs fits the model into {task.args.gpu_memory_gib} GiB"]
+        return [f"no layout of {options.gpus} GPUs fits the model into {task.run.gpu_memory_gib} GiB"]
     rows = [["TP", "PP", "VPP", "DP", "micro-batches", "step ms", "bubble", "fullest GiB", ""]]
     for one in found[:8]:
         memory = max(one.plan.memory or (0,)) / GIB
         sizes = [str(x) for x in (one.tensor, one.pipeline, one.chunks, one.data, one.micro_batches)]
         rows.append([*sizes, f"{one.seconds * 1e3:.0f}", f"{one.plan.bubble:.1%}", f"{memory:.1f}", one.mark])
-    return [f"for {own.gpus} GPUs, fastest first:", *text_table(rows)]
+    return [f"for {options.gpus} GPUs, fastest first:", *text_table(rows)]
 
 
-def measure(own: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace) -> None:
     """Measure one layer of each kind on this machine, and write the profile. Raises ValueError."""
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_internvlx.planning.measure import measure as timed
+    from megatron_internvlx.planning.measure import measure as measure_layers
     from megatron_internvlx.training.provider import plan_settings
 
     platform.quiet_prints()
@@ -244,8 +254,8 @@ def measure(own: argparse.Namespace) -> None:
     args.padded_vocab_size = None
     whole = model_sizes(args)
     stats = Workload.from_args(args).full_micro_batch(whole)
-    kinds = kinds_of(whole)
-    reduce_to_kinds(args, kinds)
+    kinds = layer_kinds(whole)
+    args = reduce_to_kinds(args, kinds)
     arguments.check_arguments(args)
     arguments.validate(args)
     set_global_variables(args)
@@ -256,17 +266,22 @@ def measure(own: argparse.Namespace) -> None:
         )
     initialize_megatron()
     tensor = ProcessGroupCollection.use_mpu_process_groups().tp.size()
-    batch = synthetic_batch(stats, plan_settings(args), image_size=args.image_size, tile_ranks=tensor)
-    profile = timed(args, batch, kinds, own.repeats)
+    batch = synthetic_batch(
+        stats,
+        plan_settings(args),
+        image_size=settings_from(args, VisionSettings).image_size,
+        tile_ranks=tensor,
+    )
+    profile = measure_layers(args, batch, kinds, options.repeats)
     about = {
-        "model": args.model_preset,
+        "model": settings_from(args, TrainSettings).model_preset,
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "tensor_parallel": tensor,
         "micro_batch": vars(stats),
     }
     if is_first_rank():
-        replace(profile, about=about).save(own.measure)
-        print(f"profile: {own.measure}")
+        replace(profile, about=about).save(options.measure)
+        print(f"profile: {options.measure}")
     if not grouped:
         torch.distributed.destroy_process_group()

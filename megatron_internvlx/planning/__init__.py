@@ -1,1 +1,1 @@
-"""What a run costs before it starts: parameters, FLOPs, memory, and the pipeline that takes least time."""
+"""Costs of a run before it starts: parameters, FLOPs, memory, and the pipeline that takes least time."""

@@ -5,8 +5,9 @@ Counted are the tensors that autograd saves, each storage once, for the two impl
 attention, which keep less; FP8 keeps its linear inputs at half of what is counted here). Vision encoder and
 PVTC have the same kernels, and so keep the same, in both.
 
-Letters: S rows of a layer's phase, s rows of this rank (S/t under sequence parallelism, else S), n supervised
-rows, T tiles (of this rank in the vision encoder), L = 1+P*P tokens and P*P patches of a tile, g*g tokens of a
+Letters: S rows of a layer's phase, s rows of this rank (S/t under sequence parallelism, else S), n rows that reach
+the output layer (the supervised ones; with static boundaries all that enter layer 0),
+T tiles (of this rank in the vision encoder), L = 1+P*P tokens and P*P patches of a tile, g*g tokens of a
 projector; h, c widths of decoder and vision encoder, f, F inner widths of their MLPs, q, k query and key widths,
 d width of a head, V vocabulary, E experts, r of them per row; t tensor-parallel size, which divides q, k, f and V.
 Type x is that of activations. "if trained": where the weights get a gradient; "local": not by Transformer Engine.
@@ -42,7 +43,7 @@ Type x is that of activations. "if trained": where the weights get a gradient; "
 | branches before their LayerScale | 2 [T, L, c] | x | LayerScale | `vision_layer` |
 | before and after GELU | 2 [T, L, F] | x | MLP | `vision_layer` |
 | final norm; its output, if trained | [s, h]; [n, h] | as norms | output layer | `output` |
-| logits, softmax in their place | [n, V] | fp32 | loss | `output` |
+| logits, their gradient in their place | [n, V] | x | loss | `output` |
 | rows that enter a recomputed layer | [s, h] | x | checkpoint | `layer_input` |
 | ViT features of recomputed layers, once | [T, L, c] | x | chunk | `carried_features` |
 """
@@ -55,17 +56,19 @@ from operator import mul
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.config import PVTC_MLP_RATIO
+from megatron_internvlx.config import PVTC_MLP_RATIO, settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import StageLayers
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
 from megatron_internvlx.planning.memory import Layout, RankState, StateBytes, rank_state
 from megatron_internvlx.planning.simulate import Schedule, in_flight
+from megatron_internvlx.precision import Precision
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What the memory of a rank depends on besides the micro-batch."""
+    """Model, layout and settings that the memory of a rank depends on, besides the micro-batch."""
 
     sizes: ModelSizes
     layout: Layout
@@ -76,12 +79,14 @@ class MemoryModel:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> MemoryModel:
-        """Of Megatron's validated arguments and ours. Raises ValueError where Megatron refuses the layout."""
+        """Model of the memory under validated arguments. Raises ValueError where Megatron refuses the layout."""
         try:
-            layout = Layout.from_args(args, core_transformer_config_from_args(args))
+            config = core_transformer_config_from_args(args)
+            layout = Layout.from_config(settings_from(args, Parallelism), config)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(str(error) or "Megatron refuses this layout (an assertion)") from error
-        backward, local = BackwardSettings.from_args(args), args.transformer_impl == "local"
+        local = settings_from(args, Precision).transformer_impl == "local"
+        backward = BackwardSettings.from_args(args)
         return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local)
 
     @property
@@ -94,7 +99,7 @@ class MemoryModel:
         return rank_state(self.sizes, self.layout, rank, self.per_parameter, self.backward)
 
     def norm(self, elements: int, *, trained: bool) -> int:
-        """A norm of the decoder and the linear layer that reads it."""
+        """Bytes of a norm of the decoder and of the linear layer behind it."""
         out = elements * self.width * trained
         if not self.local:
             return elements * self.width + out
@@ -105,11 +110,11 @@ class MemoryModel:
         return stats.shallow_rows if layer < self.sizes.shallow_layers else stats.deep_rows
 
     def rank_rows(self, rows: int) -> int:
-        """Of so many rows those that a rank has outside of attention and MLP."""
+        """Share of `rows` that a rank has outside of attention and MLP."""
         return rows // self.layout.tensor if self.layout.sequence_parallel else rows
 
     def decoder_layer(self, layer: int, stats: PlanStats) -> int:
-        """A decoder layer that is not recomputed, its injection included."""
+        """Bytes of a decoder layer that is not recomputed, its injection included."""
         sizes, rows, trained = self.sizes, self.rows(layer, stats), self.backward.trains("llm")
         norms = 2 * self.norm(self.rank_rows(rows) * sizes.hidden, trained=trained)
         injected = layer in sizes.injection_layers
@@ -117,7 +122,7 @@ class MemoryModel:
         return norms + self.attention(rows) + self.mlp(layer, rows, trained) + injection
 
     def attention(self, rows: int) -> int:
-        """Self-attention of a decoder layer, its norms of queries and keys included."""
+        """Bytes of the self-attention of a decoder layer, its norms of queries and keys included."""
         sizes, t = self.sizes, self.layout.tensor
         q, k = sizes.query_width // t, sizes.key_width // t
         fused, rotated, output = q + 2 * k, q + k, 0 if "core_attn" in self.backward.modules else q
@@ -127,7 +132,7 @@ class MemoryModel:
         return rows * (fused + rotated + output + joined + cosines) * self.width + norms
 
     def mlp(self, layer: int, rows: int, trained: bool) -> int:
-        """The MLP of a decoder layer, or its experts with their router."""
+        """Bytes of the MLP of a decoder layer, or of its experts with their router."""
         sizes, layout, modules = self.sizes, self.layout, self.backward.modules
         if layer not in sizes.expert_layers:
             return 0 if "mlp" in modules else rows * self.gated(sizes.ffn // layout.tensor, trained)
@@ -146,7 +151,7 @@ class MemoryModel:
         return (inner * ffn + activated + product) * self.width
 
     def projector(self, grid: int, tiles: int) -> int:
-        """One projector to `grid` x `grid` tokens for so many tiles."""
+        """Bytes of a projector of `tiles` tiles to `grid` x `grid` tokens each."""
         sizes, b = self.sizes, self.width
         trained = self.backward.trains("projectors")
         if not (trained or self.backward.trains("vision")):
@@ -163,7 +168,7 @@ class MemoryModel:
         return tiles * (windows + kv_proj + query_proj + 2 * (keys + queries + inside))
 
     def vision(self, tiles: int) -> int:
-        """The vision encoder for so many tiles of this rank."""
+        """Bytes of the vision encoder for `tiles` tiles of this rank."""
         if not self.backward.trains("vision"):
             return 0
         kept = self.width * tiles * self.sizes.features_per_tile  # a layer's input
@@ -171,7 +176,7 @@ class MemoryModel:
         return one * self.sizes.vision.layers_run
 
     def vision_layer(self, tiles: int) -> int:
-        """One layer of the vision encoder that is not recomputed."""
+        """Bytes of a layer of the vision encoder that is not recomputed."""
         vit, b = self.sizes.vision, self.width
         rows, elements = tiles * vit.tokens_per_tile, tiles * self.sizes.features_per_tile
         norms, scales = 4 * elements * b, 2 * elements * b
@@ -181,22 +186,22 @@ class MemoryModel:
         return norms + attention + scales + 2 * rows * vit.ffn_hidden_size * b
 
     def output(self, stats: PlanStats) -> int:
-        """Final norm, logits and loss of the supervised rows."""
+        """Bytes of the final norm, the logits and the loss of the rows that reach the output layer."""
         sizes, trained, rows = self.sizes, self.backward.trains("llm"), stats.output_rows
         elements = self.rank_rows(stats.deep_rows) * sizes.hidden
-        # Of the norm's output only supervised rows go on.
+        # Of the norm's output only these rows are kept.
         norm = self.norm(elements, trained=trained) - elements * self.width * trained
         kept = sizes.hidden * trained + sizes.padded_vocab // self.layout.tensor
         return norm + rows * kept * self.width
 
     def layer_input(self, layer: int, stats: PlanStats) -> int:
-        """What full recomputation keeps of a layer: the rows that enter it, before it expands them."""
+        """Bytes of the rows that enter a layer, before it expands them: all that full recomputation keeps."""
         expands = layer in self.sizes.injection_layers[:1]
         rows = self.rank_rows(self.rows(layer - 1 if expands else layer, stats))
         return rows * self.sizes.hidden * self.width
 
     def carried_features(self, chunk: StageLayers, stats: PlanStats) -> int:
-        """ViT features that a chunk keeps for its recomputed layers: once, however many they are."""
+        """Bytes of the ViT features that a chunk keeps for its recomputed layers: once, however many they are."""
         consumers = any(layer >= chunk.first for layer in self.sizes.injection_layers)
         if not (consumers and self.backward.full_layers and chunk.end > chunk.first):
             return 0
@@ -210,7 +215,7 @@ class ChunkActivations:
     parts: dict[str, int]
     """vision, projectors, shallow, deep and output."""
     working: int
-    """Most that recomputation brings back at a time."""
+    """Most bytes that recomputation brings back at a time."""
 
     @property
     def total(self) -> int:
@@ -219,14 +224,14 @@ class ChunkActivations:
 
     @property
     def waiting(self) -> int:
-        """Of them those kept while other micro-batches run: the loss's pass backward follows at once."""
+        """Bytes kept while other micro-batches run: without those of the loss, whose backward pass follows at once."""
         return self.total - self.parts["output"]
 
 
 def chunk_activations(
     model: MemoryModel, chunk: StageLayers, stats: PlanStats, *, first: bool, last: bool
 ) -> ChunkActivations:
-    """Activations of one micro-batch in a model chunk; `first` and `last` of the whole model."""
+    """Bytes of one micro-batch in a model chunk; `first` and `last`: the chunk is the first or last of the model."""
     sizes = model.sizes
     parts = dict.fromkeys(("vision", "projectors", "shallow", "deep", "output"), 0)
     working = 0
@@ -257,7 +262,7 @@ def chunk_activations(
 def rank_activations(
     model: MemoryModel, rank: int, stats: PlanStats, schedule: Schedule
 ) -> tuple[dict[str, int], int, list[int]]:
-    """Of a rank at its fullest: bytes per part, bytes while recomputing, micro-batches per chunk."""
+    """Bytes per part, bytes of recomputation and micro-batches per chunk when a rank holds most."""
     layout = model.layout
     end = len(layout.stages[rank]) - 1
     chunks = [

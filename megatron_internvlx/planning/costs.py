@@ -1,4 +1,4 @@
-"""What every decoder layer, the vision encoder, the loss and every boundary cost, in seconds and bytes.
+"""Costs of every decoder layer, the vision encoder, the loss and every boundary, in seconds and bytes.
 
 Two sources of seconds: FLOPs over a sustained rate, or a profile measured on the target machine by
 `tools/plan_pipeline.py --measure`. Costs are those of one micro-batch that stands for all, on one
@@ -28,7 +28,7 @@ from megatron_internvlx.planning.flops import (
 
 @dataclass(frozen=True)
 class Machine:
-    """What turns FLOPs and bytes into seconds."""
+    """Rates that turn FLOPs and bytes into seconds."""
 
     flops: float = 400e12
     """Sustained FLOP/s of one device, not its peak."""
@@ -39,8 +39,10 @@ class Machine:
 
     @classmethod
     def assumed(cls, *, fp8: bool, local: bool = False) -> Machine:
-        """Assumptions, not measured: an H100 on 400 Gbit/s, sustaining 400 TFLOP/s in bf16 or 600 in FP8;
-        `local`: CPU cores of one machine, 50 GFLOP/s per rank."""
+        """Assumed, unmeasured rates: an H100 on 400 Gbit/s that sustains 400 TFLOP/s in bf16 or 600 in FP8.
+
+        With `local`, CPU cores of one machine that reach 50 GFLOP/s per rank.
+        """
         return cls(50e9, 2e9, 100e-6) if local else cls(600e12 if fp8 else 400e12)
 
 
@@ -65,9 +67,9 @@ class StageMemory:
     last_state: float = 0.0
     last_activations: float = 0.0
     working: tuple[float, ...] = ()
-    """Per layer: what recomputation brings back; the largest of a rank's layers counts, once. (): nothing."""
+    """Per layer: bytes that recomputation brings back; the largest of a rank's layers counts, once. (): none."""
     first_working: float = 0.0
-    """The same of the vision encoder."""
+    """Bytes that recomputation of the vision encoder brings back."""
     carried: float = 0.0
     """ViT features that a stage with layers keeps of one micro-batch."""
     carriers: int = 0
@@ -78,7 +80,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Everything the pipeline's time depends on; see `search.find_plan`."""
+    """Costs that determine the pipeline's time; see `search.find_plan`."""
 
     layers: tuple[Cost, ...]
     """Per decoder layer, its injection included."""
@@ -109,7 +111,7 @@ def costs_from_flops(
     tensor_parallel: int = 1,
     sequence_parallel: bool = True,
 ) -> LayerCosts:
-    """Costs by counting; every part is taken to run at the same rate."""
+    """Costs from counted FLOPs; every part is assumed to run at the same rate."""
     flops = forward_flops(sizes, stats)
     rate = machine.flops * tensor_parallel
     layers = [
@@ -186,12 +188,12 @@ class Profile:
     first: Cost
     last: Cost
     kinds: dict[str, Cost]
-    """shallow, expand, deep, inject; those that the model has."""
+    """Seconds of shallow, expand, deep and inject layers, as far as the model has them."""
     about: dict[str, Any]
-    """Model, workload, hardware and versions, for people."""
+    """Model, workload, hardware and versions, for readers of the file."""
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the profile as JSON."""
         content = {
             "about": self.about,
             "first": vars(self.first),
@@ -202,7 +204,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read it. Raises ValueError naming the file."""
+        """Read a profile. Raises ValueError naming the file."""
         try:
             content = json.loads(Path(path).read_text())
             kinds = {name: Cost(**cost) for name, cost in content["kinds"].items()}
@@ -214,7 +216,7 @@ class Profile:
 
 
 def layer_kind(sizes: ModelSizes, layer: int) -> str:
-    """shallow, expand, deep or inject; mixture-of-experts layers with `_experts` behind."""
+    """Kind of a layer: shallow, expand, deep or inject, with `_experts` behind for a mixture of experts."""
     injections = sizes.injection_layers
     if layer in injections:
         kind = "expand" if layer == injections[0] else "inject"

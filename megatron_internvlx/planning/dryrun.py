@@ -1,4 +1,4 @@
-"""`pretrain_vlm.py --dry-run`: what a run would look like on any number of GPUs, without one.
+"""`pretrain_vlm.py --dry-run`: layout, memory and work of a run on any number of GPUs, without one.
 
 Memory is that of the fullest micro-batch: as many tiles as fit, and every text row supervised.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.config import RunSettings, misaligned, settings_from
+from megatron_internvlx.config import RunSettings, TrainSettings, VisionSettings, misaligned, settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.parallel.layout import carried_rows, layout_name
 from megatron_internvlx.planning.activations import MemoryModel, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
@@ -22,7 +23,7 @@ from megatron_internvlx.planning.parameters import parameters
 from megatron_internvlx.planning.search import PipelinePlan, evaluate
 from megatron_internvlx.planning.simulate import Schedule
 from megatron_internvlx.planning.workload import Workload
-from megatron_internvlx.precision import row_alignment
+from megatron_internvlx.precision import Precision
 
 GIB = 1 << 30
 # CUDA context, NCCL buffers, Transformer Engine's and cuBLAS's workspaces, fragmentation.
@@ -31,7 +32,7 @@ RESERVE_GIB = 6.0
 
 @dataclass(frozen=True)
 class Boundary:
-    """What one rank sends to the next stage per micro-batch."""
+    """Message from one rank to the next stage, per micro-batch."""
 
     layer: int
     """0-based decoder layer behind the boundary."""
@@ -40,12 +41,12 @@ class Boundary:
     carried: int
     """Rows of width h that carry vision features."""
     size: int
-    """Bytes; the backward pass returns as many for the decoder rows, and for a trained encoder all."""
+    """Bytes; the backward pass returns those of the decoder rows, with a trained encoder those of the features too."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage as a rank of it sees it."""
+    """One pipeline stage: layers, memory and messages of one of its ranks."""
 
     rank: int
     chunks: tuple[tuple[int, int], ...]
@@ -55,22 +56,28 @@ class Stage:
     working: int
     """Bytes that recomputation brings back on top."""
     flying: list[int]
+    """Micro-batches in flight per model chunk."""
     boundaries: tuple[Boundary, ...]
     """One per model chunk but the model's last."""
     flops: int
-    """Of one micro-batch, forward and backward, recomputation included, over all its TP ranks."""
+    """Forward and backward pass of one micro-batch, recomputation included, over all its TP ranks."""
+    inputs: int = 0
+    """Bytes of the tiles in the buffers that a CUDA graph of the step reads; 0 without one."""
 
     @property
     def total(self) -> int:
         """Bytes, without the reserve."""
-        return self.state.total + sum(self.activations.values()) + self.working
+        return self.state.total + sum(self.activations.values()) + self.working + self.inputs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run."""
+    """Checked run: sizes, layout and costs."""
 
-    args: argparse.Namespace
+    parallel: Parallelism
+    precision: Precision
+    run: RunSettings
+    layout_name: str
     model: MemoryModel
     work: Workload
     stats: PlanStats
@@ -80,29 +87,64 @@ class Plan:
 
     @property
     def fullest(self) -> Stage:
-        """The stage that needs most memory."""
+        """Stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
     def flops(self) -> int:
-        """Of a step over all replicas, forward and backward, recomputation included."""
+        """FLOPs of a step over all replicas, forward and backward, recomputation included."""
         return self.work.packs * sum(stage.flops for stage in self.stages)
 
 
 def check(args: argparse.Namespace) -> Plan:
-    """Everything that a run with these parsed arguments needs. Raises ValueError if it cannot run."""
+    """Plan of a run with validated arguments. Raises ValueError if it cannot run."""
     model, work = MemoryModel.from_args(args), Workload.from_args(args)
-    _check_division(args, model, work)
+    precision = settings_from(args, Precision)
+    _check_division(precision, model, work)
     stats = work.full_micro_batch(model.sizes)
     schedule = model.layout.schedule(work.packs // model.layout.data)
     stages = tuple(_stage(model, rank, stats, schedule) for rank in range(model.layout.pipeline))
-    machine = Machine.assumed(fp8=bool(args.fp8), local=model.local)
-    plan = Plan(args, model, work, stats, stages, _simulated(model, stats, schedule, machine))
+    inputs = graph_inputs(args, model.layout.tensor, schedule.micro_batches)
+    stages = (replace(stages[0], inputs=inputs), *stages[1:])
+    machine = Machine.assumed(fp8=bool(precision.fp8), local=model.local)
+    plan = Plan(
+        settings_from(args, Parallelism),
+        precision,
+        settings_from(args, RunSettings),
+        layout_name(args),
+        model,
+        work,
+        stats,
+        stages,
+        _simulate(model, stats, schedule, machine),
+    )
     _check_memory(plan)
     return plan
 
 
-def _simulated(model: MemoryModel, stats: PlanStats, schedule: Schedule, machine: Machine) -> PipelinePlan:
+@dataclass(frozen=True)
+class GraphArguments:
+    """Megatron's argument for CUDA graphs."""
+
+    cuda_graph_impl: str
+
+
+def graph_inputs(args: argparse.Namespace, tensor: int, micro_batches: int) -> int:
+    """Bytes of a rank's tiles of all micro-batches of a step, which a CUDA graph keeps; 0 without one.
+
+    Args:
+        args: validated arguments.
+        tensor: tensor-parallel ranks, which share the tiles of a micro-batch.
+        micro_batches: number per step and replica.
+    """
+    if settings_from(args, GraphArguments).cuda_graph_impl != "full_iteration":
+        return 0
+    budget = settings_from(args, TrainSettings).max_tiles_per_pack
+    assert budget is not None  # of static boundaries, without which there is no graph
+    return micro_batches * -(-budget // tensor) * 3 * settings_from(args, VisionSettings).image_size ** 2
+
+
+def _simulate(model: MemoryModel, stats: PlanStats, schedule: Schedule, machine: Machine) -> PipelinePlan:
     layout = model.layout
     costs = costs_from_flops(
         model.sizes,
@@ -115,7 +157,7 @@ def _simulated(model: MemoryModel, stats: PlanStats, schedule: Schedule, machine
     return evaluate(costs, schedule, layout.counts)
 
 
-def _check_division(args: argparse.Namespace, model: MemoryModel, work: Workload) -> None:
+def _check_division(precision: Precision, model: MemoryModel, work: Workload) -> None:
     layout, sizes, t = model.layout, model.sizes, model.layout.tensor
     wrong = [
         f"{name} {value} is not a multiple of {flag} {by}"
@@ -129,7 +171,7 @@ def _check_division(args: argparse.Namespace, model: MemoryModel, work: Workload
         )
         if value % by
     ]  # fmt: skip
-    if args.fp8 and (text := misaligned("--seq-length", work.seq_length, row_alignment(args))):
+    if precision.fp8 and (text := misaligned("--seq-length", work.seq_length, precision.row_alignment)):
         wrong.append(text)
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -151,7 +193,7 @@ def _stage(model: MemoryModel, rank: int, stats: PlanStats, schedule: Schedule) 
 
 
 def _boundary(model: MemoryModel, layer: int, stats: PlanStats) -> Boundary:
-    """What is sent in front of a layer, as parallel/boundary.py packs it."""
+    """Message in front of a layer, as `parallel/boundary.py` packs it."""
     hidden, layout = model.sizes.hidden, model.layout
     shards = layout.tensor if layout.sequence_parallel else 1
     rows, features = boundary_rows(model.sizes, stats, layer)
@@ -171,7 +213,7 @@ def _stage_flops(model: MemoryModel, layers: set[int], rank: int, stats: PlanSta
 
 
 def _check_memory(plan: Plan) -> None:
-    limit = settings_from(plan.args, RunSettings).gpu_memory_gib
+    limit = plan.run.gpu_memory_gib
     needed = plan.fullest.total / GIB + RESERVE_GIB
     if limit is None or needed <= limit:
         return
@@ -191,12 +233,12 @@ def _check_memory(plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """The report, as text."""
+    """Report of a plan, as text."""
     return "\n".join([*_head(plan), "", *_stage_table(plan), "", *_memory_table(plan)])
 
 
 def _head(plan: Plan) -> list[str]:
-    args, layout, work, stats = plan.args, plan.model.layout, plan.work, plan.stats
+    layout, work, stats = plan.model.layout, plan.work, plan.stats
     counts = parameters(plan.model.sizes)
     owners: tuple[Owner, ...] = ("vision", "projectors", "llm")
     frozen = [owner for owner in owners if not plan.model.backward.trains(owner)]
@@ -205,28 +247,27 @@ def _head(plan: Plan) -> list[str]:
     parallel = f"TP {layout.tensor}{' + SP' if layout.sequence_parallel else ''}, PP {layout.pipeline}"
     parallel += f", virtual stages {chunks}" if chunks > 1 else ""
     parallel += f", EP {layout.expert}" if plan.model.sizes.experts else ""
-    precision = ("fp8 " + str(args.fp8_recipe)) if args.fp8 else str(args.params_dtype).removeprefix("torch.")
     return [
         f"model        {sum(counts.values()) / 1e9:.3f} B parameters: "
         + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in counts.items() if count),
-        f"trained      {'all' if not frozen else 'all but ' + ', '.join(frozen)}; {precision}, "
-        f"{args.transformer_impl}",
-        f"layout       {args.world_size} GPUs = {parallel}, DP {layout.data}",
+        f"trained      {'all' if not frozen else 'all but ' + ', '.join(frozen)}; {plan.precision.description}, "
+        f"{plan.precision.transformer_impl}",
+        f"layout       {plan.parallel.world_size} GPUs = {parallel}, DP {layout.data}",
         f"global batch {work.global_batch_size} = {work.micro_batch_size} per micro-batch x "
         f"DP {layout.data} x {plan.pipeline.schedule.micro_batches} micro-batches",
-        *_waits(plan.pipeline),
+        *_pipeline_line(plan.pipeline),
         f"micro-batch  {stats.projected_tiles} tiles, {stats.deep_rows:,} deep rows ({visual:,} visual)"
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
         f"step         {work.packs * stats.deep_rows:,} tokens at most ({work.packs * stats.shallow_rows:,} in "
-        f"the shallow phase), {_work(plan.flops)}",
+        f"the shallow phase), {_flops_text(plan.flops)}",
     ]
 
 
-def _work(flops: int) -> str:
+def _flops_text(flops: int) -> str:
     return f"{flops / 1e15:,.2f} PFLOP" if flops > 1e14 else f"{flops / 1e12:,.3f} TFLOP"
 
 
-def _waits(pipeline: PipelinePlan) -> list[str]:
+def _pipeline_line(pipeline: PipelinePlan) -> list[str]:
     if pipeline.schedule.pipeline == 1:
         return []
     busiest = f"busiest stage {1 + pipeline.imbalance:.2f}x the mean"
@@ -235,7 +276,7 @@ def _waits(pipeline: PipelinePlan) -> list[str]:
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
-    """Lines of a table, its cells set to the right."""
+    """Lines of a table with right-aligned cells."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
@@ -266,19 +307,22 @@ def _stage_table(plan: Plan) -> list[str]:
 
 def _memory_table(plan: Plan) -> list[str]:
     names = ("vision", "projectors", "shallow", "deep", "output")
-    rows = [["GiB per rank", "weights", "gradients", "optimizer", *names, "recompute", "total", "in flight"]]
+    inputs = ["inputs"] if any(stage.inputs for stage in plan.stages) else []
+    heads = ["weights", "gradients", "optimizer", *names, "recompute", *inputs, "total", "in flight"]
+    rows = [["GiB per rank", *heads]]
     for stage in plan.stages:
         state = stage.state
         sizes = [state.weights, state.gradients, state.optimizer, *(stage.activations[n] for n in names)]
-        cells = [f"{size / GIB:.2f}" for size in (*sizes, stage.working, stage.total)]
+        sizes += [stage.working, *([stage.inputs] if inputs else []), stage.total]
+        cells = [f"{size / GIB:.2f}" for size in sizes]
         rows.append([f"stage {stage.rank}", *cells, "+".join(map(str, stage.flying))])
-    limit = settings_from(plan.args, RunSettings).gpu_memory_gib
+    limit = plan.run.gpu_memory_gib
     note = f"fullest {plan.fullest.total / GIB:.1f} + {RESERVE_GIB:.0f} GiB reserve"
     return [*text_table(rows), note + (f" of {limit:g} GiB" if limit else "")]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; returns 0, or 2 after saying why the run cannot start."""
+    """Print the report and return 0, or the reason why the run cannot start and return 2."""
     try:
         plan = check(args)
     except ValueError as error:
@@ -294,11 +338,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def figures(plan: Plan) -> dict[str, Any]:
-    """What other tools read: sizes in bytes, work in FLOP, lengths in tokens."""
+    """Results for other tools: sizes in bytes, work in FLOP, lengths in tokens."""
     sizes, work = plan.model.sizes, plan.work
     return {
         "parameters": sum(parameters(sizes).values()),
-        "world_size": plan.args.world_size,
+        "world_size": plan.parallel.world_size,
         "data_parallel": plan.model.layout.data,
         "micro_batches": plan.pipeline.schedule.micro_batches,
         "tokens_per_step": work.packs * plan.stats.deep_rows,
@@ -308,5 +352,5 @@ def figures(plan: Plan) -> dict[str, Any]:
         "pipeline_bubble": plan.pipeline.bubble,
         "pipeline_imbalance": plan.pipeline.imbalance,
         "memory_per_gpu": plan.fullest.total,
-        "layout": layout_name(plan.args),
+        "layout": plan.layout_name,
     }

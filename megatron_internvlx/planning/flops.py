@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_internvlx.config import PVTC_MLP_RATIO
+from megatron_internvlx.config import PVTC_MLP_RATIO, TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.data.plan import PhasePlan, SequencePlan
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.sizes import ModelSizes
@@ -29,7 +29,7 @@ Kind = Literal["patches", "linear", "products", "mlp", "experts", "shared_expert
 
 @dataclass(frozen=True)
 class PlanStats:
-    """What the cost of one or more micro-batches depends on. Every cost is linear in it."""
+    """Counts of tiles and rows in one or more micro-batches, in which every cost is linear."""
 
     vision_tiles: int = 0
     """Tiles through the vision encoder."""
@@ -48,16 +48,16 @@ class PlanStats:
 
     @classmethod
     def of(cls, plan: SequencePlan, *, padded: bool = False) -> PlanStats:
-        """Useful work of a micro-batch, or with `padded` everything that is computed."""
+        """Counts of the useful rows of a micro-batch, or with `padded` of all that are computed."""
         lvtc = plan.expand_index is not None
         samples = None if padded else len(plan.sample_ids)
-        shallow = _phase(plan.shallow, samples) if lvtc else (0, 0)
+        shallow = _rows_and_squares(plan.shallow, samples) if lvtc else (0, 0)
         return cls(
             plan.tile_capacity if padded else plan.num_tiles,
             plan.encoded_tiles if padded else plan.num_tiles,
             (plan.encoded_tiles if padded else plan.num_tiles) if lvtc else 0,
             *shallow,
-            *_phase(plan.deep, samples),
+            *_rows_and_squares(plan.deep, samples),
             plan.supervised_capacity if padded else len(plan.loss_rows),
         )
 
@@ -65,7 +65,7 @@ class PlanStats:
         return PlanStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def _phase(phase: PhasePlan, samples: int | None) -> tuple[int, int]:
+def _rows_and_squares(phase: PhasePlan, samples: int | None) -> tuple[int, int]:
     """Rows and squares of the first `samples` segments (the padding comes last), or of all."""
     lengths = phase.segment_lengths[:samples]
     return sum(lengths), sum(n * n for n in lengths)
@@ -179,8 +179,22 @@ def _layer(sizes: ModelSizes, layer: int, stats: PlanStats, attention: Attention
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """Megatron's arguments for recomputation in the backward pass."""
+
+    num_layers: int
+    recompute_granularity: str | None
+    """full: whole layers; selective: parts of each layer; None: nothing."""
+    recompute_modules: list[str] | None
+    """Parts under selective recomputation; None: core_attn."""
+    recompute_method: str | None
+    """block: the first `recompute_num_layers` of each model chunk; uniform: all layers."""
+    recompute_num_layers: int | None
+
+
+@dataclass(frozen=True)
 class BackwardSettings:
-    """What is trained and what is recomputed."""
+    """Parts that are trained, and parts that are recomputed."""
 
     freeze_vision: bool = False
     freeze_llm: bool = False
@@ -195,17 +209,16 @@ class BackwardSettings:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> BackwardSettings:
-        """Of Megatron's parsed and validated arguments and ours."""
-        granularity = args.recompute_granularity
-        selective = granularity == "selective"
-        modules = args.recompute_modules or ["core_attn"]
+        """Settings in validated arguments, Megatron's and ours."""
+        train, again = settings_from(args, TrainSettings), settings_from(args, Recomputation)
+        full, selective = (again.recompute_granularity == kind for kind in ("full", "selective"))
         return cls(
-            args.freeze_vision,
-            args.freeze_llm,
-            args.freeze_projectors,
-            args.vision_recompute,
-            frozenset(_recomputed_layers(args)) if granularity == "full" else frozenset(),
-            frozenset(modules) if selective else frozenset(),
+            train.freeze_vision,
+            train.freeze_llm,
+            train.freeze_projectors,
+            settings_from(args, VisionSettings).vision_recompute,
+            frozenset(_recomputed_layers(args, again)) if full else frozenset(),
+            frozenset(again.recompute_modules or ["core_attn"]) if selective else frozenset(),
         )
 
     def trains(self, owner: Owner) -> bool:
@@ -223,12 +236,13 @@ class BackwardSettings:
         return any(self.trains(part) for part in before[owner])
 
 
-def _recomputed_layers(args: argparse.Namespace) -> Iterator[int]:
-    """Layers under full recompute: all, or with method block the first few of each model chunk."""
-    if args.recompute_method != "block":
-        yield from range(args.num_layers)
+def _recomputed_layers(args: argparse.Namespace, again: Recomputation) -> Iterator[int]:
+    """Layers under full recomputation: all, or with method block the first few of each model chunk."""
+    if again.recompute_method != "block":
+        yield from range(again.num_layers)
         return
-    # Megatron knows which layers a chunk has; it is needed for nothing else here.
+    assert again.recompute_num_layers is not None
+    # Only Megatron's config knows the layers of each chunk, and only this case needs it.
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from megatron_internvlx.parallel.layout import stage_layers
@@ -238,7 +252,7 @@ def _recomputed_layers(args: argparse.Namespace) -> Iterator[int]:
     for rank in range(config.pipeline_model_parallel_size):
         for chunk in range(chunks) if chunks else (None,):
             stage = stage_layers(config, rank, chunk)
-            yield from range(stage.first, min(stage.first + args.recompute_num_layers, stage.end))
+            yield from range(stage.first, min(stage.first + again.recompute_num_layers, stage.end))
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,7 @@ class TrainingFlops:
     """FLOPs of forward and backward."""
 
     model: int
-    """What the mathematics needs; MFU counts these."""
+    """FLOPs of the mathematics, nothing twice; MFU counts these."""
     hardware: int
     """With recomputation: of layers and modules as set, and of the attention scores, which every
     fused kernel computes again in its backward pass."""
@@ -269,7 +283,7 @@ def training_flops(forward: FlopsByPart, settings: BackwardSettings) -> Training
 
 
 def _backward(work: Work, settings: BackwardSettings) -> int:
-    """Backward FLOPs of an operation over its forward ones."""
+    """Backward FLOPs of an operation, divided by its forward ones."""
     if not settings.reaches(work.owner):
         return 0
     if work.kind == "products":
@@ -284,7 +298,7 @@ _MODULE = {"mlp": "mlp", "experts": "moe", "shared_experts": "shared_experts"}
 
 
 def _recomputed(work: Work, settings: BackwardSettings) -> int:
-    """FLOPs of an operation that run again before its backward pass."""
+    """FLOPs of an operation that are computed again before its backward pass."""
     again = 0
     attention = work.kind == "products" and work.owner != "projectors"
     if attention and settings.reaches(work.owner):
@@ -294,6 +308,6 @@ def _recomputed(work: Work, settings: BackwardSettings) -> int:
     else:  # a layer runs again as a whole, a frozen injection in it too
         whole = work.layer in settings.full_layers
     if not whole and work.owner == "llm" and work.layer is not None:
-        asked = "core_attn" if attention else _MODULE.get(work.kind)
-        whole = asked in settings.modules or (work.kind == "shared_experts" and "moe" in settings.modules)
+        module = "core_attn" if attention else _MODULE.get(work.kind)
+        whole = module in settings.modules or (work.kind == "shared_experts" and "moe" in settings.modules)
     return again + (work.flops if whole else 0)

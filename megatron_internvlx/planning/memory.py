@@ -1,4 +1,4 @@
-"""What one rank of each pipeline stage holds: parameters, and the bytes of weights, gradients and optimizer.
+"""Contents of one rank of each pipeline stage: parameters, and the bytes of weights, gradients and optimizer.
 
 Parameter counts are exact. Bytes leave out the padding of Megatron's gradient buffers (some hundred
 bytes per tensor). Activations are in planning/activations.py.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_internvlx.config import settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.layout import StageLayers, stage_layers
 from megatron_internvlx.planning.flops import BackwardSettings, Owner
@@ -22,11 +25,12 @@ from megatron_internvlx.planning.parameters import (
     vision_parameters,
 )
 from megatron_internvlx.planning.simulate import Schedule
+from megatron_internvlx.precision import Precision
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks share the model."""
+    """Division of the model over the ranks."""
 
     tensor: int
     pipeline: int
@@ -41,12 +45,12 @@ class Layout:
     stages: tuple[tuple[StageLayers, ...], ...] = ()
     """Per pipeline rank, its model chunks; one chunk without virtual stages."""
     group_size: int | None = None
-    """Micro-batches that a virtual stage runs before the next one's turn. None: as many as pipeline ranks."""
+    """Micro-batches that a virtual stage runs before the next stage's turn. None: as many as pipeline ranks."""
     overlap: bool = True
     """Virtual stages: receives are posted ahead."""
 
     def schedule(self, micro_batches: int) -> Schedule:
-        """The pipeline schedule of a step. Raises ValueError for what Megatron would refuse."""
+        """Pipeline schedule of a step. Raises ValueError for what Megatron would refuse."""
         return Schedule(self.pipeline, len(self.stages[0]), micro_batches, self.overlap, self.group_size)
 
     @property
@@ -56,11 +60,12 @@ class Layout:
         return tuple(ranks[chunk].end - ranks[chunk].first for chunk in chunks for ranks in self.stages)
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, config: TransformerConfig) -> Layout:
-        """Of Megatron's validated arguments and the config built from them."""
-        tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-        chunks = args.virtual_pipeline_model_parallel_size
-        expert, expert_tensor = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tensor
+    def from_config(cls, parallel: Parallelism, config: TransformerConfig) -> Layout:
+        """Layout of validated arguments and of the config that Megatron builds from them."""
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        expert = parallel.expert_model_parallel_size
+        expert_tensor = parallel.expert_tensor_parallel_size or tensor
         stages = tuple(
             tuple(stage_layers(config, rank, chunk) for chunk in (range(chunks) if chunks else (None,)))
             for rank in range(pipeline)
@@ -68,14 +73,14 @@ class Layout:
         return cls(
             tensor,
             pipeline,
-            args.data_parallel_size,
+            parallel.data_parallel_size,
             expert,
             expert_tensor,
-            args.world_size // (expert * expert_tensor * pipeline),
-            args.sequence_parallel,
+            parallel.world_size // (expert * expert_tensor * pipeline),
+            parallel.sequence_parallel,
             stages,
-            args.microbatch_group_size_per_vp_stage,
-            args.overlap_p2p_comm,
+            config.microbatch_group_size_per_vp_stage,
+            config.overlap_p2p_comm,
         )
 
 
@@ -91,7 +96,7 @@ class Part:
     expert: bool = False
     """Spread over the expert-parallel group: replicated over fewer data-parallel ranks."""
     used: int | None = None
-    """Of them those that can get a gradient. None: all."""
+    """Number of them that can get a gradient. None: all."""
 
     @property
     def trainable(self) -> int:
@@ -134,8 +139,21 @@ def rank_parts(sizes: ModelSizes, layout: Layout, rank: int) -> list[Part]:
 
 
 @dataclass(frozen=True)
+class StateTypes:
+    """Megatron's arguments for the types of gradients and optimizer state."""
+
+    accumulate_allreduce_grads_in_fp32: bool
+    use_precision_aware_optimizer: bool
+    main_params_dtype: torch.dtype
+    """Type of the master weights, and below of the moments, with the precision-aware optimizer; else fp32."""
+    exp_avg_dtype: torch.dtype
+    exp_avg_sq_dtype: torch.dtype
+    use_distributed_optimizer: bool
+
+
+@dataclass(frozen=True)
 class StateBytes:
-    """Bytes per parameter of what a rank keeps through the whole training."""
+    """Bytes per parameter that a rank keeps through the whole training."""
 
     weight: int
     fp8_copies: int
@@ -147,14 +165,15 @@ class StateBytes:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> StateBytes:
-        """Of Megatron's validated arguments."""
-        weight = 2 if args.bf16 or args.fp16 else 4
-        gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
-        aware = args.use_precision_aware_optimizer
-        master = 0 if weight == 4 else (args.main_params_dtype.itemsize if aware else 4)
-        moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize if aware else 8
-        copies = 2 if args.fp8 and not args.fp8_param_gather else 0
-        return cls(weight, copies, gradient, master + moments, args.use_distributed_optimizer)
+        """Bytes per parameter under validated arguments."""
+        precision, types = settings_from(args, Precision), settings_from(args, StateTypes)
+        weight = 2 if precision.bf16 or precision.fp16 else 4
+        gradient = 4 if types.accumulate_allreduce_grads_in_fp32 else weight
+        aware = types.use_precision_aware_optimizer
+        master = 0 if weight == 4 else (types.main_params_dtype.itemsize if aware else 4)
+        moments = types.exp_avg_dtype.itemsize + types.exp_avg_sq_dtype.itemsize if aware else 8
+        copies = 2 if precision.fp8 and not precision.fp8_param_gather else 0
+        return cls(weight, copies, gradient, master + moments, types.use_distributed_optimizer)
 
 
 @dataclass(frozen=True)
@@ -174,7 +193,7 @@ class RankState:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -187,12 +206,12 @@ def rank_state(
     copied = sum(p.count for p in parts if p.name in ("layers", "experts"))
     shards = layout.data if per_parameter.distributed else 1
     expert_shards = layout.expert_data if per_parameter.distributed else 1
-    held = sum(-(-p.trainable // (expert_shards if p.expert else shards)) for p in trained)
+    sharded = sum(-(-p.trainable // (expert_shards if p.expert else shards)) for p in trained)
     trainable = sum(p.trainable for p in trained)
     return RankState(
         tuple(parts),
         trainable,
         sum(p.count for p in parts) * per_parameter.weight + copied * per_parameter.fp8_copies,
         trainable * per_parameter.gradient,
-        held * per_parameter.optimizer,
+        sharded * per_parameter.optimizer,
     )

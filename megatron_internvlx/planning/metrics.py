@@ -48,7 +48,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Share of the peak of `devices` devices that `flops` in `seconds` make; None if it is unknown."""
+    """Share of the peak that `devices` devices reach with `flops` in `seconds`; None for an unknown peak."""
     if not peak or seconds <= 0:
         return None
     return flops / (seconds * devices * peak)
@@ -62,18 +62,18 @@ class Interval:
     useful: PlanStats
     """Real tiles and rows."""
     padded: PlanStats
-    """All that was computed: blank tiles and padding rows included."""
+    """All computed tiles and rows: blank tiles and padding rows included."""
     useful_flops: TrainingFlops
     padded_flops: TrainingFlops
 
     @property
     def model_flops(self) -> int:
-        """What MFU counts: forward and backward of useful rows and tiles, nothing twice."""
+        """FLOPs that MFU counts: forward and backward of useful rows and tiles, nothing twice."""
         return self.useful_flops.model
 
     @property
     def hardware_flops(self) -> int:
-        """What the devices ran: padding and recomputation included."""
+        """FLOPs that the devices ran: padding and recomputation included."""
         return self.padded_flops.hardware
 
     @property
@@ -83,7 +83,7 @@ class Interval:
 
 
 class StepMeter:
-    """Adds up the micro-batches of one replica; every rank of the replica sees the same ones.
+    """Sum of the micro-batches of one replica; every rank of the replica sees the same ones.
 
     Costs are linear in `PlanStats`, so a micro-batch only adds a few integers, and FLOPs are
     computed once per interval.
@@ -95,7 +95,7 @@ class StepMeter:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> StepMeter:
-        """The meter of a run with Megatron's validated arguments and ours."""
+        """Meter of a run with validated arguments."""
         return cls(model_sizes(args), BackwardSettings.from_args(args))
 
     def _reset(self) -> None:
@@ -108,7 +108,7 @@ class StepMeter:
         self._padded += PlanStats.of(plan, padded=True)
 
     def take(self) -> Interval:
-        """Work since the last call; counting starts anew."""
+        """Return the work since the last call and start counting anew."""
         useful, padded = self._useful, self._padded
         interval = Interval(
             self._micro_batches, useful, padded, self._training(useful), self._training(padded)

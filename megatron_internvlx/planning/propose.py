@@ -14,13 +14,13 @@ from megatron_internvlx.planning.simulate import Schedule
 _FRONTIER = 3_000
 
 
-def _mark(plan: PipelinePlan) -> str:
-    """Of a plan whose search was cut: a better split may exist."""
+def _proof_mark(plan: PipelinePlan) -> str:
+    """`not proven` for a plan whose search was cut, so that a better split may exist; else nothing."""
     return "" if plan.proven else "not proven"
 
 
 def with_expansion(sizes: ModelSizes, layer: int) -> ModelSizes:
-    """The model with its expansion at `layer`; later injections keep their distance to it.
+    """Sizes of the model with its expansion at `layer`; later injections keep their distance to it.
 
     Raises ValueError if LVTC is off.
     """
@@ -44,8 +44,8 @@ class Expansion:
 
     @property
     def mark(self) -> str:
-        """What a table says of it: `does not fit`, `not proven` or nothing."""
-        return _mark(self.plan) if self.fits else "does not fit"
+        """Remark for a table: `does not fit`, `not proven` or nothing."""
+        return _proof_mark(self.plan) if self.fits else "does not fit"
 
     @property
     def efficiency(self) -> float:
@@ -60,16 +60,16 @@ def propose_expansions(
     layers: Iterable[int] | None = None,
     memory: Callable[[ModelSizes], StageMemory] | None = None,
 ) -> list[Expansion]:
-    """Every place for the expansion within an eighth of the depth around the model's, best balanced first.
+    """Places for the expansion within an eighth of the depth around the model's, best balanced first.
 
-    A lower layer always costs more work; what is compared is how well the work spreads. Places
+    A lower layer always costs more work; the comparison is of how evenly the work spreads. Places
     where no split fits the memory come last; without `memory` every place fits.
     """
     here, reach = sizes.shallow_layers, max(sizes.layers // 8, 1)
-    wanted = layers or range(max(here - reach, 1), min(here + reach, sizes.layers - 1) + 1)
+    places = layers or range(max(here - reach, 1), min(here + reach, sizes.layers - 1) + 1)
     base = costs(sizes).total
     found = []
-    for layer in wanted:
+    for layer in places:
         moved = with_expansion(sizes, layer)
         seconds, limited = costs(moved), memory(moved) if memory else None
         try:
@@ -84,7 +84,7 @@ def propose_expansions(
 
 @dataclass(frozen=True)
 class Parallelism:
-    """A way to use the GPUs."""
+    """Division of the GPUs into tensor, pipeline and data parallelism, and its best plan."""
 
     tensor: int
     pipeline: int
@@ -93,12 +93,12 @@ class Parallelism:
     micro_batches: int
     plan: PipelinePlan
     seconds: float
-    """Of a step: the pipeline, and tensor-parallel communication on top."""
+    """Seconds of a step: the pipeline, and tensor-parallel communication on top."""
 
     @property
     def mark(self) -> str:
-        """What a table says of it: `not proven` or nothing."""
-        return _mark(self.plan)
+        """Remark for a table: `not proven` or nothing."""
+        return _proof_mark(self.plan)
 
 
 def layouts(
@@ -134,7 +134,8 @@ def propose_parallelism(
         sizes: the model.
         candidates: (TP, PP, VPP, DP), for example from `layouts`.
         global_batch: micro-batches per step over all replicas.
-        costs: TP -> costs of a micro-batch. memory: (TP, PP, DP) -> bytes.
+        costs: TP -> costs of a micro-batch.
+        memory: (TP, PP, DP) -> bytes.
         communication: TP -> seconds of tensor-parallel communication of a micro-batch over all layers.
     """
     found = []

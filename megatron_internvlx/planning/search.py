@@ -1,7 +1,7 @@
-"""The split of decoder layers over pipeline stages that makes a step shortest.
+"""Search for the split of decoder layers over pipeline stages that makes a step shortest.
 
 The search goes rank by rank over all splits at once (numpy rows), drops those whose lower bound
-reaches the best split known, and simulates what is left. Bounds never exceed the simulated time,
+reaches that of the best known split, and simulates the others. Bounds never exceed the simulated time,
 so the result is optimal whenever no frontier had to be cut (`PipelinePlan.proven`).
 
 A bound is of a split whose first R of P ranks are decided. M micro-batches; w forward and backward of one
@@ -42,7 +42,7 @@ _BATCH = 20_000
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A split and what the simulation says of it."""
+    """A split and its simulated step."""
 
     schedule: Schedule
     counts: tuple[int, ...]
@@ -54,7 +54,7 @@ class PipelinePlan:
     memory: tuple[float, ...] | None
     """Bytes of each rank's device, if a memory model was given."""
     proven: bool
-    """No other split is faster in the simulation."""
+    """Whether no other split is faster in the simulation."""
     events: tuple[Event, ...]
 
     @property
@@ -80,13 +80,13 @@ def layout_string(counts: tuple[int, ...]) -> str:
 
 
 def uniform_counts(layers: int, stages: int) -> tuple[int, ...]:
-    """As even as it goes, the longer stages last (the vision encoder is with the first)."""
+    """Layers per stage as even as possible, the longer stages last (the vision encoder is with the first)."""
     short, extra = divmod(layers, stages)
     return tuple(short + (stage >= stages - extra) for stage in range(stages))
 
 
 class Problem:
-    """Costs and schedule; evaluates splits."""
+    """Costs, schedule and memory of a model, by which splits are evaluated."""
 
     def __init__(self, costs: LayerCosts, schedule: Schedule, memory: StageMemory | None = None) -> None:
         self.costs, self.schedule, self.memory = costs, schedule, memory
@@ -177,11 +177,11 @@ class Problem:
         return PartialCosts(forward, backward, link_forward, link_backward)
 
     def quick_bound(self, costs: PartialCosts, ranks: int, limit: float) -> Floats:
-        """What a step takes at least, without simulation: [N]; infinite if `limit` cannot be met.
+        """Least seconds of a step, without simulation: [N]; infinite if `limit` cannot be met.
 
         Each rank works M times its load, after the first micro-batch reached it through the ranks
-        before and before the last one's gradients go back through them. And what the decided ranks
-        leave must fit into the time that `limit` leaves to the others.
+        before and before the last one's gradients return through them. And the work that the decided
+        ranks leave must fit into the time that `limit` leaves to the others.
         """
         batches, left_ranks = self.schedule.micro_batches, self.schedule.pipeline - ranks
         work = (costs.forward + costs.backward).reshape(len(costs.forward), -1, ranks)
@@ -197,7 +197,7 @@ class Problem:
         return np.where(left > room * (1 + 1e-9) + 1e-12 * self.costs.total, np.inf, bound)
 
     def plan(self, ends: Ints, proven: bool) -> PipelinePlan:
-        """The plan of one split."""
+        """Plan of one split, given by the end layer of each stage: ends [S]."""
         events: list[Event] = []
         costs = self.stage_costs(ends[None])
         seconds = float(makespans(self.schedule, costs, events)[0])
@@ -217,12 +217,12 @@ class Problem:
 def evaluate(
     costs: LayerCosts, schedule: Schedule, counts: tuple[int, ...], memory: StageMemory | None = None
 ) -> PipelinePlan:
-    """What the simulation says of a given split. Raises ValueError if it does not fit the model."""
+    """Plan of a given split. Raises ValueError if it does not fit the model or the schedule."""
     problem = Problem(costs, schedule, memory)
     if len(counts) != schedule.stages or sum(counts) != problem.layers or min(counts) < 0:
         raise ValueError(
-            f"a split of {sum(counts)} layers over {len(counts)} stages: the model has {problem.layers} "
-            f"layers and the schedule {schedule.stages} stages"
+            f"a split of {sum(counts)} layers over {len(counts)} stages, but the model has {problem.layers} "
+            f"layers and the schedule {schedule.stages} stages: give each stage 0 or more of the model's layers"
         )
     return problem.plan(np.cumsum(counts), proven=False)
 
@@ -230,12 +230,12 @@ def evaluate(
 def find_plan(
     costs: LayerCosts, schedule: Schedule, memory: StageMemory | None = None, *, frontier: int = FRONTIER
 ) -> PipelinePlan:
-    """The fastest split; stages may be empty.
+    """Find the fastest split; stages may be empty.
 
     Args:
         costs: per layer, of one micro-batch.
         schedule: P, V and micro-batches.
-        memory: if given with a limit, splits that need more are out.
+        memory: if given with a limit, splits that need more are left out.
         frontier: partial splits kept at once; where more would be needed the result is not proven.
 
     Raises:
@@ -256,7 +256,7 @@ def find_plan(
         least = problem.rank_memory(best[None]).max() / 2**30
         raise ValueError(
             f"no split found that fits {memory.limit / 2**30:.1f} GiB per device (one needs {least:.1f} "
-            "GiB): more tensor or pipeline parallelism, recomputation or smaller packs"
+            "GiB): use more tensor or pipeline parallelism, recomputation or smaller packs"
         )
     return problem.plan(best, proven)
 
@@ -298,7 +298,7 @@ def _improve(problem: Problem, ends: Ints) -> tuple[Ints, float]:
 
 
 def _enumerate(problem: Problem, limit: float, frontier: int) -> tuple[Ints, bool]:
-    """All splits that may take less than `limit` [N, S], and whether none was left out.
+    """Enumerate the splits that may take less than `limit` [N, S], and report whether none was left out.
 
     The ends of the chunks are fixed first, then rank after rank gets its layers of all chunks.
     """
@@ -331,7 +331,7 @@ def _enumerate(problem: Problem, limit: float, frontier: int) -> tuple[Ints, boo
 
 
 def _choices(states: Ints, stage: int, lowest: Ints, highest: Ints) -> Ints:
-    """Every state once for each end of `stage` from lowest to highest."""
+    """States repeated for each end of `stage` from lowest to highest."""
     repeats = highest + 1 - lowest
     offsets = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     chosen = np.repeat(states, repeats, axis=0)
@@ -340,7 +340,7 @@ def _choices(states: Ints, stage: int, lowest: Ints, highest: Ints) -> Ints:
 
 
 def _promising(problem: Problem, states: Ints, ranks: int, limit: float) -> tuple[Ints, Floats]:
-    """Those whose lower bounds stay under the limit, and the bounds."""
+    """States whose lower bounds stay under the limit, and these bounds."""
     limit *= 1 - 1e-12
     costs = problem.partial_costs(states, ranks)
     keep = problem.quick_bound(costs, ranks, limit) < limit

@@ -1,11 +1,11 @@
-"""Simulation of Megatron's pipeline schedules: when every stage runs what, and how long a step takes.
+"""Simulation of Megatron's pipeline schedules: start and end of every pass, and seconds of a step.
 
 Source: megatron/core/pipeline_parallel/schedules.py of 0.19.2
 (`forward_backward_pipelining_with_interleaving`, `..._without_interleaving`,
 `get_pp_rank_microbatches`, `get_schedule_table`). Each rank follows a fixed program of forward and
 backward passes, sends and receives; a message moves once both sides have reached it. Since the
-programs do not depend on costs, they are ordered once and then run for any number of layer splits
-at a time, as numpy vectors.
+programs do not depend on costs, their order is found once and then run for any number of layer
+splits at a time, as numpy vectors.
 
 Stages are numbered in the order data flows: stage = chunk * P + rank.
 """
@@ -42,7 +42,7 @@ class Schedule:
         if min(self.pipeline, self.chunks, self.micro_batches) < 1:
             raise ValueError(
                 f"{self.pipeline} ranks, {self.chunks} chunks, {self.micro_batches} micro-batches: "
-                "want at least 1"
+                "each must be at least 1"
             )
         if self.chunks > 1 and self.pipeline == 1:
             raise ValueError("virtual pipeline stages need more than one pipeline rank")
@@ -72,7 +72,7 @@ class Schedule:
 
 
 class Message(NamedTuple):
-    """What a stage hands on: rows to the next stage (F), or their gradients to the previous one (B)."""
+    """Message of a stage: rows to the next stage (F), or their gradients to the previous one (B)."""
 
     direction: Direction
     sender: int
@@ -80,7 +80,7 @@ class Message(NamedTuple):
 
     @property
     def receiver(self) -> int:
-        """The stage it goes to."""
+        """Stage that the message is sent to."""
         return self.sender + (1 if self.direction == "F" else -1)
 
 
@@ -93,13 +93,13 @@ class Pass(NamedTuple):
 
 
 class Post(NamedTuple):
-    """The rank is ready to send or receive these messages."""
+    """Instruction to be ready to send or receive these messages."""
 
     messages: tuple[Message, ...]
 
 
 class Wait(NamedTuple):
-    """The rank goes on when these messages have moved."""
+    """Instruction to wait until these messages have moved."""
 
     messages: tuple[Message, ...]
 
@@ -108,7 +108,7 @@ Instruction = Pass | Post | Wait
 
 
 def program(schedule: Schedule, rank: int) -> list[Instruction]:
-    """What one rank does in a step, in order."""
+    """Instructions of one rank in a step, in order."""
     builder = _Program(schedule, rank)
     if schedule.chunks == 1:
         builder.plain()
@@ -118,7 +118,7 @@ def program(schedule: Schedule, rank: int) -> list[Instruction]:
 
 
 class _Program:
-    """Writes the program of one rank."""
+    """Builder of the program of one rank."""
 
     def __init__(self, schedule: Schedule, rank: int) -> None:
         self.schedule, self.rank = schedule, rank
@@ -134,7 +134,7 @@ class _Program:
         ]
 
     def plain(self) -> None:
-        """1F1B."""
+        """Write the 1F1B schedule."""
         steady = self.total - self.warmup
         for k in range(self.warmup):
             self.exchange(self.input("F", k))
@@ -155,7 +155,7 @@ class _Program:
             self.exchange(self.output("B", k))
 
     def interleaved(self) -> None:
-        """Interleaved 1F1B; with `overlap`, receives for the next pass are posted ahead."""
+        """Write the interleaved 1F1B schedule; with `overlap`, receives for the next pass are posted ahead."""
         overlap = self.schedule.overlap
         steady = self.total - self.warmup
         self.exchange(self.input("F", 0))
@@ -185,7 +185,7 @@ class _Program:
         self.cooldown(steady)
 
     def cooldown(self, steady: int) -> None:
-        """The backward passes that are left; their sends and receives are not overlapped."""
+        """Write the remaining backward passes; their sends and receives are not overlapped."""
         if not steady:
             self.exchange(self.input("B", 0))
         elif self.schedule.overlap:
@@ -216,13 +216,13 @@ class _Program:
         return Message(direction, sender, self.table[k][1])
 
     def exchange(self, *messages: Message | None) -> None:
-        """Send and receive, then go on when all have moved."""
+        """Write an exchange: send and receive, and wait until all messages have moved."""
         real = tuple(m for m in messages if m is not None)
         if real:
             self.instructions += [Post(real), Wait(real)]
 
     def post(self, *messages: Message | None) -> None:
-        """Be ready to send and receive."""
+        """Write that the rank is ready to send and receive, without waiting."""
         real = tuple(m for m in messages if m is not None)
         if real:
             self.instructions.append(Post(real))
@@ -233,8 +233,8 @@ class _Program:
 
 
 @lru_cache(maxsize=64)
-def ordered(schedule: Schedule) -> tuple[tuple[int, Instruction], ...]:
-    """(rank, instruction) of all ranks, each after everything it depends on.
+def execution_order(schedule: Schedule) -> tuple[tuple[int, Instruction], ...]:
+    """(rank, instruction) of all ranks, each after all that it depends on.
 
     Raises RuntimeError if the ranks wait for each other in a circle.
     """
@@ -257,7 +257,7 @@ def ordered(schedule: Schedule) -> tuple[tuple[int, Instruction], ...]:
                 at[rank] += 1
                 moved = True
     if any(at[rank] < len(p) for rank, p in enumerate(programs)):
-        raise RuntimeError(f"{schedule} does not end: its ranks wait for each other")
+        raise RuntimeError(f"{schedule} does not end: its ranks wait for each other in a circle")
     return tuple(order)
 
 
@@ -288,19 +288,19 @@ class Event:
 
 
 def makespans(schedule: Schedule, costs: StageCosts, events: list[Event] | None = None) -> Floats:
-    """Seconds from the first forward pass to the last backward pass: [N].
+    """Simulate seconds from the first forward pass to the last backward pass: [N].
 
     Args:
         schedule: P, V and micro-batches.
         costs: of N splits.
-        events: if given, gets every pass of the first split.
+        events: list to which every pass of the first split is appended, if given.
     """
     # One row per stage, so that each operation runs over contiguous splits.
     passes = {"F": costs.forward.T.copy(), "B": costs.backward.T.copy()}
     moves = {"F": costs.send_forward.T.copy(), "B": costs.send_backward.T.copy()}
     clock = [np.zeros(len(costs.forward)) for _ in range(schedule.pipeline)]
     posted: dict[Message, Floats] = {}
-    for rank, instruction in ordered(schedule):
+    for rank, instruction in execution_order(schedule):
         if isinstance(instruction, Pass):
             start, clock[rank] = clock[rank], clock[rank] + passes[instruction.direction][instruction.stage]
             if events is not None:
@@ -338,7 +338,7 @@ class PartialCosts:
 
 
 def least_seconds(schedule: Schedule, ranks: int, costs: PartialCosts) -> Floats:
-    """What a step takes at least if undecided ranks never make a pass wait: [N].
+    """Least seconds of a step, in which undecided ranks never make a pass wait: [N].
 
     Messages do not hold up their senders here. Equal to `makespans` or less, whatever the other
     ranks get.
@@ -348,7 +348,7 @@ def least_seconds(schedule: Schedule, ranks: int, costs: PartialCosts) -> Floats
     clock = [np.zeros(len(costs.forward)) for _ in range(ranks)]
     ends: dict[Pass, Floats] = {}
     columns = ranks * schedule.chunks
-    for rank, instruction in ordered(schedule):
+    for rank, instruction in execution_order(schedule):
         if rank >= ranks or not isinstance(instruction, Pass):
             continue
         direction, stage, micro_batch = instruction
@@ -371,13 +371,13 @@ def least_seconds(schedule: Schedule, ranks: int, costs: PartialCosts) -> Floats
 
 @lru_cache(maxsize=64)
 def in_flight(schedule: Schedule, rank: int) -> NDArray[np.int64]:
-    """Micro-batches whose activations a rank holds, per chunk, when it may hold most: [K, V]."""
-    held = np.zeros(schedule.chunks, np.int64)
+    """Micro-batches whose activations a rank keeps, per chunk, at the K moments when it may keep most: [K, V]."""
+    kept = np.zeros(schedule.chunks, np.int64)
     moments = set()
     for instruction in program(schedule, rank):
         if isinstance(instruction, Pass):
-            held[instruction.stage // schedule.pipeline] += 1 if instruction.direction == "F" else -1
-            moments.add(tuple(held))
+            kept[instruction.stage // schedule.pipeline] += 1 if instruction.direction == "F" else -1
+            moments.add(tuple(kept))
     worst = [
         m
         for m in moments

@@ -1,7 +1,7 @@
-"""The layers of each stage where the stages do not divide them and nobody has said how to split them.
+"""Layers of each stage where their number is not a multiple of the stages and no split is given.
 
 Megatron asks for such a split by --pipeline-model-parallel-layout; here it follows from the planner's FLOP costs:
-the busiest stage has as little work as can be, and the others share the rest evenly. `search.find_plan` simulates
+the busiest stage has as little work as possible, and the others share the rest evenly. `search.find_plan` simulates
 the step as well, takes up to 20 s, and gained 2 % at most in the models tried (5 % with 48 stages).
 
 A run that resumes keeps the split that its checkpoint was made with, whatever else has changed: the distributed
@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
+from megatron_internvlx.config import as_mapping, settings_from
+from megatron_internvlx.megatron_settings import Batches
 from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.layout import layout_counts
 from megatron_internvlx.planning.costs import Cost, LayerCosts, Machine, costs_from_flops
@@ -25,30 +28,71 @@ from megatron_internvlx.planning.search import layout_string
 from megatron_internvlx.planning.workload import Workload
 from megatron_internvlx.ranks import is_first_rank
 
-_UNITS = 1 << 24  # of work in a micro-batch: as fine as anybody could measure
+_UNITS = 1 << 24  # of work in a micro-batch: finer than any measurement
+
+
+@dataclass(frozen=True)
+class GivenSplit:
+    """Megatron's arguments that divide the layers into pipeline stages, as given on the command line."""
+
+    num_layers: int
+    pipeline_model_parallel_size: int
+    pipeline_model_parallel_layout: str | None
+    decoder_first_pipeline_num_layers: int | None
+    decoder_last_pipeline_num_layers: int | None
+    account_for_embedding_in_pipeline_split: bool
+    account_for_loss_in_pipeline_split: bool
+    num_layers_per_virtual_pipeline_stage: int | None
+    num_virtual_stages_per_pipeline_rank: int | None
+
+    def undivided_stages(self) -> int | None:
+        """Stages of the pipeline, virtual ones counted, if a split has to be chosen for them; else None.
+
+        Raises ValueError where --num-layers-per-virtual-pipeline-stage does not fit.
+        """
+        pipeline, layers = self.pipeline_model_parallel_size, self.num_layers
+        fixed = (
+            self.pipeline_model_parallel_layout,
+            self.decoder_first_pipeline_num_layers,
+            self.decoder_last_pipeline_num_layers,
+            self.account_for_embedding_in_pipeline_split or None,
+            self.account_for_loss_in_pipeline_split or None,
+        )
+        if pipeline == 1 or any(one is not None for one in fixed):
+            return None
+        if each := self.num_layers_per_virtual_pipeline_stage:
+            if layers % (pipeline * each):
+                raise ValueError(
+                    f"--num-layers-per-virtual-pipeline-stage {each} on {pipeline} pipeline ranks does not divide the "
+                    f"model's {layers} layers: give --num-virtual-stages-per-pipeline-rank, for which a split is chosen"
+                )
+            return None
+        stages = pipeline * (self.num_virtual_stages_per_pipeline_rank or 1)
+        return stages if layers % stages else None
 
 
 def settle_split(
     args: argparse.Namespace, made_with: Callable[[argparse.Namespace], str | None] = lambda args: None
 ) -> None:
-    """Set --pipeline-model-parallel-layout where the layers do not divide over the stages.
+    """Set --pipeline-model-parallel-layout where the number of layers is not a multiple of the stages.
 
-    Must come before Megatron's checks, which refuse such arguments. The first rank says what was chosen.
+    Must run before Megatron's checks, which refuse such arguments. The first rank prints the choice.
 
     Args:
         args: checked arguments; changed if a split was chosen.
-        made_with: the layout of the checkpoint that a run with these arguments resumes from, None if there is none;
-            asked only where a split has to be chosen, and kept where it has as many stages and layers.
+        made_with: function that returns the layout of the checkpoint that a run with these arguments resumes from,
+            or None; called only where a split has to be chosen, and followed where stages and layers are as many.
 
     Raises:
         ValueError: --num-layers-per-virtual-pipeline-stage, which fixes the layers, does not fit.
     """
-    stages = undivided_stages(args)
+    given = settings_from(args, GivenSplit)
+    layers, stages = given.num_layers, given.undivided_stages()
     if stages is None:
         return
     layout = made_with(args)
     counts = layout_counts(layout) if layout else ()
-    if layout and (len(counts), sum(counts)) == (stages, args.num_layers):
+    if layout and (len(counts), sum(counts)) == (stages, layers):
         how, remark = "as in the checkpoint to resume from", ""
     else:
         counts = even_work(model_costs(args), stages)
@@ -58,56 +102,34 @@ def settle_split(
     args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout
     if is_first_rank():
         print(
-            f"{args.num_layers} layers do not divide over {stages} pipeline stages: split {how} into "
+            f"{layers} layers do not divide over {stages} pipeline stages: split {how} into "
             f"{' + '.join(map(str, counts))} (--pipeline-model-parallel-layout '{layout}'{remark})",
             flush=True,
         )
 
 
-def undivided_stages(args: argparse.Namespace) -> int | None:
-    """Stages of the pipeline, virtual ones counted, if a split has to be chosen for them; else None.
-
-    Raises ValueError where --num-layers-per-virtual-pipeline-stage does not fit.
-    """
-    pipeline, layers = args.pipeline_model_parallel_size, args.num_layers
-    said = (
-        args.pipeline_model_parallel_layout,
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-        args.account_for_embedding_in_pipeline_split or None,
-        args.account_for_loss_in_pipeline_split or None,
-    )
-    if pipeline == 1 or any(one is not None for one in said):
-        return None
-    if each := args.num_layers_per_virtual_pipeline_stage:
-        if layers % (pipeline * each):
-            raise ValueError(
-                f"--num-layers-per-virtual-pipeline-stage {each} on {pipeline} pipeline ranks does not divide the "
-                f"model's {layers} layers: give --num-virtual-stages-per-pipeline-rank, for which a split is chosen"
-            )
-        return None
-    stages = pipeline * (args.num_virtual_stages_per_pipeline_rank or 1)
-    return stages if layers % stages else None
-
-
 def model_costs(args: argparse.Namespace) -> LayerCosts:
-    """The planner's costs of the model that arguments describe, before Megatron has checked them.
+    """Costs of training the whole model on one row of --seq-length full of tiles, without recomputation.
 
-    Those of training all of it on one row of --seq-length full of tiles, without recompute. Raises ValueError when
-    not even one tile fits.
+    Works before Megatron has checked the arguments. Raises ValueError when not even one tile fits.
     """
-    filled = {"padded_vocab_size": None, "ffn_hidden_size": args.ffn_hidden_size or 4 * args.hidden_size}
-    sizes = model_sizes(vars(args) | filled)  # with what Megatron would fill in, as far as costs need it
+    given, length = as_mapping(args), settings_from(args, Batches).seq_length
+    # As Megatron fills them in.
+    filled = {
+        "padded_vocab_size": None,
+        "ffn_hidden_size": given["ffn_hidden_size"] or 4 * given["hidden_size"],
+    }
+    sizes = model_sizes({**given, **filled})
     # A pack is one row, whatever the batch and the tile limits: they may change between two starts.
-    pack = Workload(args.seq_length, image_tiles=args.seq_length).full_micro_batch(sizes)
+    pack = Workload(length, image_tiles=length).full_micro_batch(sizes)
     return costs_from_flops(sizes, pack, BackwardSettings(), Machine())
 
 
 def even_work(costs: LayerCosts, stages: int) -> tuple[int, ...]:
-    """Layers per stage, some perhaps 0: the least work of the busiest stage, then the least sum of squares.
+    """Layers per stage with the least work of the busiest stage, then with the least sum of squared works.
 
-    The vision encoder's work is in the first stage and the loss's in the last. Of equal splits the one with
-    fewer layers in the earlier stages is taken.
+    A stage may have no layers. The first stage also has the vision encoder's work, the last one the loss's. Of
+    equal splits the one with fewer layers in the earlier stages is taken.
     """
     unit = costs.total / _UNITS
 
@@ -142,7 +164,7 @@ def even_work(costs: LayerCosts, stages: int) -> tuple[int, ...]:
 
 
 def _busiest(sums: Sequence[int], extra: Sequence[int]) -> int:
-    """The least possible work of the busiest stage."""
+    """Least possible work of the busiest stage."""
     layers = len(sums) - 1
     # least[a]: that of the stages from the one at hand on, when they begin with layer a.
     least = [sums[-1] - sums[begin] + extra[-1] for begin in range(layers + 1)]

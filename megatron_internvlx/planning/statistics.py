@@ -1,4 +1,4 @@
-"""What a prepared data set costs under each RVTC policy: sizes, tiles, tokens, pack fill, compute."""
+"""Costs of a prepared data set under each RVTC policy: sizes, tiles, tokens, pack fill, compute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLOURS = {"off": "#868e96", "area": "#1f5fa8", "edge": "#c2570c"}
 
 @dataclass
 class PolicyStats:
-    """One policy: costs int64 [n, 3] (shallow, deep tokens, tiles) and supervised tokens [n] of the samples."""
+    """Counts of one policy: costs int64 [n, 3] (shallow, deep tokens, tiles), supervised tokens [n] per sample."""
 
     policy: str
     costs: np.ndarray
@@ -43,7 +43,7 @@ class PolicyStats:
 
 @dataclass
 class DataStats:
-    """Sizes int64 [images, 2] and a `PolicyStats` per policy; ``bad`` counts records left out, per cause."""
+    """Sizes int64 [images, 2] and a `PolicyStats` per policy; `bad` counts records left out, per cause."""
 
     sizes: np.ndarray
     policies: dict[str, PolicyStats]
@@ -51,7 +51,7 @@ class DataStats:
 
 
 def stored_records(out: Path, limit: int) -> Iterator[tuple[Record, ImageStore]]:
-    """At most ``limit`` records of a prepared directory, spread evenly over each JSONL file."""
+    """At most `limit` records of a prepared directory, spread evenly over each JSONL file."""
     sets = [entry for entry in prepared_sets(out) if entry["parts"]]
     for entry in sets:
         part = entry["parts"][0]
@@ -86,7 +86,10 @@ def _shard_records(folder: Path, count: int, augment: bool, most: int | None) ->
 
 
 def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataStats:
-    """Tokenize records of a prepared directory and cut their images under every policy."""
+    """Count tokens and tiles of records of a prepared directory under every policy.
+
+    Raises ValueError if no record is usable.
+    """
     # A budget would already change what a policy costs; it is applied when packing.
     settings = replace(encoder.settings, budget=None, max_length=None)
     tools = {p: SampleEncoder(encoder.tokenizer, replace(settings, rvtc=p)) for p in POLICIES}
@@ -117,7 +120,7 @@ def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataSt
 
 
 def add_fill(stats: DataStats, budget: Budget) -> int:
-    """Pack the samples of every policy; returns how many were over the budget and cut down to it."""
+    """Pack the samples of every policy and return the number that were over the budget and cut down to it."""
     over = 0
     for policy in stats.policies.values():
         limits = budget.limits()
@@ -128,12 +131,12 @@ def add_fill(stats: DataStats, budget: Budget) -> int:
 
 
 def add_flops(stats: DataStats, model: str, tiles: Mapping[str, Any]) -> None:
-    """Forward FLOPs of all samples by a model preset, with LVTC at the preset's layer and without it.
+    """Count the forward FLOPs of all samples in a preset's model, with LVTC at the preset's layer and without.
 
     Args:
-        stats: of `collect`; changed.
+        stats: result of `collect`; changed in place.
         model: name of the preset.
-        tiles: arguments of the tiles that were counted: image_size, patch_size, low_ratio, high_ratio.
+        tiles: arguments of the counted tiles: image_size, patch_size, low_ratio, high_ratio.
     """
     flags = {"expand_layer": None, **preset(model), **tiles}
     sizes = model_sizes(flags | {"expand_layer": flags["expand_layer"] or max(1, flags["num_layers"] // 2)})
@@ -148,7 +151,7 @@ def add_flops(stats: DataStats, model: str, tiles: Mapping[str, Any]) -> None:
 
 
 def table(stats: DataStats, budget: Budget | None) -> str:
-    """The numbers as text."""
+    """Numbers of all policies as text."""
     samples = len(next(iter(stats.policies.values())).costs)
     lines = [f"{samples} samples, {len(stats.sizes)} images; left out: {stats.bad or 'none'}"]
     if len(stats.sizes):
@@ -171,7 +174,7 @@ def table(stats: DataStats, budget: Budget | None) -> str:
 
 
 def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
-    """Write the distributions as a PNG."""
+    """Draw the distributions and write them as a PNG."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
@@ -184,8 +187,8 @@ def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
         style = {"color": COLOURS[policy.policy], "label": policy.policy}
         counts = np.bincount(policy.costs[:, 2])
         tiles.step(range(len(counts)), counts / counts.sum(), where="mid", **style)
-        ordered = np.sort(policy.costs[:, 1])
-        tokens.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), **style)
+        lengths = np.sort(policy.costs[:, 1])
+        tokens.plot(lengths, np.arange(1, len(lengths) + 1) / len(lengths), **style)
     tiles.set(xlabel="tiles, thumbnail included", ylabel="share of samples", title="Tiles per sample")
     tokens.set(xlabel="tokens in the deep phase", ylabel="share of samples up to", title="Tokens per sample")
     if budget:
@@ -202,7 +205,7 @@ def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
 
 
 def _bars(axis: Any, stats: DataStats) -> None:
-    """Compute relative to the first policy without LVTC, and the fill of packs."""
+    """Draw compute relative to the first policy without LVTC, and the fill of packs."""
     base = stats.policies["off"].flops_without_lvtc
     for number, policy in enumerate(stats.policies.values()):
         values = [policy.flops_without_lvtc / base, policy.flops / base] if base else []

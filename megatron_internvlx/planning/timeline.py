@@ -1,4 +1,4 @@
-"""The simulated timeline of a step as a picture: one row per pipeline rank, one bar per pass."""
+"""Picture of the simulated timeline of a step: one row per pipeline rank, one bar per pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERED = 16  # micro-batches up to which bars carry their number
 
 
 def draw_timeline(plans: dict[str, PipelinePlan], path: str | Path) -> None:
-    """Write a PNG with one panel per named plan, on a common time axis."""
+    """Draw a PNG with one panel per named plan, on a common time axis."""
     import matplotlib
 
     matplotlib.use("Agg")

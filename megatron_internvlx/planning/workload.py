@@ -1,4 +1,4 @@
-"""The fullest micro-batch that a run's arguments admit: what the planner and the dry run count."""
+"""The fullest micro-batch that a run's arguments admit, for the planner and the dry run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ class Workload:
     """Tiles of a micro-batch at most. None: those of its samples."""
     shallow_seq_length: int | None = None
     """Shallow rows to which static boundaries pad. None: not padded."""
+    static: bool = False
+    """Static boundaries: all rows that enter layer 0 reach the output layer, supervised or not."""
 
     @classmethod
     def from_args(cls, arguments: Arguments) -> Workload:
-        """Of Megatron's parsed arguments and ours."""
+        """Workload of parsed arguments, Megatron's and ours."""
         train, data = settings_from(arguments, TrainSettings), settings_from(arguments, DataSettings)
-        given = as_mapping(arguments)
+        given, static = as_mapping(arguments), train.boundary == "static"
         return cls(
             given["seq_length"],
             data.image_tiles,
             given["micro_batch_size"],
             given["global_batch_size"],
             train.max_tiles_per_pack,
-            train.shallow_seq_length if train.boundary == "static" else None,
+            train.shallow_seq_length if static else None,
+            static,
         )
 
     @property
@@ -44,7 +47,7 @@ class Workload:
         return self.global_batch_size // self.micro_batch_size
 
     def full_micro_batch(self, sizes: ModelSizes) -> PlanStats:
-        """The micro-batch with as many tiles as fit, its text rows all supervised.
+        """Micro-batch with as many tiles as fit and all its text supervised.
 
         Raises ValueError when not even one tile fits.
         """
@@ -74,5 +77,5 @@ class Workload:
             shallow_squares=shallow**2,
             deep_rows=rows,
             deep_squares=rows**2,
-            output_rows=rows - tiles * per_tile,
+            output_rows=(shallow or rows) if self.static else rows - tiles * per_tile,
         )

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +16,15 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.config import TrainSettings  # noqa: E402
 from megatron_internvlx.model.builder import fp8_parts  # noqa: E402
 from megatron_internvlx.model.internvit import internvit_transformer_config  # noqa: E402
 from megatron_internvlx.model.internvit_config import internvit_preset  # noqa: E402
 from megatron_internvlx.model.sizes import model_sizes  # noqa: E402
 from megatron_internvlx.precision import (  # noqa: E402
     PRECISIONS,
+    DecoderWidths,
+    Precision,
     check_precision,
     precision_defaults,
     row_alignment,
@@ -30,6 +33,19 @@ from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 
 BASE = ["--model-preset", "internvlx_2b", "--seq-length", "4096", "--lr", "1e-3", "--train-iters", "1"]
 BASE += ["--global-batch-size", "1", "--dry-run", "--transformer-impl", "transformer_engine"]
+
+
+FP8 = Precision(
+    bf16=True,
+    fp16=False,
+    fp8="hybrid",
+    fp8_recipe="tensorwise",
+    fp8_param_gather=False,
+    first_last_layers_bf16=False,
+    transformer_impl="transformer_engine",
+    tensor_model_parallel_size=1,
+    sequence_parallel=False,
+)
 
 
 @pytest.fixture
@@ -187,14 +203,11 @@ def test_impossible_precisions(parsed, flags: str, message: str) -> None:
 
 
 def test_projector_rows_must_align() -> None:
-    args = SimpleNamespace(
-        fp8="hybrid", fp8_recipe="tensorwise", transformer_impl="transformer_engine", hidden_size=64,
-        first_last_layers_bf16=False, fp8_param_gather=False, tensor_model_parallel_size=1, kv_channels=16,
-        num_attention_heads=4, num_query_groups=4, group_query_attention=True, ffn_hidden_size=64, num_experts=None,
-    )  # fmt: skip
+    widths = DecoderWidths(64, 4, 16, True, 4, 64, None, None)
+    projectors = TrainSettings(fp8_parts=["decoder", "projectors"])
     with pytest.raises(ValueError, match="4 rows per tile are not a multiple of 16"):
-        check_precision(args, ["decoder", "projectors"], tokens_per_tile=65, cells=(4, 16))
-    check_precision(args, ["decoder"], tokens_per_tile=65, cells=(4, 16))
+        check_precision(FP8, widths, projectors, tokens_per_tile=65, cells=(4, 16))
+    check_precision(FP8, widths, TrainSettings(), tokens_per_tile=65, cells=(4, 16))
 
 
 def test_no_name_changes_nothing() -> None:
@@ -221,10 +234,18 @@ def test_no_name_changes_nothing() -> None:
     ],
 )
 def test_row_alignment(changes: dict, rows: int) -> None:
-    defaults = {
-        "fp8": None,
-        "fp8_recipe": "delayed",
-        "sequence_parallel": False,
-        "tensor_model_parallel_size": 1,
-    }
-    assert row_alignment(argparse.Namespace(**defaults | changes)) == rows
+    precision = replace(FP8, **{"fp8": None} | changes)
+    assert precision.row_alignment == row_alignment(vars(precision)) == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "fp8 tensorwise"),
+        ({"fp8": None}, "bfloat16"),
+        ({"fp8": None, "bf16": False, "fp16": True}, "float16"),
+        ({"fp8": None, "bf16": False}, "float32"),
+    ],
+)
+def test_description(changes: dict, text: str) -> None:
+    assert replace(FP8, **changes).description == text

@@ -11,7 +11,10 @@ from tests.unit.test_ratchets import PACKAGE, ROOT, sources
 
 # Folders and files that follow the rules; in the end the whole package.
 DONE = (
-    *(f"{PACKAGE}/{room}/" for room in ("checkpoint", "evaluation", "lifecycle", "platform", "reporting")),
+    *(
+        f"{PACKAGE}/{room}/"
+        for room in ("checkpoint", "evaluation", "lifecycle", "planning", "platform", "reporting")
+    ),
     *(
         f"{PACKAGE}/{name}.py"
         for name in (
@@ -20,6 +23,7 @@ DONE = (
             "files",
             "launch",
             "paths",
+            "precision",
             "ranges",
             "ranks",
             "recipe",

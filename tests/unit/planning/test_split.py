@@ -10,6 +10,8 @@ import pytest
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_internvlx import arguments
+from megatron_internvlx.config import settings_from
+from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.planning import dryrun
 from megatron_internvlx.planning.costs import Cost, LayerCosts
 from megatron_internvlx.planning.memory import Layout
@@ -97,7 +99,9 @@ SEVEN = ["--num-layers", "7", "--pipeline-model-parallel-size", "2", "--expand-l
 
 
 def counts(args: argparse.Namespace) -> tuple[int, ...]:
-    return Layout.from_args(args, core_transformer_config_from_args(args)).counts
+    return Layout.from_config(
+        settings_from(args, Parallelism), core_transformer_config_from_args(args)
+    ).counts
 
 
 def test_layers_that_do_not_divide_are_split(monkeypatch, capsys) -> None:

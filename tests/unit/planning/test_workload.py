@@ -21,11 +21,12 @@ SIZES = model_sizes(FLAGS)
         # 6 tiles fit into a row, 2 images of 3 tiles and a thumbnail would be 8.
         ({"max_tiles": 3}, PlanStats(6, 6, 6, 128, 128**2, 200, 200**2, 104)),
         ({"max_tiles": 1}, PlanStats(2, 2, 2, 176, 176**2, 200, 200**2, 168)),
-        # a pack is one row
+        # A pack is one row.
         ({"max_tiles_per_pack": 5}, PlanStats(5, 5, 5, 40, 40**2, 100, 100**2, 20)),
+        # Static boundaries send every row that enters layer 0 to the output layer.
         (
             {"max_tiles_per_pack": 5, "boundary": "static", "shallow_seq_length": 64},
-            PlanStats(5, 5, 5, 64, 64**2, 100, 100**2, 20),
+            PlanStats(5, 5, 5, 64, 64**2, 100, 100**2, 64),
         ),
     ],
 )
@@ -39,6 +40,8 @@ def test_without_lvtc_there_is_no_shallow_phase() -> None:
     flags = FLAGS | {"max_tiles": 1, "expand_layer": None}
     stats = Workload.from_args(flags).full_micro_batch(model_sizes(flags))
     assert (stats.upsampled_tiles, stats.shallow_rows, stats.deep_rows) == (0, 0, 200)
+    static = Workload.from_args(flags | {"boundary": "static", "max_tiles_per_pack": 5})
+    assert static.full_micro_batch(model_sizes(flags)).output_rows == 100
 
 
 def test_no_tile_fits() -> None:
