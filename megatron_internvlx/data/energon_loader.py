@@ -24,7 +24,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import METADATASET, prepared_sets
+from megatron_internvlx.data.prepared import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
 from megatron_internvlx.data.sample import SampleEncoder
 
@@ -118,7 +118,7 @@ class EnergonBatches:
         wanted = ("seed", "micro_batch_size", "pack_buffer", "shuffle_buffer", "sequence")
         own = {name: getattr(self.settings, name) for name in wanted}
         sets = prepared_sets(self.directory)
-        data = {entry["name"]: [part["subset"]["range"][1] for part in entry["parts"]] for entry in sets}
+        data = {entry.name: [part.records for part in entry.parts] for entry in sets}
         return {**encoder, **own, "records": data}
 
     def _build(self) -> Any:

@@ -7,7 +7,6 @@ leaves with the next pack: each is reported once, in an order that no timing cha
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,13 +22,13 @@ from megatron.energon.wrappers import PackingDataset
 
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.encoded import EncodedImage, PackImage
-from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
-from megatron_internvlx.data.manifest import Record, is_url
+from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages
+from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import pack
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
+from megatron_internvlx.data.prepared import SHARD_JSON, Flavors, ShardRecord, SizeTable, size_table
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
-from megatron_internvlx.data.shards import META
 
 # Tiles uint8 [T, 3, S, S] of one image, or the file if a GPU will cut it; BadSample if it is broken.
 Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray | EncodedImage]
@@ -159,26 +158,24 @@ def _line_numbers(path: str) -> np.ndarray:
 @cooker(need_primary=True)
 def _cook(sample: dict[str, Any], *, out: Path, primary: Any, sizes: Any = None) -> Cooked:
     """A record of a prepared directory, from JSONL or from a shard; no image is opened."""
-    flavors = sample["__subflavors__"]
+    flavors = Flavors.from_dict(sample["__subflavors__"])
     names = {name: sample[name] for name in ("__key__", "__restore_key__", "__subflavors__", "__sources__")}
-    augment, most = flavors["data_augment"], flavors["max_tiles"]
-    if flavors.get("shards"):
-        # The index lies in the tar file: `primary` finds the images of this record by their names.
-        document = json.loads(sample[f"{META}.json"])
-        record = Record(document["key"], document["record"], "", augment, most)
-        return Cooked(
-            **names, record=record, images=ShardImages(document["sizes"], sample["__key__"], primary)
-        )
+    if flavors.sharded:
+        # The index is in the tar file: `primary` finds the images of this record by their names.
+        found = ShardRecord.from_json(sample[SHARD_JSON])
+        record = Record(found.key, found.record, "", flavors.data_augment, flavors.max_tiles)
+        return Cooked(**names, record=record, images=ShardImages(found.sizes, sample["__key__"], primary))
     index = int(sample["__key__"])
-    line = index + 1 if flavors["lines"] is None else int(_line_numbers(str(out / flavors["lines"]))[index])
-    root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
-    record = Record(f"{flavors['label']}:{line}", sample["json"], "", augment, most)
-    return Cooked(**names, record=record, images=FolderImages(root, _size_table(str(out), flavors["set"])))
+    line = index + 1 if flavors.lines is None else int(_line_numbers(str(out / flavors.lines))[index])
+    key = f"{flavors.label}:{line}"
+    record = Record(key, sample["json"], "", flavors.data_augment, flavors.max_tiles)
+    images = FolderImages(flavors.image_root(out), _size_table(out, flavors.data_set))
+    return Cooked(**names, record=record, images=images)
 
 
 @lru_cache(maxsize=256)
-def _size_table(out: str, name: str) -> SizeTable:
-    return SizeTable(Path(out) / name / "media")
+def _size_table(out: Path, data_set: str) -> SizeTable:
+    return size_table(out, data_set)
 
 
 class _QuietPacking(PackingDataset):

@@ -25,7 +25,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import MARK, prepared_sets
+from megatron_internvlx.data.prepared import is_prepared, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ class DataProvider:
         if is_first_rank() and energon:
             prepared_sets(self.data.data or "")
         elif is_first_rank():
-            if (Path(self.data.data or "") / MARK).is_file():
+            if is_prepared(self.data.data or ""):
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.valid_manifest is not None and is_first_rank():
