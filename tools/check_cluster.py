@@ -145,7 +145,7 @@ def _check_dali() -> Check:
         platform.synchronize()
         done += count
     speed = done / (time.perf_counter() - began)
-    failed = pipeline.rescued + sum(pipeline.blank.values())
+    failed = pipeline.fallbacks.total() + pipeline.blank.total()
     pipeline.close()
     if failed:
         return Check("missing", "DALI", f"{failed} of {pipeline.images} pictures failed")

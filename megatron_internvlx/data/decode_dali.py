@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from megatron_internvlx.data.decode_pil import (
     UPRIGHT,
     Source,
-    opened,
     orientation,
+    read_header,
     reencode,
 )
 from megatron_internvlx.data.decode_pil import load_tiles as pillow_tiles
@@ -62,7 +62,7 @@ class DaliDecoder:
         """
         if min(cols, rows) < 1:
             raise ValueError(f"cols {cols} and rows {rows} must be at least 1")
-        with opened(source) as image:
+        with read_header(source) as image:
             turn = orientation(image) if self.apply_exif else 1
             reason = unsupported(image)
         if reason is None:

@@ -42,7 +42,7 @@ def _cause(error: Exception) -> str:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[Image.Image]:
+def read_header(source: Source) -> Iterator[Image.Image]:
     """The image with only its header read. Whatever a broken file raises becomes a BadSample."""
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
@@ -84,7 +84,7 @@ def image_size(source: Source, *, apply_exif: bool = True) -> tuple[int, int]:
 
     Raises BadSample (missing_image, unreadable_image, bomb) named by the path.
     """
-    with opened(source) as image:
+    with read_header(source) as image:
         turned = apply_exif and orientation(image) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 
@@ -116,7 +116,7 @@ def load_tiles(
     """
     if min(cols, rows, tile_size) < 1:
         raise ValueError(f"cols {cols}, rows {rows} and tile_size {tile_size} must be at least 1")
-    with opened(source) as image:
+    with read_header(source) as image:
         turn = UPRIGHT.get(orientation(image)) if apply_exif else None
         pixels = image.convert("RGB")
         if turn is not None:

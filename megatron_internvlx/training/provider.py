@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -217,8 +218,9 @@ class DataProvider:
         pipeline, cut = self.pipeline, 0
         if pipeline is not None:
             cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
-        fallbacks = fallback_counts(batches.fallbacks if batches else {})
-        fallbacks[-1] += pipeline.rescued if pipeline else 0
+        reasons = Counter(batches.fallbacks if batches else {})
+        reasons.update(pipeline.fallbacks if pipeline else {})
+        fallbacks = fallback_counts(reasons)
         blank = sum(pipeline.blank.values()) if pipeline else 0
         return Decoding(cut, blank, fallbacks, batches.ready if batches and pipeline else None)
 
