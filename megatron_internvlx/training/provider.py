@@ -23,7 +23,7 @@ from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepared import is_prepared, prepared_sets
@@ -186,7 +186,7 @@ class DataProvider:
             if not isinstance(item, BadSample):
                 return
             log.add(item)
-            log.saw(0, 1)
+            log.count_samples(0, 1)
         raise ValueError(f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}")
 
     def _held_out_dataset(self) -> ConversationDataset:
@@ -289,7 +289,7 @@ class DataProvider:
             "dp_rank": mpu.get_data_parallel_rank(),
             "dp_size": mpu.get_data_parallel_world_size(),
             "num_workers": self.data.loader_workers,
-            "finish": partial(planned, settings=plan_settings(self.args)),
+            "finish": partial(plan_micro_batch, settings=plan_settings(self.args)),
         }
 
     def _training_loader(self) -> Iterator[HostBatch]:
