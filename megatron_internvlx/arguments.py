@@ -75,8 +75,7 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     _set_dry_run_world(chosen, recipe)
     numbers = precision_defaults(chosen.precision or recipe.get("precision"))
     named = (preset(name) if name else {}) | numbers
-    deterministic = chosen.deterministic_mode or bool(recipe.get("deterministic_mode"))
-    defaults = platform.args_defaults(deterministic=deterministic) | OUR_DEFAULTS | named | recipe
+    defaults = platform.args_defaults() | OUR_DEFAULTS | named | recipe
     unknown = sorted(set(defaults) - known)
     if unknown:
         raise ValueError(f"settings unknown to this version of Megatron: {', '.join(unknown)}")
@@ -101,7 +100,6 @@ def _parse_early_flags(argv: list[str]) -> argparse.Namespace:
     peek.add_argument("--precision")
     peek.add_argument("--tokenizer-model")
     peek.add_argument("--vocab-size", type=int)
-    peek.add_argument("--deterministic-mode", action="store_true")
     peek.add_argument("--dry-run", action="store_true")
     peek.add_argument("--dry-run-world-size", type=int)
     return peek.parse_known_args(argv)[0]
@@ -264,6 +262,10 @@ def _check_graph(args: argparse.Namespace, train: TrainSettings) -> None:
             args.cuda_graph_warmup_steps < 1
         ),
         "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
+        # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
+        "a trained vision encoder (its backward pass reads freed memory when replayed; add --freeze-vision)": (
+            not train.freeze_vision
+        ),
     }
     if asked := [what for what, on in refused.items() if on]:
         raise ValueError(f"{flag} cannot go with {'; '.join(asked)}")

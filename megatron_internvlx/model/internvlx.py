@@ -34,6 +34,7 @@ from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import BoundaryFormat, Budget
 from megatron_internvlx.parallel.device_plan import DevicePhase, DevicePlan
 from megatron_internvlx.parallel.layout import boundary_content, stage_layers
+from megatron_internvlx.platform.kernels import vocab_parallel_cross_entropy
 
 ROTARY_TABLE_STEP = 256
 
@@ -251,22 +252,16 @@ class InternVLX(MegatronModule):
         first = self.tp_group.rank() * logits.shape[-1]
         real = min(max(self.real_vocab_size - first, 0), logits.shape[-1])
         if real < logits.shape[-1]:
-            logits[..., real:] = torch.finfo(logits.dtype).min
+            # Autograd need not know: their share of the loss's gradient is exactly 0.
+            logits.detach()[..., real:] = torch.finfo(logits.dtype).min
         return logits
 
     def _loss(self, *, hidden_states, output_layer, output_weight, context: DevicePlan, **_) -> Tensor:
         rows = self._supervised_rows(hidden_states, context.loss_rows)
         logits = self._local_logits(rows, output_layer, output_weight)
         predicted = None if self.training else self._argmax(logits)
-        losses = self._losses(logits, context.targets.long())
+        losses = vocab_parallel_cross_entropy(logits, context.targets.long(), self.tp_group)
         return losses if predicted is None else torch.stack([losses, predicted.to(losses.dtype)])
-
-    def _losses(self, logits_n1V: Tensor, targets_n: Tensor) -> Tensor:
-        """Cross entropy of each row: [n]."""
-        if logits_n1V.shape[0] == 0:
-            # Transformer Engine's kernel refuses no rows; the graph stays, so that gradients are zeros.
-            return logits_n1V.float().sum(-1).view(-1)
-        return self.language_model.compute_language_model_loss(targets_n[None], logits_n1V).view(-1)
 
     def _argmax(self, logits_n1V: Tensor) -> Tensor:
         """Most likely token id per row over all vocabulary shards: [n]."""

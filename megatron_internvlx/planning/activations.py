@@ -186,8 +186,8 @@ class MemoryModel:
         elements = self.rank_rows(stats.deep_rows) * sizes.hidden
         # Of the norm's output only supervised rows go on.
         norm = self.norm(elements, trained=trained) - elements * self.width * trained
-        logits = 4 * rows * (sizes.padded_vocab // self.layout.tensor)
-        return norm + rows * sizes.hidden * self.width * trained + logits
+        kept = sizes.hidden * trained + sizes.padded_vocab // self.layout.tensor
+        return norm + rows * kept * self.width
 
     def layer_input(self, layer: int, stats: PlanStats) -> int:
         """What full recomputation keeps of a layer: the rows that enter it, before it expands them."""

@@ -103,18 +103,9 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def args_defaults(*, deterministic: bool = False) -> dict[str, Any]:
-    """Defaults of Megatron arguments (argparse destinations) that this machine needs or that are faster on it.
-
-    Args:
-        deterministic: leave out what `--deterministic-mode` refuses.
-    """
-    if not _CUDA:
-        return dict(cpu.ARGS_DEFAULTS)
-    if _installed("transformer_engine") and not deterministic:
-        # Megatron refuses the one of Transformer Engine, as not stable.
-        return {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"}
-    return {}
+def args_defaults() -> dict[str, Any]:
+    """Defaults of Megatron arguments (argparse destinations) that this machine needs."""
+    return {} if _CUDA else dict(cpu.ARGS_DEFAULTS)
 
 
 def output_layer_fuses_accumulation() -> bool:

@@ -1,10 +1,11 @@
-"""Operations of vision encoder and PVTC between their matrix products, one kernel for each step and direction.
+"""Operations of vision encoder, PVTC and loss between matrix products, one kernel for each step and direction.
 
 On CUDA they are Triton kernels (`kernels_triton.py`), elsewhere torch's operations (`kernels_torch.py`), with the
 same backward formulas. A parameter whose gradient Transformer Engine would add to `main_grad` in its own kernels
 gets it the same way here: see `Norm.accumulate`.
 
-Shapes: `...` rows, C channels of a row, N windows, w keys of a window, h = heads * width of a head.
+Shapes: `...` or n rows, C channels of a row, N windows, w keys of a window, h = heads * width of a head,
+V columns of the vocabulary, of which a rank has V/TP.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from megatron_internvlx.platform import kernels_torch
 
@@ -102,6 +104,20 @@ def twin_norm(x: Tensor, a: Norm, b: Norm) -> tuple[tuple[Tensor, Tensor], tuple
 def split_packed(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
     """Views of `packed` along `dim`, which disappears; their gradients are joined without a copy if they lie so."""
     return _SplitPacked.apply(packed, dim)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets_n: Tensor, group: ProcessGroup) -> Tensor:
+    """Cross entropy of each row, `[n]`, at least in fp32.
+
+    Of the logits' size nothing is kept but the logits, which the backward pass replaces by their gradient: nothing
+    else may read them then, and a second backward pass is an error.
+
+    Args:
+        logits: this rank's columns, `[n, V/TP]` or `[n, 1, V/TP]`, of finite numbers.
+        targets_n: token ids, int64, from 0 to V - 1.
+        group: the tensor parallel group, whose ranks have the same n.
+    """
+    return _VocabParallelCrossEntropy.apply(logits.flatten(0, -2).contiguous(), targets_n, group)
 
 
 def _destinations(parameters: list[Tensor | None], accumulate: bool) -> tuple[list[Tensor | None], bool]:
@@ -247,3 +263,36 @@ class _SplitPacked(torch.autograd.Function):
         if together:
             return first.as_strided(ctx.shape, ctx.stride), None
         return torch.stack(gradients, ctx.dim), None
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, targets, group):
+        ctx.first = group.rank() * logits.shape[1]
+        losses, maximum, total, picked = implementation(logits).cross_entropy(logits, targets, ctx.first)
+        if group.size() > 1 and len(logits):
+            losses, maximum, total = _join_shards(maximum, total, picked, group)
+        ctx.save_for_backward(logits, targets, maximum, total)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, g_losses):
+        logits, targets, maximum, total = ctx.saved_tensors
+        gradient = logits.detach()
+        numbers = (ctx.first, maximum, total)
+        implementation(g_losses).cross_entropy_backward(g_losses, gradient, targets, *numbers)
+        # Autograd sees no write of a Triton kernel, and would take the gradient for logits in a second pass.
+        torch.autograd.graph.increment_version(logits)
+        return gradient, None, None
+
+
+def _join_shards(
+    maximum: Tensor, total: Tensor, picked: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, maxima and sums of exponentials of whole rows, `[n]` each, from those of this rank's columns."""
+    highest = maximum.clone()
+    all_reduce(highest, ReduceOp.MAX, group=group)
+    sums = torch.stack([total * (maximum - highest).exp(), picked])
+    all_reduce(sums, group=group)
+    total, picked = sums.unbind()
+    return total.log() - (picked - highest), highest, total

@@ -36,9 +36,12 @@ def add_norm(
     """`out = residual + branch * scale * keep / keep_rate`, and its norm; each part may be absent.
 
     Args:
-        residual: `[..., C]`. branch: the same; absent: no `out`.
-        scale: `[C]`. keep: 0 or 1 per entry of the dimension before C.
-        weight: `[C]`; absent: no norm. bias: `[C]`, of a layer norm.
+        residual: `[..., C]`.
+        branch: the same; absent: no `out`.
+        scale: `[C]`.
+        keep: 0 or 1 per entry of the dimension before C.
+        weight: `[C]`; absent: no norm.
+        bias: `[C]`, of a layer norm.
         rms: an RMS norm, cast to the weight's type before the weight is applied; False: a layer norm.
 
     Returns:
@@ -69,8 +72,10 @@ def add_norm_backward(
     """The backward pass of `add_norm`.
 
     Args:
-        g_y, g_out: gradients of the norm and of `out`; absent: none.
-        x: what was normalized. branch: as in the forward pass, needed with `scale`.
+        g_y: gradient of the norm; absent: none.
+        g_out: gradient of `out`; absent: none.
+        x: what was normalized.
+        branch: as in the forward pass, needed with `scale`.
         branch_dtype: type of the branch; absent: there was none, or its gradient is not wanted.
         sums: where the gradients of scale, weight and bias go, `[C]` each; absent: not wanted.
         add: add them to what is there.
@@ -165,7 +170,48 @@ def twin_norm_backward(
     """Gradient of `x`, where each norm was read twice; `sums` and `add` as in `add_norm_backward`."""
     normed = _wide(x) * rstd
     g_a, g_b = g_a + g_a2, g_b + g_b2
-    rows = [(g * normed.to(g.dtype)).flatten(0, -2).sum(0) for g in (g_a, g_b)]
+    rows: list[Tensor | None] = [(g * normed.to(g.dtype)).flatten(0, -2).sum(0) for g in (g_a, g_b)]
     _put(sums, rows, add)
     g = _wide(g_a * weight_a) + _wide(g_b * weight_b)
     return ((g - normed * (g * normed).mean(-1, keepdim=True)) * rstd).to(x.dtype)
+
+
+def _in_shard(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Mask of the targets in the columns from `first` to `first + width`, and their columns there, 0 elsewhere."""
+    column = targets - first
+    inside = (column >= 0) & (column < width)
+    return inside, torch.where(inside, column, 0)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross entropy and its statistics over this rank's columns of the vocabulary.
+
+    Args:
+        logits: `[n, V]`.
+        targets: `[n]`, token ids.
+        first: the id of the first column.
+
+    Returns:
+        `[n]` each, at least in fp32: the losses if these are all columns, the maximum, the sum of the exponentials
+        below it, and the target's logit, 0 if it lies in other columns.
+    """
+    wide = _wide(logits)
+    maximum = wide.amax(-1)
+    total = (wide - maximum[:, None]).exp_().sum(-1)
+    inside, column = _in_shard(targets, first, logits.shape[-1])
+    picked = torch.where(inside, wide.gather(1, column[:, None]).squeeze(1), 0)
+    return total.log() - (picked - maximum), maximum, total, picked
+
+
+def cross_entropy_backward(
+    g_losses: Tensor, logits: Tensor, targets: Tensor, first: int, maximum: Tensor, total: Tensor
+) -> None:
+    """Gradient of the logits, `(softmax - one_hot) * g_losses`, written in their place.
+
+    `maximum` and `total` are of all columns of the vocabulary.
+    """
+    gradient = (_wide(logits) - maximum[:, None]).exp_().div_(total[:, None])
+    inside, column = _in_shard(targets, first, logits.shape[-1])
+    rows = torch.arange(len(logits), device=logits.device)
+    gradient[rows, column] -= inside.to(gradient.dtype)
+    logits.copy_(gradient.mul_(g_losses[:, None]))

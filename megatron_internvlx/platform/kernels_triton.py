@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_internvlx.platform.kernels_triton_loss import cross_entropy, cross_entropy_backward
 from megatron_internvlx.platform.kernels_triton_windows import (
     gated_silu,
     gated_silu_backward,
@@ -23,6 +24,8 @@ from megatron_internvlx.platform.kernels_triton_windows import (
 __all__ = [
     "add_norm",
     "add_norm_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
     "gated_silu",
     "gated_silu_backward",
     "twin_norm",

@@ -44,6 +44,24 @@ def end_of_layer(residual: Tensor, branch: Tensor, scale: Tensor):
     return (kernels.add_branch(residual, branch, scale=scale),)
 
 
+class Alone:
+    """A tensor parallel group of one rank."""
+
+    @staticmethod
+    def rank() -> int:
+        return 0
+
+    @staticmethod
+    def size() -> int:
+        return 1
+
+
+def loss(logits: Tensor):
+    targets = torch.arange(len(logits), device="cuda") * 7919 % logits.shape[-1]
+    # Its gradient takes the place of its input, so that gets a copy.
+    return (kernels.vocab_parallel_cross_entropy(logits * 1, targets, Alone),)
+
+
 TILE = (ROWS, TILES)
 CASES = {
     "branch end 1024": (branch_end, [(*TILE, 1024)] * 2 + [(1024,)] * 3),
@@ -56,6 +74,8 @@ CASES = {
     "attention to 16 of 512": (attention, [(64, 8192), (64, 16, 8192), (64, 16, 8192)]),
     "attention to 4 of 56": (attention, [(512, 896), (512, 4, 896), (512, 4, 896)]),
     "gated SiLU": (gate, [(1000, 8192)] * 2),
+    "loss of 92,672": (loss, [(300, 1, 92672)]),
+    "loss of 37,919, a shard of an odd width": (loss, [(300, 1, 37919)]),
 }
 
 

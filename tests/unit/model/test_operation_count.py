@@ -22,7 +22,7 @@ VISION = InternViTConfig(
     hidden_size=16, num_layers=24, num_heads=2, ffn_hidden_size=32, patch_size=4, image_size=32
 )
 MAIN = {"vision": 1284, "projector": 165, "whole": 2714}
-NOW = {"vision": 636, "projector": 99, "whole": 1747}
+NOW = {"vision": 636, "projector": 99, "whole": 1746}
 
 
 def build(**more: object) -> InternVLX:
@@ -57,11 +57,6 @@ def count(fused: bool = True) -> dict[str, int]:
     batch = micro_batch(plan, torch.randn(2, 3, 32, 32))
     found = {}
     with as_on_a_gpu(fused) as mode:
-        if fused:
-            loss = mode.fused(
-                "loss", lambda x, y: torch.nn.functional.cross_entropy(x[:, 0], y, reduction="none")
-            )
-            model._losses = loss
         parts = {
             "vision": (model.vision_model, batch.tiles),
             "projector": (model.projector, torch.randn(2, 65, 16)),

@@ -58,7 +58,7 @@ def test_a_huge_model_is_described_at_once() -> None:
     ("changes", "message"),
     [
         ({"low_ratio": 0.3}, "--low-ratio 0.3 does not fit 8x8 patches"),
-        ({"expand_layer": 6}, "--expand-layer 6 is outside 1..5"),
+        ({"expand_layer": 6}, "--expand-layer 6 must be between 1 and 5"),
         ({"vision_preset": "eyes"}, "unknown vision encoder 'eyes'"),
     ],
 )

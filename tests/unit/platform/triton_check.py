@@ -96,10 +96,32 @@ def others(dtype: torch.dtype, worst: dict[str, float]) -> None:
         compare(f"twin_norm_backward {dtype}", backward, worst)
 
 
+def losses(dtype: torch.dtype, worst: dict[str, float]) -> None:
+    """Rows of one block and of several, whose maximum is in the last, and a shard with some of the targets."""
+    for width, first, targets in ((40, 0, [0, 35, 39]), (40, 30, [29, 30, 69, 70]), (9000, 0, [8999, 7])):
+        targets = torch.tensor(targets)
+        logits = (draw(len(targets), width) * 3 + torch.linspace(-20, 20, width)).to(dtype)
+        g = draw(len(targets))
+        compare(
+            f"cross_entropy {dtype}", lambda m, x=logits, t=targets, f=first: m.cross_entropy(x, t, f), worst
+        )
+
+        def backward(module, x=logits, t=targets, f=first, g=g):
+            _, maximum, total, _ = module.cross_entropy(x, t, f)
+            gradient = x.clone()
+            module.cross_entropy_backward(g, gradient, t, f, maximum, total)
+            return [gradient]
+
+        compare(f"cross_entropy_backward {dtype}", backward, worst)
+    none = draw(0, 40, dtype=dtype)
+    compare(f"cross_entropy {dtype}", lambda m: m.cross_entropy(none, targets[:0], 0), worst)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     found: dict[str, float] = {}
     for kind in (torch.float32, torch.bfloat16):
         add_norms(kind, found)
         others(kind, found)
+        losses(kind, found)
     print(json.dumps(found))
