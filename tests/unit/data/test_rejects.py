@@ -48,7 +48,7 @@ def test_too_many_stop_with_counts_and_remedy(tmp_path):
     ) as caught:
         log.add(BadSample("a:2", "bomb", "x"))
     assert isinstance(caught.value, ValueError)
-    with pytest.raises(ValueError, match="max_rejects is -1"):
+    with pytest.raises(ValueError, match="max_rejects -1"):
         RejectLog(None, -1)
 
 
