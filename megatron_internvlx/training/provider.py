@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,10 +23,10 @@ from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import MARK, prepared_sets
+from megatron_internvlx.data.prepared import is_prepared, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
@@ -169,7 +170,7 @@ class DataProvider:
         if is_first_rank() and energon:
             prepared_sets(self.data.data or "")
         elif is_first_rank():
-            if (Path(self.data.data or "") / MARK).is_file():
+            if is_prepared(self.data.data or ""):
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.valid_manifest is not None and is_first_rank():
@@ -185,7 +186,7 @@ class DataProvider:
             if not isinstance(item, BadSample):
                 return
             log.add(item)
-            log.saw(0, 1)
+            log.count_samples(0, 1)
         raise ValueError(f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}")
 
     def _held_out_dataset(self) -> ConversationDataset:
@@ -217,8 +218,9 @@ class DataProvider:
         pipeline, cut = self.pipeline, 0
         if pipeline is not None:
             cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
-        fallbacks = fallback_counts(batches.fallbacks if batches else {})
-        fallbacks[-1] += pipeline.rescued if pipeline else 0
+        reasons = Counter(batches.fallbacks if batches else {})
+        reasons.update(pipeline.fallbacks if pipeline else {})
+        fallbacks = fallback_counts(reasons)
         blank = sum(pipeline.blank.values()) if pipeline else 0
         return Decoding(cut, blank, fallbacks, batches.ready if batches and pipeline else None)
 
@@ -287,7 +289,7 @@ class DataProvider:
             "dp_rank": mpu.get_data_parallel_rank(),
             "dp_size": mpu.get_data_parallel_world_size(),
             "num_workers": self.data.loader_workers,
-            "finish": partial(planned, settings=plan_settings(self.args)),
+            "finish": partial(plan_micro_batch, settings=plan_settings(self.args)),
         }
 
     def _training_loader(self) -> Iterator[HostBatch]:

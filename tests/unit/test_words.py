@@ -13,7 +13,7 @@ from tests.unit.test_ratchets import PACKAGE, ROOT, sources
 DONE = (
     *(
         f"{PACKAGE}/{room}/"
-        for room in ("checkpoint", "evaluation", "lifecycle", "planning", "platform", "reporting")
+        for room in ("checkpoint", "data", "evaluation", "lifecycle", "planning", "platform", "reporting")
     ),
     *(
         f"{PACKAGE}/{name}.py"
@@ -31,11 +31,6 @@ DONE = (
         )
     ),
     *(f"{PACKAGE}/{name}.py" for name in ("signal_mask", "usage", "yaml_files")),
-    *(
-        f"{PACKAGE}/data/{name}.py"
-        for name in ("annotations", "conversation", "manifest", "messages", "normalize", "packing", "prepare")
-    ),
-    *(f"{PACKAGE}/data/{name}.py" for name in ("rvtc", "shards", "tokenizer")),
     "tools/",
 )
 # Phrase -> what to write instead.
