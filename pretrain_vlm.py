@@ -42,6 +42,7 @@ def train() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_internvlx import arguments
+    from megatron_internvlx.config import settings_from
     from megatron_internvlx.data.rejects import UnusableData
     from megatron_internvlx.lifecycle.continuation import Continuation
     from megatron_internvlx.lifecycle.lock import lock_save
@@ -50,6 +51,7 @@ def train() -> int:
     from megatron_internvlx.lifecycle.saves import GuardedSaves
     from megatron_internvlx.lifecycle.setup import setup_from
     from megatron_internvlx.lifecycle.watch import watch
+    from megatron_internvlx.megatron_settings import Execution, Progress
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.planning import dryrun
     from megatron_internvlx.reporting.log import TrainingLog
@@ -63,22 +65,23 @@ def train() -> int:
 
     try:
         args = arguments.parse(made_with=layout_to_keep)
-        if args.dry_run:
+        setup = setup_from(args)
+        if setup.settings.dry_run:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
-        lock = lock_save(args)
+        lock = lock_save(setup)
         arguments.default_to_one_rank()
         data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
-    setup, stop, trackers = setup_from(args), signals.StopSignals(), Trackers(args)
+    stop, trackers = signals.StopSignals(), Trackers(args)
     step = ForwardStep()
     log = TrainingLog(args, data, step, trackers)
     outcome = Outcome(setup, stop, trackers.close, lock)
     saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
-    watch(args, setup, stop, step, saves, outcome.failed)
-    if args.cuda_graph_impl != "none":
+    watch(Progress(args), setup, stop, step, saves, outcome.failed)
+    if settings_from(args, Execution).cuda_graph_impl != "none":
         record_steps()
     communicator = boundary_communicator(data)
     provider = ModelProvider(args, communicator, step.weights)
@@ -88,7 +91,7 @@ def train() -> int:
             data,
             ModelType.encoder_or_decoder,
             step,
-            Continuation(args, setup, stop, lock).before(provider),
+            Continuation(args, setup, stop, lock).precede(provider),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )

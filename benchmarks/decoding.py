@@ -69,7 +69,7 @@ def rate(
         **options,
         "images_per_s": round(done * batch / spent, 1),
         "tiles_per_s": round(done * len(out) / spent, 1),
-        "rescued": pipeline.rescued,
+        "rescued": pipeline.fallbacks.total(),
         "blank": sum(pipeline.blank.values()),
     }
 

@@ -7,7 +7,9 @@ validated the arguments, and `Batches` too: what Megatron fills in is None then.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Parallelism(ParallelSizes):
     use_distributed_optimizer: bool
     microbatch_group_size_per_vp_stage: int | None = None
     """Consecutive micro-batches of a model chunk in the interleaved schedule; None for the number of stages."""
+
+    @property
+    def is_last_rank(self) -> bool:
+        """Whether this rank prints: Megatron's choice, on the last pipeline stage, where losses are known."""
+        return self.rank == self.world_size - 1
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,67 @@ class CheckpointFiles:
     finetune: bool
     """Take the weights of `load` and begin at iteration 0."""
 
+    @property
+    def save_folder(self) -> Path | None:
+        """`save` as a directory; None if it is not given, or is a URL of a storage client."""
+        return Path(self.save) if self.save and "://" not in self.save else None
+
 
 @dataclass(frozen=True)
-class Progress:
-    """Position of a run. Megatron sets it when it loads a checkpoint: make one when it is needed."""
+class Loop:
+    """Conditions that end Megatron's training loop before its last step, and its other reports."""
 
-    iteration: int | None = None
-    """Iteration of the loaded checkpoint; 0 or None without one."""
-    consumed_train_samples: int = 0
+    exit_signal_handler: bool
+    """Whether a signal ends the run after its step, with a checkpoint."""
+    exit_duration_in_mins: int | None
+    """Time after which the run ends, to be continued by another start; None: no limit."""
+    tensorboard_dir: str | None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Ways in which a step runs on the device."""
+
+    fp8: str | None
+    """Format of FP8 matrix products; None without them."""
+    cuda_graph_impl: str
+    """Part of a step that is replayed as a CUDA graph, or `none`."""
+
+
+class Progress:
+    """Live view of the position that Megatron notes in its namespace during a run.
+
+    Args:
+        args: Megatron's namespace. Its values change, so they are read anew each time.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the training loop has been entered."""
+        return hasattr(self._args, "curr_iteration")
+
+    @property
+    def loaded_step(self) -> int:
+        """Step of the checkpoint that was loaded; 0 if none was, or before."""
+        return int(getattr(self._args, "iteration", 0))
+
+    @property
+    def loaded_from(self) -> str | None:
+        """Directory of the checkpoint that was, or will be, loaded; None if there is none."""
+        return self._args.load
+
+    @property
+    def finished_steps(self) -> int:
+        """Steps that are done, those before the loaded checkpoint included."""
+        return int(self._args.curr_iteration) if self.has_begun else self.loaded_step
+
+    @property
+    def consumed_train_samples(self) -> int:
+        """Training samples of the steps before the loaded checkpoint, and of those since."""
+        return int(getattr(self._args, "consumed_train_samples", 0))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from megatron.training import get_args
 from megatron_internvlx.data.plan import SequencePlan
 from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.parallel.layout import boundary_content
-from megatron_internvlx.training.provider import plan_settings
 from tests.distributed import Pool
 from tests.layout_cases import SETTINGS, Case, Runner, expand
 
@@ -88,7 +87,7 @@ def formula(plan: SequencePlan, args: Any, next_layer: int, direction: str) -> i
 
 def expected(args: Any, kind: str) -> dict[tuple[int, str], int]:
     """Bytes of a step by (boundary, direction), on one TP rank; stages of equally many layers."""
-    settings = plan_settings(args)
+    settings = layouts.synthetic_plan_settings(args)
     plans = [layouts.micro_batch(n, kind, settings).plan for n in range(layouts.MICRO_BATCHES)]
     stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
     return {

@@ -67,6 +67,15 @@ def sample(number: int, tiles: int, tokens_per_tile: int) -> tuple[np.ndarray, .
     return ids, labels, is_visual, rng.integers(0, 256, (tiles, 3, IMAGE, IMAGE)).astype(np.uint8)
 
 
+def synthetic_plan_settings(args: Any) -> PlanSettings:
+    """Plan settings of a run on synthetic packs: with static boundaries of up to four samples.
+
+    Without their loader the arguments have one sample per micro-batch.
+    """
+    settings = plan_settings(args)
+    return settings if settings.sample_budget is None else replace(settings, sample_budget=4)
+
+
 def micro_batch(number: int, kind: str, settings: PlanSettings) -> HostBatch:
     """Micro-batch `number`: three samples packed, or one; of 0 and more tiles, "text": even ones of none."""
     count = 1 if kind == "single" else 3
@@ -93,9 +102,7 @@ class SyntheticData(DataProvider):
         """There are none."""
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
-        settings = plan_settings(self.args)
-        if settings.sample_budget is not None:  # packs, though their loader is not here to say so
-            settings = replace(settings, sample_budget=4)
+        settings = synthetic_plan_settings(self.args)
         number = mpu.get_data_parallel_rank() + (self.args.consumed_train_samples if split == "train" else 50)
         while True:
             yield micro_batch(number, self.kind, settings)

@@ -45,6 +45,7 @@ MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compare
 SLOW_LINK = 20.0
 # Images per second of 1200x900 on one GPU: an H100 without its JPEG engines does three times as many.
 SLOW_DECODING = 1000.0
+OTHER_FORMATS = ("PNG", "WEBP", "BMP", "TIFF")  # decoded by DALI too, if it has their decoders
 SLOW_SHARE = 0.8  # of the median speed; a slower rank delays all others
 
 
@@ -132,10 +133,9 @@ def _check_dali() -> Check:
     # With a GPU photographs; on CPU one picture shows that DALI works, and rates do not matter.
     width, height, count = (1200, 900, 32) if on_gpu else (64, 64, 1)
     noise = torch.randint(0, 255, (height // 4, width // 4, 3), dtype=torch.uint8).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height)).save(buffer, "JPEG", quality=90)
+    photograph = _encode(Image.fromarray(noise).resize((width, height)), "JPEG")
     cols, rows = tile_grid(width, height)
-    wanted = [Wanted.whole(EncodedImage(buffer.getvalue(), cols, rows, True))] * count
+    wanted = [Wanted.whole(EncodedImage(photograph, cols, rows, True))] * count
     pipeline = TilePipeline(0 if on_gpu else None, 448)
     pipeline.cut(wanted)  # the first time starts the decoders
     platform.synchronize()
@@ -145,14 +145,24 @@ def _check_dali() -> Check:
         platform.synchronize()
         done += count
     speed = done / (time.perf_counter() - began)
-    failed = pipeline.rescued + sum(pipeline.blank.values())
-    pipeline.close()
+    failed = pipeline.fallbacks.total() + pipeline.blank.total()
     if failed:
+        pipeline.close()
         return Check("missing", "DALI", f"{failed} of {pipeline.images} pictures failed")
     status = "slow" if on_gpu and speed < SLOW_DECODING else "ok"
-    return Check(
-        status, "DALI", f"cuts {speed:,.0f} images/s of {width}x{height} on the {'GPU' if on_gpu else 'CPU'}"
-    )
+    detail = f"cuts {speed:,.0f} images/s of {width}x{height} on the {'GPU' if on_gpu else 'CPU'}"
+    small = Image.fromarray(noise[:16, :16])
+    pipeline.cut([Wanted.whole(EncodedImage(_encode(small, form), 1, 1, False)) for form in OTHER_FORMATS])
+    if pipeline.fallbacks or pipeline.blank:
+        status, detail = "slow", f"{detail}; {', '.join(pipeline.fallbacks)}: Pillow cuts these on the CPU"
+    pipeline.close()
+    return Check(status, "DALI", detail)
+
+
+def _encode(picture: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, quality=90)
+    return buffer.getvalue()
 
 
 def world_checks(shared: Path | None, megabytes: int, slowest: float) -> list[Check]:

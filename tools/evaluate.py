@@ -18,6 +18,7 @@ if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
+from megatron_internvlx.config import settings_from
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rejects import BadSample
 
@@ -49,17 +50,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
-    args = parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
-        check_model_directory("--hf", args.hf)
-        manifest = Manifest(args.data)
-        if args.out.exists() and not args.out.is_dir():
-            raise ValueError(f"--out {args.out}: a file, not a directory")
+        check_model_directory("--hf", options.hf)
+        manifest = Manifest(options.data)
+        if options.out.exists() and not options.out.is_dir():
+            raise ValueError(f"--out {options.out}: a file, not a directory")
         print("evaluate.py: loading PyTorch and the model ...", file=sys.stderr, flush=True)
         # Imported late: this takes seconds, on a busy machine half a minute.
-        from megatron_internvlx.evaluation.run import evaluate
+        from megatron_internvlx.evaluation.run import EvaluationSettings, evaluate
 
-        scores = evaluate(args, manifest)
+        scores = evaluate(settings_from(options, EvaluationSettings), manifest)
     except (BadSample, OSError, ValueError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name.replace('_', ' '):17} {100 * scores[name]:6.2f} %")
     for kind, (right, asked) in scores["by_kind"].items():
         print(f"  {kind:15} {right:5} of {asked}")
-    print(f"{scores['answers']} answers in {args.out}")
+    print(f"{scores['answers']} answers in {options.out}")
     return 0
 
 

@@ -11,8 +11,6 @@ and tokens per RVTC policy, the fill of packs, and the share of compute saved.
 from __future__ import annotations
 
 import argparse
-import json
-import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ if __name__ == "__main__":  # works without an installed package too
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
+from megatron_internvlx.data.prepared import BROKEN_LIST, read_broken
 from tools.values import float_in_range, int_in_range
 
 
@@ -53,19 +52,18 @@ def _prepare_parser() -> argparse.ArgumentParser:
 
 def run_prepare(argv: Sequence[str]) -> None:
     """Prepare all data sets, and print a line for each."""
-    args = vars(_prepare_parser().parse_args(argv))
-    meta, out = args.pop("meta"), args.pop("out")
-    for report in prepare(meta, out, PrepareSettings(**args)):
+    options = vars(_prepare_parser().parse_args(argv))
+    meta, out = options.pop("meta"), options.pop("out")
+    for data_set in prepare(meta, out, PrepareSettings(**options)):
         print(
-            f"{report.name}: {report.train} records x {report.repeat_time:g}, {report.validation} kept for "
-            f"validation, {report.images} images, {report.broken_images} of them broken, "
-            f"{report.broken_records} broken records"
+            f"{data_set.name}: {data_set.train} records x {data_set.repeat_time:g}, {data_set.validation} kept "
+            f"for validation, {data_set.images} images, {data_set.broken_images} of them broken, "
+            f"{data_set.broken_records} broken records"
         )
-    broken = (out / "broken.jsonl").read_text(encoding="utf-8").splitlines()
-    if broken:
-        causes = Counter(json.loads(line)["cause"] for line in broken)
+    causes = Counter(bad.cause for bad in read_broken(out / BROKEN_LIST))
+    if causes:
         counts = ", ".join(f"{cause} {count}" for cause, count in causes.most_common())
-        print(f"{len(broken)} broken images and lines ({counts}): {out / 'broken.jsonl'}", file=sys.stderr)
+        print(f"{causes.total()} broken images and lines ({counts}): {out / BROKEN_LIST}", file=sys.stderr)
     print(f"train with: --loader energon --data {out}")
 
 
@@ -93,34 +91,36 @@ def _stats_parser() -> argparse.ArgumentParser:
 
 def run_stats(argv: Sequence[str]) -> None:
     """Print the table of statistics, and draw the picture."""
-    args = _stats_parser().parse_args(argv)
+    options = _stats_parser().parse_args(argv)
     from megatron_internvlx.config import grid_side
     from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
     from megatron_internvlx.data.tokenizer import load_tokenizer
     from megatron_internvlx.planning import statistics as stats
 
-    if args.patch_size < 1 or args.image_size % args.patch_size:
+    if options.patch_size < 1 or options.image_size % options.patch_size:
         raise ValueError(
-            f"--image-size {args.image_size} must be a multiple of --patch-size {args.patch_size}"
+            f"--image-size {options.image_size} must be a multiple of --patch-size {options.patch_size}"
         )
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: must be at least 1")
-    if not args.seq_length and (args.shallow_seq_length or args.max_tiles_per_pack):
+    if options.samples < 1:
+        raise ValueError(f"--samples {options.samples}: must be at least 1")
+    if not options.seq_length and (options.shallow_seq_length or options.max_tiles_per_pack):
         raise ValueError("--shallow-seq-length and --max-tiles-per-pack need --seq-length, the deep budget")
-    patches = args.image_size // args.patch_size
-    low = grid_side(patches, args.low_ratio, "--low-ratio")
-    high = grid_side(patches, args.high_ratio, "--high-ratio")
+    patches = options.image_size // options.patch_size
+    low = grid_side(patches, options.low_ratio, "--low-ratio")
+    high = grid_side(patches, options.high_ratio, "--high-ratio")
     settings = EncoderSettings(
-        template=args.conversation_template,
-        tile_size=args.image_size,
-        max_tiles=args.max_tiles,
-        use_thumbnail=not args.no_thumbnail,
+        template=options.conversation_template,
+        tile_size=options.image_size,
+        max_tiles=options.max_tiles,
+        use_thumbnail=not options.no_thumbnail,
         tokens_per_tile=high**2,
         shallow_tokens_per_tile=low**2,
     )
     budget = None
-    if args.seq_length:
-        budget = Budget(args.shallow_seq_length or args.seq_length, args.seq_length, args.max_tiles_per_pack)
+    if options.seq_length:
+        budget = Budget(
+            options.shallow_seq_length or options.seq_length, options.seq_length, options.max_tiles_per_pack
+        )
         for name, rows, tile in (
             ("--seq-length", budget.deep, high**2),
             ("--shallow-seq-length", budget.shallow, low**2),
@@ -129,19 +129,19 @@ def run_stats(argv: Sequence[str]) -> None:
                 raise ValueError(
                     f"{name} {rows} is too small for one tile of {tile} tokens and some text: raise it"
                 )
-    encoder = SampleEncoder(load_tokenizer(args.tokenizer_model), settings)
-    found = stats.collect(args.out, encoder, limit=args.samples)
+    encoder = SampleEncoder(load_tokenizer(options.tokenizer_model), settings)
+    found = stats.collect(options.out, encoder, limit=options.samples)
     if budget:
         over = stats.add_fill(found, budget)
         if over:
             print(f"{over} samples exceed a budget by themselves and were cut to it")
-    if args.model_preset:
+    if options.model_preset:
         flags = ("image_size", "patch_size", "low_ratio", "high_ratio")
-        stats.add_flops(found, args.model_preset, {name: getattr(args, name) for name in flags})
+        stats.add_flops(found, options.model_preset, {name: getattr(options, name) for name in flags})
     print(stats.table(found, budget))
-    if args.png:
-        stats.draw(found, args.png, budget)
-        print(f"picture: {args.png}")
+    if options.png:
+        stats.draw(found, options.png, budget)
+        print(f"picture: {options.png}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_stats(argv[1:])
         else:
             run_prepare(argv)
-    except (ValueError, OSError, sqlite3.Error) as error:
+    except (ValueError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -102,6 +102,8 @@ FIGURES: tuple[tuple[str, str, str, Callable[[Results], str]], ...] = (
     ("share of kernel time in matrix products and attention, graph", "56 % (eager)", "80 %",
      lambda r: _share(product_share(r.get("2b-bf16-graph")))),
     ("the same, eager", "56 %", "", lambda r: _share(product_share(r.get("2b-bf16-eager")))),
+    ("eager over graph, 2B bf16, vision encoder frozen", "", "",
+     lambda r: _times(ratio(r, "2b-bf16-eager-frozen", "2b-bf16-graph-frozen"))),
     ("eager over graph, 2B bf16", "", "", lambda r: _times(ratio(r, "2b-bf16-eager", "2b-bf16-graph"))),
     ("FP8 over bf16, 8B widths, graph", "0.87 (eager)", "1.25",
      lambda r: _times(ratio(r, "8b-bf16-graph", "8b-fp8-graph"))),

@@ -31,18 +31,18 @@ def check_counts(sizes: ModelSizes, layout: str, names: Iterable[str]) -> None:
     """
     decoder = "text_config" if layout.startswith("native") else "llm_config"
     names = list(names)
-    for key, what, said, pattern in (
+    for key, what, stated, pattern in (
         (f"{decoder}.num_hidden_layers", "decoder layers", sizes.layers, _LAYERS),
         ("vision_config.num_hidden_layers", "layers of the vision encoder", sizes.vision.num_layers, _VISION),
         (f"{decoder}.num_experts", "experts", sizes.experts, _EXPERTS),
     ):
         there = {int(match.groups()[-1]) for name in names if (match := pattern.match(name))}
-        if len(there) == said:
+        if len(there) == stated:
             continue
-        lacking = list(islice((i for i in range(min(said, len(there) + 10)) if i not in there), 10))
+        lacking = list(islice((i for i in range(min(stated, len(there) + 10)) if i not in there), 10))
         absent = f" (without number {', '.join(map(str, lacking))})"
-        few = absent if lacking and said - len(there) <= 10 else ""
+        few = absent if lacking and stated - len(there) <= 10 else ""
         raise ConversionError(
-            f"config.json: {key} is {said}, but the weights have {len(there)} {what}{few}: correct config.json, "
+            f"config.json: {key} is {stated}, but the weights have {len(there)} {what}{few}: correct config.json, "
             "or complete the weights; both must be of the same model"
         )

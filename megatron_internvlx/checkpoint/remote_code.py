@@ -326,12 +326,9 @@ def _meta_sets(meta: Path) -> list[str]:
 
 
 def _prepared_sets(directory: Path) -> list[str]:
-    from megatron_internvlx.data.prepare import prepared_sets
+    from megatron_internvlx.data.prepared import prepared_sets
 
-    return [
-        _describe_set(report["name"], report["train"], report["repeat_time"])
-        for report in prepared_sets(directory)
-    ]
+    return [_describe_set(entry.name, entry.train, entry.repeat_time) for entry in prepared_sets(directory)]
 
 
 def _describe_set(name: str, records: int | None, repeat: float) -> str:

@@ -31,7 +31,9 @@ from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Request  # 
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles  # noqa: E402
 from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
+from megatron_internvlx.config import VisionSettings, settings_from  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
+from megatron_internvlx.megatron_settings import Batches, Parallelism  # noqa: E402
 from megatron_internvlx.model.internvlx import InternVLX  # noqa: E402
 from megatron_internvlx.parallel.batch import MicroBatch  # noqa: E402
 from megatron_internvlx.parallel.communicator import BoundaryCommunicator  # noqa: E402
@@ -96,9 +98,13 @@ class CaseBatches:
         """Of the case; those after them are padding."""
         self.tiles = case.tiles
         if not len(self.tiles):  # text only: the encoder still runs, on a blank tile
-            self.tiles = torch.zeros(0, 3, args.image_size, args.image_size)
+            side = settings_from(args, VisionSettings).image_size
+            self.tiles = torch.zeros(0, 3, side, side)
+        self.seq_length = settings_from(args, Batches).seq_length
+        layout = settings_from(args, Parallelism)
+        self.stages = layout.pipeline_model_parallel_size
         # The interleaved schedule needs complete groups; equal micro-batches have the same mean loss.
-        self.count = args.pipeline_model_parallel_size if args.virtual_pipeline_model_parallel_size else 1
+        self.count = self.stages if layout.virtual_pipeline_model_parallel_size else 1
 
     def communicator(self) -> BoundaryCommunicator:
         """Create a communicator that uses the same plan for every micro-batch."""
@@ -150,8 +156,8 @@ def run_rank(request: Request) -> None:
     stages = unwrap_model(model)
     load_full(stages, ConvertedWeights(request))
     found = features_of(stages[0], case)
-    found |= logits_of(model, batches, args, communicator, groups)
-    loss = loss_of(model, batches, args, communicator, groups, step, backward=request.gradients)
+    found |= logits_of(model, batches, communicator, groups)
+    loss = loss_of(model, batches, communicator, groups, step, backward=request.gradients)
     found |= loss
     if found and mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
         parts = {name: tensor.float().cpu().contiguous() for name, tensor in found.items()}
@@ -192,26 +198,22 @@ def features_of(stage: InternVLX, case: Case) -> dict[str, Tensor]:
     }
 
 
-def _schedule(
-    model: list, batches: CaseBatches, args: Any, communicator: Any, groups: Any, **how: Any
-) -> list:
+def _schedule(model: list, batches: CaseBatches, communicator: Any, groups: Any, **how: Any) -> list:
     run = get_forward_backward_func()
     return run(
         model=model,
         data_iterator=batches.iterators(len(model)),
         num_microbatches=batches.count,
-        seq_length=args.seq_length,
+        seq_length=batches.seq_length,
         micro_batch_size=1,
-        p2p_communicator=communicator if args.pipeline_model_parallel_size > 1 else None,
-        pg_collection=groups if args.pipeline_model_parallel_size > 1 else None,
+        p2p_communicator=communicator if batches.stages > 1 else None,
+        pg_collection=groups if batches.stages > 1 else None,
         **how,
     )
 
 
 @torch.no_grad()
-def logits_of(
-    model: list, batches: CaseBatches, args: Any, communicator: Any, groups: Any
-) -> dict[str, Tensor]:
+def logits_of(model: list, batches: CaseBatches, communicator: Any, groups: Any) -> dict[str, Tensor]:
     """[rows, V] logits of the unpadded rows, on the last stage."""
     for chunk in model:
         chunk.eval()
@@ -224,7 +226,7 @@ def logits_of(
         return step(iterator, chunk) if last else (chunk(next(iterator)), None)
 
     outputs = _schedule(
-        model, batches, args, communicator, groups,
+        model, batches, communicator, groups,
         forward_step_func=forward, forward_only=True, collect_non_loss_data=True,
     )  # fmt: skip
     return {"logits": outputs[0][: batches.rows]} if outputs else {}
@@ -233,7 +235,6 @@ def logits_of(
 def loss_of(
     model: list,
     batches: CaseBatches,
-    args: Any,
     communicator: Any,
     groups: Any,
     step: ForwardStep,
@@ -246,7 +247,7 @@ def loss_of(
         if backward:
             chunk.zero_grad_buffer()
     reports = _schedule(
-        model, batches, args, communicator, groups,
+        model, batches, communicator, groups,
         forward_step_func=step, forward_only=not backward,
     )  # fmt: skip
     if not reports:

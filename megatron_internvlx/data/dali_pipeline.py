@@ -1,7 +1,10 @@
 """Batches of undecoded images to tiles in one DALI pipeline; on a GPU, no pixel is ever on the host.
 
-decode -> EXIF turn -> resize to the grid, and to the thumbnail -> tiles -> those that are wanted. On a GPU its JPEG
+decode -> EXIF turn -> resize to the grid, and to the thumbnail -> tiles -> the requested ones. On a GPU its JPEG
 engines and nvJPEG decode JPEG files, DALI's CPU decoders all others. The same graph runs without a GPU.
+
+If DALI fails on an image, Pillow cuts it. The failed run is repeated in halves and by a new pipeline, which takes
+seconds; so if DALI lacks a decoder of that kind of file, later files of the kind go to Pillow at once.
 
 S: side of a tile, in pixels. T: tiles, in the order of the plan.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 import io
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -19,20 +22,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_internvlx.data.decode_pil import load_tiles
-from megatron_internvlx.data.encoded import EncodedImage
+from megatron_internvlx.data.decode_pil import load_tiles, read_header
+from megatron_internvlx.data.encoded import FAILED, NO_DECODER, EncodedImage
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.platform.transfer import Marker
 
-# Of one run of the pipeline; more are cut in several runs.
+# Images in one run of the pipeline; a larger batch takes several runs.
 MOST_IMAGES = 128
-# DALI's own: the share of JPEG files for the GPU's JPEG engines; the rest goes to its cores.
+# Share of JPEG files for the GPU's JPEG engines, as DALI chooses it; the GPU's cores decode the rest.
 ENGINE_SHARE = 0.65
+# Kind of a file: format and mode as Pillow names them.
+Kind = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """``count`` tiles of an image, from tile ``first`` on."""
+    """Request for `count` tiles of an image, from tile `first` on."""
 
     image: EncodedImage
     first: int
@@ -40,23 +45,23 @@ class Wanted:
 
     @classmethod
     def whole(cls, image: EncodedImage) -> Wanted:
-        """Every tile of an image, the thumbnail among them."""
+        """Request for all tiles of an image, including the thumbnail."""
         return cls(image, 0, image.num_tiles)
 
 
 class TilePipeline:
-    """Cuts batches of images: `start` some, then `collect` them in turn.
+    """Cuts batches of images: `start` a batch, later `collect` it; the oldest batch comes first.
 
     Args:
-        device_id: the GPU; None for DALI's CPU backend.
+        device_id: GPU; None for DALI's CPU backend.
         tile_size: S, in pixels.
-        depth: runs of the pipeline on their way at once.
-        threads: of the host, for JPEG entropy codes and for formats that the GPU does not decode.
+        depth: maximum number of runs of the pipeline in flight.
+        threads: host threads, for JPEG entropy codes and for formats that the GPU does not decode.
         engine_share: 0 to 1, share of the JPEG files for the GPU's JPEG engines.
-        fancy_upsampling: chroma is upsampled as libjpeg, and so Pillow, does it; False: nvJPEG's own way.
+        fancy_upsampling: upsample chroma as libjpeg and Pillow do; False: as nvJPEG does by default.
 
-    ``images`` counts all, ``rescued`` those that DALI failed on and Pillow read, ``blank`` per cause those that
-    nobody could read: their tiles are black, so that their micro-batch keeps its shape.
+    `images` counts all images, `fallbacks` per reason those that Pillow cut instead of DALI, and `blank` per cause
+    those that neither could read: their tiles are black, so that their micro-batch keeps its shape.
     """
 
     def __init__(
@@ -81,34 +86,36 @@ class TilePipeline:
                 "hw_decoder_load": engine_share,
                 "jpeg_fancy_upsampling": fancy_upsampling,
             }
-        self.images = self.rescued = 0
+        self.images = 0
+        self.fallbacks: Counter[str] = Counter()
         self.blank: Counter[str] = Counter()
         self._pipeline: Any = None
-        self._batches: deque[int] = deque()  # runs of each batch
-        self._runs: deque[list[Wanted]] = deque()  # not collected; the first `_fed` of them are DALI's
-        self._fed = 0
-        self._held: tuple[Any, Marker] | None = None
+        self._batches: deque[int] = deque()  # number of runs per batch
+        self._runs: deque[list[Wanted]] = deque()  # not collected; the first `_scheduled` of them are in DALI
+        self._scheduled = 0
+        self._last_outputs: tuple[Any, Marker] | None = None
+        self._has_decoder: dict[Kind, bool] = {}  # kinds of files that DALI failed on
 
     def start(self, wanted: Sequence[Wanted]) -> None:
-        """Begin a batch; returns before it is decoded, unless ``depth`` runs are on their way already."""
+        """Start a batch; returns before it is decoded, unless `depth` runs are in flight already."""
         self.images += len(wanted)
         runs = [list(wanted[i : i + MOST_IMAGES]) for i in range(0, len(wanted), MOST_IMAGES)]
         self._batches.append(len(runs))
         self._runs += runs
-        self._feed()
+        self._schedule_waiting()
 
     def collect(self, out: torch.Tensor) -> None:
-        """Tiles of the oldest batch into ``out``, uint8 [T, 3, S, S] on the pipeline's device."""
+        """Copy the tiles of the oldest batch to `out`, uint8 [T, 3, S, S] on the pipeline's device."""
         done = 0
         for _ in range(self._batches.popleft()):
             for tiles in self._collect_run():
                 out[done : done + len(tiles)].copy_(tiles)
-                self._copied()
+                self._mark_copied()
                 done += len(tiles)
         assert done == len(out), f"{done} tiles for {len(out)} places"
 
     def cut(self, wanted: Sequence[Wanted]) -> torch.Tensor:
-        """`start` and `collect` at once: tiles uint8 [T, 3, S, S]."""
+        """Tiles of a batch, uint8 [T, 3, S, S]: `start` and `collect` in one call."""
         device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
         shape = (sum(one.count for one in wanted), 3, self.tile_size, self.tile_size)
         out = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -117,91 +124,134 @@ class TilePipeline:
         return out
 
     def close(self) -> None:
-        """Give back threads and memory; what was on its way is lost."""
-        self._drop()
+        """Free threads and memory; batches in flight are lost."""
+        self._destroy_pipeline()
         self._batches.clear()
         self._runs.clear()
 
-    def _drop(self) -> None:
-        self._release()
-        self._pipeline, self._fed = None, 0
+    def _destroy_pipeline(self) -> None:
+        self._release_outputs()
+        self._pipeline, self._scheduled = None, 0
 
-    def _copied(self) -> None:
-        """The copy of the last outputs has just been asked for."""
-        if self._held is not None:
-            self._held = (self._held[0], Marker())
+    def _mark_copied(self) -> None:
+        """Note that a copy of the last outputs was queued on the device."""
+        if self._last_outputs is not None:
+            self._last_outputs = (self._last_outputs[0], Marker())
 
-    def _release(self) -> None:
-        """DALI may use the memory of the last outputs again once they are copied."""
-        if self._held is not None:
-            self._held[1].wait()
-            self._held = None
+    def _release_outputs(self) -> None:
+        """Let DALI reuse the memory of the last outputs, after they are copied."""
+        if self._last_outputs is not None:
+            self._last_outputs[1].wait()
+            self._last_outputs = None
 
-    def _feed(self) -> None:
-        while self._fed < min(self.depth, len(self._runs)):
-            self._schedule(self._runs[self._fed])
-            self._fed += 1
+    def _schedule_waiting(self) -> None:
+        while self._scheduled < min(self.depth, len(self._runs)):
+            self._schedule(self._runs[self._scheduled])
+            self._scheduled += 1
 
     def _schedule(self, run: list[Wanted]) -> None:
+        self._ensure_pipeline()
+        self._feed([one if self._lacking_decoder(one) is None else _stand_in(one) for one in run])
+        self._pipeline.schedule_run()
+
+    def _ensure_pipeline(self) -> None:
         if self._pipeline is None:
             self._pipeline = _build(self.device_id, self.tile_size, self.depth, self.threads, self._decoding)
             self._warm_up()
-        self._put(run)
-        self._pipeline.schedule_run()
 
-    def _put(self, run: list[Wanted]) -> None:
+    def _feed(self, run: list[Wanted]) -> None:
         for name, value in _inputs(run, self.tile_size).items():
             self._pipeline.feed_input(name, value)
 
     def _warm_up(self) -> None:
-        """DALI's first call starts ``depth`` runs, all later ones start one."""
-        file = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(file, "JPEG")
-        small = Wanted.whole(EncodedImage(file.getvalue(), 1, 1, thumbnail=False))
+        """Make DALI's first call, which starts `depth` runs; all later calls start one."""
+        small = Wanted.whole(EncodedImage(_SMALL_JPEG, 1, 1, thumbnail=False))
         for _ in range(self.depth):
-            self._put([small])
+            self._feed([small])
         self._pipeline.schedule_run()
         for _ in range(self.depth):
             self._pipeline.outputs()
 
     def _collect_run(self) -> Iterator[torch.Tensor]:
-        """Tiles of the oldest run, in one piece or several."""
+        """Tiles of the oldest run, in one or several tensors."""
         run = self._runs.popleft()
         try:
             tiles = self._outputs(run)
         except RuntimeError:
-            # What else is on its way starts anew in a new pipeline, after this run's images were told apart.
-            self._drop()
-            yield from self._apart(run)
+            # The other runs in flight are repeated in a new pipeline, once the images of this one are separated.
+            self._destroy_pipeline()
+            yield from self._cut_in_halves(run)
         else:
-            self._fed -= 1
-            yield tiles
-        self._feed()
+            self._scheduled -= 1
+            yield from self._with_pillow_tiles(run, tiles)
+        self._schedule_waiting()
 
     def _outputs(self, run: list[Wanted]) -> torch.Tensor:
-        self._release()
+        self._release_outputs()
         (tiles,) = self._pipeline.outputs()
-        self._held = (tiles, Marker())
+        self._last_outputs = (tiles, Marker())
         shape = [sum(one.count for one in run), self.tile_size, self.tile_size, 3]
-        # Channels move in the copy to their place; the same in DALI halves the images per second.
+        # The later copy permutes channels; a transpose in DALI halves the images per second.
         return torch.from_dlpack(tiles.as_reshaped_tensor(shape)).permute(0, 3, 1, 2)
 
-    def _apart(self, run: list[Wanted]) -> Iterator[torch.Tensor]:
-        """A run that failed, in halves, so that only the image at fault goes to Pillow."""
+    def _cut_in_halves(self, run: list[Wanted]) -> Iterator[torch.Tensor]:
+        """Tiles of a run that failed: repeated in halves, so that only the faulty image goes to Pillow."""
         if len(run) == 1:
-            yield self._rescue(run[0])
+            self._check_decoder(run[0])
+            yield self._cut_with_pillow(run[0])
             return
         for half in (run[: len(run) // 2], run[len(run) // 2 :]):
             try:
                 self._schedule(half)
                 tiles = self._outputs(half)
             except RuntimeError:
-                self._drop()
-                yield from self._apart(half)
+                self._destroy_pipeline()
+                yield from self._cut_in_halves(half)
             else:
-                yield tiles
+                yield from self._with_pillow_tiles(half, tiles)
 
-    def _rescue(self, one: Wanted) -> torch.Tensor:
+    def _with_pillow_tiles(self, run: list[Wanted], tiles: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Tiles of a run in order, with Pillow's in place of those of stand-ins."""
+        done = end = 0
+        for one in run:
+            if self._lacking_decoder(one) is not None:
+                if end > done:
+                    yield tiles[done:end]
+                yield self._cut_with_pillow(one)
+                done = end + one.count
+            end += one.count
+        if end > done:
+            yield tiles[done:end]
+
+    def _lacking_decoder(self, one: Wanted) -> Kind | None:
+        """Kind of an image if DALI is known to lack a decoder for it, otherwise None."""
+        if all(self._has_decoder.values()):
+            return None
+        kind = _kind(one.image)
+        return None if kind is None or self._has_decoder.get(kind, True) else kind
+
+    def _check_decoder(self, one: Wanted) -> None:
+        """Find out, once per kind, whether DALI failed on an image because it lacks the decoder.
+
+        The test is a small picture of the same kind: a single odd file does not send all others to Pillow. Raises
+        RuntimeError if no pipeline can be built any more.
+        """
+        kind = _kind(one.image)
+        small = None if kind is None or kind in self._has_decoder else _small_picture(*kind)
+        if kind is None or small is None:
+            return
+        self._ensure_pipeline()
+        run = [Wanted.whole(EncodedImage(small, 1, 1, thumbnail=False))]
+        try:
+            self._schedule(run)
+            self._outputs(run)
+            self._has_decoder[kind] = True
+        except RuntimeError:
+            self._destroy_pipeline()
+            self._has_decoder[kind] = False
+
+    def _cut_with_pillow(self, one: Wanted) -> torch.Tensor:
+        """Tiles of an image, black if Pillow cannot read it either; counted by reason."""
         image, size = one.image, self.tile_size
         try:
             tiles = load_tiles(
@@ -215,12 +265,40 @@ class TilePipeline:
         except BadSample as bad:
             self.blank[bad.cause] += 1
             return torch.zeros((one.count, 3, size, size), dtype=torch.uint8)
-        self.rescued += 1
+        kind = self._lacking_decoder(one)
+        self.fallbacks[FAILED if kind is None else f"{NO_DECODER} for {kind[0]}"] += 1
         return torch.from_numpy(tiles[one.first : one.first + one.count])
 
 
+def _kind(image: EncodedImage) -> Kind | None:
+    """Kind of an image from its header, None if that is broken."""
+    try:
+        with read_header(image.data) as header:
+            return header.format or "", header.mode
+    except BadSample:
+        return None
+
+
+def _small_picture(form: str, mode: str) -> bytes | None:
+    """File of a small black picture, None if Pillow does not write this kind."""
+    file = io.BytesIO()
+    try:
+        Image.new(mode, (16, 16)).save(file, form)
+    except (OSError, ValueError, KeyError):
+        return None
+    return file.getvalue()
+
+
+_SMALL_JPEG = _small_picture("JPEG", "RGB") or b""
+
+
+def _stand_in(one: Wanted) -> Wanted:
+    """Request for as many tiles of a small picture: the run keeps its shape, and Pillow's tiles replace them."""
+    return replace(one, image=replace(one.image, data=_SMALL_JPEG, turn=1))
+
+
 def _inputs(run: list[Wanted], size: int) -> dict[str, Any]:
-    """What the pipeline of `_build` is fed for a run, one row per image."""
+    """Inputs of the pipeline of `_build` for a run, one row per image."""
     grids = np.array([(one.image.rows, one.image.cols) for one in run], np.int32)
     turns = np.array([one.image.turn for one in run], np.int32)
     sides, channels = np.full(len(run), size, np.int32), np.full(len(run), 3, np.int32)

@@ -1,4 +1,4 @@
-"""What a loader does with an image, by name of the decoder: cut it here, or leave it whole for a GPU."""
+"""Decoder of a loader process: cuts an image into tiles, or keeps the file whole for a GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def ranks_cut(data: DataSettings) -> bool:
 
 
 class TileDecoder:
-    """Bytes or path of an image -> tiles uint8 [T, 3, S, S], or with ``travel`` the file; pickles.
+    """Decoder from bytes or path of an image to tiles uint8 [T, 3, S, S], or with `travel` to the file. Picklable.
 
     Args:
         name: dali or pillow.
         tile_size: side of a tile, in pixels.
-        apply_exif: turn images upright.
-        travel: leave files whole where a GPU can cut them; Pillow cuts the others here.
+        apply_exif: whether images are turned upright.
+        travel: keep files whole if a GPU can cut them; Pillow cuts the others here.
 
-    ``fallbacks`` counts the images that DALI or the GPU left to Pillow, per reason.
+    `fallbacks` counts per reason the images that Pillow cut instead of DALI.
     """
 
     def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True, travel: bool = False):
@@ -49,16 +49,16 @@ class TileDecoder:
     def __call__(
         self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
     ) -> np.ndarray | EncodedImage:
-        """Tiles of ``image``, or the file that a GPU will cut; BadSample if it is broken."""
+        """Tiles of `image`, or the file for the GPU. Raises BadSample if it is broken."""
         if self.travel:
-            return self._left_whole(source, image, jpeg_augment)
+            return self._keep_whole(source, image, jpeg_augment)
         if self.name == "pillow":
-            return self._by_pillow(source, image, jpeg_augment)
+            return self._cut_with_pillow(source, image, jpeg_augment)
         return self._decoder().load_tiles(
             source, image.cols, image.rows, thumbnail=image.thumbnail, jpeg_augment=jpeg_augment
         )
 
-    def _left_whole(
+    def _keep_whole(
         self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
     ) -> np.ndarray | EncodedImage:
         reason = "JPEG augmentation"
@@ -68,11 +68,11 @@ class TileDecoder:
             if isinstance(found, EncodedImage):
                 return found
             reason = found
-        tiles = self._by_pillow(source, image, jpeg_augment)
-        self.fallbacks[reason] += 1  # a broken image is a reject, no fallback
+        tiles = self._cut_with_pillow(source, image, jpeg_augment)
+        self.fallbacks[reason] += 1  # not for a broken image, which is a reject
         return tiles
 
-    def _by_pillow(
+    def _cut_with_pillow(
         self, source: decode_pil.Source, image: ImageTiles, jpeg_augment: random.Random | None
     ) -> np.ndarray:
         return decode_pil.load_tiles(
@@ -86,7 +86,7 @@ class TileDecoder:
         )
 
     def take_fallbacks(self) -> dict[str, int]:
-        """The counts since the last call, which start anew."""
+        """Return the counts since the last call, and reset them."""
         taken = dict(self.fallbacks)
         self.fallbacks.clear()
         return taken

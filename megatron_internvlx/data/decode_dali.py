@@ -1,8 +1,8 @@
 """Image bytes to tiles with DALI: same contract as the Pillow reference in `decode_pil.py`.
 
 DALI decodes and torch resizes: its uint8 antialiased bicubic is Pillow's algorithm with 16-bit weights, four times
-as fast as Pillow's and DALI's own. Pillow reads every header first: it knows the size before any pixel is decoded (a
-bomb is refused), the orientation, and which files DALI would decode otherwise. For a GPU see `dali_pipeline.py`.
+as fast as Pillow's and DALI's own. Pillow reads every header first: for the size, so that a bomb is rejected before any
+pixel is decoded, for the orientation, and to find files that DALI decodes differently. `dali_pipeline.py` uses a GPU.
 """
 
 import random
@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from megatron_internvlx.data.decode_pil import (
     UPRIGHT,
     Source,
-    opened,
     orientation,
+    read_header,
     reencode,
 )
 from megatron_internvlx.data.decode_pil import load_tiles as pillow_tiles
@@ -32,9 +32,9 @@ class DaliDecoder:
 
     Args:
         tile_size: side of a tile, in pixels.
-        apply_exif: turn images upright, which the released code does not.
+        apply_exif: whether images are turned upright; the released code does not.
 
-    ``fallbacks`` counts, per reason, the images that went to Pillow.
+    `fallbacks` counts per reason the images that Pillow cut.
     """
 
     def __init__(self, *, tile_size: int = 448, apply_exif: bool = True):
@@ -62,7 +62,7 @@ class DaliDecoder:
         """
         if min(cols, rows) < 1:
             raise ValueError(f"cols {cols} and rows {rows} must be at least 1")
-        with opened(source) as image:
+        with read_header(source) as image:
             turn = orientation(image) if self.apply_exif else 1
             reason = unsupported(image)
         if reason is None:
@@ -70,7 +70,7 @@ class DaliDecoder:
             try:
                 pixels = self._decode(data)
             except RuntimeError:
-                # Pillow says what is wrong with it, or reads it after all.
+                # Pillow finds the defect, or can read the file.
                 reason = "DALI failed"
             else:
                 return self._tiles(pixels, turn, (cols, rows), thumbnail, jpeg_augment)
@@ -83,11 +83,11 @@ class DaliDecoder:
             jpeg_augment=jpeg_augment,
             apply_exif=self.apply_exif,
         )
-        self.fallbacks[reason] += 1  # a broken image is a reject, no fallback
+        self.fallbacks[reason] += 1  # not for a broken image, which is a reject
         return tiles
 
     def _decode(self, data: bytes) -> np.ndarray:
-        """Decoded pixels uint8 [height, width, 3] as the file holds them."""
+        """Decoded pixels uint8 [height, width, 3], not turned."""
         encoded = self._dali.as_tensor(np.frombuffer(data, np.uint8))
         options: dict[str, Any] = {"output_type": self._types.RGB, "adjust_orientation": False}
         return np.asarray(self._dali.decoders.image(encoded, device="cpu", **options))
@@ -101,7 +101,7 @@ class DaliDecoder:
         jpeg_augment: random.Random | None,
     ) -> np.ndarray:
         (cols, rows), size = grid, self.tile_size
-        upright = turned(_as_torch(pixels), turn)
+        upright = apply_orientation(_as_torch(pixels), turn)
         count = cols * rows
         with_thumbnail = thumbnail and count > 1
         tiles = torch.empty((count + with_thumbnail, 3, size, size), dtype=torch.uint8)
@@ -118,23 +118,23 @@ class DaliDecoder:
 
 
 def _as_torch(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [1, 3, height, width] that shares memory with DALI's [height, width, 3]."""
+    """View uint8 [1, 3, height, width] of DALI's pixels [height, width, 3]."""
     pixels = pixels if pixels.flags.writeable else pixels.copy()
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def turned(image: torch.Tensor, turn: int) -> torch.Tensor:
-    """[1, 3, height, width] turned upright from EXIF orientation ``turn`` (1 to 8)."""
+def apply_orientation(image: torch.Tensor, turn: int) -> torch.Tensor:
+    """Turn an image [1, 3, height, width] upright, from EXIF orientation `turn` (1 to 8)."""
     if turn in (5, 6, 7, 8):
         image = image.transpose(2, 3)
     flips = {2: (3,), 3: (2, 3), 4: (2,), 6: (3,), 7: (2, 3), 8: (2,)}.get(turn, ())
-    # Resizing is fast on pixels that lie together.
+    # Resizing is faster with channels last.
     return image.flip(flips).contiguous(memory_format=torch.channels_last) if turn in UPRIGHT else image
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [1, 3, h, w] -> [3, height, width], bicubic and antialiased as Pillow's."""
-    if image.shape[2:] == (height, width):  # Pillow copies then; so must this, not filter
+    """Resize uint8 [1, 3, h, w] to [3, height, width]: bicubic and antialiased, as Pillow does."""
+    if image.shape[2:] == (height, width):  # copy without filtering, as Pillow does
         return image[0].contiguous()
     return interpolate(image, (height, width), mode="bicubic", antialias=True)[0].contiguous()
 
@@ -159,4 +159,4 @@ def load_tiles(
     return decoder.load_tiles(source, cols, rows, thumbnail=thumbnail, jpeg_augment=jpeg_augment)
 
 
-__all__ = ["BadSample", "DaliDecoder", "load_tiles", "resize", "turned"]
+__all__ = ["BadSample", "DaliDecoder", "apply_orientation", "load_tiles", "resize"]

@@ -1,4 +1,4 @@
-"""Reference decoder: image file to tiles with Pillow, as the released ``dynamic_preprocess`` does.
+"""Reference decoder: cuts an image file into tiles with Pillow, as the released `dynamic_preprocess` does.
 
 The whole image is stretched (bicubic, antialiased) to the grid's size and cut row by row; the thumbnail is
 a second resize of the original. Alpha is dropped, not blended.
@@ -19,7 +19,7 @@ from megatron_internvlx.data.rejects import BadSample
 
 Source = str | Path | bytes
 
-# Pillow's own limit, at which it warns; a quarter of a gigabyte of RGB. Its error comes only at twice that.
+# Limit at which Pillow warns: a quarter of a gigabyte of RGB. Pillow raises only at twice as many.
 MAX_PIXELS = 89_478_485
 
 _ORIENTATION_TAG = 0x0112
@@ -42,8 +42,8 @@ def _cause(error: Exception) -> str:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[Image.Image]:
-    """The image with only its header read. Whatever a broken file raises becomes a BadSample."""
+def read_header(source: Source) -> Iterator[Image.Image]:
+    """Open an image, reading only its header. Any error, also in the `with` block, becomes a BadSample."""
     name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     if isinstance(source, bytes):
         file: str | io.BytesIO = io.BytesIO(source)
@@ -64,33 +64,33 @@ def opened(source: Source) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(name, "bomb", f"too large to decode: {error}") from error
-    except Exception as error:  # the plugins raise nearly every class there is on broken data
+    except Exception as error:  # plugins raise errors of nearly any class on broken data
         raise BadSample(name, _cause(error), f"{type(error).__name__}: {error}") from error
 
 
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, without decoding the pixels."""
-    # PNG may keep EXIF behind the pixels, and asking for it would decode them: only what lies before counts.
+    # EXIF after the pixels of a PNG file is ignored, because reading it would decode them.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # unreadable EXIF says nothing about the pixels
+    except Exception:  # the pixels may be good although EXIF is unreadable
         return 1
 
 
 def image_size(source: Source, *, apply_exif: bool = True) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone; after EXIF rotation when ``apply_exif``.
+    """Width and height in pixels, read from the header; upright if `apply_exif`.
 
     Raises BadSample (missing_image, unreadable_image, bomb) named by the path.
     """
-    with opened(source) as image:
+    with read_header(source) as image:
         turned = apply_exif and orientation(image) >= 5
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def reencode(tile: np.ndarray, rng: random.Random) -> np.ndarray:
-    """A tile uint8 [S, S, 3] after JPEG with a quality drawn from 75..100."""
+    """Re-encode a tile uint8 [S, S, 3] as JPEG, with a quality drawn from 75..100."""
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, format="JPEG", quality=rng.randint(75, 100))
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -108,15 +108,22 @@ def load_tiles(
 ) -> np.ndarray:
     """Tiles uint8 [T, 3, tile_size, tile_size], row by row, the thumbnail last (not for a 1x1 grid).
 
-    ``jpeg_augment``: source of the quality, uniform in 75..100, with which each tile is re-encoded as JPEG
-    (the released augmentation of training sets); None for none. ``apply_exif`` turns the image upright,
-    which the released code does not; the grid must come from the size so seen.
+    Args:
+        source: path or bytes of the file.
+        cols: columns of the grid.
+        rows: rows of the grid.
+        tile_size: side of a tile, in pixels.
+        thumbnail: whether the whole image is added as a last tile.
+        jpeg_augment: generator of the quality, uniform in 75..100, with which each tile is re-encoded as JPEG (the
+            released augmentation of training sets); None: no augmentation.
+        apply_exif: whether the image is turned upright, which the released code does not do; the grid must be that of
+            the size after turning.
 
     Raises BadSample (missing_image, truncated_image, unreadable_image, bomb) named by the path.
     """
     if min(cols, rows, tile_size) < 1:
         raise ValueError(f"cols {cols}, rows {rows} and tile_size {tile_size} must be at least 1")
-    with opened(source) as image:
+    with read_header(source) as image:
         turn = UPRIGHT.get(orientation(image)) if apply_exif else None
         pixels = image.convert("RGB")
         if turn is not None:

@@ -1,9 +1,8 @@
-"""Which undecoded images may travel to the GPU that cuts them, seen from their headers and their ends.
+"""Checks whether an undecoded image may be sent to the GPU that cuts it, from its header and structure.
 
-A GPU decodes long after a micro-batch was planned, when nothing can leave it any more. So a file goes there only
-if it is whole: its header read, its parts in place, its checksums right. Of any other file Pillow, in the data worker
-and before planning, says whether it is a sample or a reject. Then verdicts, and with them order and plans, are
-Pillow's whatever decodes.
+A GPU decodes long after a micro-batch is planned, when no sample can be removed any more. So only files that are
+whole are sent: header readable, all parts present, checksums right. Any other file is decoded or rejected by Pillow,
+in the data worker and before planning. So rejects, order and plans do not depend on the decoder.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from megatron_internvlx.data.decode_pil import opened, orientation
+from megatron_internvlx.data.decode_pil import orientation, read_header
 from megatron_internvlx.data.jpeg_file import is_whole_jpeg
 from megatron_internvlx.data.rvtc import tile_count
 from megatron_internvlx.data.sample import ImageTiles
 
-# What DALI decodes bit for bit as Pillow does on CPU; GIF and AVIF it cannot read.
+# Formats that DALI decodes bit for bit as Pillow does on CPU; it cannot read GIF and AVIF.
 _FORMATS = frozenset({"JPEG", "PNG", "WEBP", "BMP", "TIFF"})
 # 16 bits: DALI scales, Pillow clips or cuts. TIFF of other kinds: compressions differ between the two.
 _MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "CMYK", "1"})
@@ -29,8 +28,11 @@ HUGE_PIXELS = 1 << 25
 
 _TIFF_TURN = 0x0112
 
-# Reasons why Pillow cuts an image, in a fixed order, which lets ranks add up their counts.
+# Reasons why Pillow cuts an image, in a fixed order, so that ranks can add their counts. A reason is counted under the
+# first entry that it contains.
+NO_DECODER = "no decoder"
 FALLBACKS = (
+    NO_DECODER,
     "format",
     "mode",
     "16-bit",
@@ -47,7 +49,7 @@ FAILED = "DALI failed"
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A whole, undecoded file, its grid and the EXIF orientation (1 to 8) from which it is turned upright."""
+    """Whole, undecoded file with its grid in tiles and its EXIF orientation (1 to 8, 1 is upright)."""
 
     data: bytes
     cols: int
@@ -57,16 +59,16 @@ class EncodedImage:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles with the thumbnail."""
+        """Number of tiles, including the thumbnail."""
         return tile_count(self.cols, self.rows, thumbnail=self.thumbnail)
 
 
-# An image of a micro-batch: to be decoded where its tiles are encoded, or tiles uint8 [T, 3, S, S] already.
+# Image of a micro-batch: a file that the rank which encodes it decodes, or tiles uint8 [T, 3, S, S].
 PackImage = EncodedImage | torch.Tensor
 
 
 def fallback_counts(reasons: Mapping[str, int]) -> list[int]:
-    """Images per entry of `FALLBACKS`, and behind them those of other reasons."""
+    """Images per entry of `FALLBACKS`; last, those of other reasons."""
     counts = [0] * (len(FALLBACKS) + 1)
     for reason, count in reasons.items():
         counts[next((i for i, kind in enumerate(FALLBACKS) if kind in reason), len(FALLBACKS))] += count
@@ -74,8 +76,11 @@ def fallback_counts(reasons: Mapping[str, int]) -> list[int]:
 
 
 def encoded(data: bytes, image: ImageTiles, *, apply_exif: bool) -> EncodedImage | str:
-    """The file, ready to travel, or why Pillow must decode it here. BadSample if its header is broken."""
-    with opened(data) as header:
+    """File that may be sent to the GPU, or the reason why Pillow must decode it here.
+
+    Raises BadSample if its header is broken.
+    """
+    with read_header(data) as header:
         reason = unsupported(header) or doubtful(data, header)
         if reason is not None:
             return reason
@@ -86,12 +91,12 @@ def encoded(data: bytes, image: ImageTiles, *, apply_exif: bool) -> EncodedImage
 
 
 def unsupported(image: Image.Image) -> str | None:
-    """Why DALI must not decode this image, None if it may."""
+    """Reason why DALI must not decode this image, None if it may."""
     if image.format not in _FORMATS:
         return f"format {image.format}"
     if image.mode not in _MODES:
         return f"mode {image.mode}"
-    # Pillow reads 16-bit colours as 8-bit modes; only the decoder it chose tells.
+    # Pillow reads 16-bit colours as 8-bit modes; only its choice of decoder shows them.
     if image.format == "PNG" and any("16B" in str(tile) for tile in getattr(image, "tile", ())):
         return "16-bit PNG"
     if image.format == "TIFF" and image.mode != "RGB":
@@ -102,11 +107,11 @@ def unsupported(image: Image.Image) -> str | None:
 
 
 def doubtful(data: bytes, image: Image.Image) -> str | None:
-    """What is wrong with a file whose header is ``image``, None if nothing. May raise what its decoding raises."""
+    """Defect of a file with header `image`, None if it has none. May raise the errors of decoding."""
     if image.format in ("JPEG", "PNG"):
         whole = is_whole_jpeg(data) if image.format == "JPEG" else _is_whole_png(data)
         return None if whole else f"{image.format} not whole"
-    # Only decoding tells of the others, of which WebP alone takes time, and which no GPU decodes anyway.
+    # The others must be decoded to be checked. Only WebP takes time, and no GPU decodes them.
     if image.format == "WEBP" and data[15:16] == b"X":
         return "extended WEBP"  # unknown to DALI
     tags = getattr(image, "tag_v2", {})
@@ -117,7 +122,7 @@ def doubtful(data: bytes, image: Image.Image) -> str | None:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Every chunk has its checksum, up to IEND."""
+    """Whether every chunk up to IEND has the right checksum."""
     place, pixels = 8, False
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")

@@ -1,13 +1,12 @@
 """Energon's task encoder: cook -> sample -> pack -> tiles and plan, every step stateless.
 
-Energon saves which samples lie in its buffers as keys and makes them again on resume, so that nothing may
-depend on earlier calls. A bad record becomes a `Reject` that travels through the buffers like a sample and
-leaves with the next pack: each is reported once, in an order that no timing changes.
+Energon saves the samples in its buffers as keys and makes them again on resume, so no step may depend on earlier
+calls. A bad record passes through the buffers like a sample and leaves with the next pack: each is reported once, in an
+order that does not depend on timing.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,21 +22,21 @@ from megatron.energon.wrappers import PackingDataset
 
 from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.encoded import EncodedImage, PackImage
-from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
-from megatron_internvlx.data.manifest import Record, is_url
+from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages
+from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import pack
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
+from megatron_internvlx.data.prepared import SHARD_JSON, Flavors, ShardRecord, SizeTable, size_table
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import ImageTiles, Sample, SampleEncoder
-from megatron_internvlx.data.shards import META
 
-# Tiles uint8 [T, 3, S, S] of one image, or the file if a GPU will cut it; BadSample if it is broken.
+# Returns tiles uint8 [T, 3, S, S] of one image, or the file if a GPU will cut it. Raises BadSample if it is broken.
 Decode = Callable[[bytes, ImageTiles, random.Random | None], np.ndarray | EncodedImage]
 
 
 @edataclass
 class Cooked(EnergonSample):
-    """A record with the store of its images."""
+    """Record with the store of its images."""
 
     record: Record
     images: Any
@@ -45,7 +44,7 @@ class Cooked(EnergonSample):
 
 @edataclass
 class Encoded(EnergonSample):
-    """A tokenized sample, or why there is none."""
+    """Tokenized sample, or the reject in its place."""
 
     sample: Sample | None
     reject: BadSample | None
@@ -55,7 +54,7 @@ class Encoded(EnergonSample):
 
 @dataclass
 class RawPack:
-    """Samples of one pack with their images undecoded, as a worker reads them."""
+    """Samples of one pack with their undecoded images, as a worker reads them."""
 
     samples: list[Sample] = field(default_factory=list)
     blobs: list[list[bytes]] = field(default_factory=list)
@@ -65,32 +64,35 @@ class RawPack:
 
 @dataclass
 class Batch:
-    """A planned micro-batch; ``plan`` is None when every sample of it was bad.
-
-    ``tiles`` uint8 [T, 3, S, S] in the order of the plan, or instead the ``images`` that a GPU will cut; ``keys`` of
-    the samples; ``rejects`` found on the way; ``seen`` samples that came up, bad ones included; ``pictured`` good
-    ones with images; what the budgets cost in ``dropped_tiles`` and ``dropped_tokens``.
-    """
+    """Planned micro-batch."""
 
     plan: SequencePlan | None
+    """None if every sample of it was bad."""
     tiles: torch.Tensor | None
+    """uint8 [T, 3, S, S] in the order of the plan; None if `images` are given instead."""
     keys: list[str]
+    """Names of the samples."""
     rejects: list[BadSample]
+    """Bad samples before and in this micro-batch."""
     seen: int
+    """Number of samples read, including bad ones."""
     dropped_tiles: int = 0
+    """Tiles removed to fit the budgets."""
     dropped_tokens: int = 0
+    """Tokens removed to fit the budgets."""
     pictured: int = 0
+    """Number of good samples with images."""
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """Images that went to Pillow instead of DALI, per reason."""
+    """Images that Pillow cut instead of DALI, per reason."""
     images: list[PackImage] | None = None
-    """Files, and tiles of what no GPU cuts, in the order of the plan."""
+    """Files, and tiles of images that the GPU must not cut, in the order of the plan."""
     restore_key: Any = None
-    """By which the loader makes this pack again."""
+    """Key from which the loader makes this pack again."""
 
 
 @edataclass
 class Delivery(EnergonSample):
-    """What a worker hands over."""
+    """Result of a worker."""
 
     content: Batch
 
@@ -98,7 +100,7 @@ class Delivery(EnergonSample):
 def decode_pack(
     raw: RawPack, decode: Decode
 ) -> tuple[list[Sample], list[np.ndarray | EncodedImage], list[BadSample]]:
-    """Samples whose images are all good, what is made of these, and the rejects: a bad image costs its own sample."""
+    """Samples whose images are all good, these images decoded, and the rejects: one per sample with a bad image."""
     good: list[Sample] = []
     parts: list[np.ndarray | EncodedImage] = []
     rejects = list(raw.rejects)
@@ -116,7 +118,7 @@ def decode_pack(
 
 
 def finish(raw: RawPack, decode: Decode, plan: PlanSettings, tile_size: int) -> Batch:
-    """Decode the images of a pack, or see that they can be, and plan it."""
+    """Decode the images of a pack, or check that a GPU can decode them, and plan it."""
     samples, parts, rejects = decode_pack(raw, decode)
     fallbacks = decode.take_fallbacks() if isinstance(decode, TileDecoder) else {}
     keys = [sample.key for sample in samples]
@@ -158,27 +160,25 @@ def _line_numbers(path: str) -> np.ndarray:
 @stateless
 @cooker(need_primary=True)
 def _cook(sample: dict[str, Any], *, out: Path, primary: Any, sizes: Any = None) -> Cooked:
-    """A record of a prepared directory, from JSONL or from a shard; no image is opened."""
-    flavors = sample["__subflavors__"]
+    """Record of a prepared directory, from JSONL or from a shard, with closed images."""
+    flavors = Flavors.from_dict(sample["__subflavors__"])
     names = {name: sample[name] for name in ("__key__", "__restore_key__", "__subflavors__", "__sources__")}
-    augment, most = flavors["data_augment"], flavors["max_tiles"]
-    if flavors.get("shards"):
-        # The index lies in the tar file: `primary` finds the images of this record by their names.
-        document = json.loads(sample[f"{META}.json"])
-        record = Record(document["key"], document["record"], "", augment, most)
-        return Cooked(
-            **names, record=record, images=ShardImages(document["sizes"], sample["__key__"], primary)
-        )
+    if flavors.sharded:
+        # The index is in the tar file: `primary` finds the images of this record by their names.
+        found = ShardRecord.from_json(sample[SHARD_JSON])
+        record = Record(found.key, found.record, "", flavors.data_augment, flavors.max_tiles)
+        return Cooked(**names, record=record, images=ShardImages(found.sizes, sample["__key__"], primary))
     index = int(sample["__key__"])
-    line = index + 1 if flavors["lines"] is None else int(_line_numbers(str(out / flavors["lines"]))[index])
-    root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
-    record = Record(f"{flavors['label']}:{line}", sample["json"], "", augment, most)
-    return Cooked(**names, record=record, images=FolderImages(root, _size_table(str(out), flavors["set"])))
+    line = index + 1 if flavors.lines is None else int(_line_numbers(str(out / flavors.lines))[index])
+    key = f"{flavors.label}:{line}"
+    record = Record(key, sample["json"], "", flavors.data_augment, flavors.max_tiles)
+    images = FolderImages(flavors.image_root(out), _size_table(out, flavors.data_set))
+    return Cooked(**names, record=record, images=images)
 
 
 @lru_cache(maxsize=256)
-def _size_table(out: str, name: str) -> SizeTable:
-    return SizeTable(Path(out) / name / "media")
+def _size_table(out: Path, data_set: str) -> SizeTable:
+    return size_table(out, data_set)
 
 
 class _QuietPacking(PackingDataset):
@@ -189,16 +189,16 @@ class _QuietPacking(PackingDataset):
 
 
 class PackEncoder(TaskEncoder):
-    """Records -> planned micro-batches.
+    """Encoder from records to planned micro-batches.
 
     Args:
-        out: the prepared directory.
-        encoder: record -> sample; with a packing budget, packs are made.
+        out: prepared directory.
+        encoder: converts records to samples; with a packing budget, samples are packed.
         plan: grids, alignment and static budgets.
         micro_batch_size: samples of a micro-batch without packing.
-        buffer_size: samples among which packs are chosen.
-        decode: what a worker does with an image.
-        seed: of the JPEG augmentation.
+        buffer_size: samples from which packs are chosen.
+        decode: decoder of the workers.
+        seed: seed of the JPEG augmentation.
     """
 
     decoder = None
@@ -225,7 +225,7 @@ class PackEncoder(TaskEncoder):
 
     @stateless
     def encode_sample(self, sample: Cooked) -> Encoded:
-        """Tokenize a record and choose its grids from the recorded sizes."""
+        """Tokenize a record and choose the grids of its images from their recorded sizes."""
         names = {name: getattr(sample, name) for name in ("__key__", "__restore_key__", "__sources__")}
         exif = self.encoder.apply_exif
         images: ImageStore = sample.images
@@ -238,13 +238,13 @@ class PackEncoder(TaskEncoder):
             result, reject = None, bad
         config = WorkerConfig.active_worker_config
         assert config is not None
-        # The number of this sample in its worker, whatever rank the worker belongs to.
+        # Number of this sample in its worker; independent of the rank that the worker belongs to.
         number = self.current_sample_index // max(config.num_workers, 1)
         seed = f"{self.seed}/{config.global_worker_id()}/{number}/{sample.record.key}"
         return Encoded(**names, sample=result, reject=reject, images=images, seed=seed)
 
     def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
-        """Packs under the budgets, or micro-batches in order; rejects leave with the first."""
+        """Packs under the budgets, or micro-batches in order; rejects are added to the first."""
         good = [sample for sample in samples if sample.sample is not None]
         bad = [sample for sample in samples if sample.sample is None]
         budget = self.encoder.settings.budget
@@ -261,7 +261,7 @@ class PackEncoder(TaskEncoder):
 
     @stateless
     def pack_selected_samples(self, samples: list[Encoded]) -> Delivery:
-        """Read the images of a pack, decode them or see that they are whole, and plan it."""
+        """Read the images of a pack, decode them or check that they are whole, and plan it."""
         raw = RawPack()
         for item in samples:
             if item.sample is None:
@@ -283,7 +283,7 @@ class PackEncoder(TaskEncoder):
     def build_batch(
         self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any
     ) -> SavableDataset:
-        """Energon's hook for the last steps: only packing, a pack being a micro-batch."""
+        """Hook of Energon for the last steps: only packing, because a pack is a micro-batch."""
         return _QuietPacking(
             dataset,
             buffer_size=self.buffer_size,

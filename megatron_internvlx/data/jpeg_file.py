@@ -1,6 +1,6 @@
-"""Whether a JPEG file is one that a decoder will not refuse, seen without decoding it.
+"""Check that no decoder will reject a JPEG file, without decoding it.
 
-Wrong bits inside a scan are no error to libjpeg, which goes on with wrong pixels; missing parts and wrong tables are.
+libjpeg reports missing parts and wrong tables as errors. It ignores wrong bits inside a scan and returns wrong pixels.
 Numbers are those of ITU T.81: annex B for segments, C for Huffman tables.
 """
 
@@ -8,14 +8,14 @@ import re
 
 _SOI, _EOI, _SOS, _DQT, _DHT = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive, all with Huffman codes
-# What may stand between them without being looked at: restart interval, comment, application data.
+# Other segments, whose contents are not checked: restart interval, comment, application data.
 _OTHERS = (0xDD, 0xFE, *range(0xE0, 0xF0))
 # In a scan 0xFF is followed by 0 or a restart marker; another marker ends it.
 _NEXT_MARKER = re.compile(rb"\xff(?=[^\x00\xd0-\xd7])")
 
 
 def is_whole_jpeg(data: bytes) -> bool:
-    """Every segment and table is in place and in range, and an end marker follows the last scan."""
+    """Whether every segment and table is present and in range, and an end marker follows the last scan."""
     frame: dict[int, int] | None = None  # component -> quantization table
     quantization: set[int] = set()
     huffman: set[int] = set()
@@ -97,7 +97,7 @@ def _huffman(body: bytes, known: set[int]) -> bool:
 
 
 def _scan(body: bytes, frame: dict[int, int], quantization: set[int], huffman: set[int]) -> bool:
-    """A scan's components are of the frame, and so are the tables that it names."""
+    """Whether the components and tables that a scan names exist."""
     if not body or not 1 <= body[0] <= 4 or len(body) != 4 + 2 * body[0]:
         return False
     parts = [body[i : i + 2] for i in range(1, len(body) - 3, 2)]
@@ -119,7 +119,7 @@ def _scan(body: bytes, frame: dict[int, int], quantization: set[int], huffman: s
 
 
 def _out_of_order(body: bytes) -> bool:
-    """Bounds of a scan that a progressive file must not have (annex G)."""
+    """Whether the bounds of a scan are forbidden in a progressive file (annex G)."""
     first, last, bits = body[-3:]
     before, now = bits >> 4, bits & 15
     return (first == 0) != (last == 0) or (first > 0 and body[0] > 1) or (before > 0 and now != before - 1)

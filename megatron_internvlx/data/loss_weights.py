@@ -1,11 +1,11 @@
-"""What a supervised token weighs in the loss, from the plan of its micro-batch.
+"""Weight of each supervised token in the loss, from the plan of its micro-batch.
 
-Whatever number of supervised tokens n a sample has, it weighs
+A sample with n supervised tokens has the total weight
 
     token   n      sample   1      square   sqrt(n)
 
-in all, and each of its tokens an n-th of that. With `average` "micro-batch" every micro-batch weighs 1 instead,
-shared out in the same proportions: the mean of the means of micro-batches, as InternVL's trainer has it.
+and each of its tokens has an n-th of that. With `average` "micro-batch" every micro-batch has the total weight 1
+instead, divided in the same proportions: the mean of the means of micro-batches, as in InternVL's trainer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megatron_internvlx.data.plan import FILLER, SequencePlan
 
 
 def sample_weight(answer_tokens: np.ndarray, weighting: str) -> np.ndarray:
-    """Weight of a sample with so many supervised tokens: float64, same shape."""
+    """Weight of samples from their numbers of supervised tokens: float64, same shape."""
     if weighting == "token":
         return answer_tokens.astype(np.float64)
     if weighting == "sample":
         return np.ones(answer_tokens.shape)
     if weighting == "square":
         return np.sqrt(answer_tokens)
-    raise ValueError(f"unknown loss weighting {weighting!r}: token, sample or square")
+    raise ValueError(f"unknown loss weighting {weighting!r}: must be token, sample or square")
 
 
 def loss_weights(

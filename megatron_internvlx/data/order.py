@@ -1,7 +1,7 @@
 """The simple data path: an endless, deterministic order of samples, split over data-parallel ranks.
 
-What comes at global position p depends on the seed and p alone, not on workers, ranks or earlier
-positions, so that a run resumes at any number of consumed samples and on any number of ranks.
+The sample at global position p depends only on the seed and p, not on workers, ranks or earlier positions, so that a
+run resumes at any number of consumed samples and on any number of ranks.
 """
 
 import multiprocessing
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_internvlx.data.ahead import Ahead
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
+from megatron_internvlx.data.prefetch import Prefetcher
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
 from megatron_internvlx.signal_mask import keep_signal_mask
@@ -33,11 +33,11 @@ MAX_ATTEMPTS = 64
 
 
 class ConversationDataset(Dataset):
-    """Samples by global position: epoch ``position // len``, each epoch in its own order from the seed.
+    """Samples by global position: epoch `position // len`, each epoch in its own order from the seed.
 
-    An item is ``(Sample, tiles)`` with tiles uint8 [T, 3, S, S] as numpy array (T is 0 for text only), or the
-    BadSample that says why there is none. ``shuffle`` False keeps the order of the files, for validation;
-    ``records`` then takes so many of them only, spread evenly over all sets.
+    An item is `(Sample, tiles)` with tiles uint8 [T, 3, S, S] as numpy array (T is 0 for text only), or a BadSample.
+    `shuffle` False keeps the order of the files, for validation; `records` then limits the number of records, spread
+    evenly over all sets.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class ConversationDataset(Dataset):
         records: int | None = None,
     ):
         if seed < 0:
-            raise ValueError(f"the data seed is {seed}; it must not be negative")
+            raise ValueError(f"data seed {seed} must not be negative")
         self.manifest, self.encoder = manifest, encoder
         self.seed, self.shuffle = seed, shuffle
         self.records = len(manifest) if records is None else min(records, len(manifest))
 
     def __len__(self) -> int:
-        """Samples in an epoch; positions go on beyond it without end."""
+        """Samples in an epoch; positions continue beyond it without end."""
         return self.records
 
     def __getitem__(self, position: int) -> tuple[Sample, np.ndarray] | BadSample:
         return self.attempt(position, 0)
 
     def attempt(self, position: int, attempt: int) -> tuple[Sample, np.ndarray] | BadSample:
-        """Item at ``position``; from ``attempt`` 1 on a replacement, drawn from (seed, position, attempt)."""
+        """Item at `position`; with `attempt` 1 or more, a replacement drawn from (seed, position, attempt)."""
         number = self._number(position, attempt)
         try:
             with blamed_on(self.manifest.key(number)):
@@ -75,7 +75,7 @@ class ConversationDataset(Dataset):
 
     def _number(self, position: int, attempt: int) -> int:
         if position < 0:
-            raise IndexError(f"position {position} is negative")
+            raise IndexError(f"position {position} must not be negative")
         if attempt:
             return int(np.random.default_rng([self.seed, position, attempt]).integers(len(self)))
         epoch, index = divmod(position, len(self))
@@ -102,22 +102,22 @@ class ConversationDataset(Dataset):
 
 @lru_cache(maxsize=2)
 def _order(manifest: Manifest, epoch: int, seed: int) -> np.ndarray:
-    # Kept per process and not in the dataset, which travels to every worker.
+    # Cached per process and not in the data set, which is sent to every worker.
     return manifest.order(epoch, seed)
 
 
 class _Slot(NamedTuple):
-    """What a worker hands over for one position: the sample, if any was found, and all that were not."""
+    """Result of a worker for one position: the sample, if any was found, and the bad ones before it."""
 
     item: tuple[Sample, np.ndarray] | None
     rejects: list[BadSample]
 
 
 class _Slots(Dataset):
-    """A ConversationDataset that deals with bad samples inside the worker.
+    """ConversationDataset that replaces bad samples inside the worker.
 
-    Positions have no end, and a bad sample is replaced; with ``once`` positions beyond the first epoch hold nothing,
-    and nothing takes the place of a bad one.
+    Positions have no end, and a bad sample is replaced; with `once`, positions beyond the first epoch are empty, and
+    bad samples are not replaced.
     """
 
     def __init__(self, dataset: ConversationDataset, *, once: bool = False):
@@ -136,7 +136,7 @@ class _Slots(Dataset):
 
 
 def _positions(start: int, size: int, rank: int, ranks: int, limit: int | None) -> Iterator[list[int]]:
-    """Positions of this rank's micro-batches: ranks take consecutive blocks of ``size`` in turn."""
+    """Positions of this rank's micro-batches: ranks take consecutive blocks of `size` in turn."""
     number = 0
     while limit is None or number < limit:
         first = start + (number * ranks + rank) * size
@@ -145,11 +145,11 @@ def _positions(start: int, size: int, rank: int, ranks: int, limit: int | None) 
 
 
 class _Delivery(NamedTuple):
-    """What a worker hands over for a micro-batch.
+    """Result of a worker for a micro-batch.
 
-    ``content`` is None if a position has no sample, and a ValueError if the samples do not fit together: raised
-    in the worker, its message would drown in a traceback. ``good`` samples are in it, which gave up ``cut`` (tiles,
-    tokens) to fit, and ``pictured`` of which have images.
+    `content` is None if a position has no sample, and a ValueError if the samples do not fit together: raised in the
+    worker, its message would be lost in a traceback. It has `good` samples, `pictured` of them with images; `cut`
+    (tiles, tokens) was removed from them to fit.
     """
 
     content: Any
@@ -160,9 +160,9 @@ class _Delivery(NamedTuple):
 
 
 class _Finish:
-    """The last step inside the worker: the slots of a micro-batch become what the consumer wants.
+    """Last step inside the worker: converts the slots of a micro-batch to its final form.
 
-    ``filler`` stands in for a micro-batch without any sample; None: every position must have one.
+    `filler` replaces a micro-batch without any sample; None: every position must have one.
     """
 
     def __init__(self, finish: Finish, filler: tuple[Sample, torch.Tensor] | None = None):
@@ -182,7 +182,7 @@ class _Finish:
         return _Delivery(content, [slot.rejects for slot in slots], good, pictured, cut)
 
 
-def planned(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
+def plan_micro_batch(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
     """Plan of a micro-batch and its tiles, uint8 [T, 3, S, S] in the order of the plan."""
     plan = build_plan(
         [sample.input_ids for sample, _ in items],
@@ -200,7 +200,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_with_training() -> None:
-    """Torch's workers watch their parent, which is the forkserver; and that lives as long as any of them does."""
+    """Exit with the training process. Torch's workers watch the forkserver instead, which outlives it."""
     training = multiprocessing.parent_process()
     assert training is not None
     training.join()
@@ -229,14 +229,14 @@ def batches(
     prefetch_factor: int = 2,
     start_method: str = "forkserver",
 ) -> Iterator[Any]:
-    """Micro-batches of this rank: ``finish(items)``, called in the worker; by default the items themselves.
+    """Micro-batches of this rank: `finish(items)`, called in the worker; by default the items themselves.
 
-    ``start``: consumed samples, over all ranks, of earlier runs. ``limit``: micro-batches to give, None for
-    no end. A bad sample is counted in ``reject_log`` and replaced by one that only its own position
-    decides; so other positions and other ranks stay as they are. Rejects, and what samples gave up to fit, are
-    counted in the order of the batches, however far the workers are ahead.
+    `start`: samples that earlier runs consumed, over all ranks. `limit`: number of micro-batches; None: no end. A bad
+    sample is counted in `reject_log` and replaced by one that depends only on its position, so that other positions
+    and ranks do not change. Rejects and removed tiles and tokens are counted in the order of the batches, however far
+    ahead the workers are.
 
-    Raises ValueError for an impossible split and TooManyRejects when ``reject_log`` is over its limit or
+    Raises ValueError for an impossible split and TooManyRejects when `reject_log` is over its limit or
     no replacement can be found. Close the generator (or let it go) to stop the workers.
     """
     _check_split(start, micro_batch_size, dp_rank, dp_size)
@@ -258,16 +258,16 @@ def held_out_batches(
 ) -> Iterator[Any]:
     """One evaluation: this rank's share of the data set's records, each exactly once over all ranks.
 
-    Every rank gives ``micro_batches`` of them. A bad record is counted in ``reject_log`` and left out, not
-    replaced; a micro-batch without any record is the filler of `sample.filler_sample`, which weighs nothing.
+    Every rank gives `micro_batches` of them. A bad record is counted in `reject_log` and left out, not replaced; a
+    micro-batch without any record is the filler of `sample.filler_sample`, whose weight is 0.
 
-    Raises ValueError if so many micro-batches do not hold all records.
+    Raises ValueError if the micro-batches are too few for all records.
     """
     _check_split(0, micro_batch_size, dp_rank, dp_size)
     records = len(dataset)
     if micro_batches * micro_batch_size * dp_size < records:
         raise ValueError(
-            f"{micro_batches} micro-batches of {micro_batch_size} on {dp_size} ranks do not hold {records} records"
+            f"{micro_batches} micro-batches of {micro_batch_size} on {dp_size} ranks are too few for {records} records"
         )
     size = dataset.encoder.settings.tile_size
     filler = (filler_sample(), torch.empty((0, 3, size, size), dtype=torch.uint8))
@@ -301,26 +301,26 @@ def _loader(
 
 
 def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Iterator[Any]:
-    """Contents in order, each after its rejects."""
-    # Receiving from a worker takes milliseconds, which a thread takes while the model computes.
+    """Contents in order; the rejects of each are counted before it is given."""
+    # Receiving from a worker takes milliseconds; a thread does it while the model computes.
     with keep_signal_mask():  # workers block the signals that this process blocks
         batches_of_workers = iter(loader)
-    deliveries = Ahead(batches_of_workers, depth=1) if num_workers else batches_of_workers
+    deliveries = Prefetcher(batches_of_workers, depth=1) if num_workers else batches_of_workers
     try:
         for delivery in deliveries:
             yield _checked(delivery, reject_log)
     finally:
-        if isinstance(deliveries, Ahead):
+        if isinstance(deliveries, Prefetcher):
             deliveries.close()
 
 
 def _checked(delivery: _Delivery, reject_log: RejectLog) -> Any:
-    """The content of a delivery, after its samples are counted; raises what stands in its place."""
+    """Content of a delivery, after counting its samples. Raises the error that it contains."""
     bad = [reject for rejects in delivery.rejects for reject in rejects]
     for reject in bad:
         reject_log.add(reject)
-    reject_log.saw(delivery.good, len(bad), delivery.pictured)
-    reject_log.shortened(*delivery.cut)
+    reject_log.count_samples(delivery.good, len(bad), delivery.pictured)
+    reject_log.count_removed(*delivery.cut)
     if delivery.content is None:
         raise TooManyRejects(reject_log.nothing_found(f"{MAX_ATTEMPTS} tries"))
     if isinstance(delivery.content, ValueError):

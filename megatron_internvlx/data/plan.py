@@ -1,8 +1,7 @@
-"""SequencePlan: where every row of a micro-batch lives, in both phases of the decoder.
+"""SequencePlan: position of every row of a micro-batch, in both phases of the decoder.
 
-The plan is plain host data (Python ints and numpy arrays), built next to the samples. Every
-pipeline stage gets the same plan, so lengths and index maps never have to be read back from a
-device.
+The plan is host data (Python ints and numpy arrays), built with the samples. Every pipeline stage gets the same plan,
+so lengths and index maps are never read back from a device.
 
 Rows of a phase: the samples of the micro-batch one after another, then padding rows. A sample
 holds text rows and, per tile, g*g visual rows (g = shallow or deep grid side).
@@ -25,14 +24,14 @@ FILLER = -1
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the plan needs to know of the model and of the layout."""
+    """Sizes of the model and of the layout that a plan depends on."""
 
     low_grid: int
     """Token grid side per tile in the shallow phase; equal to high_grid when LVTC is off."""
     high_grid: int
     """Token grid side per tile in the deep phase."""
     lvtc: bool = True
-    """Whether there is a shallow phase at all."""
+    """Whether there is a shallow phase."""
     alignment: int = 1
     """Both phase lengths are padded to a multiple of this many rows."""
     tile_multiple: int = 1

@@ -1,4 +1,4 @@
-"""Bad samples: what is wrong with one record, and the log that counts them and stops the run in time."""
+"""Bad samples: the error of one record, and the log that counts them and stops a run with too many."""
 
 import json
 from collections import Counter
@@ -25,18 +25,17 @@ CAUSES = (
     "too_long",
     "unexpected_error",
 )
-"""Every cause a `BadSample` may have; a fixed order lets ranks add up their counts."""
+"""All causes of a `BadSample`, in a fixed order, so that ranks can add their counts."""
 
-# A rate says nothing before this many samples.
+# Samples before the rate is checked: earlier it is random.
 RATE_AFTER = 200
 
 
 class BadSample(Exception):
-    """One record that cannot be trained on.
+    """Record that is unusable for training.
 
-    ``key`` names the record (``file.jsonl:12``), ``cause`` is a short slug that can be counted
-    (``missing_image``, ``truncated_image``, ``malformed_json``, ``placeholder_mismatch``, ...), ``detail``
-    says what was found and what to do. It pickles, so that data workers can hand it over.
+    `key` names the record (`file.jsonl:12`), `cause` is one of `CAUSES`, and `detail` gives the finding and the
+    remedy. Picklable, for data workers.
     """
 
     def __init__(self, key: str, cause: str, detail: str):
@@ -48,22 +47,22 @@ class BadSample(Exception):
         return f"{self.key}: {self.cause}: {self.detail}"
 
     def with_key(self, key: str) -> "BadSample":
-        """The same finding under the name of the record it belongs to."""
+        """Copy under the name of the record that it belongs to."""
         return BadSample(key, self.cause, self.detail)
 
 
 def printable(text: str) -> str:
-    """`text` with what no file or terminal takes (half of a surrogate pair) written as an escape."""
+    """Text in which characters that cannot be encoded (half of a surrogate pair) are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
 def blamed_on(key: str) -> Iterator[None]:
-    """Whatever the work on the record `key` raises becomes a `BadSample` of that name.
+    """Convert any error of the `with` block to a `BadSample` named `key`.
 
-    Tokenizers, codecs and storage clients raise nearly every class there is on odd input; a list of kinds
-    would always lack one, and an error that passes ends the run at the same record after every restart. A
-    mistake of ours or of the machine is not hidden: all records are bad then, which ends the run with it.
+    Tokenizers, codecs and storage clients raise errors of nearly any class on odd input; a list of classes would be
+    incomplete, and an error that is missed ends the run at the same record after every restart. Errors of the code or
+    of the machine are not hidden: all records are bad then, which ends the run with that error.
     """
     try:
         yield
@@ -74,7 +73,7 @@ def blamed_on(key: str) -> Iterator[None]:
 
 
 class UnusableData(ValueError):
-    """Data that a run cannot go on with, found while it runs."""
+    """Data that stops a run, found while it runs."""
 
 
 class TooManyRejects(UnusableData):
@@ -82,29 +81,30 @@ class TooManyRejects(UnusableData):
 
 
 class RejectLog:
-    """Counts bad records per cause and appends one JSON line for each to ``path``.
+    """Counts bad records per cause and appends one JSON line for each to `path`.
 
-    A record is counted once, however often it comes up again. Lines already in ``path`` (a resumed run)
-    are not written twice. ``max_rejects`` is the number of distinct bad records that is still accepted;
-    None accepts any number. Several processes may share a path (lines are appended whole), but each then
-    knows only its own records: give each data-parallel rank its own path to keep lines distinct.
-    ``max_rate`` is the share of bad samples among those reported by ``saw`` that is still accepted, judged from
-    200 samples on; None accepts any.
-    Samples that were shortened to fit are counted too: see ``shortened``.
+    A record is counted once, however often it is read. Lines already in `path` (a resumed run) are not written
+    again. Give each data-parallel rank its own path: processes that share one write a record several times.
+
+    Args:
+        path: file of the lines; None: no file.
+        max_rejects: number of distinct bad records that is accepted; None: any number.
+        max_rate: share of bad samples among those of `count_samples` that is accepted, checked after 200 samples;
+            None: any share.
     """
 
     def __init__(self, path: str | Path | None, max_rejects: int | None, max_rate: float | None = None):
         if max_rejects is not None and max_rejects < 0:
-            raise ValueError(f"max_rejects is {max_rejects}; use 0 to accept none, None to accept any number")
+            raise ValueError(f"max_rejects {max_rejects} must be at least 0, or None to accept any number")
         if max_rate is not None and not 0 <= max_rate <= 1:
-            raise ValueError(f"max_rate is {max_rate}; it is a share between 0 and 1, or None for no limit")
+            raise ValueError(f"max_rate {max_rate} must be between 0 and 1, or None for no limit")
         self.path = Path(path) if path is not None else None
         self.max_rejects, self.max_rate = max_rejects, max_rate
         self.good = self.bad = self.pictured = 0
         self.last: BadSample | None = None
         self.counts: Counter[str] = Counter()
         self.cut_tiles = self.cut_tokens = 0
-        """Given up so far by samples over the sequence length or a budget."""
+        """Tiles and tokens removed so far from samples over the sequence length or a budget."""
         self._seen: set[tuple[str, str]] = set()
         self._written = self._read_back()
 
@@ -117,16 +117,16 @@ class RejectLog:
                 entry = json.loads(line)
                 written.add((entry["key"], entry["cause"]))
             except (ValueError, KeyError, TypeError):
-                continue  # a line cut by a killed run: its record is written again when it comes up
+                continue  # a line cut by a killed run: its record is written again
         return written
 
     @property
     def total(self) -> int:
-        """Distinct bad records seen by this run."""
+        """Number of distinct bad records in this run."""
         return len(self._seen)
 
     def add(self, bad: BadSample) -> None:
-        """Count ``bad``; raise TooManyRejects, chained to it, once more than ``max_rejects`` were seen."""
+        """Count a bad record. Raises TooManyRejects, chained to it, if there are more than `max_rejects`."""
         name = (bad.key, bad.cause)
         self.last = bad
         if name in self._seen:
@@ -142,10 +142,10 @@ class RejectLog:
         if self.max_rejects is not None and self.total > self.max_rejects:
             raise TooManyRejects(self._verdict()) from bad
 
-    def saw(self, good: int, bad: int, pictured: int = 0) -> None:
-        """Count samples that came up, `pictured` of the good ones with images.
+    def count_samples(self, good: int, bad: int, pictured: int = 0) -> None:
+        """Count the samples that were read, `pictured` of the good ones with images.
 
-        Raises TooManyRejects if too large a share of them was bad, a record that came up twice counting twice.
+        Raises TooManyRejects if the share of bad ones is over `max_rate`; a record that is read twice counts twice.
         """
         self.good += good
         self.bad += bad
@@ -157,20 +157,20 @@ class RejectLog:
                 f"{self.max_rate:.1%} ({self._found()}). Repair or remove them, or raise --max-reject-rate"
             )
 
-    def shortened(self, tiles: int, tokens: int) -> None:
-        """Count what samples gave up to fit the sequence length and the budgets."""
+    def count_removed(self, tiles: int, tokens: int) -> None:
+        """Count what was removed from samples to fit the sequence length and the budgets."""
         self.cut_tiles += tiles
         self.cut_tokens += tokens
 
     def nothing_found(self, tries: str) -> str:
-        """Why `tries` ("64 tries") in a row gave no usable sample, and what to do about it."""
+        """Message that `tries` ("64 tries") in a row gave no usable sample, with causes and remedy."""
         return f"{tries} in a row found no usable record ({self._found()})"
 
     def _found(self) -> str:
-        """Causes so far, what they say of the data as a whole, the last record, and where all are listed."""
+        """Causes so far, the likely reason, the last record, and the file that lists all."""
         text = f"different records bad so far: {self.summary()}"
         if self.counts["missing_image"] and not self.pictured:
-            text += "; not one image was found: `root` in meta.json is probably wrong"
+            text += "; no image was found: `root` in meta.json is probably wrong"
         text += (
             f"; they are listed in {self.path}" if self.path else "; --rejects-file FILE or --save lists them"
         )
@@ -183,5 +183,5 @@ class RejectLog:
         )
 
     def summary(self) -> str:
-        """Counts per cause, most frequent first, for the log line: ``missing_image 3, bomb 1``."""
+        """Counts per cause for the log line, most frequent first: `missing_image 3, bomb 1`."""
         return ", ".join(f"{cause} {count}" for cause, count in self.counts.most_common()) or "none"

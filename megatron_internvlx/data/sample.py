@@ -1,4 +1,4 @@
-"""One training sample: a record of the manifest, tokenized, with its images measured but not yet decoded."""
+"""Training sample: a record of the manifest, tokenized, its images measured but not yet decoded."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A text with more characters than this for each token that fits is refused unread. English has four per token.
+# A text with more characters per available token is rejected unread. English has four per token.
 MOST_CHARACTERS_PER_TOKEN = 64
-SHORT_TEXT = 65_536  # characters, which are tokenized in a fifth of a second whatever the limit
+SHORT_TEXT = 65_536  # characters; tokenized in a fifth of a second
 
-# Width and height of an image, upright, from its path; BadSample if there is none.
+# Upright width and height of an image, from its path. Raises BadSample if there is none.
 SizeOf = Callable[[str], tuple[int, int]]
 
 __all__ = ["BadSample", "EncoderSettings", "ImageTiles", "Sample", "SampleEncoder"]
@@ -37,7 +37,7 @@ __all__ = ["BadSample", "EncoderSettings", "ImageTiles", "Sample", "SampleEncode
 
 @dataclass(frozen=True)
 class ImageTiles:
-    """One image of a sample: where it is, its size in pixels (upright) and its grid in tiles."""
+    """Image of a sample: path, upright size in pixels, and grid in tiles."""
 
     path: str
     width: int
@@ -48,63 +48,68 @@ class ImageTiles:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles with the thumbnail, which a 1x1 grid does not have."""
+        """Number of tiles, including the thumbnail, which a 1x1 grid does not have."""
         return tile_count(self.cols, self.rows, thumbnail=self.thumbnail)
 
 
 @dataclass
 class Sample:
-    """A tokenized record of n tokens in the layout of the deep phase.
-
-    ``key`` names the record in every message; ``input_ids`` and ``labels`` int64 [n], labels not shifted and
-    -100 where ignored; ``is_visual`` bool [n], True exactly where an image feature row goes, in the order
-    of ``images`` and of their tiles; ``jpeg_augment`` asks the decoder for the released JPEG augmentation;
-    ``attention_mask`` bool [n], None unless a released quirk masks tokens; ``dropped_tokens`` tokens cut
-    from the end by the length limit; ``dropped_tiles`` tiles given up to keep a packing budget.
-    """
+    """Tokenized record of n tokens in the layout of the deep phase."""
 
     key: str
+    """Name of the record in messages."""
     input_ids: np.ndarray
+    """int64 [n] token ids."""
     labels: np.ndarray
+    """int64 [n], not shifted; -100 where ignored."""
     images: tuple[ImageTiles, ...]
     is_visual: np.ndarray
+    """bool [n], True at rows of image features, in the order of `images` and of their tiles."""
     jpeg_augment: bool
+    """Whether the decoder applies the released JPEG augmentation."""
     attention_mask: np.ndarray | None = None
+    """bool [n]; None unless a released quirk masks tokens."""
     dropped_tokens: int = 0
+    """Tokens cut from the end by the length limit."""
     dropped_tiles: int = 0
+    """Tiles removed to fit a packing budget."""
     number: int = 0
     """Position of the record in the unshuffled data set; set by the loader."""
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of all images; 0 for a text-only sample."""
+        """Number of tiles of all images; 0 for a text-only sample."""
         return sum(image.num_tiles for image in self.images)
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How records become samples.
-
-    ``template`` chat template; ``tile_size`` pixels; ``max_tiles``, ``min_tiles`` tiles of an image
-    without the thumbnail (``max_tiles`` is shared by the images of a record); ``use_thumbnail``; ``rvtc``
-    policy (off, area, edge); ``tokens_per_tile`` tokens in the deep phase; ``max_length`` tokens, None for
-    no limit; ``dynamic_image_size`` False gives one tile per image; ``compat`` released behaviours to
-    bring back; ``shallow_tokens_per_tile`` tokens in the shallow phase, None for those of the deep one;
-    ``budget`` what one pack may hold, None without packing.
-    """
+    """Settings of the conversion of records to samples."""
 
     template: str = "internvl2_5"
+    """Chat template."""
     tile_size: int = 448
+    """Side of a tile, in pixels."""
     max_tiles: int = 12
+    """Maximum tiles of an image without the thumbnail; shared by the images of a record."""
     min_tiles: int = 1
+    """Minimum tiles of an image without the thumbnail."""
     use_thumbnail: bool = True
+    """Whether an image of several tiles is also added as one tile."""
     rvtc: str = "area"
+    """RVTC policy: off, area or edge."""
     tokens_per_tile: int = 256
+    """Tokens of a tile in the deep phase."""
     max_length: int | None = None
+    """Maximum tokens of a sample; None for no limit."""
     dynamic_image_size: bool = True
+    """Whether images are cut into several tiles."""
     compat: ReleasedQuirks = field(default=NO_QUIRKS)
+    """Behaviours of the released code to reproduce."""
     shallow_tokens_per_tile: int | None = None
+    """Tokens of a tile in the shallow phase; None for those of the deep phase."""
     budget: Budget | None = None
+    """Capacity of a pack; None without packing."""
 
     @property
     def shallow_per_tile(self) -> int:
@@ -115,43 +120,43 @@ class EncoderSettings:
         get_template(self.template)
         for name in ("tile_size", "max_tiles", "min_tiles", "tokens_per_tile"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.min_tiles > self.max_tiles:
-            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
+            raise ValueError(f"min_tiles {self.min_tiles} must be at most max_tiles {self.max_tiles}")
         if self.rvtc not in POLICIES:
-            raise ValueError(f"unknown RVTC policy {self.rvtc!r}; choose one of {', '.join(POLICIES)}")
+            raise ValueError(f"unknown RVTC policy {self.rvtc!r}: must be one of {', '.join(POLICIES)}")
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(
-                f"max_length is {self.max_length} tokens; it must be at least 2, or None for no limit"
-            )
+            raise ValueError(f"max_length {self.max_length} must be at least 2 tokens, or None for no limit")
 
 
 def filler_sample() -> Sample:
-    """Two text tokens, one of them supervised, for a micro-batch that has no sample; see `plan.FILLER`."""
+    """Sample of two text tokens, one of them supervised, for a micro-batch without any sample; see `plan.FILLER`."""
     ids = np.zeros(2, np.int64)
     labels = np.asarray([IGNORE, 0], np.int64)
     return Sample("filler", ids, labels, (), np.zeros(2, bool), jpeg_augment=False, number=FILLER)
 
 
 def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
-    """Image paths and turns of the record, its shape checked; BadSample if it has none."""
+    """Image paths and turns of a record. Raises BadSample if its fields are missing or malformed."""
     data, key = record.data, record.key
     turns = data.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         detail = "the record needs 'conversations', a list of {from, value}"
         if "messages" in data:
-            detail += "; it has OpenAI's 'messages': tools/convert_messages.py writes one as the other"
+            detail += "; it has OpenAI's 'messages', which tools/convert_messages.py converts"
         raise BadSample(key, "missing_key", detail)
     if data.get("video"):
-        raise BadSample(key, "video", "videos are not supported; cut them into images first")
+        raise BadSample(key, "video", "videos are not supported; convert them to images first")
     named = data.get("image") or []
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise BadSample(key, "bad_message", "'image' must be a path or a list of paths")
     for text in (*names, *(turn.get("value") for turn in turns)):
         if isinstance(text, str) and printable(text) != text:
-            raise BadSample(key, "bad_message", "a text holds half of a surrogate pair (\\ud800 to \\udfff)")
-    # The released loader does this for an image given as a string, and not for a list.
+            raise BadSample(
+                key, "bad_message", "a text contains half of a surrogate pair (\\ud800 to \\udfff)"
+            )
+    # As in the released loader: only for an image given as a string, not for a list.
     if isinstance(named, str) and not any(IMAGE in str(turn.get("value")) for turn in turns):
         first = next((i for i, turn in enumerate(turns) if turn.get("from") == "human"), None)
         if first is not None and isinstance(turns[first].get("value"), str):
@@ -161,7 +166,7 @@ def parse_record(record: Record) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 class SampleEncoder:
-    """Turns records into samples: image sizes from the headers, RVTC grids, tokens and labels.
+    """Converts records to samples: image sizes from the headers, RVTC grids, tokens and labels.
 
     Raises ValueError at construction if the tokenizer lacks the special tokens of the template.
     """
@@ -173,21 +178,21 @@ class SampleEncoder:
 
     @property
     def apply_exif(self) -> bool:
-        """Whether images are turned upright; grids and decoding must agree on it."""
+        """Whether images are turned upright; the same for grids and decoding."""
         return not self.settings.compat.ignore_exif
 
     def cost(self, sample: Sample) -> Cost:
-        """What the sample takes of a pack."""
+        """Cost of a sample in a pack."""
         deep, tiles = len(sample.input_ids), sample.num_tiles
         saved = self.settings.tokens_per_tile - self.settings.shallow_per_tile
         return Cost(deep - tiles * saved, deep, tiles)
 
     def encode(self, record: Record, size_of: SizeOf | None = None) -> Sample:
-        """The sample of ``record``; BadSample, named by the record's key, if it cannot be trained on.
+        """Sample of `record`. Raises BadSample, named by the record's key, if it is unusable.
 
-        ``size_of`` answers for the headers where sizes were recorded before. With a packing budget, a sample
-        over it first gives up tiles: its images share one tile less, until it fits or each has one; then its
-        text is cut after the last whole answer that fits.
+        `size_of` gives recorded image sizes; without it headers are read. If a sample exceeds the packing budget, its
+        images share one tile less until it fits or each has one tile; then its text is cut after the last whole
+        answer that fits.
         """
         with blamed_on(record.key):
             return self._encode(record, size_of)
@@ -196,7 +201,7 @@ class SampleEncoder:
         paths, turns = parse_record(record)
         self._check_length(record.key, turns)
         sizes = [size_of(path) if size_of else image_size(path, apply_exif=self.apply_exif) for path in paths]
-        # A dataset may set its own maximum, which several images share, one tile each at least.
+        # A data set may set its own maximum, which several images share, with at least one tile each.
         max_tiles = max(1, (record.max_tiles or self.settings.max_tiles) // max(1, len(paths)))
         images = self._cut(paths, sizes, max_tiles)
         budget = self.settings.budget
@@ -208,7 +213,7 @@ class SampleEncoder:
         return self._reduced(record, turns, sizes, max_tiles, sample, budget)
 
     def _check_length(self, key: str, turns: Sequence[dict[str, Any]]) -> None:
-        """Refuse a text of which nearly nothing would be kept, before tokenizing it takes half a minute."""
+        """Reject a text that would be cut almost entirely, before tokenizing it takes half a minute."""
         budget = self.settings.budget
         limit = budget.deep if budget else self.settings.max_length
         length = sum(len(turn["value"]) for turn in turns if isinstance(turn.get("value"), str))
@@ -216,7 +221,7 @@ class SampleEncoder:
             raise BadSample(
                 key,
                 "too_long",
-                f"{length:,} characters for {limit:,} tokens, over {MOST_CHARACTERS_PER_TOKEN} for each: nearly "
+                f"{length:,} characters for {limit:,} tokens, over {MOST_CHARACTERS_PER_TOKEN} per token: nearly "
                 "all would be cut; split the record",
             )
 
@@ -229,7 +234,7 @@ class SampleEncoder:
         whole: Sample,
         budget: Budget,
     ) -> Sample:
-        """The sample made to fit ``budget``: fewer tiles first, then less text."""
+        """Sample that fits `budget`: with fewer tiles, then with less text."""
         per_tile, shallow = self.settings.tokens_per_tile, self.settings.shallow_per_tile
         text = len(whole.input_ids) - whole.num_tiles * per_tile
         most = min((budget.deep - text) // per_tile, (budget.shallow - text) // shallow)
@@ -243,7 +248,7 @@ class SampleEncoder:
             raise BadSample(
                 record.key,
                 "too_many_images",
-                f"{len(paths)} images of one tile each, and a pack may hold {budget.tiles} tiles: "
+                f"{len(paths)} images of one tile each exceed the {budget.tiles} tiles of a pack: "
                 "raise --max-tiles-per-pack or split the record",
             )
         limit = min(budget.deep, budget.shallow + tiles * (per_tile - shallow))
@@ -291,7 +296,7 @@ class SampleEncoder:
     def _cut(
         self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], max_tiles: int
     ) -> tuple[ImageTiles, ...]:
-        """Grids of the images, each of at most ``max_tiles`` tiles."""
+        """Images with their grids, each of at most `max_tiles` tiles."""
         settings = self.settings
         images = []
         for path, (width, height) in zip(paths, sizes, strict=False):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_internvlx.data.conversation import IMAGE, get_template, render_prompt
-from megatron_internvlx.data.decode_pil import image_size, opened
+from megatron_internvlx.data.decode_pil import image_size, read_header
 from megatron_internvlx.data.manifest import Manifest, Record
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
@@ -93,7 +93,7 @@ class Answerer:
             inputs = self.processor(images=images, text=[question.prompt for question in batch])
         except (OSError, SyntaxError):  # raised by Pillow for a broken image
             for path in dict.fromkeys(path for own in images for path in own):
-                with opened(path) as image:
+                with read_header(path) as image:
                     image.load()
             raise
         moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

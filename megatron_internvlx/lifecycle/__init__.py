@@ -1,1 +1,1 @@
-"""How a run starts, goes on after a fault, is stopped, and ends."""
+"""Start, resumption after a fault, stop and end of a run."""

@@ -1,4 +1,4 @@
-"""A caller's mistake, printed once, in whatever order the ranks end.
+"""Message about a caller's mistake, printed once, in whatever order the ranks end.
 
 All ranks see most mistakes, and the first rank that exits makes torchrun kill the others, so no particular rank can
 be trusted to print. The first rank that gets here prints, and the others on its node exit only after it has.
@@ -19,7 +19,7 @@ MISTAKE = 2
 
 
 def complain(error: ValueError) -> int:
-    """Print a caller's mistake, once per node and start; returns the exit code: the error's, or 2."""
+    """Print a caller's mistake once per node and start; returns the error's `exit_code`, or 2."""
     where = f" on {socket.gethostname()}" if launched_nodes() > 1 else ""
     _print_once(f"pretrain_vlm.py{where}: {error}")
     return int(getattr(error, "exit_code", MISTAKE))
@@ -35,7 +35,7 @@ def _shared_file() -> Path | None:
     """File shared by the ranks of this node in this start only; None without torchrun."""
     # torchrun makes a directory per start, with one for each rank in it.
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(own).parent.parent / "said" if own and own != os.devnull else None
+    return Path(own).parent.parent / "reported" if own and own != os.devnull else None
 
 
 def _print_once(text: str) -> None:

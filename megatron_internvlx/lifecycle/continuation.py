@@ -1,4 +1,4 @@
-"""The checkpoint that a start goes on from: chosen by rank 0, the same on all ranks, before the model is built."""
+"""Choice of the checkpoint that a start resumes from: by rank 0, for all ranks, before the model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_internvlx.lifecycle import resume, signals
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
-from megatron_internvlx.megatron_settings import CheckpointFiles
+from megatron_internvlx.megatron_settings import CheckpointFiles, Parallelism
 from megatron_internvlx.ranks import is_first_rank
 
 
@@ -25,25 +25,26 @@ class Continuation:
     """Finds the newest complete checkpoint of `--save`, and has Megatron load it.
 
     Args:
-        args: Megatron's parsed arguments. What says which checkpoint Megatron loads is set here and nowhere
-            else: it is not known earlier, because the ranks must agree on it.
+        args: Megatron's namespace. Here, and nowhere else, it is told which checkpoint to load: that is not known
+            earlier, because the ranks must agree on it.
         setup: the run's directory and ranks.
-        stop: its clock starts when communication is ready.
-        lock: of `--save`, on the rank that holds it.
+        stop: signal handler, whose clock starts when communication is ready.
+        lock: lock of `--save`, on the rank that holds it.
     """
 
     def __init__(
         self, args: argparse.Namespace, setup: RunSetup, stop: StopSignals, lock: SaveLock | None = None
     ) -> None:
         self.args, self.setup, self.stop, self.lock = args, setup, stop, lock
+        self.ranks, self.data = settings_from(args, Parallelism), settings_from(args, DataSettings)
         risk = resume.launcher_risk(os.environ)
         if risk and is_first_rank():
             print(f"pretrain_vlm.py: {risk}", file=sys.stderr, flush=True)
 
-    def before(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
-        """The model provider, preceded by the choice of a checkpoint.
+    def precede(self, model_provider: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the model provider, so that its first call chooses the checkpoint.
 
-        It is the one place that Megatron calls on all ranks with communication ready and nothing loaded.
+        It is the only function that Megatron calls on all ranks with communication ready and nothing loaded.
         """
         chosen = False
 
@@ -58,7 +59,7 @@ class Continuation:
         return provide
 
     def choose(self) -> None:
-        """Decide on all ranks what to load. Exits where another start would not get further."""
+        """Choose the checkpoint to load, the same on all ranks. Exits if another start would get no further."""
         if self.stop.clock is not None:
             self.stop.clock.restart()
         self.check_layout()
@@ -79,23 +80,24 @@ class Continuation:
             self._load(*found)
 
     def check_layout(self) -> None:
-        """Compare the layout that each rank read from a checkpoint: a slow file system may show one an older one.
+        """Check that all ranks read the same layout: on a slow file system one may see an older checkpoint.
 
-        Raises RuntimeError on a rank whose layout is not that of rank 0.
+        Raises RuntimeError on a rank whose layout differs from that of rank 0.
         """
-        mine = self.args.pipeline_model_parallel_layout
-        if mine is None:  # of none or of all: the number of layers decides
+        mine = self.ranks.pipeline_model_parallel_layout
+        if mine is None:  # then it is None on every rank: the number of layers decides
             return
         first = [mine]
         dist.broadcast_object_list(first, src=0)
         if first[0] != mine:
+            checkpoints = settings_from(self.args, CheckpointFiles)
             raise RuntimeError(
                 f"this rank's --pipeline-model-parallel-layout is {mine!r} and that of rank 0 {first[0]!r}: they found "
-                f"different checkpoints in {self.args.save or self.args.load}; start again, or give the layout"
+                f"different checkpoints in {checkpoints.save or checkpoints.load}; start again, or give the layout"
             )
 
     def _choice(self, save: Path) -> tuple[int] | int | None:
-        """On rank 0: (iteration,) to go on from, None to start, or STOP."""
+        """Choose on rank 0: (iteration,) to resume from, None to start anew, or STOP."""
         state = resume.RunState.read(save)
         if reason := state.stopped_by_disk(save):
             print(f"pretrain_vlm.py: {reason}; make room, then start again", file=sys.stderr, flush=True)
@@ -103,11 +105,11 @@ class Continuation:
             return resume.STOP
         found, broken = resume.newest_complete(save, self._position_fault)
         if found is None and (whole := resume.newest_complete(save)[0]) is not None:
-            # Setting them aside would throw away weights for want of a file that says where the data was.
-            # A launcher that asks why this start ended is told not to try again.
+            # Setting them aside would discard weights only because the position of the data is missing. With this
+            # status a launcher does not start the run again.
             state.status = "stuck"
             state.reason = (
-                f"{dict(broken)[whole]}, and no checkpoint in {save} has a complete one: bring it back, or "
+                f"{dict(broken)[whole]}, and no checkpoint in {save} has a complete one: restore the file, or "
                 "start the data anew with --restart-data"
             )
             state.write(save)
@@ -115,9 +117,9 @@ class Continuation:
             return resume.STOP
         for line in resume.messages(save, found, broken):
             print(line, flush=True)
-        goes_on = state.begin(found, self.setup.settings.max_tries)
+        may_train = state.begin(found, self.setup.settings.max_tries)
         state.write(save)
-        if not goes_on:
+        if not may_train:
             print(f"pretrain_vlm.py: {state.reason}: giving up", file=sys.stderr, flush=True)
             return resume.STOP
         resume.set_aside(save, broken)
@@ -128,9 +130,8 @@ class Continuation:
         return (found,)
 
     def _position_fault(self, iteration: int) -> str | None:
-        """What is wrong with the position of the data saved with a checkpoint in `--save`."""
-        data = settings_from(self.args, DataSettings)
-        if data.loader != "energon" or data.restart_data:
+        """Fault of the data position saved with a checkpoint in `--save`; None if there is none."""
+        if self.data.loader != "energon" or self.data.restart_data:
             return None
         from megatron_internvlx.training.loader_state import position_fault  # Energon takes seconds to import
 
@@ -139,6 +140,6 @@ class Continuation:
     def _load(self, iteration: int) -> None:
         args = self.args
         args.load, args.ckpt_step = args.save, iteration
-        # These are about the weights that the first start took over.
+        # These select the weights of the first start.
         args.pretrained_checkpoint = None
         args.finetune = args.no_load_optim = args.no_load_rng = False

@@ -38,6 +38,7 @@ class Interrupts:
         self.asked = False
         """Whether the run is to end after this step, with a checkpoint."""
         self.ending = False
+        """Whether this process is ending at once."""
         self.can_finish_step = False
         """Whether the training loop checks `asked` after the step."""
         self.newest: Callable[[], str] = lambda: "training has not begun"
@@ -79,7 +80,7 @@ class Interrupts:
             self._print(
                 "Ctrl-C: the run ends after this step, with a checkpoint; press it again to end at once"
             )
-            signal.sigwait(_WATCHED)  # torchrun sends SIGTERM when it is told a second time
+            signal.sigwait(_WATCHED)  # torchrun sends SIGTERM when it receives a second SIGINT
         self.end()
 
     def end(self) -> None:
@@ -102,7 +103,7 @@ class Interrupts:
             with contextlib.suppress(Exception):
                 act()
         _discard_output()
-        # As every exit does first: semaphores that are not given back are complained about by Python's tracker.
+        # As every exit does first: Python's tracker warns about semaphores that are not released.
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
 
     def _print(self, text: str) -> None:
@@ -115,14 +116,14 @@ class Interrupts:
 
 
 def _discard_output() -> None:
-    """Discard further output: it is about ranks and workers that end."""
+    """Discard further output, which is only about ranks and workers that end."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
 
 
 def newest_checkpoint(save: Path | None) -> str:
-    """Sentence about the newest complete checkpoint in a directory; reads file names only, without torch."""
+    """Describe the newest complete checkpoint in a directory; reads file names only, without torch."""
     if save is None:
         return "without --save there is no checkpoint"
     for iteration in files.iterations(save):

@@ -1,13 +1,12 @@
-"""One run at a time writes to a --save directory.
+"""Lock that keeps a second run from the same `--save` directory.
 
-An fcntl lock on `run.lock`, whose content names the holder. The system frees it when the holding process ends,
-however that happens, and children do not inherit it: a loader worker that outlives its rank does not block the next
-start.
+It is an fcntl lock on `run.lock`, whose content names the holder. The system frees it when the holding process
+ends, however that happens, and children do not inherit it: a loader worker that outlives its rank does not block
+the next start.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import json
@@ -19,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_internvlx.lifecycle.setup import RunSetup
+
 FILE = "run.lock"
 IN_USE = 77
 
@@ -29,14 +30,14 @@ _FLOCK = "hhqqi0q"  # struct flock of 64-bit Linux: type, whence, start, length,
 
 
 class SaveInUse(ValueError):
-    """Another run holds the directory."""
+    """Error: another run holds the lock of the directory."""
 
     exit_code = IN_USE
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a directory."""
+    """Process that holds the lock of a directory."""
 
     host: str = "an unknown host"
     pid: int = 0
@@ -71,7 +72,7 @@ def own_job() -> str | None:
 
 
 class SaveLock:
-    """Holds a --save directory until `release`, or the end of this process.
+    """Lock of a `--save` directory, kept until `release` or the end of this process.
 
     Raises SaveInUse, naming the holder, if another run has it. A holder on another host is waited for, whatever its
     job: its node may have died before the file system noticed. A holder on this host is alive, and is waited for only
@@ -85,7 +86,7 @@ class SaveLock:
         except OSError as error:
             raise ValueError(f"--save: {self.path} cannot be written: {error.strerror}") from error
         end = time.monotonic() + patience
-        said, looks = False, 0
+        reported, looks = False, 0
         while not self._try_lock():
             holder = _read_holder(self.path)
             if _is_alive(holder) or time.monotonic() > end:
@@ -95,20 +96,22 @@ class SaveLock:
                     "another --save"
                 )
             looks += 1
-            if not said and (holder.known or looks > 1):  # it writes its name a moment after it has the lock
+            if not reported and (
+                holder.known or looks > 1
+            ):  # it writes its name a moment after it has the lock
                 print(
                     f"pretrain_vlm.py: --save {save} belongs to {holder}: waiting up to {patience:.0f} s for it to end,"
                     " or for the file system to forget it if its node has died",
                     file=sys.stderr,
                     flush=True,
                 )
-                said = True
+                reported = True
             time.sleep(1.0)
         holder = Holder(socket.gethostname(), os.getpid(), time.time(), own_job())
         self._write(json.dumps(asdict(holder)))
 
     def release(self) -> None:
-        """Give the directory up; safe to repeat."""
+        """Release the lock; safe to repeat."""
         if self._file >= 0:
             self._write("")
             os.close(self._file)
@@ -136,11 +139,9 @@ class SaveLock:
         os.pwrite(self._file, text.encode(), 0)
 
 
-def lock_save(args: argparse.Namespace) -> SaveLock | None:
-    """The lock of --save, on the first rank; None on others, and where there is nothing to lock."""
-    if args.rank or not args.save or "://" in args.save:
-        return None
-    return SaveLock(Path(args.save))
+def lock_save(setup: RunSetup) -> SaveLock | None:
+    """Lock `--save` on the first rank; None on others, and where there is nothing to lock. Raises ValueError."""
+    return None if setup.rank or setup.save is None else SaveLock(setup.save)
 
 
 def other_holder(save: Path) -> Holder | None:

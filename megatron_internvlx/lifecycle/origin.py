@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx import files
+from megatron_internvlx.config import RunSettings, settings_from
 from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.megatron_settings import CheckpointFiles, Progress
 from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 
 # Arguments that a checkpoint's optimizer state, or its weights, must have in common with the run that loads it.
@@ -40,7 +42,7 @@ _NAMES = {"padded_vocab_size": "vocabulary", "virtual_pipeline_model_parallel_si
 
 
 def made_with(checkpoint: Path) -> argparse.Namespace:
-    """The arguments of the run that saved a checkpoint. Needs no process group."""
+    """Read the arguments of the run that saved a checkpoint. Needs no process group."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     return load_common_state_dict(checkpoint)["args"]
@@ -55,21 +57,22 @@ def _unreadable(checkpoint: Path) -> str | None:
 
 
 def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
-    """Directory of the checkpoint whose optimizer state a run resumes: that of `--auto-resume`, or of `--load`.
+    """Find the checkpoint whose optimizer state a run resumes: that of `--auto-resume`, or of `--load`.
 
-    None where training starts anew, from an import or with `--finetune` for instance. All ranks that see the same
-    files find the same one.
+    Returns its directory; None where training starts anew, from an import or with `--finetune` for instance. All
+    ranks that see the same files find the same one.
     """
-    if args.auto_resume and args.save and "://" not in args.save:
-        save = Path(args.save)
+    checkpoints = settings_from(args, CheckpointFiles)
+    save = checkpoints.save_folder
+    if settings_from(args, RunSettings).auto_resume and save is not None:
         found, _ = resume.newest_complete(
             save, lambda iteration: _unreadable(files.checkpoint_directory(save, iteration))
         )
         if found is not None:
             return files.checkpoint_directory(save, found)
-    if not args.load or "://" in args.load or args.finetune:
+    if not checkpoints.load or "://" in checkpoints.load or checkpoints.finetune:
         return None
-    load, step = Path(args.load), args.ckpt_step
+    load, step = Path(checkpoints.load), checkpoints.ckpt_step
     if not step:
         try:
             step = int((load / files.TRACKER).read_text())
@@ -80,10 +83,10 @@ def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def layout_to_keep(args: argparse.Namespace) -> str | None:
-    """--pipeline-model-parallel-layout of the checkpoint that a run with these arguments resumes from.
+    """Read `--pipeline-model-parallel-layout` of the checkpoint that a run with these arguments resumes from.
 
-    None without a checkpoint, or if it was made with another pipeline size or without a layout. Raises ValueError
-    if the checkpoint that --load names cannot be read.
+    Returns None without a checkpoint, or if it was made with another pipeline size or without a layout. Raises
+    ValueError if the checkpoint that `--load` names cannot be read.
     """
     checkpoint = resumed_checkpoint(args)
     if checkpoint is None:
@@ -92,8 +95,8 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
         made = made_with(checkpoint)
     except Exception as error:  # a torn file raises nearly anything
         raise ValueError(
-            f"--load {args.load}: {checkpoint.name} is broken (the arguments in it cannot be read: {error!r}): take "
-            "another --ckpt-step"
+            f"--load {checkpoint.parent}: {checkpoint.name} is broken (the arguments in it cannot be read: {error!r}): "
+            "take another --ckpt-step"
         ) from error
     if made.pipeline_model_parallel_size != args.pipeline_model_parallel_size:
         return None
@@ -102,16 +105,17 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
 
 
 def mistake_behind(args: argparse.Namespace, error: BaseException) -> ValueError | None:
-    """The caller's mistake behind an error that ended training, with its remedy; None if there is none.
+    """Find the caller's mistake behind an error that ended training.
 
-    That is optimizer state of other parameter groups, or a checkpoint that was made with other sizes.
+    Returns an error that names the remedy, or None if there is no mistake. A mistake is optimizer state of other
+    parameter groups, or a checkpoint that was made with other sizes.
     """
     if isinstance(error, ParameterGroupMismatch):
         return error
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint import CheckpointException
 
-    if hasattr(args, "curr_iteration"):  # Megatron sets it when training begins
+    if Progress(args).has_begun:
         return None
     if not isinstance(error, CheckpointingException | CheckpointException) and "mismatch" not in str(error):
         return None
@@ -123,12 +127,12 @@ def mistake_behind(args: argparse.Namespace, error: BaseException) -> ValueError
         return None
     return ValueError(
         f"{checkpoint} does not fit this run, checkpoint -> arguments: {', '.join(differing)}: give what it was made "
-        f"with, or take its weights alone with --pretrained-checkpoint {checkpoint.parent} and another --save"
+        f"with, or load only its weights with --pretrained-checkpoint {checkpoint.parent} and another --save"
     )
 
 
 def differences(made: argparse.Namespace, now: argparse.Namespace) -> list[str]:
-    """`--flag old -> new` of the sizes that differ between a checkpoint's arguments and a run's."""
+    """List the sizes that differ between a checkpoint's arguments and a run's, as `--flag old -> new`."""
 
     def shown(value: Any) -> str:
         return repr(value) if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""How a run ends, recorded for its launcher and its trackers."""
+"""Record of a run's end, for its launcher and its trackers."""
 
 from __future__ import annotations
 
@@ -25,26 +25,31 @@ class Outcome:
 
     Args:
         setup: the run's directory and ranks.
-        stop: whether a signal or Ctrl-C ended the run.
-        tell: called with FINISHED, FAILED, KILLED (by Ctrl-C) or SCHEDULED (will go on) when the run ends, and
-            whether only this rank knows; otherwise every rank calls it.
-        lock: of `--save`, on the rank that holds it.
+        stop: signal handler, which records whether a signal or Ctrl-C ended the run.
+        report: called when the run ends, with FINISHED, FAILED, KILLED (by Ctrl-C) or SCHEDULED (another start
+            continues it), and with True if only this rank knows; otherwise every rank calls it.
+        lock: lock of `--save`, on the rank that holds it.
     """
 
     def __init__(
         self,
         setup: RunSetup,
         stop: StopSignals,
-        tell: Callable[[str, bool], None] = lambda status, only_here: None,
+        report: Callable[[str, bool], None] = lambda status, only_here: None,
         lock: SaveLock | None = None,
     ) -> None:
-        self.setup, self.stop, self.tell, self.lock = setup, stop, tell, lock
+        self.setup, self.stop, self.report, self.lock = setup, stop, report, lock
         self._before = resume.RunState.read(setup.save).updated if setup.save else 0.0
         signals.interrupts.newest = lambda: newest_checkpoint(setup.save)
         signals.interrupts.last_acts.append(self.interrupted)
 
     def crashed(self, error: BaseException, mistake: ValueError | None) -> None:
-        """Record an error that ended training; `mistake`: what the caller is told instead, if it is one of theirs."""
+        """Record an error that ended training.
+
+        Args:
+            error: the error.
+            mistake: message for the caller if the error is theirs, else None.
+        """
         if mistake is not None:
             self.failed(str(mistake), quiet=True)
         else:
@@ -52,13 +57,13 @@ class Outcome:
             self.failed(f"{type(cause).__name__}: {cause}")
 
     def failed(self, reason: str, *, unsaved: int | None = None, quiet: bool = False) -> None:
-        """Record why this rank ends, on whatever rank it is, and where: one bad node is worth knowing.
+        """Record the failure of this rank, with its number and host: that shows a bad node.
 
         Args:
-            reason: what happened.
-            unsaved: step of a checkpoint for which there was no room at the end, where all ranks end. Otherwise
-                the others do not know, and may be killed before they can tell anyone.
-            quiet: whether somebody else prints the reason.
+            reason: description of the failure.
+            unsaved: step of a checkpoint for which there was no room at the end; then all ranks end. None: the
+                other ranks do not know of the failure, and may be killed before they can report it.
+            quiet: whether the caller prints the reason.
         """
         signals.interrupts.yield_to_end()
         only_here = unsaved is None
@@ -68,8 +73,8 @@ class Outcome:
         if (folder := self.setup.state_folder) is not None:
             state = resume.RunState.read(folder)
             if self._stopped(state):
-                # Elsewhere: what fails here is the connection to ranks that are gone, and a launcher is not to go on.
-                self.tell("KILLED", False)
+                # Ctrl-C on another node: the connection to ranks that are gone fails here, and a launcher must stop.
+                self.report("KILLED", False)
                 return
             only_here = only_here and state.status != "failed"  # another rank was faster
             state.status, state.reason, state.unsaved = "failed", reason, unsaved
@@ -77,16 +82,19 @@ class Outcome:
                 state.write(folder)
             except OSError as error:  # the disk is full, for instance
                 print(f"{folder / resume.STATE} could not be written: {error}", file=sys.stderr)
-        self.tell("FAILED", only_here)
+        self.report("FAILED", only_here)
 
     def interrupted(self) -> None:
-        """Record that a person has ended the run at once; in the thread that waits for Ctrl-C."""
+        """Record that Ctrl-C has ended the run at once; called in the thread that waits for it."""
         if (folder := self.setup.state_folder) is not None:
             self._record_interrupt(folder)
-        self.tell("KILLED", False)
+        self.report("KILLED", False)
 
     def _record_interrupt(self, folder: Path) -> None:
-        """Rank 0 writes it, or else the first rank of a node; until then no rank goes, which other nodes would see."""
+        """Write the state on rank 0, or else on the first rank of a node; the others wait until it is written.
+
+        A rank that ended earlier would look like a failure to other nodes.
+        """
         first = local_rank() == 0
         end = time.monotonic() + (0.0 if self.setup.rank == 0 else 1.0 if first else 2.0)
         while not self._stopped(state := resume.RunState.read(folder)):
@@ -98,15 +106,15 @@ class Outcome:
             time.sleep(0.05)
 
     def _stopped(self, state: resume.RunState) -> bool:
-        """Whether a rank has been ended by Ctrl-C in this start, by no clock: those of other nodes may differ."""
+        """Whether Ctrl-C has ended a rank in this start; compares no clocks, which differ between nodes."""
         return state.status == "stopped" and state.updated != self._before
 
     def ended(self, *, early: bool, unsaved: Unsaved | None = None) -> int:
         """Record the end of training on every rank; returns the exit code.
 
         Args:
-            early: whether training was told to stop before its last step.
-            unsaved: the checkpoint of the last step, if the disk had no room for it.
+            early: whether training stopped before its last step.
+            unsaved: checkpoint of the last step, if the disk had no room for it.
         """
         self.stop.release()
         code = self._record_full_disk(unsaved) if unsaved else self._record_end(early)
@@ -122,20 +130,20 @@ class Outcome:
             reason = f"it ended at step {unsaved.step}, which was not saved: {unsaved.reason}"
             self.failed(f"{reason}; make room and start it again", unsaved=unsaved.step)
         else:
-            self.tell("FAILED", False)
+            self.report("FAILED", False)
         return SAVE_FAILED
 
     def _record_end(self, early: bool) -> int:
         if self.setup.handles_signals:
             signals.end_children()
-        status, told = "finished", "FINISHED"
+        status, reported = "finished", "FINISHED"
         if self.stop.interrupted:
-            status, told = "stopped", "KILLED"
+            status, reported = "stopped", "KILLED"
         elif early and (self.stop.received or self.setup.limited):
-            status, told = "preempted", "SCHEDULED"
+            status, reported = "preempted", "SCHEDULED"
         elif early:
             status = "stopped"
-        self.tell(told, False)
+        self.report(reported, False)
         if dist.get_rank() == 0:
             if line := self._last_line(early):
                 print(line, flush=True)
@@ -147,7 +155,7 @@ class Outcome:
         return INTERRUPTED if self.stop.interrupted else 0
 
     def _last_line(self, early: bool) -> str | None:
-        """What a person reads at the end; None where Megatron has said why it stopped."""
+        """Last line of the output; None where Megatron has printed why it stopped."""
         if self.stop.interrupted:
             return f"stopped by Ctrl-C, {signals.interrupts.newest()}"
         if self.stop.received:
@@ -162,6 +170,6 @@ class Outcome:
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """What failed on a rank: torch's CheckpointException holds one error per rank, and prints all with tracebacks."""
+    """Unwrap torch's CheckpointException, which holds one error per rank and prints all of them with tracebacks."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error

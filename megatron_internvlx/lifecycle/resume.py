@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, how many starts it has had, and what a launcher does when it ends.
+"""Checkpoint that a run resumes from, its number of starts, and a launcher's decision when it ends.
 
     python -m megatron_internvlx.lifecycle.resume SAVE_DIRECTORY --since SECONDS
 
@@ -43,7 +43,7 @@ class Unsaved(NamedTuple):
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Reason why a checkpoint directory is incomplete; None if it is complete."""
+    """Find out why a checkpoint directory is incomplete; None if it is complete."""
     config = checkpoint / "metadata.json"
     try:
         json.loads(config.read_text())
@@ -52,10 +52,10 @@ def fault(checkpoint: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"metadata.json cannot be read: {error}"
     try:
-        wanted = indexed_sizes(checkpoint)
+        expected = indexed_sizes(checkpoint)
     except Exception as error:  # a torn pickle raises nearly anything
         return f".metadata cannot be read: {error!r}"
-    for name, size in sorted(wanted.items()):
+    for name, size in sorted(expected.items()):
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -65,21 +65,21 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def indexed_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes that each file of a checkpoint must have, from its index."""
+    """Read the bytes that each file of a checkpoint must have from its index. Raises ValueError."""
     from torch.distributed.checkpoint import FileSystemReader
 
     sizes: dict[str, int] = {}
     for place in FileSystemReader(checkpoint).read_metadata().storage_data.values():
         sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
     if not sizes:
-        raise ValueError("it names no file")
+        raise ValueError("it lists no file")
     return sizes
 
 
 def newest_complete(
     save: Path, also: Callable[[int], str | None] = lambda iteration: None
 ) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest complete checkpoint, and the incomplete ones newer than it, each with the reason.
+    """Find the newest complete checkpoint, and the incomplete ones newer than it, each with the reason.
 
     `also` checks a checkpoint whose own files are complete; it returns a reason to skip it, or None.
     """
@@ -93,7 +93,7 @@ def newest_complete(
 
 
 def shortage(save: Path) -> str | None:
-    """Message if the disk lacks room for another checkpoint as large as the last, with GB; None if it has."""
+    """Message with sizes in GB if the disk has no room for another checkpoint as large as the last, else None."""
     last = next((checkpoint_directory(save, iteration) for iteration in iterations(save)), None)
     if last is None:
         return None
@@ -105,7 +105,7 @@ def shortage(save: Path) -> str | None:
 
 
 def set_aside(save: Path, broken: list[tuple[int, str]]) -> None:
-    """Rename broken checkpoints, so that the next save finds its place empty; only the last is kept."""
+    """Rename broken checkpoints, which frees their names for later saves; keep only the last one renamed."""
     for iteration, _ in broken:
         for old in save.glob("broken_*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -124,13 +124,14 @@ class RunState:
     """Starts since then."""
     reason: str = ""
     unsaved: int | None = None
-    """Last step of the start before, if the disk had no room for its checkpoint."""
+    """Last step of the previous start, if the disk had no room for its checkpoint."""
     updated: float = 0.0
+    """Time of the last `write`, in seconds since the epoch."""
     history: list[dict] = field(default_factory=list)
 
     @classmethod
     def read(cls, save: Path) -> RunState:
-        """The state in this directory; a new one if there is none, or none that can be read."""
+        """Read the state in this directory; a new one if there is none, or it cannot be read."""
         try:
             content = json.loads((save / STATE).read_text())
             return cls(**content)
@@ -138,7 +139,7 @@ class RunState:
             return cls()
 
     def write(self, save: Path) -> None:
-        """Write the state, with the time."""
+        """Write the state with the current time."""
         self.updated = time.time()
         save.mkdir(parents=True, exist_ok=True)
         write_atomically(save / STATE, json.dumps(asdict(self), indent=1))
@@ -169,14 +170,14 @@ class RunState:
 def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
     """Exit code and reason for a launcher whose run, started at time `since`, has ended."""
     if holder := other_holder(save):
-        # It was no start of the run there, whose state and number of starts stay as they are.
+        # The start that ended was not one of that run, whose state and number of starts stay as they are.
         return STOP, f"{save} belongs to {holder}, which is still training"
     state = RunState.read(save)
     if state.updated < since:
         # It ended before the first rank could write anything; that counts as a start.
-        going_on = state.begin(newest_complete(save)[0], limit)
+        may_train = state.begin(newest_complete(save)[0], limit)
         state.write(save)
-        return (AGAIN, "it ended before training began") if going_on else (STOP, state.reason)
+        return (AGAIN, "it ended before training began") if may_train else (STOP, state.reason)
     if state.status in ("finished", "stopped"):
         return FINISHED, state.status
     if state.status == "preempted":
@@ -217,30 +218,34 @@ def launcher_risk(environment: Mapping[str, str]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer a launcher; see the module's docstring."""
+    """Print why a run ended; returns the exit code for its launcher, see the module's docstring."""
     parser = argparse.ArgumentParser(description="why a run ended, and whether to start it again")
     parser.add_argument("save", help="the run's --save directory")
     parser.add_argument(
         "--since", type=float, default=0.0, help="when it was started, in seconds of the epoch"
     )
     parser.add_argument("--max-tries", type=int, default=3, help="starts without progress")
-    asked = parser.parse_args(argv)
-    if not 0 <= asked.since < math.inf:
-        parser.error(f"--since {asked.since}: must be seconds since the epoch, as `date +%s` prints them")
-    if asked.max_tries < 1:
-        parser.error(f"--max-tries {asked.max_tries}: must be at least 1")
-    if not asked.save:
+    options = parser.parse_args(argv)
+    if not 0 <= options.since < math.inf:
+        parser.error(f"--since {options.since}: must be seconds since the epoch, as `date +%s` prints them")
+    if options.max_tries < 1:
+        parser.error(f"--max-tries {options.max_tries}: must be at least 1")
+    if not options.save:
         parser.error("the directory has an empty name: is the variable set that should hold it?")
-    asked.save = Path(asked.save)
-    if not asked.save.is_dir():
-        parser.error(f"{asked.save}: no such directory; a launcher creates it before the first start")
-    code, reason = verdict(asked.save, asked.since, asked.max_tries)
+    options.save = Path(options.save)
+    if not options.save.is_dir():
+        parser.error(f"{options.save}: no such directory; a launcher creates it before the first start")
+    code, reason = verdict(options.save, options.since, options.max_tries)
     print(reason)
-    if code != FINISHED and not other_holder(asked.save) and RunState.read(asked.save).status != "preempted":
+    if (
+        code != FINISHED
+        and not other_holder(options.save)
+        and RunState.read(options.save).status != "preempted"
+    ):
         # Killed processes could not do it themselves; a start that resumes marks it RUNNING again.
         from megatron_internvlx.reporting.mlflow_sink import mark_failed
 
-        mark_failed(asked.save)
+        mark_failed(options.save)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Guards Megatron's checkpoints: no save that the disk does not hold, and no half of one that anybody waits for."""
+"""Guard of Megatron's checkpoints: no save without room on the disk, and no rank that waits for a failed save."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class GuardedSaves:
     """Wraps Megatron's `save_checkpoint`.
 
     Args:
-        setup: the run's directory.
+        setup: the run's directory and ranks.
         failed: called with the reason on the rank whose save failed, before its process ends.
-        saved: called on every rank after a checkpoint was saved.
+        saved: called on every rank after each checkpoint.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class GuardedSaves:
     ) -> None:
         self.setup, self.failed, self.saved = setup, failed, saved
         self.saving = False
-        """Whether a checkpoint is being written at this moment."""
+        """Whether a checkpoint is being written now."""
         self.unsaved: Unsaved | None = None
         """The last step that was to be saved, if the disk had no room for it."""
 
     def install(self) -> GuardedSaves:
-        """Put the guard around Megatron's function, or around the original if an earlier run here has done so."""
+        """Replace Megatron's function by the guarded one; in a later run of this process, guard the original again."""
         import megatron.training.training as training
 
         original = getattr(training.save_checkpoint, "__wrapped__", training.save_checkpoint)
@@ -45,7 +45,7 @@ class GuardedSaves:
         return self
 
     def guard(self, save_checkpoint: Callable[..., None]) -> Callable[..., None]:
-        """`save_checkpoint` that is skipped where the disk has no room, and ends the process where it fails."""
+        """Wrap `save_checkpoint`: skip it if the disk has no room, end the process if it fails."""
 
         def save(iteration: int, *args: Any, **kwargs: Any) -> None:
             if not self._has_room(iteration):
@@ -72,18 +72,18 @@ class GuardedSaves:
             lack = [resume.shortage(self.setup.save)]
             if lack[0]:
                 print(
-                    f"step {iteration}: no checkpoint: {lack[0]}; training goes on, make room",
+                    f"step {iteration}: no checkpoint: {lack[0]}; training continues, make room",
                     file=sys.stderr,
                     flush=True,
                 )
         dist.broadcast_object_list(lack, src=0)
-        # Megatron saves at the last step of a run, so what is left here when it ends is the end itself.
+        # Megatron saves at the last step of a run: if this is set when the run ends, that step was not saved.
         self.unsaved = Unsaved(iteration, lack[0]) if lack[0] else None
         return self.unsaved is None
 
     def _end_process(self, iteration: int, error: BaseException) -> None:
         """Record the failure and exit at once: the other ranks wait in the save, and torchrun ends them."""
-        # The writer of torch's files hides the reason, which is most often this one.
+        # torch's file writer hides the reason, which is most often a full disk.
         save = self.setup.save
         left = f"{shutil.disk_usage(save).free / 1e9:.2f} GB left on the disk" if save else ""
         self.failed(
@@ -93,7 +93,7 @@ class GuardedSaves:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception at the start of the chain: Megatron wraps a full disk several times."""
+    """Follow a chain of exceptions to its start: Megatron wraps a full disk several times."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return error

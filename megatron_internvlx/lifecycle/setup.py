@@ -1,4 +1,4 @@
-"""What the command line says of a run's directory, its ranks and its faults."""
+"""A run's directory, ranks and handling of faults, taken from the parsed arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_internvlx.config import RunSettings, settings_from
+from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Loop, Parallelism
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RunSetup:
     handles_signals: bool
     """`--exit-signal-handler`."""
     limited: bool
-    """`--exit-duration-in-mins`: the run ends after some time and is to go on later."""
+    """`--exit-duration-in-mins`: the run ends after some time, to be continued by another start."""
     settings: RunSettings
 
     @property
@@ -35,13 +36,15 @@ class RunSetup:
 
 def setup_from(args: argparse.Namespace) -> RunSetup:
     """The setup that parsed arguments describe."""
+    checkpoints, ranks = settings_from(args, CheckpointFiles), settings_from(args, Parallelism)
+    loop = settings_from(args, Loop)
     return RunSetup(
-        save=Path(args.save) if args.save and "://" not in args.save else None,
-        saves=bool(args.save),
-        rank=args.rank,
-        world_size=args.world_size,
-        steps=args.train_iters or 0,
-        handles_signals=bool(args.exit_signal_handler),
-        limited=args.exit_duration_in_mins is not None,
+        save=checkpoints.save_folder,
+        saves=bool(checkpoints.save),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        steps=settings_from(args, Batches).train_iters or 0,
+        handles_signals=bool(loop.exit_signal_handler),
+        limited=loop.exit_duration_in_mins is not None,
         settings=settings_from(args, RunSettings),
     )

@@ -30,7 +30,7 @@ interrupts = Interrupts(on_sigterm=_caught.add)
 
 
 def block_stop_signals() -> None:
-    """Block the stop signals, so that they wait until asked for. Call it before any process or thread is started."""
+    """Block the stop signals; they stay pending until asked for. Call it before any process or thread is started."""
     _caught.clear()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     with keep_signal_mask():  # Python's tracker blocks SIGUSR1 from its start, as every process here does
@@ -40,14 +40,14 @@ def block_stop_signals() -> None:
 
 
 def unblock_stop_signals() -> None:
-    """Give the signals their usual effect back; for runs that want no checkpoint then."""
+    """Restore the usual effect of the signals, for runs without a checkpoint at that moment."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    for number in _caught:  # those that the thread which waits for Ctrl-C has taken meanwhile
+    for number in _caught:  # signals that the thread waiting for Ctrl-C has received meanwhile
         signal.raise_signal(number)
 
 
 def catch_in_other_threads() -> None:
-    """Record signals that reach a thread which does not block them: libraries start some when imported."""
+    """Record signals that reach a thread without the mask: libraries start some when imported."""
     for number in STOP:
         signal.signal(number, lambda caught, _frame: _caught.add(caught))
 
@@ -58,7 +58,7 @@ def pending() -> bool:
 
 
 def report_phase(text: str) -> None:
-    """Print what the start does now, from the first rank."""
+    """Print the current phase of the start, on the first rank."""
     if is_first_rank():
         print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
@@ -98,19 +98,19 @@ class StopSignals:
         import torch
         import torch.distributed as dist
 
-        told = torch.tensor([_INTERRUPTED if interrupts.asked else _SIGNALED if pending() else 0])
+        signal_code = torch.tensor([_INTERRUPTED if interrupts.asked else _SIGNALED if pending() else 0])
         if dist.get_world_size() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")
             self.waiting = True
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(signal_code, op=dist.ReduceOp.MAX, group=self._group)
             self.waiting = False
         if self.clock is not None:
             self.clock.restart()
         # If Python's resource tracker was killed and restarted, that unblocked them (signal_mask.py).
         signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP, signal.SIGINT))
-        self.received = bool(told.item())
-        self.interrupted = told.item() == _INTERRUPTED
+        self.received = bool(signal_code.item())
+        self.interrupted = signal_code.item() == _INTERRUPTED
         # From now on Ctrl-C waits for the end of a step. Ranks reach this line at slightly different times: a
         # Ctrl-C in between, in the first step only, ends at once those that have not, and so the run.
         interrupts.can_finish_step = True

@@ -27,12 +27,13 @@ _NAMED = 16  # silent ranks with a line of their own
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a rank has come."""
+    """Position of a rank in its training loop."""
 
     step: int
     passes: int
     """Forward passes begun since its start."""
     doing: str
+    """Description of its current work."""
 
     def __str__(self) -> str:
         return f"step {self.step}, forward pass {self.passes}, {self.doing}"
@@ -59,11 +60,11 @@ class StallClock:
     """Ends this process when a step takes too long, after printing which ranks are silent or behind.
 
     Args:
-        seconds: longest time between two calls of `restart`. 0: the clock does nothing.
+        seconds: longest time between two calls of `restart`. 0: the clock is off.
         folder: directory of the heartbeats, visible to all ranks. None: nothing is known about other ranks.
         rank: number of this rank.
         world: number of ranks.
-        position: returns how far this rank has come; called from another thread.
+        position: returns the position of this rank; called from another thread.
         report: called with the reason on the lowest living rank, before it ends.
     """
 
@@ -85,11 +86,11 @@ class StallClock:
         self._warned = False
 
     def restart(self) -> None:
-        """Start the time of the next step."""
+        """Start timing the next step."""
         if self.seconds <= 0:
             return
         self._deadline = time.monotonic() + self.seconds
-        # Should Python itself be stuck, the thread below does not run; this needs no interpreter.
+        # If Python itself hangs, the thread below does not run; this needs no interpreter.
         faulthandler.dump_traceback_later(self.seconds + _GRACE, exit=True, file=2)
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="stall clock", daemon=True)
@@ -149,7 +150,7 @@ class StallClock:
             os._exit(1)
 
     def findings(self) -> tuple[str, list[str]]:
-        """The reason, and lines with the position of all ranks; no lines if a lower rank lives and prints them."""
+        """Reason and lines with the positions of all ranks; no lines if a lower rank is alive and prints them."""
         reason = f"no step has ended for {self.seconds / 60:.3g} minutes"
         if self.folder is None:
             return reason, [f"{reason}; without --save nothing is known about the other ranks"]
@@ -170,17 +171,17 @@ class StallClock:
         return f"{reason}; {_blame(silent, living, beats, now)}", lines
 
     def _silent(self, beat: Beat | None, now: float) -> bool:
-        # All ranks began to wait about `seconds` ago; half of that leaves room for clocks and file systems.
+        # All ranks began to wait about `seconds` ago; half of that allows for differing clocks and slow file systems.
         return beat is None or now - beat.time > self.seconds / 2
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """The file of a rank."""
+    """File of a rank's heartbeat."""
     return folder / f"rank{rank:05d}.json"
 
 
 def read_heartbeat(folder: Path, rank: int) -> Beat | None:
-    """A rank's last heartbeat; None if there is none that can be read."""
+    """Read a rank's last heartbeat; None if it is missing or unreadable."""
     try:
         found = json.loads(heartbeat_file(folder, rank).read_text())
         return Beat(**(found | {"position": Position(**found["position"])}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 from megatron_internvlx.lifecycle import signals, stall
@@ -10,25 +9,26 @@ from megatron_internvlx.lifecycle.saves import GuardedSaves
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
 from megatron_internvlx.lifecycle.stall import Position, StallClock
+from megatron_internvlx.megatron_settings import Progress
 from megatron_internvlx.training.step import ForwardStep
 
 
 def watch(
-    args: argparse.Namespace,
+    progress: Progress,
     setup: RunSetup,
     stop: StopSignals,
     step: ForwardStep,
     saves: GuardedSaves,
     failed: Callable[[str], None],
 ) -> None:
-    """Take Megatron's place in handling signals, and start the clock; without `--exit-signal-handler`, let them kill.
+    """Handle signals instead of Megatron and start the clock; without `--exit-signal-handler`, let signals kill.
 
     Args:
-        args: Megatron's arguments, in which it counts the steps of this run.
+        progress: steps of this run so far.
         setup: the run's directory and ranks.
-        stop: answers Megatron's question whether to stop.
-        step: knows what this rank does.
-        saves: knows whether a checkpoint is being written.
+        stop: handler that Megatron asks after each step; it gets the clock.
+        step: the forward step, which records what this rank is doing.
+        saves: records whether a checkpoint is being written.
         failed: called with the reason when a step takes too long.
     """
     if not setup.handles_signals:
@@ -36,15 +36,13 @@ def watch(
         return
 
     def position() -> Position:
-        """Where this rank is, for those who wait for it."""
+        """Position of this rank, for its heartbeat."""
         doing = step.doing
         if saves.saving:
             doing = "saving a checkpoint"
         elif stop.waiting:
             doing = "at the end of the step, where it waits for the others"
-        # Megatron sets the first when training begins, the second when a checkpoint was loaded.
-        done = getattr(args, "curr_iteration", getattr(args, "iteration", 0))
-        return Position(done + 1, step.passes, doing)
+        return Position(progress.finished_steps + 1, step.passes, doing)
 
     import megatron.training.global_vars as global_vars
 

@@ -43,7 +43,7 @@ Type x is that of activations. "if trained": where the weights get a gradient; "
 | branches before their LayerScale | 2 [T, L, c] | x | LayerScale | `vision_layer` |
 | before and after GELU | 2 [T, L, F] | x | MLP | `vision_layer` |
 | final norm; its output, if trained | [s, h]; [n, h] | as norms | output layer | `output` |
-| logits, softmax in their place | [n, V] | fp32 | loss | `output` |
+| logits, their gradient in their place | [n, V] | x | loss | `output` |
 | rows that enter a recomputed layer | [s, h] | x | checkpoint | `layer_input` |
 | ViT features of recomputed layers, once | [T, L, c] | x | chunk | `carried_features` |
 """

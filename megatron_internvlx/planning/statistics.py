@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -12,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages, SizeTable
-from megatron_internvlx.data.manifest import JsonlFile, Record, is_url
+from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages
+from megatron_internvlx.data.manifest import JsonlFile, Record
 from megatron_internvlx.data.packing import Budget, Fill, fill, pack
-from megatron_internvlx.data.prepare import prepared_sets
+from megatron_internvlx.data.prepared import SHARD_JSON, Part, ShardRecord, prepared_sets, size_table
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.rvtc import POLICIES
 from megatron_internvlx.data.sample import SampleEncoder
-from megatron_internvlx.data.shards import META
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.planning.flops import PlanStats, forward_flops
@@ -52,37 +50,36 @@ class DataStats:
 
 def stored_records(out: Path, limit: int) -> Iterator[tuple[Record, ImageStore]]:
     """At most `limit` records of a prepared directory, spread evenly over each JSONL file."""
-    sets = [entry for entry in prepared_sets(out) if entry["parts"]]
-    for entry in sets:
-        part = entry["parts"][0]
-        flavors = part["subflavors"]
-        augment, most = flavors["data_augment"], flavors["max_tiles"]
-        count = min(part["subset"]["range"][1], max(1, limit // len(sets)))
-        if flavors.get("shards"):
-            yield from _shard_records(out / part["path"], count, augment, most)
+    parts = [entry.parts[0] for entry in prepared_sets(out) if entry.parts]
+    for part in parts:
+        flavors = part.flavors
+        count = min(part.records, max(1, limit // len(parts)))
+        if flavors.sharded:
+            yield from _shard_records(out, part, count)
             continue
-        file = JsonlFile(out / part["path"], flavors["label"])
-        root = flavors["root"] if is_url(flavors["root"]) else str(out / flavors["root"])
-        store = FolderImages(root, SizeTable(out / flavors["set"] / "media"))
+        file = JsonlFile(out / part.path, flavors.label)
+        store = FolderImages(flavors.image_root(out), size_table(out, flavors.data_set))
         for number in range(count):
-            index = number * part["subset"]["range"][1] // count
-            yield Record(file.key(index), file[index], "", augment, most), store
+            index = number * part.records // count
+            record = Record(file.key(index), file[index], "", flavors.data_augment, flavors.max_tiles)
+            yield record, store
 
 
-def _shard_records(folder: Path, count: int, augment: bool, most: int | None) -> Iterator[Any]:
-    for shard in sorted(folder.glob("shard-*.tar")):
+def _shard_records(out: Path, part: Part, count: int) -> Iterator[tuple[Record, ImageStore]]:
+    augment, most = part.flavors.data_augment, part.flavors.max_tiles
+    for shard in sorted((out / part.path).glob("shard-*.tar")):
         with tarfile.open(shard) as tar:
             for member in tar:
-                if not member.name.endswith(f".{META}.json"):
+                if not member.name.endswith(f".{SHARD_JSON}"):
                     continue
                 if not count:
                     return
                 count -= 1
                 handle = tar.extractfile(member)
                 assert handle is not None
-                document = json.loads(handle.read())
-                record = Record(document["key"], document["record"], "", augment, most)
-                yield record, ShardImages(document["sizes"], record.key, None)
+                found = ShardRecord.from_json(handle.read())
+                record = Record(found.key, found.record, "", augment, most)
+                yield record, ShardImages(found.sizes, record.key, None)
 
 
 def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataStats:

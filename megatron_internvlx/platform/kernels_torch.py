@@ -36,9 +36,12 @@ def add_norm(
     """`out = residual + branch * scale * keep / keep_rate`, and its norm; each part may be absent.
 
     Args:
-        residual: `[..., C]`. branch: the same; absent: no `out`.
-        scale: `[C]`. keep: 0 or 1 per entry of the dimension before C.
-        weight: `[C]`; absent: no norm. bias: `[C]`, of a layer norm.
+        residual: `[..., C]`.
+        branch: the same; absent: no `out`.
+        scale: `[C]`.
+        keep: 0 or 1 per entry of the dimension before C.
+        weight: `[C]`; absent: no norm.
+        bias: `[C]`, of a layer norm.
         rms: an RMS norm, cast to the weight's type before the weight is applied; False: a layer norm.
 
     Returns:
@@ -69,8 +72,10 @@ def add_norm_backward(
     """The backward pass of `add_norm`.
 
     Args:
-        g_y, g_out: gradients of the norm and of `out`; absent: none.
-        x: what was normalized. branch: as in the forward pass, needed with `scale`.
+        g_y: gradient of the norm; absent: none.
+        g_out: gradient of `out`; absent: none.
+        x: what was normalized.
+        branch: as in the forward pass, needed with `scale`.
         branch_dtype: type of the branch; absent: there was none, or its gradient is not wanted.
         sums: where the gradients of scale, weight and bias go, `[C]` each; absent: not wanted.
         add: add them to what is there.
@@ -183,7 +188,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, 
 
     Args:
         logits: `[n, V]`.
-        targets: `[n]`, token ids. first: the id of the first column.
+        targets: `[n]`, token ids.
+        first: the id of the first column.
 
     Returns:
         `[n]` each, at least in fp32: the losses if these are all columns, the maximum, the sum of the exponentials

@@ -1,1 +1,1 @@
-"""What people see of a run: lines, pictures, answers, MLflow."""
+"""Output of a run for people: lines, pictures, answers, MLflow."""

@@ -1,8 +1,7 @@
-"""Answers of a model in evaluation: which were right, and what was asked."""
+"""Answers of a model in evaluation, with their questions and correctness."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.conversation import questions
 from megatron_internvlx.data.plan import FILLER, SequencePlan
 from megatron_internvlx.data.rejects import BadSample, blamed_on
-from megatron_internvlx.data.tokenizer import load_tokenizer
 from megatron_internvlx.files import write_atomically
 from megatron_internvlx.training.provider import DataProvider
 
@@ -27,16 +24,19 @@ class AnswerBook:
 
     A prediction is made with the correct earlier answer tokens given (teacher forcing), so an
     answer is entirely right exactly when greedy generation would produce it.
+
+    Args:
+        path: file of the answers; None: not written.
+        data: dataset provider with the validation records.
     """
 
-    def __init__(self, args: argparse.Namespace, data: DataProvider) -> None:
-        self.args, self.data = args, data
-        self.path = settings_from(args, DataSettings).predictions_file
+    def __init__(self, path: str | None, data: DataProvider) -> None:
+        self.path, self.data = path, data
         self.last: list[dict[str, Any]] = []
         """Rows of the last complete evaluation over all ranks, on each rank of the last stage."""
         self._rows: list[dict[str, Any]] = []
         self._sources: dict[tuple[int, int], dict[str, Any]] = {}
-        """Question and image by record and turn; kept because every evaluation asks the same."""
+        """Question and image by record and turn; the same in every evaluation."""
 
     def add(self, plan: SequencePlan, predicted: torch.Tensor) -> None:
         """Record the answers of one micro-batch: predicted int [n] for the plan's supervised rows."""
@@ -51,8 +51,8 @@ class AnswerBook:
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
         rows, self._rows = self._rows, []
-        # TP ranks have the same predictions, and the first one's are kept. Which rank draws the picture is
-        # Megatron's choice, so all of them get the rows.
+        # TP ranks have the same predictions; the first one's are used. Megatron chooses the rank that draws the
+        # picture, so all ranks get the rows.
         first = mpu.get_tensor_model_parallel_rank() == 0
         if first and mpu.get_data_parallel_world_size() > 1:
             parts: list[Any] = [None] * mpu.get_data_parallel_world_size()
@@ -67,11 +67,11 @@ class AnswerBook:
         if first and mpu.get_data_parallel_rank() == 0 and self.path:
             try:
                 write_jsonl(Path(self.path), rows)
-            except OSError as error:  # a full disk, for instance: training goes on
+            except OSError as error:  # a full disk, for instance: training continues
                 print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
 
     def _answers(self, plan: SequencePlan, predicted: np.ndarray) -> list[dict[str, Any]]:
-        tokenizer = load_tokenizer(self.args.tokenizer_model)
+        tokenizer: Any = self.data.validation_encoder.tokenizer
         rows: list[dict[str, Any]] = []
         if (plan.sample_ids == FILLER).any():
             return rows
@@ -116,7 +116,7 @@ class AnswerBook:
                 sample = encoder.encode(record)
                 asked = questions(encoder.settings.template, record.data["conversations"])
                 row |= {"kind": kind_of(record.data, turn), "question": asked[turn]}
-        except BadSample as bad:  # another rank has just read it, and its answer counts
+        except BadSample as bad:  # another rank could read it a moment ago, and its answer counts
             print(f"{bad}: its answer is listed without question and image", file=sys.stderr, flush=True)
             return row
         if sample.images:
@@ -125,13 +125,13 @@ class AnswerBook:
         return row
 
     def predictions(self) -> list[Any]:
-        """The last evaluation's answers as the report wants them."""
+        """Answers of the last evaluation, as `picture.write_report` expects them."""
         from megatron_internvlx.reporting.picture import prediction_of
 
         return [prediction_of(row) for row in self.last]
 
     def summary(self) -> str:
-        """Share of right answers per kind of question, and what the commonest answer would reach."""
+        """Text with the share of right answers per kind of question, and the share of the most common answer."""
         from megatron_internvlx.reporting.picture import accuracy_by_kind, most_common_baseline
 
         rows = self.predictions()
@@ -146,7 +146,7 @@ class AnswerBook:
 
 
 def kind_of(record: dict[str, Any], turn: int) -> str:
-    """The kind of question that a record names: `kinds`, one for each answer, or `kind` for all; "" if none."""
+    """Kind of question that a record gives: `kinds`, one for each answer, or `kind` for all; "" if none."""
     kinds = record.get("kinds")
     if isinstance(kinds, list) and kinds:
         return str(kinds[min(turn, len(kinds) - 1)])
@@ -154,5 +154,5 @@ def kind_of(record: dict[str, Any], turn: int) -> str:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines, under the final name only when complete."""
+    """Write rows as JSON lines; the file gets its name when it is complete. Raises OSError."""
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

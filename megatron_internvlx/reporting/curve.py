@@ -20,7 +20,7 @@ class Curve:
     accuracies: list[tuple[int, float]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write the points beside the checkpoints. A failure is printed, and training goes on."""
+        """Write the points beside the checkpoints. A failure is printed, and training continues."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / FILE, json.dumps(vars(self)))
@@ -34,7 +34,7 @@ class Curve:
             content = json.loads(path.read_text())
             earlier = {name: [(int(at), float(value)) for at, value in content[name]] for name in vars(self)}
         except FileNotFoundError:
-            return  # there is none: the curve begins here
+            return  # no earlier start: the curve begins here
         except (OSError, ValueError, TypeError, KeyError) as error:
             print(f"{path} cannot be read, so the curve begins at step {step}: {error!r}", file=sys.stderr)
             return

@@ -1,4 +1,4 @@
-"""Figures of one log interval, over all ranks."""
+"""Measurements of a log interval, over all ranks."""
 
 from __future__ import annotations
 
@@ -40,28 +40,30 @@ class IntervalTotals:
     rejects: dict[str, int]
     """Unusable samples since the start, per cause."""
     cut_tiles: float
+    """Tiles removed since the start to fit samples into their limits."""
     cut_tokens: float
+    """Tokens removed since the start to fit samples into their limits."""
     images_per_s: float = 0.0
-    """Images that ranks cut themselves; one that two ranks need counts twice."""
+    """Images per second that ranks cut into tiles themselves; an image for two ranks counts twice."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Images that Pillow cut instead of DALI since the start, per reason."""
     blank_images: int = 0
-    """Images since the start that were found broken after planning, and are black."""
+    """Images since the start that could not be decoded after planning, and are black."""
     packs_ready: float | None = None
-    """Fewest packs that waited for a loading rank at the end of the interval; None where files do not travel."""
+    """Fewest packs waiting for a loading rank at the end of the interval; None if ranks do not decode images."""
 
 
 def interval_totals(
     step: ForwardStep, data: DataProvider, *, seconds: float, steps: int, peak: float | None
 ) -> IntervalTotals:
-    """Figures since the last call; called on every rank, with two all-reduces.
+    """Sum up the work since the last call; called on every rank, with two all-reduces.
 
     Args:
-        step: has counted what this rank did; its counters start anew.
-        data: has counted what it could not use.
-        seconds: per step, of this rank.
-        steps: of the interval.
-        peak: FLOP/s of one device, None if unknown.
+        step: the forward step of this rank, whose counters start anew.
+        data: the dataset provider, with its counts of unusable samples.
+        seconds: time per step on this rank.
+        steps: number of steps in the interval.
+        peak: peak FLOP/s of one device; None if unknown.
     """
     counters = step.take()
     flops = step.meter.take().model_flops if step.meter else 0
@@ -109,7 +111,7 @@ def interval_totals(
 
 
 def validation_totals(data: DataProvider) -> ValidationCounts:
-    """What the latest evaluation saw over all ranks; called on every rank, with one all-reduce."""
+    """Sum up the counts of the latest evaluation; called on every rank, with one all-reduce."""
     mine = data.evaluated()
     counts = [mine.records, mine.cut_tiles, mine.cut_tokens, *(mine.rejects.get(c, 0) for c in CAUSES)]
     sums = torch.tensor(counts, dtype=torch.int64, device=platform.device())

@@ -1,4 +1,4 @@
-"""Text of a log line and a validation line, from typed figures."""
+"""Text of the training and validation lines, and the values for trackers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_internvlx.training.validation import ValidationCounts
 
 
 def training_line(record: LogRecord, totals: IntervalTotals) -> str:
-    """The line of one log interval."""
+    """Format the line of a log interval; unknown values are shown as `-`."""
     digits = 3 if totals.tflops < 10 else 0
     parts = [
         f"step {record.iteration:>{len(str(record.train_iters))}}/{record.train_iters}",
@@ -41,7 +41,7 @@ def training_line(record: LogRecord, totals: IntervalTotals) -> str:
 
 
 def validation_line(iteration: int, values: Mapping[str, float], counts: ValidationCounts) -> str:
-    """The line of one evaluation that came to its end."""
+    """Format the line of a complete evaluation."""
     parts = [
         f"validation at step {iteration}",
         f"loss {_number(values.get('loss'), '.4f')}",
@@ -54,7 +54,7 @@ def validation_line(iteration: int, values: Mapping[str, float], counts: Validat
 
 
 def tracked_values(record: LogRecord, totals: IntervalTotals, world_size: int) -> dict[str, float | None]:
-    """Metrics of a log interval for trackers such as MLflow."""
+    """Metrics of a log interval for trackers such as MLflow; None for unknown ones."""
     return {
         "loss": record.losses.get("loss"),
         "learning_rate": record.learning_rate,
@@ -89,5 +89,5 @@ def _causes(rejects: Mapping[str, int]) -> str:
 
 
 def _cut(tiles: float, tokens: float) -> list[str]:
-    """What was cut from samples to fit `--seq-length` and the budgets; [] if nothing."""
+    """Format the amount removed from samples to fit `--seq-length` and the budgets; [] if nothing was."""
     return [f"cut to fit {tiles:.0f} tiles, {tokens:.0f} tokens"] if tiles or tokens else []

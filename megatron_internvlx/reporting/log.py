@@ -12,6 +12,7 @@ from megatron.core import parallel_state as mpu
 from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.data.plan import SequencePlan
+from megatron_internvlx.megatron_settings import CheckpointFiles, Execution, Parallelism, Progress
 from megatron_internvlx.planning.metrics import StepMeter, peak_flops
 from megatron_internvlx.reporting.answers import AnswerBook
 from megatron_internvlx.reporting.interval import interval_totals, validation_totals
@@ -27,20 +28,25 @@ class TrainingLog:
     """Replaces Megatron's log lines: counts, prints, tracks and draws at each interval and evaluation.
 
     Args:
-        args: parsed arguments.
+        args: parsed arguments, in which Megatron notes its progress.
         data: the dataset provider, for reject counts and the validation records.
-        step: the forward step, which counts what the ranks do.
+        step: the forward step, which counts the work of this rank.
         trackers: MLflow and its like.
     """
 
     def __init__(
         self, args: argparse.Namespace, data: DataProvider, step: ForwardStep, trackers: Trackers
     ) -> None:
-        settings = settings_from(args, DataSettings)
-        self.args, self.data, self.step, self.trackers = args, data, step, trackers
-        self.book = AnswerBook(args, data) if settings.valid_data else None
-        self.report = Report(args, settings.report_file, self.book, writes=_is_last(args))
-        self.bar = ProgressBar() if _is_last(args) and sys.stderr.isatty() else None
+        settings, checkpoints = settings_from(args, DataSettings), settings_from(args, CheckpointFiles)
+        prints = settings_from(args, Parallelism).is_last_rank
+        self.data, self.step, self.trackers, self.progress = data, step, trackers, Progress(args)
+        # The peak of the device is that of the type of most matrix products.
+        self._product_type = "fp8" if settings_from(args, Execution).fp8 else "bf16"
+        self.book = AnswerBook(settings.predictions_file, data) if settings.valid_data else None
+        self.report = Report(
+            self.progress, checkpoints.save_folder, settings.report_file, self.book, writes=prints
+        )
+        self.bar = ProgressBar() if prints and sys.stderr.isatty() else None
         self._files = [path for path in (settings.predictions_file, settings.report_file) if path]
         self._logged = 0
         step.on_answers = self.record_answers
@@ -53,11 +59,10 @@ class TrainingLog:
             self.book.add(plan, predicted)
 
     def train_line(self, record: platform.LogRecord) -> str | None:
-        """The line of one log interval, None if it was printed above the bar; called on every rank."""
-        self._logged = self._logged or self.args.iteration  # what a checkpoint had reached
+        """Format the line of a log interval; None if it was printed above the bar. Called on every rank."""
+        self._logged = self._logged or self.progress.loaded_step
         steps, self._logged = max(record.iteration - self._logged, 1), record.iteration
-        # The peak is that of the type of most matrix products.
-        peak = peak_flops(platform.device_name(), "fp8" if self.args.fp8 else "bf16")
+        peak = peak_flops(platform.device_name(), self._product_type)
         totals = interval_totals(self.step, self.data, seconds=record.seconds, steps=steps, peak=peak)
         loss = record.losses.get("loss")
         if loss is not None:
@@ -77,7 +82,7 @@ class TrainingLog:
         return None
 
     def eval_line(self, prefix: str, values: dict[str, float] | None) -> str:
-        """The line of one evaluation, `values` None if the time limit cut it short; called on every rank."""
+        """Format the line of an evaluation; `values` is None if the time limit ended it. Called on every rank."""
         self.step.take()
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if values is None:
@@ -107,8 +112,3 @@ class TrainingLog:
         if self.report.draw():
             print(f"picture: {self.report.path}")
             self.trackers.artifacts([str(self.report.path)])
-
-
-def _is_last(args: argparse.Namespace) -> bool:
-    """Whether this rank prints: Megatron's choice, on the last pipeline stage, where losses are known."""
-    return args.rank == args.world_size - 1

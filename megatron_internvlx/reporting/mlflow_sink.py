@@ -1,9 +1,9 @@
-"""Metrics, settings and pictures of a run in MLflow, without ever making training wait for it.
+"""Metrics, settings and pictures of a run in MLflow; training never waits for the server.
 
-Everything but a queue happens in one thread. While the server does not answer, metrics are kept with their
-steps and times, also in `mlflow_pending.jsonl` beside the checkpoints, and follow once it is back; if the run
-ends before, or is killed, the next start sends the file. A kill loses what came while a request was waiting:
-the last 10 s at most.
+Calls only fill a queue, and a thread does the rest. While the server does not answer, metrics are kept with their
+steps and times, also in `mlflow_pending.jsonl` beside the checkpoints, and are sent once it is back; if the run
+ends before, or is killed, the next start sends the file. A kill loses the metrics that came while a request was
+waiting: the last 10 s at most.
 
 Store: MLFLOW_TRACKING_URI, else an SQLite file beside the checkpoints. All starts of a run write to one
 MLflow run, which `mlflow_run.json` remembers.
@@ -39,12 +39,14 @@ RUN_FILE, PENDING_FILE = "mlflow_run.json", "mlflow_pending.jsonl"
 _BATCH = 500  # metrics of one request; the server takes 1000
 _LONGEST_WAIT = 10.0  # seconds between two tries
 BUILT_FROM = ".git_commit"
-MOST_KEPT = 200_000  # metrics held during an outage; beyond it the oldest go, and their number is stated
+MOST_KEPT = (
+    200_000  # metrics held during an outage; beyond it the oldest are dropped, and their number is printed
+)
 
 
 @dataclass
 class RunInfo:
-    """What is written once, when a run is opened."""
+    """Description of a run, written once when the run is created."""
 
     experiment: str
     name: str | None = None
@@ -58,8 +60,8 @@ class MlflowSink:
     """One MLflow run, written by a thread of its own.
 
     Args:
-        info: what describes the run.
-        folder: where the local store and the two files are; the --save directory.
+        info: description of the run.
+        folder: directory of the local store and the two files; the `--save` directory.
         uri: tracking URI. None: MLFLOW_TRACKING_URI, else SQLite in `folder`.
     """
 
@@ -67,7 +69,7 @@ class MlflowSink:
         self.info, self.folder = info, folder
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db"
         self.lost = 0
-        """Metrics given up, because an outage was too long."""
+        """Number of metrics dropped, because an outage was too long."""
         self.run_id: str | None = None
         self._values: list[Value] = []
         self._spool = Spool(folder / PENDING_FILE, 2 * MOST_KEPT)
@@ -92,7 +94,7 @@ class MlflowSink:
         self._orders.put(("artifact", Path(path)))
 
     def close(self, status: str, seconds: float = 60.0) -> None:
-        """End with FINISHED, FAILED, KILLED or SCHEDULED (will go on); waits at most so long."""
+        """End the run as FINISHED, FAILED, KILLED or SCHEDULED (to be continued); waits at most `seconds`."""
         self._orders.put(("close", status))
         self._thread.join(seconds)
         if self._thread.is_alive() or self._values:
@@ -261,7 +263,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def mark_failed(folder: Path) -> bool:
-    """Mark the run of a `--save` directory as FAILED; for a launcher whose processes were all killed."""
+    """Mark the run of a `--save` directory as FAILED, if all its processes were killed; False if not done."""
     known = _read(folder / RUN_FILE)
     if not known:
         return False
@@ -278,9 +280,10 @@ def mark_failed(folder: Path) -> bool:
 
 
 def git_state(repository: Path, run: Callable[..., Any] = subprocess.run) -> dict[str, str]:
-    """Tags: the commit, and whether files differ from it.
+    """Tags of a run: the commit, and whether files differ from it.
 
-    An image has no repository, but the commit that it was built from (Dockerfile). Empty without either.
+    A container has no repository, but a file with the commit that it was built from (Dockerfile). Without either,
+    no tags.
     """
 
     def ask(*words: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The picture at the end of a run: loss, accuracy, and six held-out images with what the model said."""
+"""Picture of a run: loss, accuracy, and six held-out images with the model's answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMOOTH_FROM = 200  # fewer points are averages over log intervals already
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out answer. `cols` x `rows` is the tile grid, `thumbnail` whether one was appended."""
+    """Held-out answer. `cols` x `rows` is the tile grid, `thumbnail` whether a thumbnail was appended."""
 
     image: str | Path | None
     cols: int
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction(Example):
-    """One line of a predictions file: an example with its sample's key, kind and the evaluator's verdict."""
+    """Line of a predictions file: an example with its sample's key, kind and the evaluator's verdict."""
 
     key: str = ""
     kind: str | None = None
@@ -58,7 +58,7 @@ class Prediction(Example):
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
-    """Read a predictions file (JSONL, one answer a line). Raises ValueError naming file and line."""
+    """Read a predictions file (JSON lines, one per answer). Raises ValueError with file and line number."""
     predictions = []
     with Path(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -73,7 +73,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 
 
 def prediction_of(row: dict[str, Any]) -> Prediction:
-    """A row of a predictions file. Raises KeyError or ValueError for a malformed one."""
+    """Parse a row of a predictions file. Raises KeyError or ValueError if it is malformed."""
     return Prediction(
         key=str(row["key"]),
         kind=row.get("kind"),
@@ -106,7 +106,7 @@ def accuracy_by_kind(predictions: Sequence[Prediction]) -> dict[str, tuple[int, 
 
 
 def choose_examples(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Six answers worth a look: of different kinds, a wrong one among them if there is any, with images."""
+    """Choose six answers with images: of different kinds, with a wrong one if there is any."""
     drawable = [p for p in predictions if p.image is not None]
     wrong = [p for p in drawable if not p.correct][:1]
     # First one of each kind, the image with the most tiles, then whatever follows in the file's order.
@@ -253,8 +253,8 @@ def _draw_tiles(axes: Axes, example: Example) -> None:
     try:
         if example.image is None:
             raise FileNotFoundError
-        with Image.open(example.image) as opened:
-            image = opened.convert("RGB")
+        with Image.open(example.image) as file:
+            image = file.convert("RGB")
     except (OSError, UnidentifiedImageError):
         # A report about a finished run must not fail for want of one picture.
         text = "text only" if example.image is None else "image not readable"

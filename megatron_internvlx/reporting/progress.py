@@ -63,7 +63,7 @@ class ProgressBar:
             self._bar.write(line, file=self._stream)
 
     def close(self) -> None:
-        """End the line. Later updates open a new one."""
+        """End the line; a later update starts a new one."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()

@@ -1,11 +1,11 @@
-"""The run's curve and its picture, written by the rank that knows the losses."""
+"""Loss curve and picture of a run, written by the rank that knows the losses."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from megatron_internvlx.megatron_settings import Progress
 from megatron_internvlx.reporting.answers import AnswerBook
 from megatron_internvlx.reporting.curve import Curve
 
@@ -14,37 +14,45 @@ class Report:
     """Loss and accuracy by step, and the picture of them.
 
     Args:
-        args: Megatron's arguments, in which it notes the checkpoint that it loaded.
-        path: of the picture; None for none.
-        book: answers of the latest evaluation, None without held-out data.
+        progress: of the run, with the checkpoint that was loaded.
+        folder: the `--save` directory, for the curve; None: it is not kept for a later start.
+        path: file of the picture; None: no picture.
+        book: answers of the latest evaluation; None without held-out data.
         writes: whether this rank writes files.
     """
 
     def __init__(
-        self, args: argparse.Namespace, path: str | None, book: AnswerBook | None, *, writes: bool
+        self,
+        progress: Progress,
+        folder: Path | None,
+        path: str | None,
+        book: AnswerBook | None,
+        *,
+        writes: bool,
     ) -> None:
-        self.args, self.book, self.writes = args, book, writes
+        self.progress, self.folder, self.book, self.writes = progress, folder, book, writes
         self.path = Path(path) if path else None
         self._curve: Curve | None = None
 
     @property
     def curve(self) -> Curve:
-        """The curve so far. Read it only when it is known which checkpoint was loaded."""
+        """Curve so far, earlier starts included. Read it only after Megatron has loaded its checkpoint."""
         if self._curve is None:
             self._curve = Curve()
-            if self.args.load and self.args.iteration and self.writes:
-                self._curve.load_earlier(Path(self.args.load), self.args.iteration)
+            load, step = self.progress.loaded_from, self.progress.loaded_step
+            if load and step and self.writes:
+                self._curve.load_earlier(Path(load), step)
         return self._curve
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right answers in the latest evaluation, None before the first."""
+        """Share of right answers in the latest evaluation, 0 to 1; None before the first."""
         return self.curve.accuracies[-1][1] if self.curve.accuracies else None
 
     def save_curve(self) -> None:
         """Write the curve for a later start; called with every checkpoint."""
-        if self.args.save and "://" not in self.args.save and self.writes:
-            self.curve.save(Path(self.args.save))
+        if self.folder is not None and self.writes:
+            self.curve.save(self.folder)
 
     def draw(self) -> bool:
         """Write the picture; returns whether it was written."""
@@ -66,7 +74,7 @@ class Report:
                 title=f"InternVL-X: {losses[-1][0]} steps",
                 caption=caption,
             )
-        except OSError as error:  # a full disk, for instance: training goes on
+        except OSError as error:  # a full disk, for instance: training continues
             print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
             return False
         return True

@@ -1,4 +1,4 @@
-"""Metrics not yet delivered to a server, in a file that survives a kill."""
+"""File of metrics that a server has not received yet; it survives a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Spool:
     """File of undelivered values, one JSON object per line.
 
     Args:
-        path: the file.
+        path: path of the file.
         most: number of lines after which the file is rewritten without delivered and dropped values.
     """
 
@@ -34,11 +34,11 @@ class Spool:
         self.written = 0
         """Number of undelivered values, counted from the oldest, that are in the file."""
         self.error: OSError | None = None
-        """Why the file could not be written the last time."""
+        """Error of the last write; None if it succeeded."""
         self._lines = 0
 
     def read(self) -> list[Value]:
-        """Values that the previous start could not deliver. Unreadable lines are counted on stderr and left out."""
+        """Read the values that the previous start could not deliver; prints the number of unreadable lines."""
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class Spool:
         return values
 
     def add(self, values: list[Value]) -> None:
-        """Write those of the waiting values that are not in the file yet."""
+        """Append the undelivered values that are not in the file yet."""
         new = values[self.written :]
         if not new:
             return
@@ -79,7 +79,7 @@ class Spool:
             self._lines += len(new)
 
     def clear(self) -> None:
-        """Everything was delivered."""
+        """Remove the file, after everything was delivered."""
         if self._lines:
             self.path.unlink(missing_ok=True)
         self.written = self._lines = 0
@@ -94,7 +94,7 @@ class Spool:
 
     def _report_once(self, error: OSError) -> None:
         if self.error is None:
-            print(f"mlflow: metrics wait in memory alone: {error}", file=sys.stderr, flush=True)
+            print(f"mlflow: metrics are kept in memory only: {error}", file=sys.stderr, flush=True)
         self.error = error
 
 

@@ -1,4 +1,4 @@
-"""Trackers of a run (MLflow), and what they are told."""
+"""Trackers of a run (MLflow), and the values that they get."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_internvlx.config import SETTINGS, RunSettings, settings_from
-from megatron_internvlx.megatron_settings import Parallelism
+from megatron_internvlx.megatron_settings import CheckpointFiles, Parallelism
 from megatron_internvlx.parallel.layout import layout_name
 
 
@@ -21,13 +21,13 @@ class Sink(Protocol):
     """Receiver of a run's measurements. No method may raise or wait for anything outside this process."""
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Values of a training step."""
+        """Log values of a training step; None is left out."""
 
     def artifact(self, path: str | Path) -> None:
-        """A file that belongs to the run."""
+        """Store a file of the run."""
 
     def close(self, status: str, seconds: float = 60.0) -> None:
-        """End of the run: FINISHED, FAILED, KILLED or SCHEDULED."""
+        """End the run as FINISHED, FAILED, KILLED or SCHEDULED; waits at most `seconds`."""
 
 
 # Megatron's arguments that make runs comparable; all of them are in the artifact arguments.json.
@@ -42,13 +42,13 @@ expert_model_parallel_size sequence_parallel use_distributed_optimizer data_para
 
 
 def parameters(args: argparse.Namespace) -> dict[str, str]:
-    """Our settings and the named ones of Megatron."""
+    """Our settings and Megatron's of `_NAMED`, as text by name."""
     ours = [name for settings in SETTINGS for name in settings.__dataclass_fields__]
     return {name: str(getattr(args, name, None)) for name in [*ours, *_NAMED]}
 
 
 def environment() -> dict[str, str]:
-    """Tags: versions, host, SLURM job."""
+    """Tags of a run: versions, host, SLURM job."""
     tags = {"host": socket.gethostname(), "python": machine.python_version()}
     for package in ("torch", "megatron-core", "transformer-engine", "megatron-energon"):
         try:
@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
 
 
 def sinks(args: argparse.Namespace) -> list[Sink]:
-    """The sinks that the arguments ask for; to be called on the rank that logs."""
+    """Create the sinks that the arguments ask for; call it on the rank that logs."""
     experiment = settings_from(args, RunSettings).mlflow_experiment
     if not experiment:
         return []
@@ -70,40 +70,43 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
 
     layout = layout_name(settings_from(args, Parallelism))
     tags = environment() | {"layout": layout} | git_state(Path(__file__).parents[2])
+    save = settings_from(args, CheckpointFiles).save
     info = RunInfo(
         experiment,
-        Path(args.save).name if args.save else None,
+        Path(save).name if save else None,
         parameters(args),
         tags,
         {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
     )
-    return [MlflowSink(info, Path(args.save or "."))]
+    return [MlflowSink(info, Path(save or "."))]
 
 
 class Trackers:
-    """All sinks of a run, on the last rank, where losses are known; on the others, none."""
+    """All sinks of a run on the last rank, where losses are known; no sinks on the others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.sinks = sinks(args) if args.rank == args.world_size - 1 else []
+        self.sinks = sinks(args) if settings_from(args, Parallelism).is_last_rank else []
         self._tracked = bool(settings_from(args, RunSettings).mlflow_experiment)
-        self._folder = Path(args.save or ".")
+        self._folder = Path(settings_from(args, CheckpointFiles).save or ".")
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Values of a training step."""
+        """Log values of a training step; None is left out."""
         for sink in self.sinks:
             sink.metrics(step, values)
 
     def artifacts(self, paths: Iterable[str]) -> None:
-        """Files that belong to the run."""
+        """Store files of the run."""
         for sink in self.sinks:
             for path in paths:
                 sink.artifact(path)
 
     def close(self, status: str, only_here: bool = False) -> None:
-        """Record how the run ends: FINISHED, FAILED, KILLED, or SCHEDULED to go on later.
+        """Record the end of the run.
 
-        `only_here`: whether no other rank knows, so that a rank without sinks writes to MLflow itself: the rank
-        that has them may be killed before it does.
+        Args:
+            status: FINISHED, FAILED, KILLED, or SCHEDULED if another start continues the run.
+            only_here: whether no other rank knows. Then a rank without sinks writes to MLflow itself, because the
+                rank that has them may be killed before it does.
         """
         sinks, self.sinks = self.sinks, []
         for sink in sinks:

@@ -76,8 +76,8 @@ def energon_loader(
         pack_buffer=data.pack_buffer,
         shuffle_buffer=data.shuffle_buffer,
     )
-    files, progress = settings_from(args, CheckpointFiles), settings_from(args, Progress)
-    state, settings = _resume(files, data, progress.iteration or 0, settings)
+    files = settings_from(args, CheckpointFiles)
+    state, settings = _resume(files, data, Progress(args).loaded_step, settings)
     travel = ranks_cut(data)
     decoder = TileDecoder(
         data.image_decoder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,10 +23,10 @@ from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prepare import MARK, prepared_sets
+from megatron_internvlx.data.prepared import is_prepared, prepared_sets
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer
@@ -159,7 +160,7 @@ class DataProvider:
         if is_first_rank() and energon:
             prepared_sets(self.data.data or "")
         elif is_first_rank():
-            if (Path(self.data.data or "") / MARK).is_file():
+            if is_prepared(self.data.data or ""):
                 raise ValueError(f"--data {self.data.data} is a prepared directory: add --loader energon")
             self._train_manifest = Manifest(self.data.data or "")
         if self.valid_manifest is not None and is_first_rank():
@@ -175,7 +176,7 @@ class DataProvider:
             if not isinstance(item, BadSample):
                 return
             log.add(item)
-            log.saw(0, 1)
+            log.count_samples(0, 1)
         raise ValueError(f"--valid-data {self.data.valid_data}: {log.nothing_found(f'the first {tries}')}")
 
     def _held_out_dataset(self) -> ConversationDataset:
@@ -227,8 +228,9 @@ class DataProvider:
         pipeline, cut = self.pipeline, 0
         if pipeline is not None:
             cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
-        fallbacks = fallback_counts(batches.fallbacks if batches else {})
-        fallbacks[-1] += pipeline.rescued if pipeline else 0
+        reasons = Counter(batches.fallbacks if batches else {})
+        reasons.update(pipeline.fallbacks if pipeline else {})
+        fallbacks = fallback_counts(reasons)
         blank = sum(pipeline.blank.values()) if pipeline else 0
         return Decoding(cut, blank, fallbacks, batches.ready if batches and pipeline else None)
 
@@ -297,7 +299,7 @@ class DataProvider:
             "dp_rank": mpu.get_data_parallel_rank(),
             "dp_size": mpu.get_data_parallel_world_size(),
             "num_workers": self.data.loader_workers,
-            "finish": partial(planned, settings=plan_settings(self.args)),
+            "finish": partial(plan_micro_batch, settings=plan_settings(self.args)),
         }
 
     def _training_loader(self) -> Iterator[HostBatch]:
@@ -310,7 +312,7 @@ class DataProvider:
         manifest = self._train_manifest or Manifest(self.data.data or "")
         planned_batches = batches(
             ConversationDataset(manifest, encoder, seed=self.batches.seed),
-            start=settings_from(self.args, Progress).consumed_train_samples,
+            start=Progress(self.args).consumed_train_samples,
             micro_batch_size=self.batches.micro_batch_size,
             reject_log=self.rejects,
             **self._share(),

@@ -18,7 +18,7 @@ PACKS = [[(0, 24)] * 12 + [(1, 32)], [(0, 400)], [(4, 20)] * 3, [(2, 64), (0, 32
 
 def losses(*more: str) -> list[float]:
     """Of each step, in a process of its own."""
-    words = [*arguments("bf16"), "--projector-drop-path", "0", *more]
+    words = [*arguments("bf16"), "--projector-drop-path", "0", "--freeze-vision", *more]
     worker = Worker({"kind": "ours", "argv": words, "micro_batches": PACKS})
     try:
         return [worker.step()["loss"] for _ in range(STEPS)]

@@ -133,26 +133,44 @@ def strike(pool, save: Path, delay: float, *, in_save: bool, victims: list[int])
     return thread
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(pool, launch_packed, unbroken_packed, tmp_path):
-    """Four kills, the second and fourth inside a save. None is so late that the run could have ended."""
+def resume_after_kills(pool, launch: Launch, unbroken: Unbroken, save: Path, kills: int) -> None:
+    """Kill a run at random moments, every second one inside a save; it must end as the unbroken run."""
     rng = random.Random(7)
     newest = -1
-    for number in range(4):
+    for number in range(kills):
         in_save = number % 2 == 1
-        delay = rng.uniform(0, 0.05 if in_save else 0.15 * unbroken_packed.seconds)
+        # None is so late that the run could have ended.
+        delay = rng.uniform(0, 0.05 if in_save else 0.15 * unbroken.seconds)
         victims = [[0], [1], [0, 1]][rng.randrange(3)]
-        thread = strike(pool, tmp_path, delay, in_save=in_save, victims=victims)
+        thread = strike(pool, save, delay, in_save=in_save, victims=victims)
         with pytest.raises(RankError):
-            launch_packed(tmp_path, "--max-tries", "20")
+            launch(save, "--max-tries", "20")
         thread.join(60)
-        before, newest = newest, resume.newest_complete(tmp_path)[0] or -1
+        before, newest = newest, resume.newest_complete(save)[0] or -1
         assert newest >= before  # no checkpoint is lost
-    results = launch_packed(tmp_path, "--max-tries", "20")
-    assert len(resume.RunState.read(tmp_path).history) == 5
+    results = launch(save, "--max-tries", "20")
+    assert len(resume.RunState.read(save).history) == kills + 1
     losses = results[-1]["losses"]
-    assert losses and losses == {step: unbroken_packed.losses[step] for step in losses}
-    check(tmp_path, unbroken_packed)
+    assert losses and losses == {step: unbroken.losses[step] for step in losses}
+    check(save, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(pool, launch_packed, unbroken_packed, tmp_path):
+    resume_after_kills(pool, launch_packed, unbroken_packed, tmp_path, kills=4)
+
+
+@pytest.mark.slow
+def test_killed_while_ranks_cut_their_tiles(pool, launch_packed, tmp_path):
+    """Packs taken ahead of training, and those inside the DALI pipelines, are trained on once each."""
+    decoding = ("--image-decoder", "dali", "--decode-at", "rank", "--loader-workers", "1")
+
+    def launch(save: Path, *more: str) -> list[dict]:
+        return launch_packed(save, *decoding, *more)
+
+    unbroken = undisturbed(launch, tmp_path / "unbroken")
+    resume_after_kills(pool, launch, unbroken, tmp_path / "killed", kills=2)
+    pool._discard(2)  # these ranks have the stop signals blocked
 
 
 def test_checkpoints_that_are_not_whole_are_skipped(launch_packed, unbroken_packed, tmp_path):

@@ -137,7 +137,7 @@ def test_a_broken_image_costs_only_itself():
     rescued = torch.from_numpy(reference(buffer[0]))
     order = [expected[0], blank, expected[1], blank, rescued, expected[2], blank, expected[3]]
     assert torch.equal(outs[0], torch.cat(order)) and torch.equal(outs[1], torch.cat(expected))
-    assert (pipeline.images, pipeline.rescued) == (16, 1)
+    assert (pipeline.images, pipeline.fallbacks) == (16, {"no decoder for GIF": 1})
     assert pipeline.blank == {"truncated_image": 1, "unreadable_image": 2}
     pipeline.close()
 

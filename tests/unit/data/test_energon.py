@@ -237,7 +237,7 @@ def test_workers_are_dealt_to_another_number_of_ranks(prepared, loader):
             rank.restore(state)
         assert run(ranks, 8 // world) == expected
     assert workers_for(2, 2, 3) is None
-    with pytest.raises(ValueError, match="2 ranks with 2 loader workers cannot be dealt to 3 ranks"):
+    with pytest.raises(ValueError, match="2 ranks with 2 loader workers cannot be distributed over 3 ranks"):
         redistribute(states, 3)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, planned
+from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
 from megatron_internvlx.data.plan import FILLER, PlanSettings
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
 from megatron_internvlx.data.sample import filler_sample
@@ -140,7 +140,7 @@ def test_training_stops_after_the_allowed_number(dataset):
 
 def test_a_data_set_without_a_good_record_stops(disk, encoder):
     hopeless = disk.add("b", [record("gone.png", "What?", "A")]).manifest()
-    said = r"64 tries in a row .* \(different records bad so far: missing_image 1; not one image .*`root`"
+    said = r"64 tries in a row .* \(different records bad so far: missing_image 1; no image .*`root`"
     with pytest.raises(TooManyRejects, match=said):
         take(ConversationDataset(hopeless, encoder(), seed=0), limit=1)
 
@@ -161,10 +161,10 @@ def test_micro_batches_are_planned_in_the_worker(dataset):
     split = {"start": 0, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "limit": 5}
     settings = PlanSettings(1, 2)
     first = RejectLog(None, None)
-    expected = [planned(items, settings) for items in take(dataset, limit=5, log=first)]
+    expected = [plan_micro_batch(items, settings) for items in take(dataset, limit=5, log=first)]
     assert first.total > 0
     for workers in (0, 2):
-        finish = partial(planned, settings=settings)
+        finish = partial(plan_micro_batch, settings=settings)
         log = RejectLog(None, None)
         found = list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
         for (plan, tiles), (other, others) in zip(found, expected, strict=True):
@@ -172,7 +172,7 @@ def test_micro_batches_are_planned_in_the_worker(dataset):
             assert plan.tokens.tolist() == other.tokens.tolist()
             assert plan.targets.tolist() == other.targets.tolist()
         assert log.total == first.total
-        finish = partial(planned, settings=PlanSettings(1, 2, shallow_length=8, deep_length=8))
+        finish = partial(plan_micro_batch, settings=PlanSettings(1, 2, shallow_length=8, deep_length=8))
         with pytest.raises(ValueError, match="over the static budget of 8") as caught:
             list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
         assert "Traceback" not in str(caught.value)
@@ -224,7 +224,7 @@ def test_an_evaluation_can_be_of_some_records_spread_evenly(dataset):
         "filler",  # the fifth, a.jsonl:14, is a bad one
     ]
     assert len(plain(1000)) == GOOD + BAD
-    with pytest.raises(ValueError, match="2 micro-batches of 2 on 1 ranks do not hold 5 records"):
+    with pytest.raises(ValueError, match="2 micro-batches of 2 on 1 ranks are too few for 5 records"):
         held_out(plain(5), micro_batches=2)
 
 
@@ -232,7 +232,7 @@ def test_a_filler_can_be_planned(dataset):
     """The last micro-batches of an evaluation may have no record; they have a plan all the same."""
     sample, tiles = filler_sample(), torch.empty((0, 3, 32, 32), dtype=torch.uint8)
     for settings in (PlanSettings(1, 2), PlanSettings(1, 2, shallow_length=8, deep_length=16, tile_budget=2)):
-        plan, cut = planned([(sample, tiles)], settings)
+        plan, cut = plan_micro_batch([(sample, tiles)], settings)
         assert (plan.num_tiles, len(cut), plan.sample_ids.tolist(), len(plan.loss_rows)) == (
             0,
             0,

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_internvlx.data import prepare as module
 from megatron_internvlx.data.decode_pil import image_size
-from megatron_internvlx.data.images import SizeTable
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.data.prepare import PrepareSettings, prepare, prepared_sets
+from megatron_internvlx.data.prepare import PrepareSettings, prepare
+from megatron_internvlx.data.prepared import MARK, prepared_sets, size_table
 from tests.unit.data.conftest import record
 from tools import prepare_data
 
@@ -44,15 +44,15 @@ def test_annotations_are_linked_images_measured_and_broken_things_listed(meta, t
     link = out / "clean" / "records.jsonl"
     assert link.is_symlink()
     assert not os.path.isabs(os.readlink(link))  # the two may move together
-    assert [part["repetitions"] for part in clean.parts] == [2, 1]
-    assert clean.parts[1]["subset"]["range"] == [0, 5]
+    assert [part.repetitions for part in clean.parts] == [2, 1]
+    assert clean.parts[1].records == 5
     broken = [json.loads(line) for line in (out / "broken.jsonl").read_text().splitlines()]
     found = {(row["key"], row["cause"]) for row in broken}
     assert found == {("dirty.jsonl:2", "malformed_json"), ("dirty.jsonl:4", "unreadable_image")}
-    table = SizeTable(out / "dirty" / "media")
-    assert table.get("turned.jpg", apply_exif=True) == (40, 80) == image_size(meta.parent / "turned.jpg")
-    assert table.get("turned.jpg", apply_exif=False) == (80, 40)
-    assert table.get("nowhere.jpg", apply_exif=True) is None
+    table = size_table(out, "dirty")
+    assert table.size("turned.jpg", apply_exif=True) == (40, 80) == image_size(meta.parent / "turned.jpg")
+    assert table.size("turned.jpg", apply_exif=False) == (80, 40)
+    assert table.size("nowhere.jpg", apply_exif=True) is None
 
 
 def test_a_second_run_does_nothing_and_a_stopped_one_goes_on(meta, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_object_store_urls_are_read_through_the_storage_client(disk, tmp_path, m
     (disk.folder / "meta.json").write_text(json.dumps(disk.meta))
     (report,) = prepare(disk.folder / "meta.json", tmp_path / "out", PrepareSettings())
     assert (report.train, report.images, report.broken_images) == (4, 4, 0)
-    assert report.parts[0]["subflavors"]["root"] == "msc://bucket/"
+    assert report.parts[0].flavors.root == "msc://bucket/"
     from megatron_internvlx.data.images import FolderImages
 
     assert FolderImages("msc://bucket/").read("2.png") == (disk.folder / "2.png").read_bytes()
@@ -162,7 +162,7 @@ def test_damaged_marks_and_tables_are_made_again_or_named(disk, tmp_path, capsys
     assert prepare_data.main(command) == 0
     (out / "a" / "done.json").write_text("{half")
     assert prepare_data.main(command) == 0
-    (out / module.MARK).write_text("")
+    (out / MARK).write_text("")
     with pytest.raises(ValueError, match=r"prepared\.json is damaged"):
         prepared_sets(out)
     (out / "a" / "done.json").unlink()

@@ -48,7 +48,7 @@ def test_too_many_stop_with_counts_and_remedy(tmp_path):
     ) as caught:
         log.add(BadSample("a:2", "bomb", "x"))
     assert isinstance(caught.value, ValueError)
-    with pytest.raises(ValueError, match="max_rejects is -1"):
+    with pytest.raises(ValueError, match="max_rejects -1"):
         RejectLog(None, -1)
 
 
@@ -76,19 +76,19 @@ def test_what_to_do_when_nothing_is_usable():
     log = RejectLog(None, None)
     for number in range(19):
         log.add(BadSample(f"a:{number}", "missing_image", "x"))
-        log.saw(0, 2)
-    log.saw(3, 0)  # text only, as most mixtures have some
+        log.count_samples(0, 2)
+    log.count_samples(3, 0)  # text only, as most mixtures have some
     said = log.nothing_found("64 tries")
     assert said.startswith(
         "64 tries in a row found no usable record (different records bad so far: missing_image 19"
     )
     assert "`root` in meta.json is probably wrong" in said
     assert "--rejects-file FILE or --save lists them" in said
-    log.saw(1, 0, pictured=1)  # one image is there, so the root is not to blame
+    log.count_samples(1, 0, pictured=1)  # one image is there, so the root is not to blame
     assert "root" not in log.nothing_found("64 tries")
     log = RejectLog(None, None)
     log.add(BadSample("a:1", "missing_key", "tools/convert_messages.py writes one as the other"))
-    log.saw(0, 1)
+    log.count_samples(0, 1)
     assert "root" not in log.nothing_found("64 tries")
     assert "the last is a:1: missing_key: tools/convert_messages.py" in log.nothing_found("64 tries")
 
@@ -99,14 +99,14 @@ def test_the_share_of_bad_samples_does_not_shrink_when_they_come_again():
         for _ in range(3):  # of 30 good and 70 bad records
             for number in range(70):
                 log.add(BadSample(f"a:{number}", "missing_key", "x"))
-            log.saw(30, 70)
+            log.count_samples(30, 70)
     log = RejectLog(None, None, max_rate=0.5)
     for _ in range(10):
-        log.saw(60, 40)
+        log.count_samples(60, 40)
 
 
 def test_what_samples_gave_up_is_added_up():
     log = RejectLog(None, None)
-    log.shortened(2, 30)
-    log.shortened(0, 5)
+    log.count_removed(2, 30)
+    log.count_removed(0, 5)
     assert (log.cut_tiles, log.cut_tokens) == (2, 35)

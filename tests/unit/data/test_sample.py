@@ -158,9 +158,9 @@ def test_openai_records_are_told_what_converts_them(encode):
     [
         ({"template": "vicuna"}, "unknown chat template"),
         ({"rvtc": "auto"}, "unknown RVTC policy"),
-        ({"tokens_per_tile": 0}, "tokens_per_tile is 0"),
-        ({"min_tiles": 7, "max_tiles": 6}, "min_tiles 7 is above max_tiles 6"),
-        ({"max_length": 0}, "max_length is 0"),
+        ({"tokens_per_tile": 0}, "tokens_per_tile 0"),
+        ({"min_tiles": 7, "max_tiles": 6}, "min_tiles 7 must be at most max_tiles 6"),
+        ({"max_length": 0}, "max_length 0"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):

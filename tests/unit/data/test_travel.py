@@ -157,7 +157,7 @@ def test_200_hostile_files_of_12_kinds_cost_themselves_and_nothing_else(hostile,
         samples += len(found.keys)
     # Tiles of 32 pixels from images of 70: 0.21 on average and 7 at most.
     assert max(mean for mean, _ in worst) < 0.5 and max(most for _, most in worst) <= 12
-    assert (pipeline.rescued, dict(pipeline.blank)) == (0, {})
+    assert (pipeline.fallbacks, pipeline.blank) == ({}, {})
     assert logs[0].counts == logs[1].counts and logs[1].total == BROKEN
     listed = {json.loads(line)["key"] for line in (tmp_path / "travel.jsonl").read_text().splitlines()}
     assert listed == bad

@@ -57,7 +57,7 @@ def test_the_next_start_says_it_again(tmp_path):
 def test_nobody_leaves_before_it_is_said(tmp_path, monkeypatch):
     """The one who speaks may be slow: the others wait for it, and speak themselves if it dies."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
-    with (tmp_path / "said").open("a+") as held:
+    with (tmp_path / "reported").open("a+") as held:
         complaint.fcntl.flock(held, complaint.fcntl.LOCK_EX)
         other = start(tmp_path, 1, 0)
         time.sleep(1)

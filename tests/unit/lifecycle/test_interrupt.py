@@ -164,7 +164,7 @@ def test_sigterm_waits_unless_a_rank_has_named_a_mistake(tmp_path):
     rank.send(signal.SIGTERM)
     time.sleep(0.5)
     assert rank.process.poll() is None
-    (tmp_path / "attempt_0" / "said").touch()
+    (tmp_path / "attempt_0" / "reported").touch()
     rank.send(signal.SIGTERM)
     assert rank.end() == (143, "")
 

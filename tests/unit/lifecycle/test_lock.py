@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from megatron_internvlx.config import RunSettings
 from megatron_internvlx.lifecycle import lock, resume
+from megatron_internvlx.lifecycle.setup import RunSetup
 
 HOLD = """
 import os, sys, time
@@ -175,10 +176,10 @@ def test_a_file_that_cannot_be_written_is_a_mistake(tmp_path):
 
 
 def test_the_first_rank_locks(tmp_path):
-    def of(**changes):
-        return lock.lock_save(Namespace(**{"rank": 0, "save": str(tmp_path)} | changes))
+    def of(save=tmp_path, rank=0):
+        return lock.lock_save(RunSetup(save, True, rank, 2, 10, False, False, RunSettings()))
 
-    assert of(rank=1) is None and of(save=None) is None and of(save="msc://bucket/a") is None
+    assert of(rank=1) is None and of(save=None) is None
     held = of()
     assert held is not None
     held.release()

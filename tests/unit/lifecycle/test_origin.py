@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_internvlx import files
-from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.lifecycle import origin, signals
 from megatron_internvlx.lifecycle.continuation import Continuation
 from megatron_internvlx.lifecycle.outcome import Outcome
 from megatron_internvlx.lifecycle.resume import RunState
 from megatron_internvlx.lifecycle.setup import setup_from
 from megatron_internvlx.platform.schedule import ParameterGroupMismatch
+from tests.namespaces import parsed
 from tests.unit.lifecycle.test_resume import checkpoint
 
 MADE = {
@@ -42,14 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def arguments(save: Path | None, **changes: Any) -> Namespace:
-    args = Namespace(
-        rank=0, world_size=2, exit_signal_handler=False, load=None, ckpt_step=None, finetune=False
-    )
-    args.train_iters, args.exit_duration_in_mins = 10, None
-    for settings in SETTINGS:
-        vars(args).update(vars(settings()))
-    vars(args).update({"save": save and str(save), "auto_resume": True} | MADE | changes)
-    return args
+    return parsed(**{"save": save and str(save), "auto_resume": True, "world_size": 2} | MADE | changes)
 
 
 def test_the_checkpoint_that_a_run_goes_on_from(tmp_path: Path, made: dict) -> None:

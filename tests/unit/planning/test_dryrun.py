@@ -15,6 +15,7 @@ from megatron_internvlx.planning.search import evaluate, find_plan
 from tools import plan_pipeline, planning
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
+GRAPH_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_pretrain"))
 SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
 
 
@@ -96,12 +97,14 @@ def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, r
 
 
 def test_the_buffers_of_a_graph_are_counted(monkeypatch):
-    """8B on 64 GPUs, TP 4: 8 micro-batches a replica of 24 tiles, 6 on each rank, of 448 x 448 pixels in bytes."""
-    plan = dryrun.check(dry(monkeypatch, SFT_8B))
+    """2B on 8 GPUs: 64 micro-batches a replica of 12 tiles, 3 on each of 4 tensor-parallel ranks."""
+    plan = dryrun.check(dry(monkeypatch, GRAPH_2B))
     (stage,) = plan.stages
-    assert stage.inputs == plan.pipeline.schedule.micro_batches * 6 * 3 * 448**2
+    assert stage.inputs == 64 * 12 * 3 * 448**2
     assert "inputs" in dryrun.describe(plan)
-    eager = dryrun.check(dry(monkeypatch, SFT_8B, "--cuda-graph-impl", "none"))
+    shared = dryrun.check(dry(monkeypatch, GRAPH_2B, "--tensor-model-parallel-size", "4"))
+    assert shared.fullest.inputs == 4 * 64 * 3 * 3 * 448**2  # a fourth of the replicas
+    eager = dryrun.check(dry(monkeypatch, GRAPH_2B, "--cuda-graph-impl", "none"))
     assert eager.fullest.total + stage.inputs == plan.fullest.total
     assert "inputs" not in dryrun.describe(eager)
 

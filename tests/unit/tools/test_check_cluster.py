@@ -29,6 +29,13 @@ def test_a_broken_package_is_a_finding(monkeypatch):
     assert "libnvjpeg" in found.detail
 
 
+def test_missing_decoder_is_named(monkeypatch):
+    monkeypatch.setattr(check_cluster, "OTHER_FORMATS", ("PNG", "GIF"))  # DALI cannot read GIF anywhere
+    found = check_cluster._check_dali()
+    assert found.status == "slow"
+    assert "no decoder for GIF: Pillow cuts these" in found.detail
+
+
 def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
     first, _ = pool.run(2, world, str(tmp_path))
     names = [line.split(None, 2)[2].split(":")[0] for line in first]

@@ -1,4 +1,4 @@
-"""A thread that finishes packs ahead of training, and knows which ones it has on their way."""
+"""Thread that fetches packs ahead of training and records which ones it holds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-class Ahead:
-    """Iterator that works ``depth`` items ahead in a thread of its own.
+class Prefetcher:
+    """Iterator that reads up to `depth` items ahead in a thread of its own.
 
     Args:
-        items: where items come from; read in the thread only.
-        key_of: name of an item, by which it can be made again.
-        work: what the thread does with an item; by default it only fetches it.
-        depth: results kept ready.
+        items: source of items; read only in the thread.
+        key_of: key of an item, from which it can be made again.
+        work: function that the thread applies to each item; by default none.
+        depth: maximum number of results kept ready.
 
-    An exception of ``items`` or ``work`` comes up where the result would have.
+    An exception of `items` or `work` is raised in place of the result.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Ahead:
         self._lock = threading.Lock()
         self._keys: deque[Any] = deque()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="decode-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -51,13 +51,13 @@ class Ahead:
                 self._ready.put((None, error))
                 return
 
-    def __iter__(self) -> Ahead:
+    def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Any:
         result, error = self._ready.get()
         if error is not None:
-            self._ready.put((None, error))  # for whoever asks again
+            self._ready.put((None, error))  # for the next call
             raise error
         with self._lock:
             self._keys.popleft()
@@ -66,16 +66,16 @@ class Ahead:
 
     @property
     def ready(self) -> int:
-        """Results that no one has taken yet."""
+        """Number of results not taken yet."""
         return self._ready.qsize()
 
-    def at_rest(self, save: Callable[[], Any]) -> tuple[Any, list[Any]]:
-        """``save()`` while the thread reads nothing, and the keys of the items that no one has taken."""
+    def while_paused(self, save: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """Result of `save()`, called while the thread reads nothing, and the keys of all items not taken yet."""
         with self._lock:
             return save(), list(self._keys)
 
     def close(self) -> None:
-        """End the thread; items on their way are lost."""
+        """Stop the thread; items not taken are lost."""
         self._stopped = True
         self._room.release()
         self._thread.join(timeout=60)
