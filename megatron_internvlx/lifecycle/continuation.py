@@ -135,7 +135,7 @@ class Continuation:
             return None
         from megatron_internvlx.training.loader_state import position_fault  # Energon takes seconds to import
 
-        return position_fault(settings_from(self.args, CheckpointFiles), data, iteration)
+        return position_fault(settings_from(self.args, CheckpointFiles), self.data, iteration)
 
     def _load(self, iteration: int) -> None:
         args = self.args

@@ -116,7 +116,7 @@ def test_a_filler_weighs_nothing_and_is_not_asked(average: str) -> None:
 
 
 def test_unknown_weighting() -> None:
-    with pytest.raises(ValueError, match="unknown loss weighting 'mean': token, sample or square"):
+    with pytest.raises(ValueError, match="unknown loss weighting 'mean': must be token, sample or square"):
         sample_weight(np.array([1]), "mean")
 
 
