@@ -56,7 +56,7 @@ def share_of_rank(ranks: int) -> tuple[list[np.ndarray], list[int]]:
     """This rank's tiles of every pack, and numbers of tiles that it cut."""
     group = dist.new_group(list(range(ranks)), backend="gloo") if ranks > 1 else None
     pipeline = TilePipeline(None, SIZE, threads=1)
-    channel = BatchChannel([list(range(ranks))], group, group, SIZE, pipeline)
+    channel = BatchChannel([list(range(ranks))], group, group, SIZE, pipeline=pipeline)
 
     def loader() -> Iterator[HostBatch]:
         while True:
