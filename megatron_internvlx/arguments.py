@@ -286,7 +286,7 @@ def _check_graph(
         ),
         "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
         # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
-        "a trained vision encoder (its backward pass reads freed memory when replayed; add --freeze-vision)": (
+        "a trained vision encoder (the first replay ended with an illegal memory access; add --freeze-vision)": (
             not train.freeze_vision
         ),
     }

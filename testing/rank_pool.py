@@ -256,6 +256,7 @@ def forget_megatron() -> None:
     import megatron.training.checkpointing as checkpointing
     import megatron.training.global_vars as global_vars
     import megatron.training.training as training
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     if (writer := global_vars._GLOBAL_TENSORBOARD_WRITER) is not None:
         writer.close()
@@ -265,3 +266,5 @@ def forget_megatron() -> None:
     random._CUDA_RNG_STATE_TRACKER = None
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None
+    # A run with experts leaves a scale of another shape than a start sets.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None

@@ -33,6 +33,8 @@ MOST_IMAGES = 128
 ENGINE_SHARE = 0.65
 # Kind of a file: format and mode as Pillow names them.
 Kind = tuple[str, str]
+# Images after which kinds without a decoder are tried again: the failure may have had another cause, such as memory.
+RECHECK = 10_000
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class TilePipeline:
 
     def start(self, wanted: Sequence[Wanted]) -> None:
         """Start a batch; returns before it is decoded, unless `depth` runs are in flight already."""
+        if self.images // RECHECK != (self.images + len(wanted)) // RECHECK:
+            self._has_decoder.clear()
         self.images += len(wanted)
         runs = [list(wanted[i : i + MOST_IMAGES]) for i in range(0, len(wanted), MOST_IMAGES)]
         self._batches.append(len(runs))

@@ -59,8 +59,9 @@ class Prefetcher:
         if error is not None:
             self._ready.put((None, error))  # for the next call
             raise error
-        with self._lock:
-            self._keys.popleft()
+        # Without the lock, which the thread holds while it waits for the next item. Only the thread that takes
+        # items also calls `while_paused`, so that no key goes while it is read there.
+        self._keys.popleft()
         self._room.release()
         return result
 

@@ -86,6 +86,8 @@ class BatchChannel:
         weigh: function that gives the weights of a micro-batch's loss rows.
         pipeline: on the first stage, the pipeline that cuts images that arrive as files instead of tiles. A
             micro-batch is then started while the one before it is computed.
+        tag: number of this channel's messages in `group`. Channels that share a group need different ones: a plan
+            that is sent ahead waits for its receiver while another channel exchanges its own.
     """
 
     START_CAPACITY = 1 << 14
@@ -98,7 +100,9 @@ class BatchChannel:
         tile_size: int,
         weigh: Weigh = loss_weights,
         pipeline: TilePipeline | None = None,
+        tag: int = 0,
     ) -> None:
+        self.tag = tag
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.source = stages[0][0]
         self.first_stage = stages[0]
@@ -180,11 +184,11 @@ class BatchChannel:
         if self.is_source:
             self._sending = [(w, kept) for w, kept in self._sending if not w.is_completed()]
             for leader in self.leaders[1:]:
-                work = dist.isend(buffer, leader, group=self.group)
+                work = dist.isend(buffer, leader, group=self.group, tag=self.tag)
                 assert work is not None
                 self._sending.append((work, buffer))
         elif self.rank in self.leaders:
-            dist.recv(buffer, self.source, group=self.group)
+            dist.recv(buffer, self.source, group=self.group, tag=self.tag)
         if self.stage_group is not None:
             self.broadcasts += 1
             dist.broadcast(buffer, self.stage[0], group=self.stage_group)

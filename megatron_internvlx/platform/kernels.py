@@ -159,7 +159,7 @@ class _AddNorm(torch.autograd.Function):
         # Only the gradient of `scale` reads the branch.
         reads_branch = scale is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            x if weight is not None else None,
+            x.contiguous() if weight is not None else None,  # the kernels index rows
             branch if reads_branch else None,
             scale,
             keep,
@@ -229,7 +229,7 @@ class _TwinNorm(torch.autograd.Function):
     def forward(ctx: Any, x, weight_a, weight_b, by):
         y_a, y_b, rstd = implementation(x).twin_norm(x, weight_a, weight_b, by.eps)
         ctx.accumulate, ctx.parameters = by.accumulate, (weight_a, weight_b)
-        ctx.save_for_backward(x, weight_a, weight_b, rstd)
+        ctx.save_for_backward(x.contiguous(), weight_a, weight_b, rstd)  # the kernels index rows
         return y_a, y_a.view_as(y_a), y_b, y_b.view_as(y_b)
 
     @staticmethod

@@ -264,7 +264,8 @@ def add_norm_backward(
     g_branch = like.new_empty(0) if branch_dtype is None else torch.empty_like(like, dtype=branch_dtype)
     programs = _row_programs(rows, width)
     summed = any(s is not None for s in sums)
-    partial = like.new_empty((programs, 3, width) if summed else 0, dtype=torch.float32)
+    # The kernel writes its sums whether or not anybody wants them.
+    partial = like.new_empty((programs, 3, width), dtype=torch.float32)
     _add_norm_backward[(programs,)](
         g_y, g_out, x, branch, scale, keep, weight, mean, rstd, g_residual, g_branch, partial,
         rows, width, 1 if keep is None else keep.numel(), 1 / keep_rate,

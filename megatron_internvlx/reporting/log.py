@@ -83,7 +83,6 @@ class TrainingLog:
 
     def eval_line(self, prefix: str, values: dict[str, float] | None) -> str:
         """Format the line of an evaluation; `values` is None if the time limit ended it. Called on every rank."""
-        self.step.take()
         iteration = int("".join(c for c in prefix.split(" on ")[0] if c.isdigit()) or 0)
         if values is None:
             if self.book is not None:

@@ -70,15 +70,16 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
 
     layout = layout_name(settings_from(args, Parallelism))
     tags = environment() | {"layout": layout} | git_state(Path(__file__).parents[2])
-    save = settings_from(args, CheckpointFiles).save
+    files = settings_from(args, CheckpointFiles)
     info = RunInfo(
         experiment,
-        Path(save).name if save else None,
+        Path(files.save).name if files.save else None,
         parameters(args),
         tags,
         {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
     )
-    return [MlflowSink(info, Path(save or "."))]
+    # Beside the checkpoints, or in the working directory where these go to a URL.
+    return [MlflowSink(info, files.save_folder or Path())]
 
 
 class Trackers:
@@ -87,7 +88,7 @@ class Trackers:
     def __init__(self, args: argparse.Namespace) -> None:
         self.sinks = sinks(args) if settings_from(args, Parallelism).is_last_rank else []
         self._tracked = bool(settings_from(args, RunSettings).mlflow_experiment)
-        self._folder = Path(settings_from(args, CheckpointFiles).save or ".")
+        self._folder = settings_from(args, CheckpointFiles).save_folder or Path()
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log values of a training step; None is left out."""

@@ -274,7 +274,9 @@ class DataProvider:
             self.pipeline = self._pipeline()
         pipeline = self.pipeline if split == "train" else None
         weigh = partial(loss_weights, weighting=self.train.loss_weighting, average=self.train.loss_average)
-        return BatchChannel(stages, group, stage_group, self.tile_size, weigh, pipeline)
+        # Training plans are sent ahead: an evaluation between them must not receive one of those.
+        tag = 0 if split == "train" else 1
+        return BatchChannel(stages, group, stage_group, self.tile_size, weigh, pipeline, tag)
 
     def _pipeline(self) -> TilePipeline | None:
         """Create the cutter of this rank's training images, if it gets files; held-out data arrive as tiles."""

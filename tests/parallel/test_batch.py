@@ -70,6 +70,47 @@ def receive_all(stages: list[list[int]], sizes: list[int]) -> list[tuple[bytes, 
     return got
 
 
+class CutNothing:
+    """A pipeline that cuts nothing: it makes the channel send plans ahead."""
+
+    def start(self, wanted) -> None:
+        pass
+
+    def collect(self, out: torch.Tensor) -> None:
+        pass
+
+
+def train_and_validate(stages: list[list[int]], tags: tuple[int, int] = (0, 1)) -> list[int]:
+    """Supervised rows of the plans that this rank received: two of training, one held out, one of training."""
+    everyone = dist.new_group(backend="gloo")
+    first = dist.get_rank() in stages[0]
+    pipeline = CutNothing() if first else None
+    train = BatchChannel(stages, everyone, None, TILE, pipeline=pipeline, tag=tags[0])  # type: ignore[arg-type]
+    valid = BatchChannel(stages, everyone, None, TILE, tag=tags[1])
+
+    def loader(numbers: list[int], files: bool) -> Iterator[HostBatch]:
+        for supervised in numbers:
+            plan = plan_of(20, supervised)
+            tiles = torch.zeros(plan.num_tiles, 3, TILE, TILE, dtype=torch.uint8)
+            yield HostBatch(plan, None, [tiles]) if files else HostBatch(plan, tiles)
+
+    training, held_out = loader([1, 2, 3, 4], True), loader([9], False)
+    got = []
+    for channel, source in ((train, training), (train, training), (valid, held_out), (train, training)):
+        batch = channel.receive(source if channel.is_source else None)
+        got.append(len(batch.plan.host.loss_rows))
+    if not first:
+        train._next_plan(None)  # the fourth has been sent ahead, and is waited for below
+    for work, _ in [*train._sending, *valid._sending]:
+        work.wait()
+    return got
+
+
+def test_an_evaluation_between_plans_that_are_sent_ahead(pool: Pool) -> None:
+    """The loading rank has sent the third training plan to the second stage before it sends the held-out one."""
+    assert pool.run(2, train_and_validate, [[0], [1]]) == [[1, 2, 9, 3]] * 2
+
+
 @pytest.mark.parametrize("stages", [[[0, 1]], [[0], [1]], [[0, 1], [2, 3]]], ids=str)
 def test_plans_over_the_capacity(pool: Pool, stages: list[list[int]]) -> None:
     """A plan longer than any before comes in two messages, once; of the recipes, already the first does."""

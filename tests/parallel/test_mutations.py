@@ -86,10 +86,10 @@ def positions_not_restarted() -> Patch:
     """Positions run on through the samples of a pack."""
     original = InternVLX._phase_inputs
 
-    def phase_inputs(self, phase: DevicePhase, samples: int):
+    def phase_inputs(self, phase: DevicePhase):
         running = torch.arange(phase.length, dtype=phase.position_ids.dtype)
         with mock.patch.object(internvlx, "ROTARY_TABLE_STEP", 4096):
-            return original(self, replace(phase, position_ids=running), samples)
+            return original(self, replace(phase, position_ids=running))
 
     return mock.patch.object(InternVLX, "_phase_inputs", phase_inputs)
 
@@ -163,8 +163,8 @@ def rotary_mismatch(changes: list[str], *, error: Callable[[], Patch], **options
     with error():
         original = InternVLX._phase_inputs
 
-        def phase_inputs(self, phase, samples):
-            inputs = original(self, phase, samples)
+        def phase_inputs(self, phase):
+            inputs = original(self, phase)
             for part in inputs.rotary.split(list(phase.segment_lengths)):
                 worst.append((part - self.rotary(256)[: len(part)]).abs().max().item())
             return inputs

@@ -56,9 +56,19 @@ def add_norms(dtype: torch.dtype, worst: dict[str, float]) -> None:
             continue
         grads = (g_y if normed else None, g_out if passed or not normed else None)
 
-        def backward(module, grads=grads, x=x, parts=parts, forward=forward, add=number % 3 == 0, rms=rms):
+        def backward(
+            module,
+            grads=grads,
+            x=x,
+            parts=parts,
+            forward=forward,
+            number=number,
+            add=number % 3 == 0,
+            rms=rms,
+        ):
             branch, scale, mask, rate, weight, bias = parts
-            sums = sums_of([scale is not None, weight is not None, bias is not None], dtype, add)
+            wanted = [part is not None and number % 2 == 0 for part in (scale, weight, bias)]  # else frozen
+            sums = sums_of(wanted, dtype, add)
             branch_dtype = None if branch is None else branch.dtype
             statistics = forward(module)[2:]
             found = module.add_norm_backward(
