@@ -11,6 +11,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_internvlx.paths import is_url
+
 
 @dataclass(frozen=True)
 class ParallelSizes:
@@ -80,7 +82,7 @@ class CheckpointFiles:
     @property
     def save_folder(self) -> Path | None:
         """`save` as a directory; None if it is not given, or is a URL of a storage client."""
-        return Path(self.save) if self.save and "://" not in self.save else None
+        return Path(self.save) if self.save and not is_url(self.save) else None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,11 @@ WEIGHT_FLAGS = ("--load", "--pretrained-checkpoint")
 PATH_FLAGS = ("--recipe", "--data", "--valid-data", "--tokenizer-model", *WEIGHT_FLAGS)
 
 
+def is_url(path: str) -> bool:
+    """Whether `path` is the URL of a storage client (`msc://profile/folder`) and not a file."""
+    return "://" in path
+
+
 def check_command_line(words: Sequence[str]) -> None:
     """Check the paths on the first rank of each node. Raises ValueError with flag and path if one is missing."""
     if local_rank():
@@ -34,7 +39,7 @@ def check_command_line(words: Sequence[str]) -> None:
 
 def check_path(flag: str, path: str | None, save: str | None) -> None:
     """Check that the path of one flag exists. Raises ValueError if not. `save`: the run's own directory."""
-    if not path or "://" in path:  # of a storage client
+    if not path or is_url(path):
         return
     if flag in WEIGHT_FLAGS and path == save:
         return  # it may not exist before the first checkpoint

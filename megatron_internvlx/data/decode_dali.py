@@ -23,7 +23,7 @@ from megatron_internvlx.data.decode_pil import (
     reencode,
 )
 from megatron_internvlx.data.decode_pil import load_tiles as pillow_tiles
-from megatron_internvlx.data.encoded import unsupported
+from megatron_internvlx.data.encoded import FAILED, unsupported
 from megatron_internvlx.data.rejects import BadSample
 
 
@@ -71,7 +71,7 @@ class DaliDecoder:
                 pixels = self._decode(data)
             except RuntimeError:
                 # Pillow finds the defect, or can read the file.
-                reason = "DALI failed"
+                reason = FAILED
             else:
                 return self._tiles(pixels, turn, (cols, rows), thumbnail, jpeg_augment)
         tiles = pillow_tiles(

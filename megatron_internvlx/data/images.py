@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_internvlx.data.decode_pil import image_size
-from megatron_internvlx.data.manifest import is_url
 from megatron_internvlx.data.prepared import RecordedImage, SizeTable
 from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.paths import is_url
 
 
 class ImageStore(Protocol):

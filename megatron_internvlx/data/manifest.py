@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.paths import is_url
 from megatron_internvlx.recipe import similar
 
 _CHUNK_BYTES = 1 << 24
@@ -165,11 +166,6 @@ def _resolve(path: str, folder: Path) -> Path:
     if not given.parts:  # "" and ".": the working directory always exists
         return folder
     return given if given.is_absolute() or given.exists() else folder / given
-
-
-def is_url(path: str) -> bool:
-    """Whether `path` is an object-store URL (`msc://profile/folder`) and not a file."""
-    return "://" in path
 
 
 def _read_number(

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlparse
 from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.files import atomic_path
+from megatron_internvlx.paths import is_url
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _DATA = re.compile(r"data:image/(?P<kind>[a-z0-9.+-]+);base64,", re.IGNORECASE)
@@ -97,7 +98,7 @@ def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) 
         return name
     if address.startswith("file://"):
         return unquote(urlparse(address).path)
-    if "://" in address or address.startswith("data:"):
+    if is_url(address) or address.startswith("data:"):
         raise BadSample(
             key, "missing_image", f"{where}: {address[:60]!r} is not a file: download it and use its path"
         )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from megatron_internvlx.data.annotations import copy_lines, write_index
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.images import measure, read_image
-from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, is_url, read_json
+from megatron_internvlx.data.manifest import DatasetEntry, Manifest, Record, read_json
 from megatron_internvlx.data.prepared import (
     BROKEN_LIST,
     VERSION,
@@ -52,6 +52,7 @@ from megatron_internvlx.data.prepared import (
 from megatron_internvlx.data.rejects import BadSample, blamed_on
 from megatron_internvlx.data.sample import parse_record
 from megatron_internvlx.files import atomic_path
+from megatron_internvlx.paths import is_url
 
 
 @dataclass(frozen=True)

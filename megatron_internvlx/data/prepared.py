@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.data.manifest import is_url
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.files import write_atomically
+from megatron_internvlx.paths import is_url
 
 VERSION = 1
 MARK = "prepared.json"

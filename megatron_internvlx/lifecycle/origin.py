@@ -10,6 +10,7 @@ from megatron_internvlx import files
 from megatron_internvlx.config import RunSettings, settings_from
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.megatron_settings import CheckpointFiles, Progress
+from megatron_internvlx.paths import is_url
 from megatron_internvlx.platform.schedule import ParameterGroupMismatch
 
 # Arguments that a checkpoint's optimizer state, or its weights, must have in common with the run that loads it.
@@ -70,7 +71,7 @@ def resumed_checkpoint(args: argparse.Namespace) -> Path | None:
         )
         if found is not None:
             return files.checkpoint_directory(save, found)
-    if not checkpoints.load or "://" in checkpoints.load or checkpoints.finetune:
+    if not checkpoints.load or is_url(checkpoints.load) or checkpoints.finetune:
         return None
     load, step = Path(checkpoints.load), checkpoints.ckpt_step
     if not step:

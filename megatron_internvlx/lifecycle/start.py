@@ -11,7 +11,7 @@ from megatron_internvlx import files
 from megatron_internvlx.config import DataSettings, RunSettings, TrainSettings, settings_from
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.megatron_settings import CheckpointFiles, Loop
-from megatron_internvlx.paths import check_path
+from megatron_internvlx.paths import check_path, is_url
 from megatron_internvlx.ranks import is_first_rank
 
 RELEASE = "release"
@@ -32,7 +32,7 @@ def check_start(checkpoints: CheckpointFiles, *, auto_resume: bool, freeze_llm: 
         if (
             path
             and path != checkpoints.save
-            and "://" not in path
+            and not is_url(path)
             and not (Path(path) / files.TRACKER).is_file()
         ):
             raise ValueError(
@@ -70,7 +70,7 @@ def _check_save_is_unused(checkpoints: CheckpointFiles, auto_resume: bool) -> No
 def _loads_weights(checkpoints: CheckpointFiles, auto_resume: bool) -> bool:
     """Whether a checkpoint gives the first weights: a named one, or one that `--auto-resume` finds."""
     load, save = checkpoints.load, checkpoints.save_folder
-    if checkpoints.pretrained_checkpoint or (load and ("://" in load or load != checkpoints.save)):
+    if checkpoints.pretrained_checkpoint or (load and (is_url(load) or load != checkpoints.save)):
         return True
     if save is None:
         return False
@@ -96,7 +96,7 @@ def check_paths(args: argparse.Namespace) -> None:
     written = {"--report-file": data.report_file, "--predictions-file": data.predictions_file}
     folders |= {flag: str(Path(path).absolute().parent) for flag, path in written.items() if path}
     for flag, folder in folders.items():
-        if not folder or "://" in folder:  # a URL of a storage client
+        if not folder or is_url(folder):
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

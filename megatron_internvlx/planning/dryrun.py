@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx.config import RunSettings, TrainSettings, VisionSettings, misaligned, settings_from
-from megatron_internvlx.megatron_settings import Parallelism
+from megatron_internvlx.megatron_settings import Execution, Parallelism
 from megatron_internvlx.parallel.layout import carried_rows, layout_name
 from megatron_internvlx.planning.activations import MemoryModel, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
@@ -122,13 +122,6 @@ def check(args: argparse.Namespace) -> Plan:
     return plan
 
 
-@dataclass(frozen=True)
-class GraphArguments:
-    """Megatron's argument for CUDA graphs."""
-
-    cuda_graph_impl: str
-
-
 def graph_inputs(args: argparse.Namespace, tensor: int, micro_batches: int) -> int:
     """Bytes of a rank's tiles of all micro-batches of a step, which a CUDA graph keeps; 0 without one.
 
@@ -137,7 +130,7 @@ def graph_inputs(args: argparse.Namespace, tensor: int, micro_batches: int) -> i
         tensor: tensor-parallel ranks, which share the tiles of a micro-batch.
         micro_batches: number per step and replica.
     """
-    if settings_from(args, GraphArguments).cuda_graph_impl != "full_iteration":
+    if settings_from(args, Execution).cuda_graph_impl != "full_iteration":
         return 0
     budget = settings_from(args, TrainSettings).max_tiles_per_pack
     assert budget is not None  # of static boundaries, without which there is no graph

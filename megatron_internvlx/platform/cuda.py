@@ -23,6 +23,17 @@ def patch_megatron() -> None:
     _accumulate_on_the_training_stream()
 
 
+def replace_step(graph: type, guard: Callable[[Callable[..., tuple]], Callable[..., tuple]]) -> None:
+    """Make Megatron's loop record its steps with `graph`, and call its `train_step` through `guard`; once per process.
+
+    Its own recorder reads micro-batches that are dicts, and its check of the losses waits for the GPU within the step.
+    """
+    from megatron.training import training
+
+    if training.FullCudaGraphWrapper is not graph:
+        set_attributes(training, FullCudaGraphWrapper=graph, train_step=guard(training.train_step))
+
+
 def _barriers_name_their_device() -> None:
     """A barrier over NCCL says which GPU is this rank's.
 

@@ -61,8 +61,8 @@ def environment() -> dict[str, str]:
     return tags
 
 
-def sinks(args: argparse.Namespace) -> list[Sink]:
-    """Create the sinks that the arguments ask for; call it on the rank that logs."""
+def sinks(args: argparse.Namespace, folder: Path) -> list[Sink]:
+    """Create the sinks that the arguments ask for, with their files in `folder`; call it on the rank that logs."""
     experiment = settings_from(args, RunSettings).mlflow_experiment
     if not experiment:
         return []
@@ -70,25 +70,25 @@ def sinks(args: argparse.Namespace) -> list[Sink]:
 
     layout = layout_name(settings_from(args, Parallelism))
     tags = environment() | {"layout": layout} | git_state(Path(__file__).parents[2])
-    files = settings_from(args, CheckpointFiles)
+    save = settings_from(args, CheckpointFiles).save
     info = RunInfo(
         experiment,
-        Path(files.save).name if files.save else None,
+        Path(save).name if save else None,
         parameters(args),
         tags,
         {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
     )
-    # Beside the checkpoints, or in the working directory where these go to a URL.
-    return [MlflowSink(info, files.save_folder or Path())]
+    return [MlflowSink(info, folder)]
 
 
 class Trackers:
     """All sinks of a run on the last rank, where losses are known; no sinks on the others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.sinks = sinks(args) if settings_from(args, Parallelism).is_last_rank else []
-        self._tracked = bool(settings_from(args, RunSettings).mlflow_experiment)
+        # Beside the checkpoints, or in the working directory where these go to a URL.
         self._folder = settings_from(args, CheckpointFiles).save_folder or Path()
+        self.sinks = sinks(args, self._folder) if settings_from(args, Parallelism).is_last_rank else []
+        self._tracked = bool(settings_from(args, RunSettings).mlflow_experiment)
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log values of a training step; None is left out."""

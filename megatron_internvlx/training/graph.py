@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import megatron.training.training as training
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 
 from megatron_internvlx.parallel.batch import MicroBatch
-from megatron_internvlx.platform.cpu import set_attributes
+from megatron_internvlx.platform.cuda import replace_step
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -97,7 +96,4 @@ def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple
 
 def record_steps() -> None:
     """Make Megatron's loop use our graph and stop at bad numbers; for --cuda-graph-impl full_iteration."""
-    if training.FullCudaGraphWrapper is not StepGraph:
-        set_attributes(
-            training, FullCudaGraphWrapper=StepGraph, train_step=stop_at_bad_numbers(training.train_step)
-        )
+    replace_step(StepGraph, stop_at_bad_numbers)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -70,10 +69,10 @@ def settle_validation(args: argparse.Namespace) -> Manifest | None:
     _print_on_first_rank(
         f"validation: {records} held-out records, each once every {batches.eval_interval} steps"
     )
-    save = settings_from(args, CheckpointFiles).save
-    if save and "://" not in save:
-        args.predictions_file = data.predictions_file or str(Path(save) / "predictions.jsonl")
-        args.report_file = data.report_file or str(Path(save) / "report.png")
+    save = settings_from(args, CheckpointFiles).save_folder
+    if save is not None:
+        args.predictions_file = data.predictions_file or str(save / "predictions.jsonl")
+        args.report_file = data.report_file or str(save / "report.png")
     return manifest
 
 
