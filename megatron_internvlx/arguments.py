@@ -145,6 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_world(parallel, batches, sizes, dry_run=settings_from(args, RunSettings).dry_run)
     _check_unsupported(args)
     _check_positions(settings_from(args, Rotary), batches.seq_length)
+    _check_overlap(args, sizes)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     precision = settings_from(args, Precision)
     check_precision(
@@ -219,6 +220,15 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{', '.join(asked)}: not supported with InternVL-X, because the sequence length changes inside "
             "the decoder; remove these flags"
+        )
+
+
+def _check_overlap(args: argparse.Namespace, sizes: ModelSizes) -> None:
+    """Check that products and their communication can overlap. Raises ValueError."""
+    if args.tp_comm_overlap and sizes.lvtc:
+        raise ValueError(
+            "--tp-comm-overlap: its buffers are made for one number of rows, --seq-length, and layers before "
+            "--expand-layer have fewer; remove it"
         )
 
 
