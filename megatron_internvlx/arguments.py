@@ -25,6 +25,7 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
+    VisionSettings,
     check_decoding,
     check_packing,
     check_projector,
@@ -296,8 +297,9 @@ def _check_graph(
         ),
         "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
         # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
-        "a trained vision encoder (the first replay ended with an illegal memory access; add --freeze-vision)": (
-            not train.freeze_vision
+        "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
+        "access; add --vision-attention torch or --freeze-vision)": (
+            not train.freeze_vision and settings_from(args, VisionSettings).vision_attention != "torch"
         ),
     }
     if asked := [what for what, on in refused.items() if on]:

@@ -16,6 +16,7 @@ from tools import plan_pipeline, planning
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
 GRAPH_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_pretrain"))
+SFT_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_sft"))
 SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
 
 
@@ -106,8 +107,23 @@ def test_the_buffers_of_a_graph_are_counted(monkeypatch):
     shared = dryrun.check(dry(monkeypatch, GRAPH_2B, *graph, "--tensor-model-parallel-size", "4"))
     assert shared.fullest.inputs == 4 * 32 * 6 * 3 * 448**2  # a fourth of the replicas
     eager = dryrun.check(dry(monkeypatch, GRAPH_2B, "--cuda-graph-impl", "none"))
-    assert eager.fullest.total + stage.inputs == plan.fullest.total
+    assert eager.fullest.total + stage.inputs + stage.evaluation == plan.fullest.total
     assert "inputs" not in dryrun.describe(eager)
+    # One of 16 deep layers, with its projector of 24 tiles, and the features.
+    deep = eager.stages[0].activations["deep"] / 16
+    assert deep < stage.evaluation < 4 * deep
+    assert "evaluation" in dryrun.describe(plan)
+
+
+def test_a_graph_trains_the_vision_encoder_with_torchs_attention(monkeypatch):
+    graph = ("--cuda-graph-impl", "full_iteration")
+    with pytest.raises(ValueError, match=r"Transformer Engine's attention .*add --vision-attention torch"):
+        dry(monkeypatch, SFT_2B, *graph)
+    plan = dryrun.check(dry(monkeypatch, SFT_2B, *graph, "--vision-attention", "torch"))
+    without = dryrun.check(dry(monkeypatch, SFT_2B))
+    # Its output may be copied, in each of 24 layers.
+    more = plan.fullest.activations["vision"] - without.fullest.activations["vision"]
+    assert more == 24 * plan.stats.vision_tiles * 1025 * 1024 * 2
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
