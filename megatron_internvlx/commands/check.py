@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Check nodes and their network for missing or slow parts before a job starts.
 
     python tools/check_cluster.py --node                       # only this node; takes seconds
@@ -18,7 +17,6 @@ import resource
 import shutil
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,17 +24,15 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import torch.distributed as dist
 from PIL import Image
 
 from megatron_internvlx import platform
+from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.data.rvtc import tile_grid
+from megatron_internvlx.platform import cards
 from megatron_internvlx.ranks import local_rank
-from tools.values import float_in_range, int_in_range
 
 GIB = 1 << 30
 MOST_SKEW = 0.5  # seconds between two clocks; logs of several hosts are compared by time
@@ -106,11 +102,11 @@ def _check_package(package: str, *, needed: bool) -> Check:
 
 
 def _check_gpus(wanted: int) -> Check:
-    found = torch.cuda.device_count()
+    found = cards.card_count()
     if platform.backend() != "nccl":
         return Check("missing" if wanted else "slow", "GPUs", "none found: runs would use the CPU")
     name = platform.device_name()
-    free, total = torch.cuda.mem_get_info()
+    free, total = cards.free_and_total_memory()
     detail = f"{found} x {name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
     if wanted and found < wanted:
         return Check("missing", "GPUs", f"{detail}; {wanted} expected")
@@ -295,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     if not single_node:
         began = not dist.is_initialized()
         if began:
-            torch.cuda.set_device(local_rank()) if platform.backend() == "nccl" else None
+            if platform.backend() == "nccl":
+                cards.use_card(local_rank())
             dist.init_process_group(platform.backend())
         least = options.min_bandwidth
         if least is None:
@@ -308,7 +305,3 @@ def main(argv: list[str] | None = None) -> int:
         print(check, flush=True)
     bad = ("missing", "slow") if options.strict else ("missing",)
     return int(any(check.status in bad for check in checks))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,19 +17,13 @@ import argparse
 import os
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    # Megatron warns at import about missing optional packages, which are not needed here.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import preload_workers
-from tools.values import float_in_range, int_in_range
+from megatron_internvlx.commands.values import float_in_range, int_in_range
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -169,62 +163,62 @@ def _verify_parser(commands: Any) -> None:
     it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
 
 
-def run_import(args: argparse.Namespace) -> int:
+def run_import(options: argparse.Namespace) -> int:
     """Run the subcommand `import`; returns the exit code."""
     from megatron_internvlx.checkpoint.importer import import_checkpoint
     from megatron_internvlx.checkpoint.summary import import_summary
 
     names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     plan = import_checkpoint(
-        args.hf, args.save, changes=changes, init_missing=args.init_missing, allow_pickle=args.allow_pickle,
-        seed=args.seed, processes=args.processes, quiet=args.quiet,
+        options.hf, options.save, changes=changes, init_missing=options.init_missing, allow_pickle=options.allow_pickle,
+        seed=options.seed, processes=options.processes, quiet=options.quiet,
     )  # fmt: skip
-    lines = import_summary(plan, args.save, everything=args.list_tensors, compressed=bool(changes))
+    lines = import_summary(plan, options.save, everything=options.list_tensors, compressed=bool(changes))
     print("\n".join(lines))
     return 0
 
 
-def run_export(args: argparse.Namespace) -> int:
+def run_export(options: argparse.Namespace) -> int:
     """Run the subcommand `export`; returns the exit code."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
     from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
 
     plan = export_checkpoint(
-        args.load, args.hf, like=args.like, dtype=args.dtype, max_shard_size=args.max_shard_size,
-        processes=args.processes, quiet=args.quiet,
+        options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
+        processes=options.processes, quiet=options.quiet,
     )  # fmt: skip
     kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
-    if problem := tokenizer_problem(args.hf):
+    if problem := tokenizer_problem(options.hf):
         print(
-            f"{args.hf} cannot be used yet: {problem}. Export again with --like and a directory with a suitable "
-            f"tokenizer, or copy the files of one to {args.hf}"
+            f"{options.hf} cannot be used yet: {problem}. Export again with --like and a directory with a suitable "
+            f"tokenizer, or copy the files of one to {options.hf}"
         )
-    print(f"{args.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
+    print(f"{options.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     return 0
 
 
-def run_verify(args: argparse.Namespace) -> int:
+def run_verify(options: argparse.Namespace) -> int:
     """Run the subcommand `verify`; returns the exit code."""
     from megatron_internvlx.checkpoint.case import compare, load_case
     from megatron_internvlx.checkpoint.request import Layout, Request
     from megatron_internvlx.checkpoint.verify import verify
 
     layout = Layout(
-        args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,
-        args.pipeline_model_parallel_layout, args.num_virtual_stages_per_pipeline_rank,
-        ("--sequence-parallel",) if args.sequence_parallel else (),
+        options.tensor_model_parallel_size, options.pipeline_model_parallel_size, options.expert_model_parallel_size,
+        options.pipeline_model_parallel_layout, options.num_virtual_stages_per_pipeline_rank,
+        ("--sequence-parallel",) if options.sequence_parallel else (),
     )  # fmt: skip
     request = Request(
-        "", str(args.inputs), layout, args.grads, args.image_token_id,
-        hf=str(args.hf) if args.hf else None, load=str(args.load) if args.load else None,
-        allow_pickle=args.allow_pickle,
+        "", str(options.inputs), layout, options.grads, options.image_token_id,
+        hf=str(options.hf) if options.hf else None, load=str(options.load) if options.load else None,
+        allow_pickle=options.allow_pickle,
     )  # fmt: skip
-    results = verify(request, args.out, ranks=args.nproc)
+    results = verify(request, options.out, ranks=options.nproc)
     found = results.tensors
-    print(f"{args.out}: {len(found)} tensors")
+    print(f"{options.out}: {len(found)} tensors")
     if "loss" in found:
         print(f"loss {float(found['loss'][0]):.6f}")
     if results.no_gradient:
@@ -232,14 +226,14 @@ def run_verify(args: argparse.Namespace) -> int:
             f"{len(results.no_gradient)} weights have no gradient: they are in layers of the vision encoder above "
             f"its selected hidden state, which are not run ({results.no_gradient[0]}, ...)"
         )
-    case = load_case(args.inputs)
+    case = load_case(options.inputs)
     differences = compare(case, found, results.no_gradient)
     compared = {difference.name for difference in differences}
     left = sorted(name for name in case.expected if name not in compared)
     if left:
-        grads = "" if args.grads else "; use --grads for gradients"
+        grads = "" if options.grads else "; use --grads for gradients"
         print(f"{len(left)} expected tensors are not computed: {', '.join(left[:5])}{grads}")
-    return _report(differences, args.tolerance) if differences else 0
+    return _report(differences, options.tolerance) if differences else 0
 
 
 def _report(differences: list, tolerance: float) -> int:
@@ -257,46 +251,44 @@ def _report(differences: list, tolerance: float) -> int:
     return 1 if over else 0
 
 
-def check_paths(args: argparse.Namespace) -> None:
+def check_paths(options: argparse.Namespace) -> None:
     """Check, before PyTorch is loaded, that inputs exist and outputs do not. Raises ConversionError."""
-    made = {"import": "save", "export": "hf", "verify": "out"}[args.command]
-    target = getattr(args, made)
+    made = {"import": "save", "export": "hf", "verify": "out"}[options.command]
+    target = getattr(options, made)
     if os.path.lexists(target):
         raise ConversionError(f"{target} exists already; remove it, or choose another name")
-    if args.command != "export" and args.hf:
-        check_model_directory("--hf", args.hf)
-    if args.command != "import" and args.load and not args.load.is_dir():
-        what = "a file, not a directory" if args.load.exists() else "no such directory"
-        raise ConversionError(f"--load {args.load}: {what}")
-    if args.command == "verify" and not args.inputs.is_file():
-        what = "not a file" if args.inputs.exists() else "no such file"
-        raise ConversionError(f"--inputs {args.inputs}: {what}")
-    if args.command == "export" and args.like is not None and not args.like.is_dir():
-        raise ConversionError(f"--like {args.like}: no such directory")
+    if options.command != "export" and options.hf:
+        check_model_directory("--hf", options.hf)
+    if options.command != "import" and options.load and not options.load.is_dir():
+        what = "a file, not a directory" if options.load.exists() else "no such directory"
+        raise ConversionError(f"--load {options.load}: {what}")
+    if options.command == "verify" and not options.inputs.is_file():
+        what = "not a file" if options.inputs.exists() else "no such file"
+        raise ConversionError(f"--inputs {options.inputs}: {what}")
+    if options.command == "export" and options.like is not None and not options.like.is_dir():
+        raise ConversionError(f"--like {options.like}: no such directory")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    args = parser().parse_args(argv)
-    run = {"import": run_import, "export": run_export, "verify": run_verify}[args.command]
+    options = parser().parse_args(argv)
+    run = {"import": run_import, "export": run_export, "verify": run_verify}[options.command]
     try:
-        check_paths(args)
-        if argv is None and not getattr(args, "quiet", False):
-            loading = "PyTorch and Megatron" if args.command == "verify" else "PyTorch"
-            print(f"convert_checkpoint.py {args.command}: loading {loading} ...", file=sys.stderr, flush=True)
-        if argv is None and args.command != "verify" and args.processes > 1:
-            preload_workers(f"megatron_internvlx.checkpoint.{args.command}er")
-        return run(args)
+        check_paths(options)
+        if argv is None and not getattr(options, "quiet", False):
+            loading = "PyTorch and Megatron" if options.command == "verify" else "PyTorch"
+            print(
+                f"convert_checkpoint.py {options.command}: loading {loading} ...", file=sys.stderr, flush=True
+            )
+        if argv is None and options.command != "verify" and options.processes > 1:
+            preload_workers(f"megatron_internvlx.checkpoint.{options.command}er")
+        return run(options)
     except ConversionError as error:
-        print(f"convert_checkpoint.py {args.command}: {error}", file=sys.stderr)
+        print(f"convert_checkpoint.py {options.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a missing permission
-        print(f"convert_checkpoint.py {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"convert_checkpoint.py {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,9 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megatron_internvlx.data.manifest import JsonlFile
 from megatron_internvlx.data.messages import conversation_of
 from megatron_internvlx.data.rejects import BadSample, blamed_on
@@ -56,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="JSONL file with OpenAI's messages")
     parser.add_argument("out", type=Path, help="JSONL file to write, an annotation for meta.json")
     parser.add_argument("--images", type=Path, help="folder for images in data: URLs (default: OUT's folder)")
-    args = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        written, bad = convert(args.source, args.out, args.images or args.out.parent)
+        written, bad = convert(options.source, options.out, options.images or options.out.parent)
     except (ValueError, OSError) as error:
         print(f"convert_messages: {error}", file=sys.stderr)
         return 2
@@ -66,9 +63,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(reject, file=sys.stderr)
     if len(bad) > SHOWN:
         print(f"... and {len(bad) - SHOWN} more", file=sys.stderr)
-    print(f"{written} records written to {args.out}, {len(bad)} skipped")
+    print(f"{written} records written to {options.out}, {len(bad)} skipped")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,9 +14,6 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.config import settings_from
 from megatron_internvlx.data.manifest import Manifest
@@ -70,7 +67,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {kind:15} {right:5} of {asked}")
     print(f"{scores['answers']} answers in {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

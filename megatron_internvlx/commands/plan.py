@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Plan the pipeline of a run: the decoder layers of each stage, and the time of a step.
 
     tools/plan_pipeline.py --recipe examples/recipes/internvlx_8b_sft_64gpu_h100_fp8.yaml --timeline plan.png
@@ -13,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collections.abc import Sequence
 
 from megatron_internvlx import platform
+from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.ranks import is_first_rank
-from tools.values import float_in_range, int_in_range
 
 MOST = 65_536
 
 
-def planner_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Create the parser of the planner's arguments."""
-    parser = argparse.ArgumentParser(
+    it = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
+    add = it.add_argument
     add(
         "--pipeline",
         type=int_in_range(1, MOST),
@@ -69,33 +66,29 @@ def planner_parser() -> argparse.ArgumentParser:
         default=8,
         help="limit of tensor parallelism; default 8",
     )
-    return parser
+    return it
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Plan or measure; returns the exit code, 2 for wrong arguments."""
-    parser = planner_parser()
-    parser.exit_on_error = False
+    it = parser()
+    it.exit_on_error = False
     try:
-        options, rest = parser.parse_known_args()
+        options, rest = it.parse_known_args(argv)
     except argparse.ArgumentError as error:
         print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2
     sys.argv = [sys.argv[0], *rest] + ([] if options.measure else ["--dry-run"])
     platform.setup()
-    from tools import planning
+    from megatron_internvlx.commands import planner
 
     try:
         if options.measure:
-            planning.measure(options)
+            planner.measure(options)
         else:
-            planning.plan(options)
+            planner.plan(options)
     except (ValueError, OSError) as error:
         if is_first_rank():
             print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

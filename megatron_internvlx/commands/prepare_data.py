@@ -16,14 +16,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.data.prepared import BROKEN_LIST, read_broken
-from tools.values import float_in_range, int_in_range
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
@@ -159,7 +156,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("prepare_data: stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Run scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.
 
     tools/scaling.py plan   examples/scaling/demo.yaml     # a recipe and a dry run of every point
@@ -34,15 +33,12 @@ from typing import Any
 
 import yaml
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from megatron_internvlx.commands import scaling_report
+from megatron_internvlx.commands.programs import training_program
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.reporting.mlflow_sink import mark_failed
 from megatron_internvlx.yaml_files import load_yaml
-from tools import scaling_report
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BUDGET = "token_budget"
 
 
@@ -185,10 +181,10 @@ def _plan_point(grid: Grid, point: Point) -> str | None:
         (point.folder / "dry_run.json").unlink(missing_ok=True)
         # Local runs use the grid's ranks instead of the recipe's.
         ranks = grid.ranks if grid.slurm is None else settings.get("dry_run_world_size") or grid.ranks
-        command = [sys.executable, "pretrain_vlm.py", "--recipe", str(point.recipe.absolute()), "--dry-run"]
+        command = [sys.executable, training_program(), "--recipe", str(point.recipe.absolute()), "--dry-run"]
         command += ["--dry-run-world-size", str(ranks)]
         command += ["--dry-run-json", str((point.folder / "dry_run.json").absolute())]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return (done.stderr or done.stdout).strip().split("\n")[-1]
     return None
@@ -221,7 +217,7 @@ def _train_locally(grid: Grid, point: Point) -> int:
     """Train one point on this machine, with restarts after faults; returns the exit code."""
     point.save.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(grid.ranks), "--max-restarts", "2", "pretrain_vlm.py"]
+    command += ["--nproc-per-node", str(grid.ranks), "--max-restarts", "2", training_program()]
     command += ["--recipe", str(point.recipe), "--save", str(point.save), "--auto-resume"]
     command += ["--exit-signal-handler"]
     threads = str(max(1, (os.cpu_count() or 1) // grid.ranks))
@@ -229,34 +225,45 @@ def _train_locally(grid: Grid, point: Point) -> int:
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # train.sbatch explains the reason
     print(f"{point.name}: training", flush=True)
     with (point.folder / "train.log").open("a") as log:
-        code = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:  # killed ranks could not report it themselves
         mark_failed(point.save)
     print(f"{point.name}: {'done' if code == 0 else f'failed, see {point.folder}/train.log'}", flush=True)
     return code
 
 
+def _job_script() -> Path:
+    """Path of the batch script, which is in a checkout of the project. Raises ValueError if it is not there."""
+    path = Path(training_program()).with_name("examples") / "slurm" / "train.sbatch"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: jobs are submitted from a checkout of the project")
+    return path
+
+
 def _submit_job(grid: Grid, point: Point, after: str | None) -> str:
     """Submit one point to SLURM, to run after the job `after`; returns the job id."""
     assert grid.slurm is not None
+    script = _job_script()
     settings = yaml.safe_load(point.recipe.read_text())
     command = ["sbatch", "--parsable", "--nodes", str(grid.slurm.get("nodes", 1))]
     command += ["--job-name", f"{grid.name}-{point.name}", "--output", str(point.folder / "train.log")]
     command += [str(option) for option in grid.slurm.get("options", [])]
     if after is not None:
         command += ["--dependency", f"afterany:{after}"]
-    command += ["examples/slurm/train.sbatch"]
-    environment = os.environ | {
-        "RECIPE": str(point.recipe.absolute()),
-        "SAVE": str(point.save.absolute()),
-        "DATA": str(settings.get("data", "")),
-        "TOKENIZER": str(settings.get("tokenizer_model", "")),
-        "MLFLOW_TRACKING_URI": grid.store,
-        "MLFLOW_EXPERIMENT_NAME": grid.name,
-    }
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    command += [str(script)]
+    environment = (
+        {"INTERNVLX_HOME": str(script.parents[2])}
+        | os.environ
+        | {
+            "RECIPE": str(point.recipe.absolute()),
+            "SAVE": str(point.save.absolute()),
+            "DATA": str(settings.get("data", "")),
+            "TOKENIZER": str(settings.get("tokenizer_model", "")),
+            "MLFLOW_TRACKING_URI": grid.store,
+            "MLFLOW_EXPERIMENT_NAME": grid.name,
+        }
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"sbatch rejected {point.name}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
@@ -291,7 +298,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2
     return int(missing > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,11 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-if __name__ == "__main__":  # works without an installed package too
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
-from tools.values import float_in_range, int_in_range
 
 MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
 PICTURE_WIDTH = 560  # maximum width of one policy's resized image, in pixels
@@ -58,24 +55,24 @@ def tokens_per_tile(tile_size: int, patch: int, ratio: float) -> int:
     return int(side) ** 2
 
 
-def cut_image(size: tuple[int, int], args: argparse.Namespace) -> list[Cut]:
+def cut_image(size: tuple[int, int], options: argparse.Namespace) -> list[Cut]:
     """Cut an image of `size` (width, height) under every policy."""
-    if not 1 <= args.min_tiles <= args.max_tiles:
+    if not 1 <= options.min_tiles <= options.max_tiles:
         raise ValueError(
-            f"--min-tiles {args.min_tiles} must be at least 1 and at most --max-tiles {args.max_tiles}"
+            f"--min-tiles {options.min_tiles} must be at least 1 and at most --max-tiles {options.max_tiles}"
         )
-    low = tokens_per_tile(args.tile_size, args.patch, args.low_ratio)
-    high = tokens_per_tile(args.tile_size, args.patch, args.high_ratio)
+    low = tokens_per_tile(options.tile_size, options.patch, options.low_ratio)
+    high = tokens_per_tile(options.tile_size, options.patch, options.high_ratio)
     cuts = []
     for policy in POLICIES:
         cols, rows = tile_grid(
             *size,
-            tile_size=args.tile_size,
-            min_tiles=args.min_tiles,
-            max_tiles=args.max_tiles,
+            tile_size=options.tile_size,
+            min_tiles=options.min_tiles,
+            max_tiles=options.max_tiles,
             policy=policy,
         )
-        tiles = tile_count(cols, rows, thumbnail=args.thumbnail)
+        tiles = tile_count(cols, rows, thumbnail=options.thumbnail)
         cuts.append(Cut(policy, cols, rows, tiles > cols * rows, tiles, tiles * low, tiles * high))
     return cuts
 
@@ -185,22 +182,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parse_args(argv)
+    options = parse_args(argv)
     try:
-        image = open_image(args.image)
-        cuts = cut_image(image.size, args)
+        image = open_image(options.image)
+        cuts = cut_image(image.size, options)
         title = (
-            f"{args.image.name}   {image.width} x {image.height} pixels,"
-            f" tiles of {args.tile_size}, at most {args.max_tiles}"
+            f"{options.image.name}   {image.width} x {image.height} pixels,"
+            f" tiles of {options.tile_size}, at most {options.max_tiles}"
         )
-        draw_page(image, cuts, title).save(args.out, format="PNG")
+        draw_page(image, cuts, title).save(options.out, format="PNG")
     except (ValueError, OSError) as error:
         print(f"show_tiles: {error}", file=sys.stderr)
         return 2
     print(table(cuts))
-    print(f"drawn in {args.out}")
+    print(f"drawn in {options.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
