@@ -38,6 +38,7 @@ ORDER = [
     ("checkpoint",),
     ("evaluation",),
     ("launch",),
+    ("commands",),
 ]
 # Folders beside the package, in the order in which they may import each other: a later one from those before it.
 FOLDERS = (PACKAGE, "tools", "testing", "benchmarks", "tests")
