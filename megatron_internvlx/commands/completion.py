@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Words:
-    """What may follow a command."""
+    """Words that may follow a command."""
 
     options: tuple[str, ...]
     choices: dict[str, tuple[str, ...]]
