@@ -81,7 +81,7 @@ def bash_script() -> str:
             lines.append(f"        {'|'.join(words.folders)}) kind=-d ;;")
         lines.append("      esac")
         if first := words.choices.get(""):
-            lines.append(f"      [ $COMP_CWORD = 2 ] && values='{' '.join(first)}'")
+            lines.append(f"      [[ $COMP_CWORD == 2 && $current != -* ]] && values='{' '.join(first)}'")
         cases += [*lines, "      ;;"]
     return BASH.replace("@NAMES@", names).replace("@CASES@", "\n".join(cases))
 
@@ -105,7 +105,7 @@ def zsh_script() -> str:
             lines.append(f"        {'|'.join(words.folders)}) kind=/ ;;")
         lines.append("      esac")
         if first := words.choices.get(""):
-            lines.append(f"      (( CURRENT == 3 )) && values=({' '.join(first)})")
+            lines.append(f"      [[ $CURRENT == 3 && $words[CURRENT] != -* ]] && values=({' '.join(first)})")
         cases += [*lines, "      ;;"]
     return ZSH.replace("@NAMES@", names).replace("@CASES@", "\n".join(cases))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_internvlx.commands.values import Number
 from megatron_internvlx.exit_codes import DONE, MISTAKE
 
 COLUMN = 34  # where the text of an option begins; the same as in `pretrain_vlm.py --help`
@@ -103,7 +104,7 @@ def value_name(action: argparse.Action) -> str:
         name = "|".join(map(str, action.choices))
     else:
         names: dict[Any, str] = {int: "INT", float: "FLOAT", Path: "PATH", None: "TEXT", str: "TEXT"}
-        name = getattr(action.type, "name", None) or names.get(action.type, "VALUE")
+        name = action.type.name if isinstance(action.type, Number) else names.get(action.type, "VALUE")
         name = name if action.option_strings else action.dest.upper()
     return f"{name} ..." if action.nargs in ("*", "+") else name
 
@@ -129,7 +130,9 @@ def _lines(parser: argparse.ArgumentParser, width: int) -> Iterator[str]:
     yield from _usage(parser, width)
     for text in (parser.description, getattr(parser, "about", ""), parser.epilog):
         for paragraph in (text or "").strip().split("\n\n"):
-            if paragraph:
+            if paragraph.startswith("  "):  # commands, which keep their lines
+                yield f"\n{paragraph.rstrip()}"
+            elif paragraph:
                 yield ""
                 yield from textwrap.wrap(" ".join(paragraph.split()), width, break_on_hyphens=False)
     for group in parser._action_groups:
@@ -185,6 +188,8 @@ def _default(action: argparse.Action) -> str:
     if isinstance(action, argparse.BooleanOptionalAction):
         return f" [{'on' if value else 'off'}]"
     if action.nargs == 0 or value is None or value is False or value in (argparse.SUPPRESS, "", []):
+        return ""
+    if "(default" in (action.help or ""):
         return ""
     return f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
 
