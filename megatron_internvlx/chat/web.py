@@ -114,7 +114,7 @@ class Server:
                 "sampling": sampling,
                 "system": system,
             }
-            | {"max_bytes": FILE_BYTES}
+            | {"short": self.chat.about.short(), "max_bytes": FILE_BYTES}
         )
 
     async def start(self, _request: Request) -> Response:
@@ -254,8 +254,9 @@ class Server:
         about = self.chat.about
         return {
             "name": picture.name, "digest": picture.digest, "width": picture.width, "height": picture.height,
-            "cols": cut.cols, "rows": cut.rows, "thumbnail": cut.thumbnail, "tiles": cut.tiles, "cut": describe_cut(cut),
-            "shallow": cut.tiles * about.shallow_per_tile, "deep": cut.tiles * about.deep_per_tile,
+            "cols": cut.cols, "rows": cut.rows, "thumbnail": cut.thumbnail, "tiles": cut.tiles,
+            "cut": describe_cut(cut), "shallow": cut.tiles * about.shallow_per_tile,
+            "deep": cut.tiles * about.deep_per_tile,
         }  # fmt: skip
 
     async def close(self) -> None:

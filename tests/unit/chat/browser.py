@@ -19,7 +19,9 @@ def chromium() -> Iterator:
     """Browser with a fresh profile. Without Chromium the test is skipped; under continuous integration it fails."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        reason = f"no Chromium: one of {', '.join(NAMES)} must be on the PATH (Debian: apt-get install chromium)"
+        reason = (
+            f"no Chromium: one of {', '.join(NAMES)} must be on the PATH (Debian: apt-get install chromium)"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -52,7 +52,9 @@ def test_system_text(photo: Path) -> None:
 def test_saved_records_can_be_trained_on(tmp_path: Path, photo: Path) -> None:
     picture = read_picture(photo)
     file = tmp_path / "chat.jsonl"
-    conversation = Conversation("Be brief.", [Turn("Hello", (), "hi"), Turn("What?", (picture,), "a cat")], [picture])
+    conversation = Conversation(
+        "Be brief.", [Turn("Hello", (), "hi"), Turn("What?", (picture,), "a cat")], [picture]
+    )
     assert save_conversation(conversation, file) == 1
     file.write_text(file.read_text().rstrip("\n"))  # as an editor may leave it
     assert save_conversation(Conversation(turns=[Turn("Hello", (), "hi")]), file) == 2

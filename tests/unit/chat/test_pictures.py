@@ -47,7 +47,7 @@ def test_files(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_video_is_named() -> None:
-    with pytest.raises(ChatError, match="clip.MP4: videos cannot be asked about; save a frame"):
+    with pytest.raises(ChatError, match=r"clip\.MP4: videos cannot be asked about; save a frame"):
         check_picture("clip.MP4", b"\0")
 
 

@@ -64,10 +64,14 @@ def test_an_answer_can_be_stopped(chat: Chat) -> None:
 
 def test_what_does_not_fit_is_told_with_its_tokens(chat: Chat, photo: Path) -> None:
     conversation = Conversation(waiting=[read_picture(photo)])
-    with pytest.raises(ChatError, match=r"too long for the model: \d{3} tokens \(12 of pictures\), and it has 256"):
+    with pytest.raises(
+        ChatError, match=r"too long for the model: 1,\d{3} tokens \(12 of pictures\), and it has 256"
+    ):
         chat.ask(conversation, "word " * 300, SAMPLING)
     assert conversation.waiting and not conversation.turns
-    length = 256 - chat.ask(Conversation(), "Hello", replace(SAMPLING, max_new_tokens=1)).figures.prompt_tokens
+    length = (
+        256 - chat.ask(Conversation(), "Hello", replace(SAMPLING, max_new_tokens=1)).figures.prompt_tokens
+    )
     answer = chat.ask(Conversation(), "Hello", replace(SAMPLING, max_new_tokens=10_000))
     assert answer.figures.answer_tokens <= length
 

@@ -167,7 +167,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         number = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {number}: taken by another program"):
             listen("127.0.0.1", number)
-    with pytest.raises(ValueError, match="--host no.such.host.invalid: not an address"):
+    with pytest.raises(ValueError, match=r"--host no\.such\.host\.invalid: not an address"):
         listen("no.such.host.invalid", 0)
     assert [is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "node7")] == [
         True, True, True, False, False,
