@@ -12,6 +12,7 @@ PACKAGE = "megatron_internvlx"
 # A room may import from those before it. Files of a line without order among them stand alone.
 ORDER = [
     (
+        "exit_codes",
         "yaml_files",
         "recipe",
         "files",

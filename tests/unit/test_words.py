@@ -32,6 +32,7 @@ DONE = (
         for name in (
             "arguments",
             "config",
+            "exit_codes",
             "files",
             "launch",
             "megatron_settings",
