@@ -23,6 +23,8 @@ REQUIRED = [
     "omegaconf",
     "pyyaml",
     "psutil",  # Megatron's checkpoint writer
+    "starlette",  # the page of ivlx chat; mlflow needs both too
+    "uvicorn",
     "tqdm",
 ]
 
@@ -35,6 +37,7 @@ EXTRAS = {
         "hypothesis",
         "ruff",
         "mypy",
+        "playwright",  # drives an installed Chromium; it brings no browser
         "pre-commit",
         "scikit-image",
         "scikit-learn",
@@ -59,6 +62,7 @@ setup(
     py_modules=["pretrain_vlm"],
     packages=find_packages(include=["megatron_internvlx", "megatron_internvlx.*"]),
     include_package_data=True,
+    package_data={"megatron_internvlx.chat": ["page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )
