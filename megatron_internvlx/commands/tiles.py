@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from megatron_internvlx.commands.values import float_in_range, int_in_range
-from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
+from megatron_internvlx.data.rvtc import MEANINGS, POLICIES, tile_count, tile_grid
 
 MARGIN, GAP, TEXT_WIDTH = 32, 24, 300
 PICTURE_WIDTH = 560  # maximum width of one policy's resized image, in pixels
@@ -79,12 +79,12 @@ def cut_image(size: tuple[int, int], options: argparse.Namespace) -> list[Cut]:
 
 def table(cuts: Sequence[Cut]) -> str:
     """Format the cuts as a text table, one line per policy."""
-    lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep"]
+    lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep   rule"]
     for cut in cuts:
         thumbnail = "yes" if cut.thumbnail else "no"
         lines.append(
             f"{cut.policy:<8} {f'{cut.cols} x {cut.rows}':<20} {thumbnail:<11} {cut.tiles:>5}"
-            f" {cut.shallow:>16} {cut.deep:>13}"
+            f" {cut.shallow:>16} {cut.deep:>13}   {MEANINGS[cut.policy]}"
         )
     return "\n".join(lines)
 
