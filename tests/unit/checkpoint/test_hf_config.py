@@ -146,7 +146,11 @@ def test_golden_config() -> None:
 @pytest.mark.parametrize(
     ("fields", "rule", "said"),
     [
-        ({}, "edge", r"the rule of the released InternVL-X code: .* names none; 1 to 6 tiles .* and a thumbnail"),
+        (
+            {},
+            "edge",
+            r"the rule of the released InternVL-X code: .* names none; 1 to 6 tiles .* and a thumbnail",
+        ),
         ({"dynamic_image_size": False}, "edge", "names none; one tile per image"),
         # Of an export from before the released rule was called edge.
         ({"rvtc": "area"}, "edge", "which was called area when"),
@@ -158,7 +162,9 @@ def test_golden_config() -> None:
 def test_tile_rule(fields: dict[str, Any], rule: str, said: str | None) -> None:
     found = read(changed("llama", max_dynamic_patch=6, **fields), "projector.cls_scale")
     assert found.arguments["rvtc"] == rule
-    assert [bool(re.search(said, remark)) for remark in found.remarks] == [True] if said else not found.remarks
+    assert (
+        [bool(re.search(said, remark)) for remark in found.remarks] == [True] if said else not found.remarks
+    )
 
 
 def test_tile_rule_of_a_later_version_is_refused() -> None:

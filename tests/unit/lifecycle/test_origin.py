@@ -80,7 +80,11 @@ def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
 @pytest.mark.parametrize(
     ("made_then", "now", "said"),
     [
-        ({"rvtc": "area"}, {"rvtc": "area"}, "called edge today .area before., and --rvtc is area: .* --rvtc edge"),
+        (
+            {"rvtc": "area"},
+            {"rvtc": "area"},
+            "called edge today .area before., and --rvtc is area: .* --rvtc edge",
+        ),
         ({"rvtc": "area"}, {"rvtc": "off"}, "called edge today"),
         ({"rvtc": "area"}, {"rvtc": "edge"}, None),
         ({"rvtc": "edge"}, {"rvtc": "edge"}, None),
@@ -164,3 +168,14 @@ def test_ranks_that_found_other_layouts_stop(tmp_path: Path, monkeypatch: pytest
         continuation(arguments(tmp_path)).check_layout()
     monkeypatch.undo()
     continuation(arguments(tmp_path, pipeline_model_parallel_layout=None)).check_layout()
+
+
+def test_ranks_that_counted_other_epochs_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_rank_0(objects: list, src: int) -> None:
+        objects[0] = 11
+
+    monkeypatch.setattr(dist, "broadcast_object_list", of_rank_0)
+    continuation(arguments(tmp_path, epochs=1, train_iters=11)).check_length()
+    with pytest.raises(RuntimeError, match="--epochs 1 are 10 steps on this rank and 11 on rank 0"):
+        continuation(arguments(tmp_path, epochs=1)).check_length()
+    continuation(arguments(tmp_path)).check_length()
