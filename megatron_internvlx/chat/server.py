@@ -87,7 +87,5 @@ def address_lines(host: str, port: int) -> list[str]:
         lines[0] = f"the page: http://{name}:{port}   (Ctrl-C ends)"
         lines.append("everybody who reaches this machine can use it; there is no password")
     elif "SSH_CONNECTION" in os.environ or not sys.stdout.isatty() or "SLURM_JOB_ID" in os.environ:
-        lines.append(
-            f"from another machine: ssh -L {port}:127.0.0.1:{port} {name}   then open the same address"
-        )
+        lines.append(f"from another machine: ssh -L {port}:127.0.0.1:{port} {name}   then open the same address")
     return lines

@@ -78,9 +78,7 @@ class Tabs:
         """Conversation of this name. Raises ChatError if it was forgotten."""
         tab = self.kept.pop(name, None)
         if tab is None:
-            raise ChatError(
-                "this conversation was forgotten, since the server was restarted or others need room; reload"
-            )
+            raise ChatError("this conversation was forgotten, since the server was restarted or others need room; reload")
         self.kept[name] = tab
         return tab
 
@@ -107,12 +105,7 @@ class Server:
         sampling = asdict(self.sampling)
         system = self.chat.about.system if self.tabs.system is None else self.tabs.system
         return JSONResponse(
-            {
-                **asdict(self.chat.about),
-                "lines": self.chat.about.lines(),
-                "sampling": sampling,
-                "system": system,
-            }
+            {**asdict(self.chat.about), "lines": self.chat.about.lines(), "sampling": sampling, "system": system}
             | {"max_bytes": FILE_BYTES}
         )
 
@@ -152,9 +145,7 @@ class Server:
         number = request.path_params["number"]
         if number >= len(pictures):
             raise ChatError("no such picture")
-        return Response(
-            await run_in_threadpool(pictures[number].preview, PREVIEW_SIDE), media_type="image/jpeg"
-        )
+        return Response(await run_in_threadpool(pictures[number].preview, PREVIEW_SIDE), media_type="image/jpeg")
 
     async def undo(self, request: Request) -> Response:
         """Take the last question back; its pictures wait for the next one."""
@@ -244,11 +235,7 @@ class Server:
         cuts = self.chat.cuts(tab.conversation)
         pictures = tab.conversation.pictures()
         rows = [self._picture_row(picture, cut) for picture, cut in zip(pictures, cuts, strict=True)]
-        return {
-            "pictures": rows,
-            "waiting": len(tab.conversation.waiting),
-            "turns": len(tab.conversation.turns),
-        }
+        return {"pictures": rows, "waiting": len(tab.conversation.waiting), "turns": len(tab.conversation.turns)}
 
     def _picture_row(self, picture: Picture, cut: Cut) -> dict[str, Any]:
         about = self.chat.about
