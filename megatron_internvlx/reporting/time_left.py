@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from megatron_internvlx.planning.epoch import duration
+
 RECENT = (
     20  # log intervals; a shorter memory follows every hiccup of a cluster, a longer one hides a slow node
 )
@@ -107,16 +109,3 @@ def _events(step: int, steps: int, interval: int) -> int:
     if step >= steps:
         return 1
     return -(-steps // interval) - -(-step // interval) + 1
-
-
-def duration(seconds: float) -> str:
-    """Text of a duration, in its two largest units."""
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86_400
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    if minutes:
-        return f"{minutes} min {whole % 60} s"
-    return f"{whole} s"

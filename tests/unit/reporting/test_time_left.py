@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_internvlx.reporting.time_left import Left, TimeLeft, _events, duration
+from megatron_internvlx.reporting.time_left import Left, TimeLeft, _events
 
 
 class Clock:
@@ -77,14 +77,3 @@ def test_what_was_never_timed_makes_it_a_lower_bound() -> None:
 def test_events_after_a_line(step: int, steps: int, interval: int, events: int) -> None:
     """The line of a step comes before its evaluation, and the last step's are made in any case."""
     assert _events(step, steps, interval) == events
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.2, "0 s"), (59.7, "1 min 0 s"), (490, "8 min 10 s"), (3_599, "59 min 59 s"), (7_505, "2 h 5 min"),
-        (86_400 * 2 + 3_600 * 3, "2 d 3 h"),
-    ],
-)  # fmt: skip
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
