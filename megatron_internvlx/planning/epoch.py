@@ -32,11 +32,9 @@ class Epoch:
             work: limits of a micro-batch.
             step_seconds: time of a step of full micro-batches.
         """
-        packed = work.max_tiles_per_pack
-        if packed:
-            micro_batches = -(-pictures * work.image_tiles // packed)
-        else:
-            micro_batches = -(-pictures // work.micro_batch_size)
+        budget = work.max_tiles_per_pack
+        amount, size = (pictures * work.image_tiles, budget) if budget else (pictures, work.micro_batch_size)
+        micro_batches = -(-amount // size)
         seconds = micro_batches / work.packs * step_seconds
         return cls(pictures, work.image_tiles, micro_batches, -(-micro_batches // work.packs), seconds)
 
