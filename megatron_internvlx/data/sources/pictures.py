@@ -34,7 +34,7 @@ _NO_IMAGES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A good image: digest of its file (16 bytes), upright size in pixels, suffix of its format, remark or ""."""
 

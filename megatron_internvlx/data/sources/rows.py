@@ -104,7 +104,12 @@ class RowReader:
         for name in ("video", "videos"):
             if row.get(name):
                 raise LeftOut(key, "video", "videos are not supported: save frames as images and name these")
-        return self._conversation(row, key) if is_conversation(row) else self._flat(row, key)
+        try:
+            return self._conversation(row, key) if is_conversation(row) else self._flat(row, key)
+        except LeftOut:
+            raise
+        except Exception as error:  # whatever a row holds costs this row alone
+            raise LeftOut(key, "unexpected_error", f"{type(error).__name__}: {error}") from error
 
     def _conversation(self, row: dict[str, Any], key: str) -> SourceRecord:
         name = next(name for name in (*_TURNS, "texts") if name in row)
