@@ -33,9 +33,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_internvlx.commands.values import int_in_range
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_picture, shape_picture
-from tools.values import int_in_range
 
 # ------------------------------------------------------------------------------------------------ knobs
 

@@ -14,9 +14,9 @@ import yaml
 from megatron_internvlx import arguments
 from megatron_internvlx.checkpoint.import_recipe import fine_tune_settings
 from megatron_internvlx.checkpoint.summary import count_by_part, model_part
+from megatron_internvlx.commands.convert import main
 from megatron_internvlx.lifecycle.start import check_paths
 from tests.converting import FAMILIES, TOKENIZER, make_directory
-from tools.convert_checkpoint import main
 
 COMPRESSORS = ["--projector", "pvtc", "--expand-layer", "1", "--inject-layers", "2", "--init-missing"]
 
