@@ -150,8 +150,14 @@ class RowReader:
         question = DESCRIBE if self.settings.question is None else self.settings.question
         if columns.question is not None:
             question = _cell(row[columns.question], columns.question, key)
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        return SourceRecord(key, turns, images_of(named, key))
+        images = images_of(named, key)
+        return SourceRecord(key, one_round(question, answer, len(images)), images)
+
+
+def one_round(question: str, answer: str, images: int) -> list[dict[str, Any]]:
+    """Turns of one question about images, which come before it unless it places them itself."""
+    asked = question if IMAGE in question else f"{IMAGE}\n" * images + question
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
 
 
 def _parsed(text: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.sources.record import (
     MAX_TEXT_BYTES,
     LeftOut,
@@ -14,7 +15,7 @@ from megatron_internvlx.data.sources.record import (
     SourceImage,
     SourceRecord,
 )
-from megatron_internvlx.data.sources.rows import DESCRIBE, Columns, RowReader
+from megatron_internvlx.data.sources.rows import DESCRIBE, Columns, RowReader, one_round
 from megatron_internvlx.data.sources.text_files import encoding_of, not_text, table_rows
 
 
@@ -60,7 +61,8 @@ def merge_rounds(records: Records) -> Records:
         if isinstance(first, SourceRecord):
             for other in rest:
                 assert isinstance(other, SourceRecord)
-                first.turns += other.turns
+                asked = {**other.turns[0], "value": other.turns[0]["value"].replace(f"{IMAGE}\n", "")}
+                first.turns += [asked, *other.turns[1:]]
         yield first
 
 
@@ -86,5 +88,4 @@ def read_captions(
         except UnicodeDecodeError:
             yield not_text(f"{key[: -len(path.suffix)]}.txt", encoding)
             continue
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
-        yield SourceRecord(key, turns, [SourceImage(key)])
+        yield SourceRecord(key, one_round(question, text, 1), [SourceImage(key)])

@@ -18,7 +18,7 @@ from megatron_internvlx.data.sources.record import (
     SourceImage,
     SourceRecord,
 )
-from megatron_internvlx.data.sources.rows import DESCRIBE, USUAL, RowReader, is_conversation
+from megatron_internvlx.data.sources.rows import DESCRIBE, USUAL, RowReader, is_conversation, one_round
 
 _TEXTS = (".txt", ".text", ".caption")
 _MOST_BYTES = 4 * MAX_IMAGE_BYTES  # of the files of one record
@@ -118,8 +118,7 @@ def _record(members: Members, key: str, reader: RowReader, settings: ReadSetting
         text = text or str(next((row[name] for name in USUAL["answer"] if row.get(name) is not None), ""))
     if not ordered:
         raise LeftOut(key, "missing_image", f"no image among its files {', '.join(members)}: add it")
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text.strip()}]
-    return SourceRecord(key, turns, ordered)
+    return SourceRecord(key, one_round(question, text.strip(), len(ordered)), ordered)
 
 
 def _inside(name: str, images: Members, key: str) -> SourceImage | None:
