@@ -37,8 +37,8 @@ white-space:nowrap}
 figure{margin:0 0 .7rem}figure svg{display:block;max-width:100%;width:var(--w);max-height:22rem;
 margin:0 auto;border-radius:4px}
 figcaption{margin-top:.35rem}figcaption b{font-weight:600;color:var(--ink)}
-path{fill:none;vector-effect:non-scaling-stroke}.below{stroke:#000;stroke-opacity:.45;stroke-width:3}
-.above{stroke:#fff;stroke-width:1.3}
+path{fill:none;vector-effect:non-scaling-stroke}.below{stroke:#000;stroke-opacity:.55;stroke-width:4}
+.above{stroke:#fff;stroke-width:1.6}
 .text{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .token,.cut,summary{color:var(--faint)}.token{font-size:.8em}details{color:var(--faint)}summary{cursor:pointer}
 mark{background:var(--learn);color:var(--learn-ink);border-radius:3px;padding:.05rem .1rem;box-decoration-break:clone;
