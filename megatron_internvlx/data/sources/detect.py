@@ -19,7 +19,7 @@ from megatron_internvlx.data.sources.text_files import Piece, encoding_of, json_
 from megatron_internvlx.data.sources.webdataset import read_shards
 from megatron_internvlx.paths import is_url
 
-MARK = "prepared.json"
+MARK = "ivlx_prepare.json"
 """File that marks a directory as written by `ivlx prepare`."""
 FORMATS = ("auto", "table", "captions", "json", "parquet", "webdataset", "meta")
 _ENDINGS = {

@@ -37,11 +37,12 @@ def finished(out: Path, settings: dict[str, Any], *, force: bool) -> bool:
         return False
     try:
         mark = json.loads((out / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        mark["version"], mark["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"{out} exists and was not made by this command: choose another --out, or remove it"
         ) from None
-    if mark.get("settings") == settings and not force:
+    if mark["settings"] == settings and not force:
         return True
     if not force:
         raise ValueError(
