@@ -34,7 +34,7 @@ from megatron_internvlx.config import (
 )
 from megatron_internvlx.data.epochs import epoch_steps
 from megatron_internvlx.data.rvtc import NAMES_VERSION
-from megatron_internvlx.megatron_settings import Batches, ParallelSizes, Rotary, Schedule
+from megatron_internvlx.megatron_settings import Batches, Execution, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
@@ -150,7 +150,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_world(parallel, batches, sizes, dry_run=settings_from(args, RunSettings).dry_run)
     _check_unsupported(args)
     _check_positions(settings_from(args, Rotary), batches.seq_length)
-    _check_overlap(args, sizes)
+    _check_overlap(settings_from(args, Execution), sizes)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     precision = settings_from(args, Precision)
     check_precision(
@@ -248,9 +248,9 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         )
 
 
-def _check_overlap(args: argparse.Namespace, sizes: ModelSizes) -> None:
+def _check_overlap(execution: Execution, sizes: ModelSizes) -> None:
     """Check that products and their communication can overlap. Raises ValueError."""
-    if args.tp_comm_overlap and sizes.lvtc:
+    if execution.tp_comm_overlap and sizes.lvtc:
         raise ValueError(
             "--tp-comm-overlap: its buffers are made for one number of rows, --seq-length, and layers before "
             "--expand-layer have fewer; remove it"

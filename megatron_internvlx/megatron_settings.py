@@ -106,6 +106,8 @@ class Execution:
     """Format of FP8 matrix products; None without them."""
     cuda_graph_impl: str
     """Part of a step that is replayed as a CUDA graph, or `none`."""
+    tp_comm_overlap: bool = False
+    """Tensor-parallel communication runs in pieces beside the matrix products."""
 
 
 class Progress:

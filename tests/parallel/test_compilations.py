@@ -23,7 +23,7 @@ def compiled() -> dict[str, list[int]]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # a minute of work, on a machine that may be busy
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stderr.splitlines()[-1])
