@@ -76,8 +76,7 @@ def train() -> int:
         data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
-    stop, trackers = signals.StopSignals(), Trackers(args)
-    step = ForwardStep()
+    stop, trackers, step = signals.StopSignals(), Trackers(args), ForwardStep()
     log = TrainingLog(args, data, step, trackers)
     outcome = Outcome(setup, stop, trackers.close, lock)
     saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
