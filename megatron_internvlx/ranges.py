@@ -64,6 +64,7 @@ RANGES = _table(
     ("max_reject_rate", Range(*_RATE, "a share of the samples, 1: no limit")),
     # Dry runs, resuming and fault handling
     ("dry_run_world_size", Range(1, 10_000_000, "GPUs")),
+    ("dry_run_pictures", Range(1, 2**53, "pictures of an epoch")),
     ("gpu_memory_gib", Range(0, 1e6, "GiB of one GPU", "low")),
     ("max_tries", Range(1, _LARGE, "starts without a newer checkpoint")),
     ("stall_minutes", Range(0, 1e6, "minutes for one step, 0: not watched")),

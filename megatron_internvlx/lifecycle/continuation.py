@@ -13,12 +13,22 @@ import torch.distributed as dist
 
 from megatron_internvlx import files
 from megatron_internvlx.config import DataSettings, settings_from
-from megatron_internvlx.lifecycle import resume, signals
+from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
 from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Parallelism
 from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.reporting.phases import START
+
+
+def report_phases() -> None:
+    """Have the phases of the checkpoint and of the first step begin when Megatron loads one and enters its loop."""
+    import megatron.training.training as training
+
+    for phase, name in (("checkpoint", "load_checkpoint"), ("first_step", "train")):
+        function = getattr(training, name)
+        setattr(training, name, START.before(phase, getattr(function, "__wrapped__", function)))
 
 
 class Continuation:
@@ -53,7 +63,8 @@ class Continuation:
             if not chosen:
                 chosen = True
                 self.choose()
-                signals.report_phase("building the model")
+                START.enter("model")
+                report_phases()
             return model_provider(*args, **kwargs)
 
         return provide

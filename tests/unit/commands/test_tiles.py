@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from megatron_internvlx.commands import tiles
+from megatron_internvlx.commands import tile_cuts, tiles
 
 
 def image(path, size):
@@ -39,9 +39,9 @@ def test_extreme_sizes(tmp_path, size):
 
 
 def test_tokens_per_tile():
-    assert tiles.tokens_per_tile(448, 14, 0.25) == 64
-    assert tiles.tokens_per_tile(448, 14, 0.5) == 256
-    assert tiles.tokens_per_tile(224, 28, 0.5) == 16
+    assert tile_cuts.tokens_per_tile(448, 14, 0.25) == 64
+    assert tile_cuts.tokens_per_tile(448, 14, 0.5) == 256
+    assert tile_cuts.tokens_per_tile(224, 28, 0.5) == 16
 
 
 @pytest.mark.parametrize("more", [["--tile-size", 450], ["--low-ratio", 0.3], ["--low-ratio", 0]])
