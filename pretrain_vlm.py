@@ -67,8 +67,7 @@ def train() -> int:
     START.enter("arguments")
     try:
         args = arguments.parse(made_with=layout_to_keep)
-        setup = setup_from(args)
-        if setup.settings.dry_run:
+        if (setup := setup_from(args)).settings.dry_run:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
@@ -86,7 +85,6 @@ def train() -> int:
     if settings_from(args, Execution).cuda_graph_impl != "none":
         record_steps()
     communicator = boundary_communicator(data)
-    provider = ModelProvider(args, communicator, step.weights)
     START.enter("groups")
     try:
         pretrain(
@@ -94,7 +92,7 @@ def train() -> int:
             data,
             ModelType.encoder_or_decoder,
             step,
-            Continuation(args, setup, stop, lock).precede(provider),
+            Continuation(args, setup, stop, lock).precede(ModelProvider(args, communicator, step.weights)),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )
