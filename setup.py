@@ -38,6 +38,8 @@ REQUIRED = [
     "packaging",
     "pyyaml",
     "psutil",  # Megatron's checkpoint writer
+    "starlette",  # the page of ivlx chat; mlflow needs both too
+    "uvicorn",
     "tqdm",
 ]
 
@@ -50,6 +52,7 @@ EXTRAS = {
         "hypothesis",
         "ruff",
         "mypy",
+        "playwright",  # drives an installed Chromium; it brings no browser
         "pre-commit",
         "scikit-image",
         "scikit-learn",
@@ -76,6 +79,7 @@ setup(
     entry_points={"console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"]},
     cmdclass={"build_py": BuildWithConstraints},
     include_package_data=True,
+    package_data={"megatron_internvlx.chat": ["page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

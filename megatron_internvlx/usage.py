@@ -39,7 +39,11 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
             "INT",
             "Samples (packs) of a step. Unset: one micro-batch per data-parallel rank.",
         ),
-        ("train_iters", "INT", "Steps; or --train-samples. A larger number continues a finished run."),
+        (
+            "train_iters",
+            "INT",
+            "Steps; or --epochs, or --train-samples. A larger number continues a finished run.",
+        ),
         ("lr", "FLOAT", "Peak of the learning rate."),
         ("min_lr", "FLOAT", "Learning rate at the end of the decay."),
         ("lr_decay_style", "NAME", "constant, linear, cosine, inverse-square-root or WSD."),

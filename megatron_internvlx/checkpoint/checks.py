@@ -154,7 +154,9 @@ def check_images(config: Mapping[str, Any]) -> None:
     """Check the image settings at the top level of a config.json. Raises ConversionError."""
     for name, fine in _RULES.items():
         if name in config and config[name] not in fine:
-            raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be {' or '.join(fine)}")
+            raise ConversionError(
+                f"config.json: {name} is {config[name]!r}; it must be {' or '.join(map(str, fine))}"
+            )
     least, most = config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 12)
     if not (_is_size(least) and _is_size(most) and least <= most <= MOST_TILES):
         raise ConversionError(

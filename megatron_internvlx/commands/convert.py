@@ -169,7 +169,7 @@ def run_import(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     """Run the subcommand `export`; returns the exit code."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
-    from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
+    from megatron_internvlx.checkpoint.remote_code import grid_rule, tokenizer_problem
 
     plan = export_checkpoint(
         options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
@@ -184,6 +184,7 @@ def run_export(options: argparse.Namespace) -> int:
             f"tokenizer, or copy the files of one to {options.hf}"
         )
     print(f"{options.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
+    print(f"images are cut into {grid_rule(plan.arguments)}")
     return 0
 
 

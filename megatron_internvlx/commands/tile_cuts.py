@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
+from megatron_internvlx.data.rvtc import MEANINGS, POLICIES, tile_count, tile_grid
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def cut_image(size: tuple[int, int], options: argparse.Namespace) -> list[Cut]:
 
 def table(cuts: Sequence[Cut]) -> str:
     """Format the cuts as a text table, one line per policy."""
-    lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep"]
+    lines = ["policy   grid (cols x rows)   thumbnail   tiles   tokens shallow   tokens deep   rule"]
     for cut in cuts:
         thumbnail = "yes" if cut.thumbnail else "no"
         lines.append(
             f"{cut.policy:<8} {f'{cut.cols} x {cut.rows}':<20} {thumbnail:<11} {cut.tiles:>5}"
-            f" {cut.shallow:>16} {cut.deep:>13}"
+            f" {cut.shallow:>16} {cut.deep:>13}   {MEANINGS[cut.policy]}"
         )
     return "\n".join(lines)
