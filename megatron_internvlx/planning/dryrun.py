@@ -276,7 +276,7 @@ def _pipeline_line(pipeline: PipelinePlan) -> list[str]:
         return []
     busiest = f"busiest stage {1 + pipeline.imbalance:.2f}x the mean"
     line = f"pipeline     stages wait {pipeline.bubble:.1%} of the step (simulated from FLOPs), {busiest}"
-    return [line + ("; tools/plan_pipeline.py looks for a better split" if pipeline.imbalance > 0.1 else "")]
+    return [line + ("; ivlx plan looks for a better split" if pipeline.imbalance > 0.1 else "")]
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
