@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_internvlx import exit_codes
 from megatron_internvlx.commands.values import float_in_range, int_in_range
 
 if TYPE_CHECKING:
@@ -138,17 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _talk(options, chat, sampling)
     except (OSError, ValueError) as error:
         print(f"ivlx chat: {error}", file=sys.stderr)
-        return 2
+        return exit_codes.MISTAKE
     except KeyboardInterrupt:
         print("ivlx chat: interrupted", file=sys.stderr)
-        return 130
+        return exit_codes.INTERRUPTED
 
 
 def _serve(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     from megatron_internvlx.chat.server import serve
 
     serve(chat, sampling, options.host, options.port, options.system)
-    return 0
+    return exit_codes.DONE
 
 
 def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
@@ -161,13 +162,13 @@ def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     terminal.conversation.waiting += [read_picture(path) for path in options.image]
     if options.ask is not None:
         terminal.ask(options.ask)
-        return 0
+        return exit_codes.DONE
     if interactive:
         print("\n".join([*chat.about.lines(), "/help lists the commands."]), flush=True)
         chat_by_prompt(terminal)
-        return 0
+        return exit_codes.DONE
     chat_by_lines(terminal, iter(sys.stdin))
-    return 2 if terminal.mistakes else 0
+    return exit_codes.MISTAKE if terminal.mistakes else exit_codes.DONE
 
 
 if __name__ == "__main__":
