@@ -154,7 +154,7 @@ def _serve(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     from megatron_internvlx.chat.server import serve
 
     serve(chat, sampling, options.host, options.port, options.system)
-    return 0
+    return DONE
 
 
 def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
@@ -167,11 +167,11 @@ def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     terminal.conversation.waiting += [read_picture(path) for path in options.image]
     if options.ask is not None:
         terminal.ask(options.ask)
-        return 0
+        return DONE
     if interactive:
         print("\n".join([*chat.about.lines(), "/help lists the commands."]), flush=True)
         chat_by_prompt(terminal)
-        return 0
+        return DONE
     chat_by_lines(terminal, iter(sys.stdin))
     return MISTAKE if terminal.mistakes else DONE
 
