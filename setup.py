@@ -18,6 +18,7 @@ REQUIRED = [
     "tensorboard",
     "numpy",
     "pillow",
+    "pyarrow",  # Parquet files; MLflow brings it too
     "matplotlib",
     "einops",
     "omegaconf",

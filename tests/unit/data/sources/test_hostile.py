@@ -97,7 +97,7 @@ def test_image_bombs(tmp_path, prepare):
     records = items(3)
     records[1].data, records[1].name = bytes(data), "p1.png"
     text = prepare(write_csv(tmp_path, records), "--check")
-    assert "questions.csv:3: bomb: too large to decode: 20000x20000 pixels" in text
+    assert "questions.csv:3: bomb: too large to decode: Image size (400000000 pixels)" in text
 
 
 def test_other_decoders_are_never_started(tmp_path, prepare):
@@ -130,32 +130,32 @@ def test_links_in_a_folder_lead_to_images_only(tmp_path, prepare):
                    if path.is_file())  # fmt: skip
 
 
-def test_a_million_rows_are_streamed(tmp_path):
+def test_rows_of_a_table_are_streamed(tmp_path):
     path = tmp_path / "t.csv"
     with path.open("w") as file:
         file.write("image,question,answer\n")
-        for _ in range(100):
+        for _ in range(10):
             file.write("p.jpg,What is it?,A thing.\n" * 1000)
     _, records = read_table(path, ReadSettings())
     tracemalloc.start()
     count = sum(1 for _ in records)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 100_000
+    assert count == 10_000
     assert peak < 1 << 20, "one row at a time"
 
 
 def test_a_json_array_is_streamed(tmp_path):
-    row = json.dumps({"image": "p.jpg", "text": "x" * 200})
+    row = json.dumps({"image": "p.jpg", "text": "x" * 1000})
     path = tmp_path / "a.json"
-    path.write_text("[" + ",\n".join([row] * 20_000) + "]")
+    path.write_text("[" + ",\n".join([row] * 5_000) + "]")
     tracemalloc.start()
     found = sum(not isinstance(piece, LeftOut) for piece in text_files.json_array(path, "a.json", None))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == 20_000
+    assert found == 5_000
     assert path.stat().st_size > 4_500_000
-    # The buffer and its copy; the whole as objects would take over 20 MB.
+    # The buffer and its copy; the text and its objects take over 10 MB.
     assert peak < 8 << 20
 
 
