@@ -97,7 +97,7 @@ def test_image_bombs(tmp_path, prepare):
     records = items(3)
     records[1].data, records[1].name = bytes(data), "p1.png"
     text = prepare(write_csv(tmp_path, records), "--check")
-    assert "questions.csv:3: bomb: too large to decode: Image size (400000000 pixels)" in text
+    assert "questions.csv:3: bomb: p1.png: too large to decode: Image size (400000000 pixels)" in text
 
 
 def test_other_decoders_are_never_started(tmp_path, prepare):
