@@ -59,7 +59,7 @@ TWO_ROUNDS_PER_CYCLE = 10
 TWO_IMAGES_PER_CYCLE = 1
 TEXT_ONLY_PER_CYCLE = 1
 
-# (weight, width range, height range). The names tell the grid that RVTC's area policy picks at tile size
+# (weight, width range, height range). The names tell the grid that RVTC's edge policy picks at tile size
 # 224 with at most 6 tiles; the last three also give 3, 4 and 6 tiles at tile size 448. Five tiles at 448
 # would need an image longer than 1000 pixels.
 SIZE_CLASSES: dict[str, tuple[float, tuple[int, int], tuple[int, int]]] = {

@@ -69,6 +69,7 @@ def test_every_setting_of_the_recipe_is_explained(tmp_path: Path, capsys) -> Non
     assert recipe["train_iters"] * recipe["global_batch_size"] == 128_000
     assert "128,000 samples" in lines["train_iters"]
     assert "InternVL's rule" in lines["rvtc"]
+    assert "edge: RVTC, as in the released InternVL-X" in lines["rvtc"]
     assert max(map(len, text.splitlines())) < 130
 
 
