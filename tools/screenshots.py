@@ -23,7 +23,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -33,6 +35,9 @@ RUNS = {"lr_1.5e-3": "1.5e-3", "lr_3e-4": "3e-4"}
 MOST_BYTES = 200_000
 """Size of a picture in the repository at most."""
 EXPERIMENT = "demo"
+ASSISTANT = 335  # pixels at the right of every page of MLflow
+PAGE_MS = 120_000  # time of the page, not of the machine: until all charts are drawn
+PATIENCE = 900  # seconds for a server or a page, on a busy machine
 
 
 def train(work: Path, steps: int) -> None:
@@ -75,13 +80,17 @@ def _run(command: list[str], **environment: str) -> None:
 
 @contextlib.contextmanager
 def served(command: list[str], port: int) -> Iterator[str]:
-    """Start a server; gives its address once it answers, and ends it. Raises TimeoutError after five minutes."""
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    """Start a server; gives its address once it answers, and ends it. Raises TimeoutError after PATIENCE seconds."""
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     process = subprocess.Popen(
         command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     address = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 300
+    end = time.monotonic() + PATIENCE
     try:
         while True:
             try:
@@ -104,44 +113,69 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def photograph(chromium: str, address: str, picture: Path, size: tuple[int, int]) -> None:
-    """Write what a browser shows at an address, `size` pixels wide and high, in few colours.
+@dataclass(frozen=True)
+class Page:
+    """Part of a page, and its size in the picture."""
+
+    path: str
+    """Path, query and fragment."""
+    window: tuple[int, int]
+    """Width and height of the browser's window, in pixels."""
+    cut: int = 0
+    """Pixels on the right that are left out."""
+    scale: float = 1.0
+
+
+def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
+    """Write what a browser shows, in few colours.
 
     Raises ValueError if the page is empty or the picture too large for the repository.
     """
+    width, height = page.window
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "page.png"
-        flags = (
-            "--headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars".split()
-        )
         command = [
-            *(chromium, *flags, f"--window-size={size[0]},{size[1]}", f"--user-data-dir={folder}/profile"),
-            *("--virtual-time-budget=60000", f"--screenshot={raw}", address),
+            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--hide-scrollbars", f"--window-size={width},{height}", f"--user-data-dir={folder}/profile"),
+            *(f"--virtual-time-budget={PAGE_MS}", f"--screenshot={raw}", address + page.path),
         ]
-        subprocess.run(command, check=True, timeout=600, capture_output=True)
-        page = Image.open(raw).convert("RGB")
-    colours = page.getcolors(1 << 24) or []
-    if max(count for count, _ in colours) > 0.995 * page.width * page.height:
-        raise ValueError(f"{address} shows an empty page")
+        subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
+        shown = Image.open(raw).convert("RGB").crop((0, 0, width - page.cut, height))
+    colours = shown.getcolors(1 << 24) or []
+    if max(count for count, _ in colours) > 0.995 * shown.width * shown.height:
+        raise ValueError(f"{address}{page.path} shows an empty page")
+    small = shown.resize((round(shown.width * page.scale), round(shown.height * page.scale)))
     picture.parent.mkdir(parents=True, exist_ok=True)
-    page.quantize(64, dither=Image.Dither.NONE).save(picture, optimize=True)
+    small.quantize(64, dither=Image.Dither.NONE).save(picture, optimize=True)
     if picture.stat().st_size > MOST_BYTES:
         raise ValueError(f"{picture} has {picture.stat().st_size:,} bytes, at most {MOST_BYTES:,} are wanted")
-    print(f"{picture}: {picture.stat().st_size // 1000} kB")
+    print(f"{picture}: {picture.stat().st_size // 1000} kB", flush=True)
 
 
-def mlflow_pages(work: Path) -> dict[str, str]:
-    """Pages of MLflow: file name of the picture -> path and query."""
+def tensorboard_pages() -> dict[str, Page]:
+    """Pages of TensorBoard by the file name of the picture."""
+    shown = urllib.parse.quote("^(loss|loss validation|accuracy validation|internvlx/tokens_per_s)$")
+    page = f"/?darkMode=false&smoothing=0&tagFilter={shown}#timeseries"
+    return {"tensorboard.png": Page(page, (1400, 1500), scale=0.7)}
+
+
+def mlflow_pages(work: Path) -> dict[str, Page]:
+    """Pages of MLflow by the file name of the picture, without the assistant at the right."""
     with contextlib.closing(sqlite3.connect(work / "mlflow.db")) as store:
         found = store.execute("SELECT name, run_uuid, experiment_id FROM runs ORDER BY start_time").fetchall()
     runs = {name: run for name, run, _ in found}
     experiment = found[0][2]
-    both = urllib.parse.quote(json.dumps(list(runs.values())))
-    where = urllib.parse.quote(json.dumps([str(experiment)]))
+
+    def quoted(value: Any) -> str:
+        return urllib.parse.quote(json.dumps(value))
+
+    both = f"runs={quoted(list(runs.values()))}&experiments={quoted([str(experiment)])}"
+    keys = f"metric={quoted('loss')}&plot_metric_keys={quoted(['loss', 'validation_loss'])}"
+    place = f"/#/experiments/{experiment}/runs"
     return {
-        "mlflow_runs.png": f"/#/experiments/{experiment}/runs?viewStateShareKey=&compareRunsMode=CHART",
-        "mlflow_run.png": f"/#/experiments/{experiment}/runs/{runs['lr_1.5e-3']}/model-metrics",
-        "mlflow_compare.png": f"/#/compare-runs?runs={both}&experiments={where}",
+        "mlflow_compare.png": Page(f"/#/metric?{both}&{keys}", (1700, 1000), ASSISTANT, 0.7),
+        "mlflow_run.png": Page(f"{place}/{next(iter(runs.values()))}", (1700, 1500), ASSISTANT, 0.7),
+        "mlflow_runs.png": Page(f"{place}?compareRunsMode=CHART", (2000, 2000), ASSISTANT, 0.6),
     }
 
 
@@ -157,17 +191,16 @@ def main() -> int:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     train(options.work, options.steps)
-    size = (1280, 860)
+    port = free_port()
+    server = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.work / "tensorboard")]
+    with served([*server, "--port", str(port)], port) as address:
+        for name, page in tensorboard_pages().items():
+            photograph(options.chromium, address, page, options.out / name)
     port = free_port()
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", _store(options.work)]
     with served([*server, "--workers", "1", "--port", str(port)], port) as address:
         for name, page in mlflow_pages(options.work).items():
-            photograph(options.chromium, address + page, options.out / name, size)
-    port = free_port()
-    server = [sys.executable, "-m", "tensorboard.main", "--logdir", str(options.work / "tensorboard")]
-    with served([*server, "--port", str(port)], port) as address:
-        page = "/?darkMode=false#timeseries"
-        photograph(options.chromium, address + page, options.out / "tensorboard.png", size)
+            photograph(options.chromium, address, page, options.out / name)
     return 0
 
 
