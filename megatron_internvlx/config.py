@@ -110,6 +110,8 @@ class DataSettings:
     """Training data: InternVL's meta.json, or with --loader energon the output of tools/prepare_data.py."""
     loader: Literal["simple", "energon"] = "simple"
     """simple: reads meta.json, by global position. energon: reads a prepared directory, blends, packs."""
+    epochs: float | None = None
+    """Length of the training in epochs of --data; not with --packing. Unset: --train-iters."""
     packing: bool = False
     """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
     pack_buffer: int = 1000

@@ -103,6 +103,17 @@ class About:
     seconds: float
     """Time to load the model, with the conversion of a checkpoint."""
 
+    def short(self) -> str:
+        """Facts in one short line, for the page."""
+        tokens = f"{self.deep_per_tile}"
+        if self.expand_layer:
+            tokens = f"{self.shallow_per_tile} → {tokens}"
+        tiles = f"at most {self.max_tiles} tiles" if self.max_tiles > 1 else "one tile per picture"
+        return (
+            f"{count_words(self.parameters)} parameters · {tokens} visual tokens per tile · {tiles} · "
+            f"{self.dtype} on {self.device}"
+        )
+
     def lines(self) -> list[str]:
         """Facts in words, for the start of a chat."""
         tokens = f"{self.deep_per_tile} visual tokens per tile"
@@ -217,7 +228,7 @@ class Chat:
         room = self.about.max_tokens - prompt_tokens
         if room < 1:
             visual = tiles * self.about.deep_per_tile
-            remedy = "start anew with /reset, take a question back with /undo, or ask less"
+            remedy = "start a new conversation, take a question back, or ask less"
             if visual:
                 remedy += ", or cut pictures into fewer tiles (--max-tiles)"
             raise ChatError(

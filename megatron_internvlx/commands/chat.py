@@ -100,7 +100,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--tokenizer-model {options.tokenizer_model}: no such directory")
     for path in options.image:
         if not path.expanduser().is_file():
-            raise ValueError(f"--image {path}: {'not a file' if path.expanduser().exists() else 'no such file'}")
+            raise ValueError(
+                f"--image {path}: {'not a file' if path.expanduser().exists() else 'no such file'}"
+            )
     if options.keep and options.keep.exists():
         raise ValueError(f"--keep {options.keep}: exists already; choose another name")
 

@@ -307,7 +307,9 @@ def _start_worker(first: Any, worker_id: int) -> None:
 def _present_names(state: LoaderState) -> dict[str, Any]:
     """Settings of a saved state, its RVTC rule by its present name."""
     rule = state.made_with.get("rvtc")
-    return state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
+    return (
+        state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
+    )
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -373,7 +373,7 @@ def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
 
 
 FLAGS = """
---auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --expand-layer
+--auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --epochs --expand-layer
 --freeze-llm --freeze-projectors --freeze-vision --gpu-memory-gib --high-ratio --image-size
 --inject-layers --loader-workers --loss-weighting --low-ratio --max-rejects --max-tiles
 --max-tiles-per-pack --max-tries --min-tiles --model-preset --no-thumbnail --patch-size
