@@ -35,7 +35,7 @@ RUNS = {"lr_1.5e-3": "1.5e-3", "lr_3e-4": "3e-4"}
 MOST_BYTES = 200_000
 """Size of a picture in the repository at most."""
 EXPERIMENT = "demo"
-ASSISTANT = 335  # pixels at the right of every page of MLflow
+ASSISTANT = 0.262  # share of the width at the right of every page of MLflow
 PAGE_MS = 120_000  # time of the page, not of the machine: until all charts are drawn
 PATIENCE = 900  # seconds for a server or a page, on a busy machine
 
@@ -121,8 +121,8 @@ class Page:
     """Path, query and fragment."""
     window: tuple[int, int]
     """Width and height of the browser's window, in pixels."""
-    cut: int = 0
-    """Pixels on the right that are left out."""
+    cut: float = 0.0
+    """Share of the width at the right that is left out."""
     scale: float = 1.0
 
 
@@ -136,11 +136,17 @@ def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
         raw = Path(folder) / "page.png"
         command = [
             *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--hide-scrollbars", f"--window-size={width},{height}", f"--user-data-dir={folder}/profile"),
+            # TensorBoard draws its lines in SVG then, which are in the picture for certain.
+            *(
+                "--disable-3d-apis",
+                "--hide-scrollbars",
+                f"--window-size={width},{height}",
+                f"--user-data-dir={folder}/profile",
+            ),
             *(f"--virtual-time-budget={PAGE_MS}", f"--screenshot={raw}", address + page.path),
         ]
         subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
-        shown = Image.open(raw).convert("RGB").crop((0, 0, width - page.cut, height))
+        shown = Image.open(raw).convert("RGB").crop((0, 0, round(width * (1 - page.cut)), height))
     colours = shown.getcolors(1 << 24) or []
     if max(count for count, _ in colours) > 0.995 * shown.width * shown.height:
         raise ValueError(f"{address}{page.path} shows an empty page")
@@ -155,8 +161,8 @@ def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
 def tensorboard_pages() -> dict[str, Page]:
     """Pages of TensorBoard by the file name of the picture."""
     shown = urllib.parse.quote("^(loss|loss validation|accuracy validation|internvlx/tokens_per_s)$")
-    page = f"/?darkMode=false&smoothing=0&tagFilter={shown}#timeseries"
-    return {"tensorboard.png": Page(page, (1400, 1500), scale=0.7)}
+    page = f"/?darkMode=false&tagFilter={shown}#timeseries"
+    return {"tensorboard.png": Page(page, (1400, 1050), scale=0.7)}
 
 
 def mlflow_pages(work: Path) -> dict[str, Page]:
