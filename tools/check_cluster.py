@@ -126,8 +126,8 @@ def _check_transformer_engine() -> Check:
 
 def _check_dali() -> Check:
     """Decode images and cut them into tiles for a second, on the GPU if there is one."""
-    from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
-    from megatron_internvlx.data.encoded import EncodedImage
+    from megatron_internvlx.data.dali_pipeline import TilePipeline
+    from megatron_internvlx.data.encoded import EncodedImage, Wanted
 
     on_gpu = platform.backend() == "nccl"
     # With a GPU photographs; on CPU one picture shows that DALI works, and rates do not matter.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
-from megatron_internvlx.data.encoded import EncodedImage, PackImage
+from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import EncodedImage, PackImage, Wanted
 from megatron_internvlx.platform import device
 from megatron_internvlx.platform.transfer import to_device
 
