@@ -14,6 +14,7 @@ from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data import decode_pil
 from megatron_internvlx.data.encoded import EncodedImage, encoded
 from megatron_internvlx.data.file_kinds import Kind
+from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import ImageTiles
 
 DECODERS = ("dali", "pillow")
@@ -24,6 +25,13 @@ def ranks_cut(data: DataSettings) -> bool:
     if data.loader != "energon" or data.image_decoder != "dali":
         return False
     return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadSample(str(path), "missing_image", f"{error.strerror}: {path}") from error
 
 
 class TileDecoder:
@@ -74,7 +82,7 @@ class TileDecoder:
     ) -> np.ndarray | EncodedImage:
         reason = "JPEG augmentation"
         if jpeg_augment is None:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            data = source if isinstance(source, bytes) else _read(source)
             found = encoded(data, image, apply_exif=self.apply_exif, lacking=self.lacking)
             if isinstance(found, EncodedImage):
                 return found
