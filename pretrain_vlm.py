@@ -14,6 +14,7 @@ from megatron_internvlx.lifecycle import signals
 from megatron_internvlx.lifecycle.complaint import complain
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.paths import check_command_line
+from megatron_internvlx.reporting.phases import START
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
         check_command_line(sys.argv[1:])
     except ValueError as error:
         return complain(error)
-    signals.report_phase("importing PyTorch and Megatron")
+    START.start("imports")
     return train()
 
 
@@ -46,7 +47,7 @@ def train() -> int:
     from megatron_internvlx.data.rejects import UnusableData
     from megatron_internvlx.lifecycle.continuation import Continuation
     from megatron_internvlx.lifecycle.lock import lock_save
-    from megatron_internvlx.lifecycle.origin import layout_to_keep, mistake_behind
+    from megatron_internvlx.lifecycle.origin import check_tile_rule, layout_to_keep, mistake_behind
     from megatron_internvlx.lifecycle.outcome import Outcome
     from megatron_internvlx.lifecycle.saves import GuardedSaves
     from megatron_internvlx.lifecycle.setup import setup_from
@@ -63,6 +64,7 @@ def train() -> int:
     from megatron_internvlx.training.step import ForwardStep
     from megatron_internvlx.training.validation import settle_validation
 
+    START.enter("arguments")
     try:
         args = arguments.parse(made_with=layout_to_keep)
         setup = setup_from(args)
@@ -70,6 +72,7 @@ def train() -> int:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
+        check_tile_rule(args)
         lock = lock_save(setup)
         arguments.default_to_one_rank()
         data = DataProvider(args, held_out)
@@ -77,14 +80,15 @@ def train() -> int:
         return complain(error)
     stop, trackers = signals.StopSignals(), Trackers(args)
     step = ForwardStep()
-    log = TrainingLog(args, data, step, trackers)
+    log = TrainingLog(args, data, step, trackers, START)
     outcome = Outcome(setup, stop, trackers.close, lock)
-    saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
+    saves = GuardedSaves(setup, outcome.failed, saved=log.saved).install()
     watch(Progress(args), setup, stop, step, saves, outcome.failed)
     if settings_from(args, Execution).cuda_graph_impl != "none":
         record_steps()
     communicator = boundary_communicator(data)
     provider = ModelProvider(args, communicator, step.weights)
+    START.enter("groups")
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),

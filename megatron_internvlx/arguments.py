@@ -31,6 +31,8 @@ from megatron_internvlx.config import (
     check_static_budgets,
     settings_from,
 )
+from megatron_internvlx.data.epochs import epoch_steps
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 from megatron_internvlx.megatron_settings import Batches, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
@@ -93,7 +95,8 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         # A released embedding often has more rows than its tokenizer has ids: keep the larger size.
         keep = name is not None and "tiny" not in name
         defaults["vocab_size"] = max(size, defaults.get("vocab_size", 0) if keep else 0)
-    parser.set_defaults(**defaults)
+    # Stored with every checkpoint, so that a name in an older one is not taken for another rule.
+    parser.set_defaults(**defaults, rvtc_version=NAMES_VERSION)
     return parser
 
 
@@ -133,6 +136,7 @@ def tokenizer_size(directory: str) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Check all arguments and their combinations before anything is built. Raises ValueError."""
     check_numbers(args)
+    _settle_epochs(args)
     check_required(args)
     check_schedule(settings_from(args, Schedule))
     sizes, parallel = model_sizes(args), settings_from(args, ParallelSizes)
@@ -157,6 +161,26 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_static(sizes, train, data, batches, alignment=precision.row_alignment)
     _check_training(args, train, data, precision)
     _check_graph(args, sizes, train, precision, batches, parallel)
+
+
+def _settle_epochs(args: argparse.Namespace) -> None:
+    """Set the number of steps from --epochs. Raises ValueError."""
+    data, batches = settings_from(args, DataSettings), settings_from(args, Batches)
+    if data.epochs is None:
+        return
+    if batches.train_iters or args.train_samples:
+        raise ValueError(
+            "--epochs, --train-iters and --train-samples: set only one of them; --without drops a recipe's"
+        )
+    if data.packing:
+        raise ValueError(
+            "--epochs and --packing: a step takes packs, and how many an epoch fills is known after packing only; give "
+            "--train-iters, from the packs that prepare_data's stats estimates"
+        )
+    if not batches.global_batch_size or batches.rampup_batch_size:
+        raise ValueError("--epochs needs --global-batch-size, without --rampup-batch-size")
+    # A dry run needs no data: what it prints does not depend on the number of steps.
+    args.train_iters = epoch_steps(data, batches.global_batch_size) if data.data else 1
 
 
 def _check_world(parallel: ParallelSizes, batches: Batches, sizes: ModelSizes, *, dry_run: bool) -> None:

@@ -110,6 +110,8 @@ class DataSettings:
     """Training data: InternVL's meta.json, or with --loader energon the output of tools/prepare_data.py."""
     loader: Literal["simple", "energon"] = "simple"
     """simple: reads meta.json, by global position. energon: reads a prepared directory, blends, packs."""
+    epochs: float | None = None
+    """Length of the training in epochs of --data; not with --packing. Unset: --train-iters."""
     packing: bool = False
     """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
     pack_buffer: int = 1000
@@ -130,8 +132,8 @@ class DataSettings:
     """Number of records of --valid-data to evaluate on, spread evenly over it. Unset: all."""
     conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
     """Prompt template of data/conversation.py."""
-    rvtc: Literal["area", "edge", "off"] = "area"
-    """Rule that chooses the tile grid from the image size (RVTC); off: InternVL's rule."""
+    rvtc: Literal["edge", "area", "off"] = "edge"
+    """Rule that limits an image's tiles (RVTC): edge (released): by its sides; area: by its pixels; off: InternVL's."""
     min_tiles: int = 1
     """Minimum number of tiles of a grid."""
     max_tiles: int = 12
@@ -171,6 +173,8 @@ class RunSettings:
     """Number of GPUs assumed by a dry run; recipes set their own. Unset: WORLD_SIZE."""
     dry_run_json: str | None = None
     """JSON file for the results of a dry run. Unset: not written."""
+    dry_run_pictures: int | None = None
+    """Number of training pictures for whose epoch a dry run computes the time. Unset: not printed."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU in GiB; a dry run fails if more is needed. Unset: not checked."""
     auto_resume: bool = False

@@ -78,6 +78,8 @@ class CheckpointFiles:
     """Iteration to load; None for the newest."""
     finetune: bool
     """Take the weights of `load` and begin at iteration 0."""
+    save_interval: int | None = None
+    """Steps between two checkpoints."""
 
     @property
     def save_folder(self) -> Path | None:

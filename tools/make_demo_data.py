@@ -33,9 +33,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_internvlx.commands.values import int_in_range
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_pictures import COLOURS, COUNTS, SHAPES, WORDS, Picture, draw_picture, shape_picture
-from tools.values import int_in_range
 
 # ------------------------------------------------------------------------------------------------ knobs
 
@@ -59,7 +59,7 @@ TWO_ROUNDS_PER_CYCLE = 10
 TWO_IMAGES_PER_CYCLE = 1
 TEXT_ONLY_PER_CYCLE = 1
 
-# (weight, width range, height range). The names tell the grid that RVTC's area policy picks at tile size
+# (weight, width range, height range). The names tell the grid that RVTC's edge policy picks at tile size
 # 224 with at most 6 tiles; the last three also give 3, 4 and 6 tiles at tile size 448. Five tiles at 448
 # would need an image longer than 1000 pixels.
 SIZE_CLASSES: dict[str, tuple[float, tuple[int, int], tuple[int, int]]] = {

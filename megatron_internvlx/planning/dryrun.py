@@ -17,6 +17,7 @@ from megatron_internvlx.megatron_settings import Execution, Parallelism
 from megatron_internvlx.parallel.layout import carried_rows, layout_name
 from megatron_internvlx.planning.activations import MemoryModel, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
+from megatron_internvlx.planning.epoch import Epoch
 from megatron_internvlx.planning.flops import Owner, PlanStats, forward_flops, training_flops
 from megatron_internvlx.planning.memory import RankState
 from megatron_internvlx.planning.parameters import parameters
@@ -84,11 +85,19 @@ class Plan:
     stages: tuple[Stage, ...]
     pipeline: PipelinePlan
     """The step in the planner's simulation, by FLOPs at an assumed rate."""
+    machine: Machine
+    """The assumed rates."""
 
     @property
     def fullest(self) -> Stage:
         """Stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """Epoch over `--dry-run-pictures`; None without."""
+        pictures = self.run.dry_run_pictures
+        return Epoch.of(pictures, self.work, self.pipeline.seconds) if pictures else None
 
     @property
     def flops(self) -> int:
@@ -117,6 +126,7 @@ def check(args: argparse.Namespace) -> Plan:
         stats,
         stages,
         _simulate(model, stats, schedule, machine),
+        machine,
     )
     _check_memory(plan)
     return plan
@@ -253,6 +263,7 @@ def _head(plan: Plan) -> list[str]:
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
         f"step         {work.packs * stats.deep_rows:,} tokens at most ({work.packs * stats.shallow_rows:,} in "
         f"the shallow phase), {_flops_text(plan.flops)}",
+        *([plan.epoch.line(plan.machine.flops)] if plan.epoch else []),
     ]
 
 
@@ -344,6 +355,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "flop_per_step": plan.flops,
         "pipeline_bubble": plan.pipeline.bubble,
         "pipeline_imbalance": plan.pipeline.imbalance,
+        "epoch_seconds": plan.epoch.seconds if plan.epoch else None,
         "memory_per_gpu": plan.fullest.total,
         "layout": plan.layout_name,
     }

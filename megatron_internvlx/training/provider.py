@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -134,6 +134,8 @@ class DataProvider:
         self._groups: tuple[list[list[int]], Any, Any] | None = None
         self._shared: dict[str, SharedBatches] = {}
         self._iterators: dict[tuple[str, int], BatchIterator] = {}
+        self.on_build: Callable[[], None] = lambda: None
+        """Called before the loaders are built."""
 
     def open_files(self) -> None:
         """Open the data on rank 0, which loads in every layout, before the model is built. Raises ValueError."""
@@ -239,6 +241,7 @@ class DataProvider:
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
         """(training, validation, test) iterators of one model chunk. Raises UnusableData."""
+        self.on_build()
         if self.valid_manifest is not None and not self._shared:  # the first chunk's call
             check_equal_on_all_ranks(self.data.valid_data, len(self.valid_manifest), self.batches)
         train = None if self.batches.skip_train else self._iterator("train", vp_stage)

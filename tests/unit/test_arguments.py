@@ -78,7 +78,7 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("lr: true\n", "lr: True must be a number"),
         ("inject_layers: 4\n", r"inject_layers: 4 must be a list: write \[4\]"),
         ("expand_layer: [3]\n", r"expand_layer: \[3\] must be a single value, not a list"),
-        ("rvtc: sideways\n", "rvtc: 'sideways' must be one of area, edge, off"),
+        ("rvtc: sideways\n", "rvtc: 'sideways' must be one of edge, area, off"),
         ("freeze_llm: maybe\n", "freeze_llm: 'maybe' must be true or false"),
         ("lr: {start: 1}\n", "lr: {'start': 1} must not be a mapping: a recipe is flat"),
         ("train_iters: .inf\n", "train_iters: inf must be a whole number"),
@@ -373,7 +373,7 @@ def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
 
 
 FLAGS = """
---auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --expand-layer
+--auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --epochs --expand-layer
 --freeze-llm --freeze-projectors --freeze-vision --gpu-memory-gib --high-ratio --image-size
 --inject-layers --loader-workers --loss-weighting --low-ratio --max-rejects --max-tiles
 --max-tiles-per-pack --max-tries --min-tiles --model-preset --no-thumbnail --patch-size

@@ -15,6 +15,8 @@ DONE = (
         f"{PACKAGE}/{room}/"
         for room in (
             "checkpoint",
+            "chat",
+            "commands",
             "data",
             "evaluation",
             "lifecycle",
@@ -31,6 +33,7 @@ DONE = (
         for name in (
             "arguments",
             "config",
+            "exit_codes",
             "files",
             "launch",
             "megatron_settings",

@@ -7,8 +7,9 @@ from tests import single  # isort: skip  (sets Megatron up)
 import pytest
 
 from megatron_internvlx.config import RunSettings
+from megatron_internvlx.exit_codes import SAVE_FAILED
 from megatron_internvlx.lifecycle import resume
-from megatron_internvlx.lifecycle.resume import SAVE_FAILED, Unsaved
+from megatron_internvlx.lifecycle.resume import Unsaved
 from megatron_internvlx.lifecycle.saves import GuardedSaves, root_cause
 from megatron_internvlx.lifecycle.setup import RunSetup
 
@@ -28,7 +29,7 @@ def lack(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def guarded(save: Path | None, failures: list[str], saved: list[str]) -> GuardedSaves:
     setup = RunSetup(save, save is not None, 0, 1, 10, False, False, RunSettings())
-    return GuardedSaves(setup, failures.append, lambda: saved.append("saved"))
+    return GuardedSaves(setup, failures.append, lambda seconds: saved.append("saved"))
 
 
 def test_a_save_without_room_is_skipped(

@@ -1,0 +1,287 @@
+"""`ivlx import`, `export` and `verify`: between Hugging Face directories and Megatron's checkpoints.
+
+Imported checkpoints load into any layout and contain `recipe.yaml`, the arguments to train them. A result gets
+its final name only when it is complete; the same command continues a killed conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_internvlx.checkpoint.checks import check_model_directory
+from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.target import preload_workers
+from megatron_internvlx.commands.help import CommandParser
+from megatron_internvlx.commands.values import float_in_range, int_in_range, parse_size
+from megatron_internvlx.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE
+
+CONTINUES = "The result gets its name when it is complete; the same command continues one that was killed."
+EXITS = {
+    DONE: "done",
+    MISTAKE: "wrong arguments or files, with one message and no incomplete output",
+    INTERRUPTED: "Ctrl-C; the same command continues",
+}
+
+
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """Create the parser of `import`, `export` or `verify`; with "", one that names the three."""
+    if command in _PARSERS:
+        return _PARSERS[command]()
+    it = CommandParser("import|export|verify", "Convert checkpoints, and verify the result.")
+    it.add_argument("command", choices=tuple(_PARSERS))
+    return it
+
+
+def _add_common_arguments(it: argparse.ArgumentParser) -> None:
+    work = it.add_argument_group("Work")
+    work.add_argument(
+        "--processes", type=int_in_range(1), default=min(4, os.cpu_count() or 1),
+        help="number of processes: one per core, at most four",
+    )  # fmt: skip
+    work.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _import_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "import",
+        "Convert a Hugging Face directory to a checkpoint that training starts from, in any layout.",
+        about=f"{CONTINUES} CKPT/recipe.yaml has the model's arguments, and settings to fine-tune it.",
+        examples=(
+            "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B   # a hub's name is not a directory",
+            "ivlx import --hf InternVL2-8B --save imported --projector pvtc --expand-layer 10 \\",
+            "    --inject-layers 16 --init-missing                         # new compressors for an InternVL",
+        ),
+        exits=EXITS,
+    )
+    add = it.add_argument
+    add("--hf", type=Path, metavar="DIR", required=True, help="directory with config.json and weights")
+    add("--save", type=Path, metavar="CKPT", required=True, help="checkpoint directory to write")
+    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    add("--init-missing", action="store_true",
+        help="initialise projectors that are missing or of another kind in the directory, and list them")  # fmt: skip
+    add("--list-tensors", action="store_true",
+        help="list every tensor that was initialised or not taken over (also in CKPT/hf/conversion.json)")  # fmt: skip
+    add("--seed", type=int_in_range(0), default=1234, help="random seed of initialised tensors")
+    add = it.add_argument_group("Compression of the new model (unset: that of the directory)").add_argument
+    add("--projector", choices=("pvtc", "mlp"), help="projector of the visual tokens")
+    layer = int_in_range(0, 65_536)
+    add("--expand-layer", type=layer, help="LVTC: 0-based decoder layer of the expansion")
+    add("--inject-layers", type=layer, nargs="*", help="LVTC: further layers with a projection")
+    share = float_in_range(0, 1, above=True)
+    add("--low-ratio", type=share, help="side ratio of tokens to patches before the expansion")
+    add("--high-ratio", type=share, help="the same from the expansion on")
+    add("--upsample", choices=("bilinear", "nearest"), help="LVTC: enlargement of the grid of tokens")
+    _add_common_arguments(it)
+    return it
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "export",
+        "Convert a checkpoint to a Hugging Face directory, for AutoModel, AutoProcessor and generate.",
+        about=CONTINUES,
+        examples=(
+            "ivlx export --load runs/demo/checkpoints --hf demo-model",
+            "ivlx export --load stage2/iter_0004000 --hf InternVL-X-8B --dtype bfloat16",
+        ),
+        exits=EXITS,
+    )
+    add = it.add_argument
+    add(
+        "--load",
+        type=Path,
+        metavar="CKPT",
+        required=True,
+        help="checkpoint directory, or one iteration's folder",
+    )
+    add("--hf", type=Path, metavar="DIR", required=True, help="directory to write")
+    add("--like", type=Path, metavar="DIR",
+        help="directory with a tokenizer and, after an import, the original's other files "
+        "(unset: CKPT/hf, or the tokenizer used in training)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
+    add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
+    _add_common_arguments(it)
+    return it
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "verify",
+        "Run the Megatron model on given inputs, and compare it with the expected outputs.",
+        examples=(
+            "ivlx verify --hf InternVL2-8B --inputs CASE.safetensors --out OUT.safetensors",
+            "ivlx verify --load imported --inputs CASE.safetensors --out OUT.safetensors \\",
+            "    --tensor-model-parallel-size 2 --grads",
+        ),
+        exits={DONE: "done", FAILED: "a difference above the tolerance", MISTAKE: EXITS[MISTAKE]},
+    )
+    source = it.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--hf", type=Path, metavar="DIR", help="Hugging Face directory, converted while loading"
+    )
+    source.add_argument("--load", type=Path, metavar="CKPT", help="checkpoint")
+    add = it.add_argument
+    add("--inputs", type=Path, metavar="FILE", required=True,
+        help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and expected values "
+        "(or CASE.outputs.safetensors and CASE.grads.safetensors next to CASE.inputs.safetensors)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE", required=True, help="safetensors file to write")
+    add("--grads", action="store_true", help="compute gradients of the loss too, under Hugging Face names")
+    add("--tolerance", type=float_in_range(0), default=1e-4, help="largest absolute difference")
+    add(
+        "--image-token-id", type=int_in_range(0), help="id of the image placeholder (unset: found in the ids)"
+    )
+    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    add = it.add_argument_group("Layout").add_argument
+    for kind, name in (("tensor", "TP"), ("pipeline", "PP"), ("expert", "EP")):
+        add(f"--{kind}-model-parallel-size", type=int_in_range(1), default=1, help=f"{name}: number of ranks")
+    add("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
+    add("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1), help="model chunks per pipeline rank")
+    add("--sequence-parallel", action="store_true", help="split the rows between layers over the TP ranks")
+    add("--nproc", type=int_in_range(1), help="number of processes (unset: the fewest that the layout needs)")
+    return it
+
+
+_PARSERS = {"import": _import_parser, "export": _export_parser, "verify": _verify_parser}
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Run the subcommand `import`; returns the exit code."""
+    from megatron_internvlx.checkpoint.importer import import_checkpoint
+    from megatron_internvlx.checkpoint.summary import import_summary
+
+    names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    plan = import_checkpoint(
+        options.hf, options.save, changes=changes, init_missing=options.init_missing, allow_pickle=options.allow_pickle,
+        seed=options.seed, processes=options.processes, quiet=options.quiet,
+    )  # fmt: skip
+    lines = import_summary(plan, options.save, everything=options.list_tensors, compressed=bool(changes))
+    print("\n".join(lines))
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Run the subcommand `export`; returns the exit code."""
+    from megatron_internvlx.checkpoint.exporter import export_checkpoint
+    from megatron_internvlx.checkpoint.remote_code import grid_rule, tokenizer_problem
+
+    plan = export_checkpoint(
+        options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
+        processes=options.processes, quiet=options.quiet,
+    )  # fmt: skip
+    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
+    total = sum(info.nbytes for info in plan.tensors.values())
+    kind = kinds.get(plan.layout, "transformers' InternVL layout")
+    if problem := tokenizer_problem(options.hf):
+        print(
+            f"{options.hf} cannot be used yet: {problem}. Export again with --like and a directory with a suitable "
+            f"tokenizer, or copy the files of one to {options.hf}"
+        )
+    print(f"{options.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
+    print(f"images are cut into {grid_rule(plan.arguments)}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Run the subcommand `verify`; returns the exit code."""
+    from megatron_internvlx.checkpoint.case import compare, load_case
+    from megatron_internvlx.checkpoint.request import Layout, Request
+    from megatron_internvlx.checkpoint.verify import verify
+
+    layout = Layout(
+        options.tensor_model_parallel_size, options.pipeline_model_parallel_size, options.expert_model_parallel_size,
+        options.pipeline_model_parallel_layout, options.num_virtual_stages_per_pipeline_rank,
+        ("--sequence-parallel",) if options.sequence_parallel else (),
+    )  # fmt: skip
+    request = Request(
+        "", str(options.inputs), layout, options.grads, options.image_token_id,
+        hf=str(options.hf) if options.hf else None, load=str(options.load) if options.load else None,
+        allow_pickle=options.allow_pickle,
+    )  # fmt: skip
+    results = verify(request, options.out, ranks=options.nproc)
+    found = results.tensors
+    print(f"{options.out}: {len(found)} tensors")
+    if "loss" in found:
+        print(f"loss {float(found['loss'][0]):.6f}")
+    if results.no_gradient:
+        print(
+            f"{len(results.no_gradient)} weights have no gradient: they are in layers of the vision encoder above "
+            f"its selected hidden state, which are not run ({results.no_gradient[0]}, ...)"
+        )
+    case = load_case(options.inputs)
+    differences = compare(case, found, results.no_gradient)
+    compared = {difference.name for difference in differences}
+    left = sorted(name for name in case.expected if name not in compared)
+    if left:
+        grads = "" if options.grads else "; use --grads for gradients"
+        print(f"{len(left)} expected tensors are not computed: {', '.join(left[:5])}{grads}")
+    return _report(differences, options.tolerance) if differences else 0
+
+
+def _report(differences: list, tolerance: float) -> int:
+    outputs = ("logits", "loss", "vit_last_hidden_state", "projector_output")
+    worst_first = sorted(differences, key=lambda d: -d.worst)
+    shown = [d for d in worst_first if d.name in outputs]
+    shown += [d for d in worst_first if d.name not in outputs][:5]
+    width = max(len(d.name) for d in shown)
+    print(f"{'':{width}}  {'worst difference':>16}  {'largest value':>13}")
+    for d in shown:
+        print(f"{d.name:{width}}  {d.worst:16.2e}  {d.largest:13.3g}")
+    over = [d for d in differences if d.worst > tolerance]
+    verdict = f"{len(over)} of {len(differences)} tensors differ by more than {tolerance:g}"
+    print(verdict if over else f"all {len(differences)} expected tensors agree within {tolerance:g}")
+    return 1 if over else 0
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Check, before PyTorch is loaded, that inputs exist and outputs do not. Raises ConversionError."""
+    made = {"import": "save", "export": "hf", "verify": "out"}[options.command]
+    target = getattr(options, made)
+    if os.path.lexists(target):
+        raise ConversionError(f"{target} exists already; remove it, or choose another name")
+    if options.command != "export" and options.hf:
+        check_model_directory("--hf", options.hf)
+    if options.command != "import" and options.load and not options.load.is_dir():
+        what = "a file, not a directory" if options.load.exists() else "no such directory"
+        raise ConversionError(f"--load {options.load}: {what}")
+    if options.command == "verify" and not options.inputs.is_file():
+        what = "not a file" if options.inputs.exists() else "no such file"
+        raise ConversionError(f"--inputs {options.inputs}: {what}")
+    if options.command == "export" and options.like is not None and not options.like.is_dir():
+        raise ConversionError(f"--like {options.like}: no such directory")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
+    if command not in _PARSERS:
+        parser().parse_args(words)
+        return MISTAKE  # not reached: it has no such choice
+    options = parser(command).parse_args(words[1:], argparse.Namespace(command=command))
+    run = {"import": run_import, "export": run_export, "verify": run_verify}[command]
+    # Megatron warns at import about missing optional packages, which are not needed here.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    try:
+        check_paths(options)
+        if argv is None and not getattr(options, "quiet", False):
+            loading = "PyTorch and Megatron" if command == "verify" else "PyTorch"
+            print(f"ivlx {command}: loading {loading} ...", file=sys.stderr, flush=True)
+        if argv is None and command != "verify" and options.processes > 1:
+            preload_workers(f"megatron_internvlx.checkpoint.{command}er")
+        return run(options)
+    except ConversionError as error:
+        print(f"ivlx {command}: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:  # such as a missing permission
+        print(f"ivlx {command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
