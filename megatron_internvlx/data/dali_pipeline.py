@@ -28,6 +28,10 @@ from megatron_internvlx.platform.transfer import Marker
 
 # Share of JPEG files for the GPU's JPEG engines, as DALI chooses it; the GPU's cores decode the rest.
 ENGINE_SHARE = 0.65
+# Maximum number of runs in flight.
+DEPTH = 2
+# Maximum number of DALI's threads on a rank: more do not decode faster, because the GPU does most of the work.
+MOST_THREADS = 8
 # Images after which kinds without a decoder are tried again: the failure may have had another cause, such as memory.
 RECHECK = 10_000
 
@@ -61,8 +65,8 @@ class TilePipeline:
         device_id: int | None,
         tile_size: int,
         *,
-        depth: int = 2,
-        threads: int = 8,
+        depth: int = DEPTH,
+        threads: int = MOST_THREADS,
         engine_share: float = ENGINE_SHARE,
         fancy_upsampling: bool = True,
     ):

@@ -20,11 +20,17 @@ from megatron_internvlx.data.sample import ImageTiles
 DECODERS = ("dali", "pillow")
 
 
-def ranks_cut(data: DataSettings) -> bool:
-    """Whether images travel undecoded to the ranks that encode their tiles."""
+def ranks_cut(data: DataSettings, *, on_gpu: bool | None = None) -> bool:
+    """Whether images travel undecoded to the ranks that encode their tiles.
+
+    Args:
+        data: loader, decoder and place of decoding.
+        on_gpu: whether the ranks have GPUs; None: as on this machine.
+    """
     if data.loader != "energon" or data.image_decoder != "dali":
         return False
-    return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
+    gpu = platform.backend() == "nccl" if on_gpu is None else on_gpu
+    return data.decode_at == "rank" or (data.decode_at == "auto" and gpu)
 
 
 def _read(path: str | Path) -> bytes:

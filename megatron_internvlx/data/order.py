@@ -21,7 +21,7 @@ from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.data.prefetch import Prefetcher
+from megatron_internvlx.data.prefetch import WORKER_AHEAD, Prefetcher
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
 from megatron_internvlx.signal_mask import keep_signal_mask
@@ -249,7 +249,7 @@ def batches(
     reject_log: RejectLog,
     finish: Finish = list,
     limit: int | None = None,
-    prefetch_factor: int = 2,
+    prefetch_factor: int = WORKER_AHEAD,
     start_method: str = "forkserver",
 ) -> Iterator[Any]:
     """Micro-batches of this rank: `finish(items)`, called in the worker; by default the items themselves.
@@ -308,7 +308,7 @@ def _loader(
     positions: Iterator[list[int]],
     finish: _Finish,
     num_workers: int,
-    prefetch_factor: int = 2,
+    prefetch_factor: int = WORKER_AHEAD,
     start_method: str = "forkserver",
 ) -> DataLoader:
     options: dict[str, Any] = {}

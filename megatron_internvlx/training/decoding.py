@@ -8,13 +8,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_internvlx import platform
-from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.dali_pipeline import MOST_THREADS, TilePipeline
 from megatron_internvlx.data.file_kinds import Kind
 from megatron_internvlx.data.rejects import UnusableData
 from megatron_internvlx.ranks import is_first_rank, ranks_per_node
-
-# Maximum number of DALI's threads on a rank: more do not decode faster, because the GPU does most of the work.
-MOST_THREADS = 8
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,13 @@ from megatron_internvlx.data.energon_loader import (
     workers_for,
 )
 from megatron_internvlx.data.plan import PlanSettings
+from megatron_internvlx.data.prefetch import TAKEN_AHEAD
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Progress
 from megatron_internvlx.parallel.batch import HostBatch
 
-# Packs that the training process takes from its workers in advance, so that their files travel early.
-AHEAD = 2
 FOLDER = "loader"
 _REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
 
@@ -89,7 +88,7 @@ def energon_loader(
         settings,
         reject_log=rejects,
         decode=decoder,
-        ahead=AHEAD if decoder.travel and settings.workers else 0,
+        ahead=TAKEN_AHEAD if decoder.travel and settings.workers else 0,
     )
     if state is not None:
         batches.restore(state)
