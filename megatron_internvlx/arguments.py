@@ -170,7 +170,7 @@ def _settle_epochs(args: argparse.Namespace) -> None:
     data, batches = settings_from(args, DataSettings), settings_from(args, Batches)
     if data.epochs is None:
         return
-    if batches.train_iters or args.train_samples:
+    if batches.train_iters or settings_from(args, Schedule).train_samples:
         raise ValueError(
             "--epochs, --train-iters and --train-samples: set only one of them; --without drops a recipe's"
         )

@@ -108,6 +108,13 @@ class Execution:
     """Part of a step that is replayed as a CUDA graph, or `none`."""
     tp_comm_overlap: bool = False
     """Tensor-parallel communication runs in pieces beside the matrix products."""
+    distributed_backend: str = "nccl"
+    """Library of collectives: `nccl` on GPUs, `gloo` on CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is for GPUs, wherever its arguments are checked."""
+        return self.distributed_backend == "nccl"
 
 
 class Progress:

@@ -12,13 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.config import RunSettings, TrainSettings, VisionSettings, misaligned, settings_from
+from megatron_internvlx.config import (
+    DataSettings,
+    RunSettings,
+    TrainSettings,
+    VisionSettings,
+    misaligned,
+    settings_from,
+)
+from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.megatron_settings import Execution, Parallelism
 from megatron_internvlx.parallel.layout import carried_rows, layout_name
 from megatron_internvlx.planning.activations import MemoryModel, forward_bytes, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
 from megatron_internvlx.planning.epoch import Epoch
 from megatron_internvlx.planning.flops import Owner, PlanStats, forward_flops, training_flops
+from megatron_internvlx.planning.loading import Loading, loading, loading_figures
 from megatron_internvlx.planning.memory import RankState
 from megatron_internvlx.planning.parameters import parameters
 from megatron_internvlx.planning.search import PipelinePlan, evaluate
@@ -91,6 +100,7 @@ class Plan:
     """The step in the planner's simulation, by FLOPs at an assumed rate."""
     machine: Machine
     """The assumed rates."""
+    loading: Loading
 
     @property
     def fullest(self) -> Stage:
@@ -123,6 +133,7 @@ def check(args: argparse.Namespace) -> Plan:
         # cache of the steps before, but an evaluation cannot use it.
         stages = (replace(stages[0], inputs=inputs, evaluation=forward_bytes(model, stats)), *stages[1:])
     machine = Machine.assumed(fp8=bool(precision.fp8), local=model.local)
+    pipeline = _simulate(model, stats, schedule, machine)
     plan = Plan(
         settings_from(args, Parallelism),
         precision,
@@ -132,11 +143,30 @@ def check(args: argparse.Namespace) -> Plan:
         work,
         stats,
         stages,
-        _simulate(model, stats, schedule, machine),
+        pipeline,
         machine,
+        _loading(args, model, work, stats, pipeline),
     )
     _check_memory(plan)
     return plan
+
+
+def _loading(
+    args: argparse.Namespace, model: MemoryModel, work: Workload, stats: PlanStats, pipeline: PipelinePlan
+) -> Loading:
+    data, layout = settings_from(args, DataSettings), model.layout
+    return loading(
+        data,
+        files=ranks_cut(data, on_gpu=settings_from(args, Execution).on_gpu),
+        tiles=stats.projected_tiles,
+        tile_size=settings_from(args, VisionSettings).image_size,
+        rows=work.seq_length,
+        micro_batch_size=work.micro_batch_size,
+        seconds=pipeline.seconds / pipeline.schedule.micro_batches,
+        world=settings_from(args, Parallelism).world_size,
+        tensor=layout.tensor,
+        replicas=layout.data,
+    )
 
 
 def graph_inputs(args: argparse.Namespace, tensor: int, micro_batches: int) -> int:
@@ -271,6 +301,7 @@ def _head(plan: Plan) -> list[str]:
         f"step         {work.packs * stats.deep_rows:,} tokens at most ({work.packs * stats.shallow_rows:,} in "
         f"the shallow phase), {_flops_text(plan.flops)}",
         *([plan.epoch.line(plan.machine.flops)] if plan.epoch else []),
+        *plan.loading.lines(),
     ]
 
 
@@ -283,7 +314,7 @@ def _pipeline_line(pipeline: PipelinePlan) -> list[str]:
         return []
     busiest = f"busiest stage {1 + pipeline.imbalance:.2f}x the mean"
     line = f"pipeline     stages wait {pipeline.bubble:.1%} of the step (simulated from FLOPs), {busiest}"
-    return [line + ("; tools/plan_pipeline.py looks for a better split" if pipeline.imbalance > 0.1 else "")]
+    return [line + ("; ivlx plan looks for a better split" if pipeline.imbalance > 0.1 else "")]
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
@@ -365,4 +396,5 @@ def figures(plan: Plan) -> dict[str, Any]:
         "epoch_seconds": plan.epoch.seconds if plan.epoch else None,
         "memory_per_gpu": plan.fullest.total,
         "layout": plan.layout_name,
+        **loading_figures(plan.loading),
     }

@@ -64,6 +64,8 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     text = capsys.readouterr().out
     assert text.count("\nstage ") == 1 and "tokens at most" in text
     plan = dryrun.check(args)
+    # Recipes cut their tiles on GPUs, so two workers keep up.
+    assert (plan.loading.sent, plan.loading.needed) == ("files", 2) and "\nhost memory " in text
     assert len(plan.stages) == args.pipeline_model_parallel_size
     assert {layer for stage in plan.stages for a, b in stage.chunks for layer in range(a, b)} == set(
         range(args.num_layers)
