@@ -106,6 +106,13 @@ class Execution:
     """Format of FP8 matrix products; None without them."""
     cuda_graph_impl: str
     """Part of a step that is replayed as a CUDA graph, or `none`."""
+    distributed_backend: str = "nccl"
+    """Library of collectives: `nccl` on GPUs, `gloo` on CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is for GPUs, wherever its arguments are checked."""
+        return self.distributed_backend == "nccl"
 
 
 class Progress:

@@ -118,8 +118,8 @@ def _check_dali() -> Check:
     """Decode images and cut them into tiles for a second, on the GPU if there is one."""
     from PIL import Image
 
-    from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
-    from megatron_internvlx.data.encoded import EncodedImage
+    from megatron_internvlx.data.dali_pipeline import TilePipeline
+    from megatron_internvlx.data.encoded import EncodedImage, Wanted
     from megatron_internvlx.data.rvtc import tile_grid
 
     def encode(picture: Image.Image, form: str) -> bytes:

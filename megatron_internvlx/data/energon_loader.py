@@ -23,7 +23,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prefetch import Prefetcher
+from megatron_internvlx.data.prefetch import WORKER_AHEAD, Prefetcher
 from megatron_internvlx.data.prepared import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
 from megatron_internvlx.data.rvtc import stored_policy
@@ -53,7 +53,7 @@ class LoaderSettings:
     """Samples from which the next is drawn; 0: keep the order."""
     sequence: int = 32
     """Records that are read in order before a jump."""
-    prefetch: int = 2
+    prefetch: int = WORKER_AHEAD
     """Micro-batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:

@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 pytest.importorskip("nvidia.dali")
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted  # noqa: E402
+from megatron_internvlx.data.dali_pipeline import TilePipeline  # noqa: E402
 from megatron_internvlx.data.decode_pil import load_tiles  # noqa: E402
-from megatron_internvlx.data.encoded import EncodedImage  # noqa: E402
+from megatron_internvlx.data.encoded import EncodedImage, Wanted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
