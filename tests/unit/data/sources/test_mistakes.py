@@ -321,7 +321,9 @@ def test_bad_base64(tmp_path, prepare):
     bad = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}]}]}  # fmt: skip # noqa: E501
     good = {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]}
     (tmp_path / "m.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
-    assert "m.jsonl:1: unreadable_image: the image: invalid base64" in prepare(tmp_path / "m.jsonl", "--check")
+    assert "m.jsonl:1: unreadable_image: the image: invalid base64" in prepare(
+        tmp_path / "m.jsonl", "--check"
+    )
 
 
 def test_image_as_plain_base64_in_a_table(tmp_path, prepare):
