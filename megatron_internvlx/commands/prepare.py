@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("auto", "table", "captions", "json", "parquet", "webdataset", "meta")
 TEMPLATES = ("internlm2-chat", "Hermes-2", "internvl2_5")
-POLICIES = ("area", "edge", "off")
+POLICIES = ("edge", "area", "off")
 MAX_CHARACTERS = 1 << 19
 """Longest text without a recipe: 64 characters for each of 8,192 tokens, as training has it."""
 _RESERVED_NAMES = ("validation", "annotations", "images", "energon")
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--max-tiles", type=int_in_range(1, 4096), metavar="N", help="tiles of an image, at most [12]"
     )
-    page.add_argument("--rvtc", choices=POLICIES, help="rule of the tile grid [area]")
+    page.add_argument("--rvtc", choices=POLICIES, help="rule of the tile grid [edge]")
     page.add_argument("--tokenizer-model", metavar="DIR", help="count tokens with this tokenizer")
     page.add_argument(
         "--page-records", type=int_in_range(1, 1000), default=24, metavar="N", help="records shown [24]"
@@ -280,7 +280,7 @@ def _summary(out: Path, train: int, held_out: int, energon: bool) -> None:
 
 
 def _made_from(options: argparse.Namespace, sources: Sequence[Source]) -> dict[str, Any]:
-    """What a finished directory depends on, besides the images: options, and size and time of the files."""
+    """Dependencies of a finished directory, besides the images: options, and size and time of the files."""
     kept = {
         name: value
         for name, value in vars(options).items()

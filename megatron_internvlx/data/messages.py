@@ -86,7 +86,7 @@ def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) 
         address = address.get("url")
     if not isinstance(address, str) or not address:
         raise BadSample(key, "bad_message", f"{where} has an image without a URL")
-    if embedded := decode_data_url(address, key):
+    if embedded := decode_data_url(address, key, where):
         content, kind = embedded
         name = f"{hashlib.sha256(content).hexdigest()[:32]}.{kind}"
         if not (images / name).exists():
@@ -102,10 +102,10 @@ def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) 
     return address
 
 
-def decode_data_url(address: str, key: str = "?") -> tuple[bytes, str] | None:
+def decode_data_url(address: str, key: str = "?", where: str = "the image") -> tuple[bytes, str] | None:
     """Bytes and kind ("jpeg") of an image in a base64 `data:` URL; None for other addresses.
 
-    Raises BadSample (unreadable_image) named `key` for invalid base64.
+    Raises BadSample (unreadable_image) named `key` for invalid base64; `where` is the place in the record.
     """
     data = _DATA.match(address)
     if data is None:
@@ -113,5 +113,5 @@ def decode_data_url(address: str, key: str = "?") -> tuple[bytes, str] | None:
     try:
         content = base64.b64decode(address[data.end() :], validate=True)
     except binascii.Error as error:
-        raise BadSample(key, "unreadable_image", f"invalid base64: {error}") from error
+        raise BadSample(key, "unreadable_image", f"{where}: invalid base64: {error}") from error
     return content, data["kind"].partition("+")[0].lower()

@@ -59,7 +59,7 @@ def _format_of(head: bytes) -> str | None:
 
 
 def _no_image(head: bytes) -> str:
-    """What a file is instead of an image that training reads, with the remedy."""
+    """Kind of a file that is not an image that training reads, with the remedy."""
     if not head:
         return "the file is empty: get it again"
     if head[4:8] == b"ftyp":

@@ -86,7 +86,7 @@ def look_at(
     settings: EncoderSettings,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Shown:
-    """What training sees of a record of the survey."""
+    """Text, tiles and tokens of a record of the survey as training sees them."""
     line = survey.line(number)
     report = survey.reports[survey.set_of[number]]
     paths = [str(survey.work / name) for name in line["images"]]

@@ -197,7 +197,7 @@ class Survey:
     def _look(
         self, image: SourceImage, finder: ImageFinder, record: SourceRecord
     ) -> tuple[Path | bytes, Picture | LeftOut]:
-        """Where an image is, and what it is or why it cannot be used. Runs in threads."""
+        """Place of an image, and its findings or the reason why it cannot be used. Runs in threads."""
         source: Path | bytes = image.data if image.data is not None else b""
         known: Picture | LeftOut | None = None
         try:

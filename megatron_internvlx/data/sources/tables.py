@@ -50,7 +50,7 @@ def _used(columns: Columns) -> list[str]:
 
 
 def _images(found: SourceRecord | LeftOut) -> object:
-    """What rows of one conversation have in common; rows that are left out stand alone."""
+    """Images that rows of one conversation have in common; rows that are left out stand alone."""
     return tuple(found.images) if isinstance(found, SourceRecord) else found
 
 

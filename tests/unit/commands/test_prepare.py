@@ -81,7 +81,7 @@ def test_recipe_gives_tiles_template_and_lengths():
     assert (settings.tile_size, settings.max_tiles, settings.rvtc, settings.max_length) == (
         224,
         6,
-        "area",
+        "edge",
         256,
     )
     assert settings.shallow_per_tile < settings.tokens_per_tile

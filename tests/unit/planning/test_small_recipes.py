@@ -30,7 +30,7 @@ def test_there_is_a_recipe_for_every_size_and_machine() -> None:
 @pytest.mark.parametrize("recipe", ON_GPUS, ids=lambda path: path.stem)
 def test_recipe_needs_what_its_head_says(monkeypatch: pytest.MonkeyPatch, recipe: Path) -> None:
     plan = dryrun.check(dry(monkeypatch, recipe))
-    assert plan.parallel.world_size == stated(recipe, r"--nproc-per-node (\d+)")
+    assert plan.parallel.world_size == stated(recipe, r"--ranks (\d+)")
     # Rounded in the head; a twelfth is what another GPU kernel may need more.
     needed = plan.fullest.total / dryrun.GIB + dryrun.RESERVE_GIB
     assert needed == pytest.approx(stated(recipe, r"Needs: (\d+) GiB"), rel=0.08)

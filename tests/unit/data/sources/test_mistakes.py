@@ -68,7 +68,7 @@ NAMES: dict[str, tuple[Callable[[Item], Item], str, str]] = {
     "wrong case": (lambda one: replace(one, name="P0.JPG", data=None), "missing_image", "there is 'p0.jpg'"),
     "URL": (lambda one: replace(one, name="https://x.org/a.jpg", data=None), "url_image", "nothing is downloaded"),
     "another machine": (lambda one: replace(one, name="/data/al/a.jpg", data=None), "missing_image", "strip-prefix"),
-    "out of the root": (lambda one: replace(one, name="../../../a.jpg", data=None), "missing_image", "--root"),
+    "out of the root": (lambda one: replace(one, name="../../../a.jpg", data=None), "missing_image", "leads out of"),
     "video": (lambda one: replace(one, name="a.mp4", data=None), "video", "frames"),
     "folder": (lambda one: replace(one, name=".", data=None), "missing_image", "name the file"),
 }  # fmt: skip
@@ -321,7 +321,9 @@ def test_bad_base64(tmp_path, prepare):
     bad = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}]}]}  # fmt: skip # noqa: E501
     good = {"messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}]}
     (tmp_path / "m.jsonl").write_text(f"{json.dumps(bad)}\n{json.dumps(good)}\n")
-    assert "m.jsonl:1: unreadable_image: invalid base64" in prepare(tmp_path / "m.jsonl", "--check")
+    assert "m.jsonl:1: unreadable_image: the image: invalid base64" in prepare(
+        tmp_path / "m.jsonl", "--check"
+    )
 
 
 def test_image_as_plain_base64_in_a_table(tmp_path, prepare):
