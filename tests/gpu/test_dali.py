@@ -37,8 +37,8 @@ def picture(width: int, height: int, kind: str, **options) -> bytes:
 
 # Greatest difference of 255; the mean is at most MEAN. Measured on an H100, mean and greatest
 # (benchmarks/results/gpu_parts-2026-11-26.md): without JPEG 0.18 and 1, which is the resize, as on CPU; JPEG 0.15 to
-# 0.19 and 1 to 3, because nvJPEG rounds the inverse transform otherwise. Chroma upsampled as nvJPEG does by default must
-# exceed them: 0.47 and 6.
+# 0.19 and 1 to 3, because nvJPEG rounds the inverse transform otherwise. Chroma upsampled as nvJPEG does by default
+# must exceed them: 0.47 and 6.
 MOST = {"JPEG": 5, "MPO": 5, "PNG": 2, "BMP": 2}
 MEAN = 0.3
 
