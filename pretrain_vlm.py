@@ -67,8 +67,7 @@ def train() -> int:
     START.enter("arguments")
     try:
         args = arguments.parse(made_with=layout_to_keep)
-        setup = setup_from(args)
-        if setup.settings.dry_run:
+        if (setup := setup_from(args)).settings.dry_run:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
@@ -78,8 +77,7 @@ def train() -> int:
         data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
-    stop, trackers = signals.StopSignals(), Trackers(args)
-    step = ForwardStep()
+    stop, trackers, step = signals.StopSignals(), Trackers(args), ForwardStep()
     log = TrainingLog(args, data, step, trackers, START)
     outcome = Outcome(setup, stop, trackers.close, lock)
     saves = GuardedSaves(setup, outcome.failed, saved=log.saved).install()
@@ -87,7 +85,6 @@ def train() -> int:
     if settings_from(args, Execution).cuda_graph_impl != "none":
         record_steps()
     communicator = boundary_communicator(data)
-    provider = ModelProvider(args, communicator, step.weights)
     START.enter("groups")
     try:
         pretrain(
@@ -95,7 +92,7 @@ def train() -> int:
             data,
             ModelType.encoder_or_decoder,
             step,
-            Continuation(args, setup, stop, lock).precede(provider),
+            Continuation(args, setup, stop, lock).precede(ModelProvider(args, communicator, step.weights)),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )

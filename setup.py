@@ -32,6 +32,7 @@ REQUIRED = [
     "tensorboard",
     "numpy",
     "pillow",
+    "pyarrow",  # Parquet files; MLflow brings it too
     "matplotlib",
     "einops",
     "omegaconf",

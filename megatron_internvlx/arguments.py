@@ -25,6 +25,7 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
+    VisionSettings,
     check_decoding,
     check_packing,
     check_projector,
@@ -149,6 +150,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_world(parallel, batches, sizes, dry_run=settings_from(args, RunSettings).dry_run)
     _check_unsupported(args)
     _check_positions(settings_from(args, Rotary), batches.seq_length)
+    _check_overlap(args, sizes)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     precision = settings_from(args, Precision)
     check_precision(
@@ -168,7 +170,7 @@ def _settle_epochs(args: argparse.Namespace) -> None:
     data, batches = settings_from(args, DataSettings), settings_from(args, Batches)
     if data.epochs is None:
         return
-    if batches.train_iters or args.train_samples:
+    if batches.train_iters or settings_from(args, Schedule).train_samples:
         raise ValueError(
             "--epochs, --train-iters and --train-samples: set only one of them; --without drops a recipe's"
         )
@@ -246,6 +248,15 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         )
 
 
+def _check_overlap(args: argparse.Namespace, sizes: ModelSizes) -> None:
+    """Check that products and their communication can overlap. Raises ValueError."""
+    if args.tp_comm_overlap and sizes.lvtc:
+        raise ValueError(
+            "--tp-comm-overlap: its buffers are made for one number of rows, --seq-length, and layers before "
+            "--expand-layer have fewer; remove it"
+        )
+
+
 def _check_positions(rotary: Rotary, seq_length: int) -> None:
     limit = rotary.max_position_embeddings
     if limit is not None and seq_length > limit:
@@ -310,8 +321,9 @@ def _check_graph(
         ),
         "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
         # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
-        "a trained vision encoder (the first replay ended with an illegal memory access; add --freeze-vision)": (
-            not train.freeze_vision
+        "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
+        "access; add --vision-attention torch or --freeze-vision)": (
+            not train.freeze_vision and settings_from(args, VisionSettings).vision_attention != "torch"
         ),
     }
     if asked := [what for what, on in refused.items() if on]:

@@ -33,6 +33,8 @@ class VisionSettings:
     """Largest drop-path rate of the vision encoder; it rises linearly over the layers. 0: off."""
     vision_recompute: bool = False
     """Recompute every vision layer in the backward pass instead of keeping its activations."""
+    vision_attention: Literal["megatron", "torch"] = "megatron"
+    """Attention of the vision encoder: --transformer-impl's, or torch's, with which a CUDA graph can train it."""
     select_layer: int | None = None
     """Index of the hidden state that feeds the projectors; -1: the last one. Unset: the preset's."""
     vision_overrides: str | None = None

@@ -59,7 +59,7 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
         (
             "pipeline_model_parallel_layout",
             "TEXT",
-            "Layers of each stage; tools/plan_pipeline.py writes one.",
+            "Layers of each stage; ivlx plan writes one.",
         ),
         ("expert_model_parallel_size", "INT", "EP: ranks that share the experts."),
         ("sequence_parallel", "", "Split the rows between layers over the TP ranks."),

@@ -88,7 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_lines(host: str, port: int) -> list[str]:
-    """Where the page is, and how to reach it from another machine."""
+    """Lines with the address of the page, and with the way to it from another machine."""
     shown = f"[{host}]" if ":" in host else host
     lines = [f"the page: http://{shown}:{port}   (Ctrl-C ends)"]
     name = socket.gethostname()

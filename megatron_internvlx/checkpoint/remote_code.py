@@ -232,7 +232,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
-them. Megatron-InternVL-X answers questions with them, too: `tools/evaluate.py --hf DIRECTORY --data meta.json`.
+them. Megatron-InternVL-X answers questions with them, too: `ivlx evaluate --hf DIRECTORY --data meta.json`.
 The processor makes the inputs, images cut as in training:
 
 ```python

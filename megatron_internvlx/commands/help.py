@@ -142,7 +142,8 @@ def _lines(parser: argparse.ArgumentParser, width: int) -> Iterator[str]:
             if one.help != argparse.SUPPRESS and not isinstance(one, argparse._HelpAction)
         ]
         if actions:
-            yield f"\n{_TITLES.get(group.title or '', group.title)}"
+            title = _TITLES.get(group.title or "", group.title or "")
+            yield f"\n{title[:1].upper()}{title[1:]}"
             for action in actions:
                 yield from _option(action, width)
     if examples := getattr(parser, "examples", ()):
@@ -189,7 +190,7 @@ def _default(action: argparse.Action) -> str:
         return f" [{'on' if value else 'off'}]"
     if action.nargs == 0 or value is None or value is False or value in (argparse.SUPPRESS, "", []):
         return ""
-    if "(default" in (action.help or ""):
+    if "(default" in (action.help or "") or (action.help or "").endswith("]"):
         return ""
     return f" [{' '.join(map(str, value)) if isinstance(value, list) else value}]"
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_internvlx.commands.help import CommandParser
 from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.exit_codes import DONE, INTERRUPTED, MISTAKE
 
@@ -24,15 +25,12 @@ POLICIES = ("area", "edge", "off")
 MAX_CHARACTERS = 1 << 19
 """Longest text without a recipe: 64 characters for each of 8,192 tokens, as training has it."""
 _RESERVED_NAMES = ("validation", "annotations", "images", "energon")
-EXAMPLES = """\
-examples:
-  ivlx prepare photos --out data                 a folder with images and questions.csv (image,question,answer)
-  ivlx prepare llava.json --root images --out data
-  ivlx prepare photos more.parquet --out data --validation 500 --recipe RECIPE.yaml --tokenizer-model DIR
-  ivlx prepare photos --check                    only say what is found
-
-data/page.html shows sampled records as training sees them. Then: --data data/meta.json --valid-data data/meta_val.json
-exit codes: 0 done, 2 nothing usable or a mistake (nothing was written), 130 Ctrl-C (the same command continues)"""
+EXAMPLES = (
+    "ivlx prepare photos --out data        # a folder with images and questions.csv (image,question,answer)",
+    "ivlx prepare llava.json --root images --out data",
+    "ivlx prepare photos more.parquet --out data --validation 500 --recipe RECIPE.yaml --tokenizer-model DIR",
+    "ivlx prepare photos --check           # only say what is found",
+)
 
 
 def _share_or_number(text: str) -> float:
@@ -45,11 +43,17 @@ def _share_or_number(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; imports nothing heavy."""
-    made = argparse.ArgumentParser(
-        prog="ivlx prepare",
-        description=(__doc__ or "").splitlines()[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = CommandParser(
+        "prepare",
+        (__doc__ or "").splitlines()[0],
+        about="It says what it found and what it left out before it writes. DIR/page.html shows sampled records as "
+        "training sees them. Then: --data DIR/meta.json --valid-data DIR/meta_val.json",
+        examples=EXAMPLES,
+        exits={
+            DONE: "done",
+            MISTAKE: "nothing usable, or a mistake: nothing was written",
+            INTERRUPTED: "Ctrl-C; the same command continues",
+        },
     )
     made.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="folder or file, one or several")
     made.add_argument("--out", type=Path, metavar="DIR", help="directory to write; it must be new")

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 PACKAGE = "megatron_internvlx.commands"
@@ -39,7 +38,7 @@ class Command:
 
 _MACHINE, _DATA, _TRAIN = "This machine", "Data and weights", "Training"
 _USE, _MANY, _SHELL = "The trained model", "Many runs, many nodes", "Shell"
-_TABLE = (
+COMMANDS = (
     Command("doctor", _MACHINE, "what is installed here, what is slow or missing, and the remedy", "doctor"),
     Command("prepare", _DATA, "your own pictures and questions, in the form that training reads", "prepare"),
     Command("tiles", _DATA, "how an image is cut into tiles under each rule, as a picture", "tiles"),
@@ -55,7 +54,6 @@ _TABLE = (
     Command("check", _MANY, "GPUs of a node and the links between nodes, before a job", "check"),
     Command("completion", _SHELL, "completion of commands, options and files for bash and zsh", "completion"),
 )  # fmt: skip
-COMMANDS = tuple(one for one in _TABLE if find_spec(f"{PACKAGE}.{one.module}") is not None)
 # What users type who know another program; each leads to the suggestion of a command.
 SYNONYMS = {
     "ask": "chat", "bench": "scaling", "convert": "import", "data": "prepare", "dryrun": "dry-run",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_internvlx import usage
 from megatron_internvlx.commands.help import CommandParser
+from megatron_internvlx.commands.layout_words import fewest_ranks, layout_sizes
 from megatron_internvlx.commands.programs import training_program
 from megatron_internvlx.commands.values import int_in_range
 from megatron_internvlx.exit_codes import (
@@ -107,9 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_launched() and ranks is not None:
             raise ValueError("--ranks starts processes, and a launcher has done that already: remove it")
         cards = 0 if is_launched() or ranks else visible_cards()
-        if "--dry-run" in rest or "--help-all" in rest:
-            ranks = 1
-        ranks = ranks or max(cards, 1)
+        alone = is_launched() or "--dry-run" in rest or "--help-all" in rest
+        ranks = 1 if alone else ranks or max(cards, 1)
+        if not alone:
+            _check_layout(ranks, rest)
     except ValueError as error:
         print(f"ivlx train: {error}", file=sys.stderr)
         return MISTAKE
@@ -122,6 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not visible_cards():  # else every rank would use all cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return launch.main(["--standalone", "--nproc-per-node", str(ranks), program, *rest])
+
+
+def _check_layout(ranks: int, words: Sequence[str]) -> None:
+    """Compare the number of ranks with what the layout needs. Raises ValueError with the remedy."""
+    sizes = layout_sizes(words)
+    if sizes is not None and ranks < (needed := fewest_ranks(sizes)):
+        tensor, pipeline = sizes["tensor_model_parallel_size"], sizes["pipeline_model_parallel_size"]
+        raise ValueError(
+            f"the layout needs at least {needed} ranks (TP {tensor} x PP {pipeline}), and {ranks} would be started: "
+            f"--ranks {needed} starts more on this machine, and a smaller layout, such as "
+            "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1, needs fewer"
+        )
 
 
 def run_here(program: str, words: Sequence[str]) -> int:

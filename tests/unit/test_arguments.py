@@ -379,6 +379,6 @@ FLAGS = """
 --max-tiles-per-pack --max-tries --min-tiles --model-preset --no-thumbnail --patch-size
 --pixel-shuffle-version --predictions-file --projector --projector-drop-path --rejects-file
 --released-quirks --report-file --rvtc --select-layer --shallow-seq-length
---static-image-size --upsample --valid-data --vision-drop-path --vision-overrides --vision-preset
+--static-image-size --upsample --valid-data --vision-attention --vision-drop-path --vision-overrides --vision-preset
 --vision-recompute
 """

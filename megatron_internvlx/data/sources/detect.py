@@ -34,6 +34,7 @@ _PASSED_OVER = {
     "meta_val.json",
 }  # fmt: skip
 _MOST_SUBFOLDERS = 50
+_PEEK = 16  # records by which a JSON file is described
 
 
 def find_sources(
@@ -217,21 +218,22 @@ def read_json_file(path: Path, label: str, settings: ReadSettings) -> tuple[str,
     if shape == "JSONL" and path.suffix == ".json":
         _refuse_single_object(path)
     pieces = iter(reading(path, label, settings.encoding))
-    first = list(islice(pieces, 1))
-    row = first[0][1] if first and not isinstance(first[0], LeftOut) else None
+    first = list(islice(pieces, _PEEK))
+    rows = [piece[1] for piece in first if not isinstance(piece, LeftOut) and isinstance(piece[1], dict)]
     if shape != {".json": "JSON array", ".jsonl": "JSONL", ".ndjson": "JSONL"}.get(
         path.suffix.lower(), shape
     ):
         shape = f"{shape}, in spite of its name"
     reader = RowReader(settings, str(path))
-    if (
-        isinstance(row, dict)
-        and not is_conversation(row)
-        and not any(row.get(n) for n in ("video", "videos"))
-    ):
-        reader.columns(row)  # a wrong name of a column is one mistake, not one of every record
+    tables = [
+        row for row in rows if row and not is_conversation(row) and not (row.keys() & {"video", "videos"})
+    ]
+    if tables and len(tables) == len(rows) and len({tuple(row) for row in rows}) == 1:
+        reader.columns(rows[0])  # a wrong name of a column is one mistake, not one of every record
     records = _records(chain(first, pieces), reader)
-    return f"{shape} ({_dialect(row)})", merge_rounds(records) if settings.rounds else records
+    return f"{shape} ({_dialect(next(iter(rows), None))})", merge_rounds(
+        records
+    ) if settings.rounds else records
 
 
 def _records(pieces: Iterable[Piece], reader: RowReader) -> Records:

@@ -110,8 +110,8 @@ def examine(source: Path | bytes, *, decode: bool = True) -> Picture:
                 )  # JPEG: a fast decoding
                 image.load()
     except BadSample as bad:
-        ended = bad.cause == "truncated_image"
-        detail = f"the file ends too early: get it again ({bad.detail})" if ended else f"broken: {bad.detail}"
+        says = {"truncated_image": "the file ends too early: get it again: ", "bomb": ""}
+        detail = says.get(bad.cause, "broken: get it again: ") + bad.detail
         raise LeftOut("", bad.cause, detail) from bad
     if problem is not None:
         raise LeftOut("", *problem)

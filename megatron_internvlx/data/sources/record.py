@@ -31,7 +31,7 @@ CAUSES = {
     "placeholder_mismatch": "`<image>` and images differ in number, or `<image>` is in an answer",
     "reserved_token": "a special token in a message",
     "too_long": "a text of which nearly nothing would fit",
-    "duplicate": "the same pictures and the same text as an earlier record",
+    "duplicate": "the same pictures and the same text as an earlier record of the set",
     "unexpected_error": "anything else; the detail has it",
 }
 """Cause of a record that is left out -> its meaning."""

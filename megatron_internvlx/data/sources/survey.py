@@ -133,6 +133,7 @@ class Survey:
         root, _ = choose_root(names, source.roots)
         report = SetReport(source, root)
         self.reports.append(report)
+        self._seen.clear()  # sets may share records on purpose
         missing: list[str] = []
         finder = ImageFinder(root, self.settings.strip_prefix)
         read = 0

@@ -29,7 +29,7 @@ Members = dict[str, bytes]
 def read_shards(files: Sequence[Path], settings: ReadSettings) -> Records:
     """Records of tar files, keys `shard.tar:stem`. Members are read into memory, never unpacked to the disk.
 
-    Links, devices and files over 256 MB are left out; a shard that ends too early is read up to there.
+    Links and devices are left out. A shard is read up to where it is broken, ends, or has a file over 256 MB.
     """
     for path in files:
         reader = RowReader(settings, str(path))
@@ -61,8 +61,12 @@ def _groups(path: Path) -> Iterator[tuple[str, Members | LeftOut]]:
                         yield stem, members
                     stem, members, size = here, Members(), 0
                 size += member.size
-                if problem := _unusable(member, size):
-                    yield stem, LeftOut(f"{path.name}:{member.name}", "bad_member", problem)
+                if member.size > MAX_IMAGE_BYTES or size > _MOST_BYTES:
+                    # To skip it would take as long as to read it, and a header may announce any size.
+                    raise ValueError(f"{member.name} has {member.size:,} bytes, over {MAX_IMAGE_BYTES:,}")
+                if not member.isfile():
+                    what = "a link or device, not a file: pack the file itself"
+                    yield stem, LeftOut(f"{path.name}:{member.name}", "bad_member", what)
                     continue
                 file = tar.extractfile(member)
                 assert file is not None
@@ -79,14 +83,6 @@ def _groups(path: Path) -> Iterator[tuple[str, Members | LeftOut]]:
         return
     if members:
         yield stem, members
-
-
-def _unusable(member: tarfile.TarInfo, size: int) -> str:
-    if not member.isfile():
-        return "a link or device, not a file: pack the file itself"
-    if member.size > MAX_IMAGE_BYTES or size > _MOST_BYTES:
-        return f"{member.size:,} bytes: files of a record must be smaller"
-    return ""
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from megatron_internvlx.chat.conversation import Conversation
+from megatron_internvlx.chat.loading import Source, load_chat
 from megatron_internvlx.chat.pictures import ChatError, read_picture
 from megatron_internvlx.chat.session import Chat, Figures, count_words
 from megatron_internvlx.evaluation.generation import Sampling, TextStream
+from tests.converting import FAMILIES, make_directory
 from tests.unit.chat.conftest import SAMPLING, save_picture
 
 
@@ -74,6 +77,30 @@ def test_what_does_not_fit_is_told_with_its_tokens(chat: Chat, photo: Path) -> N
     )
     answer = chat.ask(Conversation(), "Hello", replace(SAMPLING, max_new_tokens=10_000))
     assert answer.figures.answer_tokens <= length
+
+
+def test_no_memory_left_is_a_mistake_like_others(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.generator.model, "generate", fail)
+    with pytest.raises(ChatError, match="no memory left on CPU for"):
+        chat.ask(Conversation(), "Hello", SAMPLING)
+
+
+def test_a_released_model_in_bfloat16(tmp_path: Path, photo: Path) -> None:
+    directory = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    chat = load_chat(Source(directory, dtype="bfloat16", max_tiles=1))
+    answer = chat.ask(
+        Conversation(waiting=[read_picture(photo)]), "What?", replace(SAMPLING, max_new_tokens=2)
+    )
+    assert (answer.figures.shallow_tokens, answer.figures.deep_tokens) == (4, 4)
+    assert chat.about.lines()[1:] == [
+        f"{count_words(chat.about.parameters)} parameters, bfloat16 on CPU",
+        "4 visual tokens per tile; tiles of 16 pixels, one tile per picture (RVTC off)",
+    ]
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no GPU here"):
+        load_chat(Source(directory, device="cuda"))
 
 
 def test_draws_follow_the_seed(chat: Chat) -> None:

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_a_browser_that_leaves_stops_its_answer(port: int, chat: Chat, monkeypat
         begun.set()
         while not stop():
             write("word ")
+            time.sleep(0.01)  # or the queue fills memory on a busy machine
         ended.set()
         raise ChatError("stopped")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_written_config_reads_the_same(family: str) -> None:
     marks = ["projector.cls_scale"] if family == "internvlx" else []
     found = read(changed(family), *marks)
     again = read(chat_config(found.arguments, found.family, found.tied, found.dtype), *marks)
-    assert again == found
+    assert again == replace(found, remarks=())  # written, the tile rule has its name
 
 
 def test_family_of_a_model_trained_from_scratch() -> None:

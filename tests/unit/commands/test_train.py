@@ -62,6 +62,16 @@ def test_a_rank_of_a_launcher_is_the_program(started, monkeypatch, capsys) -> No
     assert "a launcher has done that already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["--ranks", "3"]])
+def test_a_layout_that_needs_more_ranks_is_refused(started, monkeypatch, capsys, given: list[str]) -> None:
+    monkeypatch.setattr(train, "visible_cards", lambda: 0)
+    words = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", *given]
+    assert train.main(words) == 2 and started == []
+    assert "needs at least 4 ranks (TP 2 x PP 2)" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert given or train.main(words) == 76  # Megatron knows how many there are
+
+
 @pytest.mark.parametrize(
     ("files", "chosen", "count"),
     [
@@ -96,6 +106,7 @@ def test_visible_cards(tmp_path, monkeypatch, files: list[str], chosen: str | No
         (["--dry-run-world-size", "64"], None),
         (["--recipe", "none.yaml"], None),  # for the complete parser to refuse
         (["--pipeline-model-parallel-size", "x"], None),
+        (["--expert-model-parallel-size", "0"], None),
     ],
 )
 def test_gpus_of_a_dry_run(tmp_path, started, words: list[str], size: int | None) -> None:

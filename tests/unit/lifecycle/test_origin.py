@@ -88,7 +88,11 @@ def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
         ({"rvtc": "area"}, {"rvtc": "off"}, "called edge today"),
         ({"rvtc": "area"}, {"rvtc": "edge"}, None),
         ({"rvtc": "edge"}, {"rvtc": "edge"}, None),
-        ({"rvtc": "edge"}, {"rvtc": "edge", "min_tiles": 2}, "--min-tiles 2 is none of today's"),
+        (
+            {"rvtc": "edge"},
+            {"rvtc": "edge", "min_tiles": 2},
+            "--min-tiles 2 it differs from all present ones",
+        ),
         ({"rvtc": "off"}, {"rvtc": "area"}, None),
         ({"rvtc": "area", "static_image_size": True}, {"rvtc": "area"}, None),
         ({"rvtc": "area", "rvtc_version": 2}, {"rvtc": "area"}, None),
