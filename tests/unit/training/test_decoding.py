@@ -30,5 +30,5 @@ def test_missing_kinds_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_dali_that_does_not_work_ends_the_run_with_a_remedy() -> None:
     pipeline: Any = Lacking(RuntimeError("\nno device\nstack"))
-    with pytest.raises(UnusableData, match="first stage: no device.*--decode-at loader"):
+    with pytest.raises(UnusableData, match=r"first stage: no device.*--decode-at loader"):
         missing_decoders(pipeline, None)
