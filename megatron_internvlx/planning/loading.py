@@ -31,7 +31,7 @@ class Loading:
     """Loader workers, and bytes of host memory on a node; a node has 8 GPUs, or all GPUs of a smaller run."""
 
     sent: str
-    """What leaves a worker: files, or pixels that `dali` or `pillow` decoded."""
+    """Content of a worker's micro-batches: `files`, or pixels that `dali` or `pillow` decoded."""
     workers: int
     """Per replica; 0: none, the training process loads."""
     needed: int
