@@ -46,7 +46,7 @@ def train() -> int:
     from megatron_internvlx.data.rejects import UnusableData
     from megatron_internvlx.lifecycle.continuation import Continuation
     from megatron_internvlx.lifecycle.lock import lock_save
-    from megatron_internvlx.lifecycle.origin import layout_to_keep, mistake_behind
+    from megatron_internvlx.lifecycle.origin import check_tile_rule, layout_to_keep, mistake_behind
     from megatron_internvlx.lifecycle.outcome import Outcome
     from megatron_internvlx.lifecycle.saves import GuardedSaves
     from megatron_internvlx.lifecycle.setup import setup_from
@@ -70,6 +70,7 @@ def train() -> int:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
+        check_tile_rule(args)
         lock = lock_save(setup)
         arguments.default_to_one_rank()
         data = DataProvider(args, held_out)

@@ -56,6 +56,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12,<3.13",
+    py_modules=["pretrain_vlm"],
     packages=find_packages(include=["megatron_internvlx", "megatron_internvlx.*"]),
     include_package_data=True,
     install_requires=REQUIRED,

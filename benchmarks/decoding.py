@@ -34,7 +34,7 @@ def photograph(seed: int) -> bytes:
 
 
 def photographs(count: int) -> list[EncodedImage]:
-    """So many of them with their grids (RVTC area, at most 12 tiles and the thumbnail), drawn on every core."""
+    """So many of them with their grids (RVTC edge, at most 12 tiles and the thumbnail), drawn on every core."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         files = list(pool.map(photograph, range(count)))
     sizes = [Image.open(io.BytesIO(data)).size for data in files]

@@ -5,7 +5,7 @@
     python -m benchmarks.quality --full --only pvtc  # those whose name contains the word
     python -m benchmarks.quality --full --report     # no training: times the steps, writes table and plot
 
-{MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, area, edge} x 3 seeds, trained by the demo's recipe on
+{MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds, trained by the demo's recipe on
 the demo's drawn data, answers counted on its held-out questions. Each finished run is a line of
 results/quality.jsonl, with its commit and a digest of its recipe; runs that are there are not repeated, so it can
 be stopped and started again. A rule of
@@ -42,7 +42,7 @@ EXPANSIONS: dict[str, int | None] = {
     "L/2": LAYERS // 2,
     "3L/4": 3 * LAYERS // 4,
 }
-RULES = ("off", "area", "edge")
+RULES = ("off", "edge", "area")
 COMBINATIONS = list(itertools.product(("mlp", "pvtc"), EXPANSIONS, RULES))
 SEEDS = (1, 2, 3)
 TIMED = 16  # images per timed step
@@ -207,7 +207,7 @@ def plot(
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
     markers = dict(zip(EXPANSIONS, "os^D", strict=True))
-    sizes = {"off": 5, "area": 9, "edge": 13}
+    sizes = {"off": 5, "edge": 13, "area": 9}
     for projector, expansion, rvtc in COMBINATIONS:
         mine = [run["accuracy"] for run in runs if of(run) == (projector, expansion, rvtc)]
         if not mine or same[rvtc] != rvtc:
@@ -220,7 +220,7 @@ def plot(
             markersize=sizes[rvtc],
             fillstyle="none" if rvtc == "off" else "full",
             color={"mlp": "tab:gray", "pvtc": "tab:blue"}[projector],
-            label=f"{projector}, k {expansion}" if rvtc == "area" else None,
+            label=f"{projector}, k {expansion}" if rvtc == "edge" else None,
         )
     alike = {rule: [twin for twin in RULES if same[twin] == rule] for rule in same.values()}
     axis.set_xlabel("ms per step")

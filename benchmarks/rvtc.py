@@ -2,6 +2,7 @@
 
     python -m benchmarks.rvtc            # counts, and step time at a small size
     python -m benchmarks.rvtc --full     # step time at a size where matrix products weigh more
+    python -m benchmarks.rvtc --counts   # counts only, in seconds
 
 Images: 2,000 sizes drawn once (seed 0): 40 % photographs (width 500-1600, aspect 4:3 or 3:4), 30 % web
 pictures (200-900, any aspect from 1:3 to 3:1), 20 % documents (700-1300 wide, 1.3-1.5 as high), 10 % wide
@@ -19,10 +20,12 @@ import torch
 
 from benchmarks.common import ROOT, Worker, interleaved, ratio, spread, table, write
 from benchmarks.step_time import QUICK, argv
+from megatron_internvlx.data.rvtc import POLICIES as RULES
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
 
+TIMED = 16
+"""Images of a timed step."""
 FULL = {**QUICK, "vision_hidden": 128, "vision_ffn": 512, "hidden": 384, "ffn": 1024}
-RULES = ("off", "area", "edge")
 TOKENIZER = ROOT / "tests" / "golden" / "data" / "tokenizers" / "qwen2_fast"
 
 
@@ -54,45 +57,47 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="a larger model, more repetitions")
-    full = parser.parse_args().full
-    images = sizes()
-    counts = {rule: np.array([tiles(size, rule) for size in images]) for rule in RULES}
-    # The same tiles are the same work: timed once, however many rules cut so.
-    same = {rule: next(other for other in RULES if (counts[other] == counts[rule]).all()) for rule in RULES}
-    workers = {}
-    for rule in dict.fromkeys(same.values()):
-        chosen = [int(n) for n in counts[rule][:16]]
-        batches = [[(a, 64), (b, 64)] for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
-        arguments = [*argv(FULL if full else QUICK, "pvtc", 2, TOKENIZER), "--global-batch-size", "16"]
-        workers[rule] = Worker({"kind": "ours", "argv": arguments, "micro_batches": batches})
-    try:
-        seconds = interleaved(workers, 5 if full else 2)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    rows = [["RVTC", "tiles per image", "deep visual tokens", "shallow", "ms per step (16 images)", "of off"]]
+    parser.add_argument("--counts", action="store_true", help="no step times")
+    chosen = parser.parse_args()
+    counts = {rule: np.array([tiles(size, rule) for size in sizes()]) for rule in RULES}
+    seconds = {} if chosen.counts else step_times(counts, full=chosen.full)
+    rows = [["RVTC", "tiles per image", "deep visual tokens", "shallow"]]
+    rows[0] += ["ms per step (16 images)", "of off"] if seconds else ["images of one tile", "of 13 tiles"]
     for rule in RULES:
         mean = counts[rule].mean()
-        timed = seconds[same[rule]]
-        cells = [f"{mean:.2f}", f"{mean * 256:.0f}", f"{mean * 64:.0f}", spread(timed)]
-        rows.append([rule, *cells, f"{ratio(timed, seconds['off']):.2f}"])
-    lines = [
-        __doc__.split("\n\n")[2].replace("\n", " "),
-        "",
-        *table(rows),
-        "",
-        "Tiles of the timed images: "
-        + ", ".join(f"{rule} {counts[rule][:16].mean():.2f}" for rule in RULES)
-        + " per image."
-        + "".join(f" `{a}` cuts these sizes as `{b}` does: timed once." for a, b in same.items() if a != b),
-    ]
+        cells = [f"{mean:.2f}", f"{mean * 256:.0f}", f"{mean * 64:.0f}"]
+        if seconds:
+            cells += [spread(seconds[rule]), f"{ratio(seconds[rule], seconds['off']):.2f}"]
+        else:
+            cells += [f"{(counts[rule] == number).mean():.0%}" for number in (1, 13)]
+        rows.append([rule, *cells])
+    lines = [__doc__.split("\n\n")[2].replace("\n", " "), "", *table(rows)]
+    if seconds:
+        timed = ", ".join(f"{rule} {counts[rule][:TIMED].mean():.2f}" for rule in RULES)
+        lines += ["", f"Tiles of the timed images: {timed} per image."]
+    variant = "full" if chosen.full else "counts" if chosen.counts else ""
     write(
-        "rvtc" if full else "rvtc-quick",
+        "rvtc" if variant == "full" else f"rvtc-{variant or 'quick'}",
         "RVTC",
-        f"python -m benchmarks.rvtc{' --full' if full else ''}",
+        "python -m benchmarks.rvtc" + (f" --{variant}" if variant else ""),
         lines,
         "bf16, " if torch.cuda.is_available() else "fp32, ",
     )
+
+
+def step_times(counts: dict[str, np.ndarray], *, full: bool) -> dict[str, list[float]]:
+    """Seconds of the steps by rule, the rules in turns, with the tiles of the first images."""
+    workers = {}
+    for rule in RULES:
+        chosen = [int(n) for n in counts[rule][:TIMED]]
+        batches = [[(a, 64), (b, 64)] for a, b in zip(chosen[::2], chosen[1::2], strict=True)]
+        arguments = [*argv(FULL if full else QUICK, "pvtc", 2, TOKENIZER), "--global-batch-size", str(TIMED)]
+        workers[rule] = Worker({"kind": "ours", "argv": arguments, "micro_batches": batches})
+    try:
+        return interleaved(workers, 5 if full else 2)
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 if __name__ == "__main__":

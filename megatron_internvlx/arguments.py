@@ -31,6 +31,7 @@ from megatron_internvlx.config import (
     check_static_budgets,
     settings_from,
 )
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 from megatron_internvlx.megatron_settings import Batches, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
@@ -93,7 +94,8 @@ def add_our_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         # A released embedding often has more rows than its tokenizer has ids: keep the larger size.
         keep = name is not None and "tiny" not in name
         defaults["vocab_size"] = max(size, defaults.get("vocab_size", 0) if keep else 0)
-    parser.set_defaults(**defaults)
+    # Stored with every checkpoint, so that a name in an older one is not taken for another rule.
+    parser.set_defaults(**defaults, rvtc_version=NAMES_VERSION)
     return parser
 
 

@@ -130,8 +130,8 @@ class DataSettings:
     """Number of records of --valid-data to evaluate on, spread evenly over it. Unset: all."""
     conversation_template: Literal["internlm2-chat", "Hermes-2", "internvl2_5"] = "internvl2_5"
     """Prompt template of data/conversation.py."""
-    rvtc: Literal["area", "edge", "off"] = "area"
-    """Rule that chooses the tile grid from the image size (RVTC); off: InternVL's rule."""
+    rvtc: Literal["edge", "area", "off"] = "edge"
+    """Rule that limits an image's tiles (RVTC): edge (released): by its sides; area: by its pixels; off: InternVL's."""
     min_tiles: int = 1
     """Minimum number of tiles of a grid."""
     max_tiles: int = 12

@@ -16,13 +16,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from megatron_internvlx.lifecycle.complaint import MISTAKE
-from megatron_internvlx.lifecycle.interrupt import INTERRUPTED
-from megatron_internvlx.lifecycle.lock import IN_USE
-from megatron_internvlx.lifecycle.resume import SAVE_FAILED, STOP
-
-EXPLAINED_EXITS = (IN_USE, STOP, SAVE_FAILED, MISTAKE, INTERRUPTED)
-"""Exit codes of ranks that have already printed their reason."""
+from megatron_internvlx.exit_codes import EXPLAINED, INTERRUPTED
 
 
 class _Filter(logging.Filter):
@@ -33,7 +27,7 @@ class _Filter(logging.Filter):
         if re.match(r"Sending process \d+ closing signal|Received \d+ death signal", text):
             return False
         code = re.match(r"failed \(exitcode: (\d+)\)", text)
-        return code is None or int(code[1]) not in EXPLAINED_EXITS
+        return code is None or int(code[1]) not in EXPLAINED
 
 
 def _exit_code_after_signal(number: int, codes: Mapping[int, int | None]) -> int:
@@ -54,7 +48,7 @@ def _exit_code_after_signal(number: int, codes: Mapping[int, int | None]) -> int
         flush=True,
     )
     ends = list(wrong.values())
-    code = next((code for code in EXPLAINED_EXITS if code in ends), ends[0])
+    code = next((code for code in EXPLAINED if code in ends), ends[0])
     # A rank that is still running has no exit code: report it as killed.
     return 128 + signal.SIGKILL if code is None else code if code > 0 else 128 - code
 
@@ -92,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _exit_code_after_signal(int(stop.sigval), codes)
     except ChildFailedError as failed:
         ends = {failure.exitcode for failure in failed.failures.values()}
-        for code in EXPLAINED_EXITS:
+        for code in EXPLAINED:
             if code in ends:
                 return code
         raise

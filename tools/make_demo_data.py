@@ -32,9 +32,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_internvlx.commands.values import int_in_range
 from megatron_internvlx.data.conversation import TEMPLATES
 from tools.demo_questions import SYSTEM_TURN, SampleDrawer, all_questions, answer_words
-from tools.values import int_in_range
 
 # ------------------------------------------------------------------------------------------------ knobs
 

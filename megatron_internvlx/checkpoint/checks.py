@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 
 # Sizes of a decoder or an encoder; required keys are checked where they are read.
 _SIZES = (
@@ -27,7 +28,7 @@ _SWITCHES = (
     "dynamic_image_size", "norm_topk_prob", "bias", "mlp_bias", "use_sliding_window",
 )  # fmt: skip
 MOST_TILES = 1024  # per image; released models have at most 40, and the grid search tries all grids
-_RULES = {"ps_version": ("v1", "v2"), "rvtc": ("area", "edge", "off")}
+_RULES = {"ps_version": ("v1", "v2"), "rvtc": ("edge", "area", "off"), "rvtc_version": (1, NAMES_VERSION)}
 _COMPRESSION_RULES = {
     "projector": ("pvtc", "mlp"),
     "upsample": ("bilinear", "nearest"),

@@ -88,6 +88,8 @@ def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:
         differing = {key: value for key, value in now.items() if before.get(key) != value}
         if plan.iteration and config.get("template") != now["template"]:
             differing["template"] = now["template"]  # the original names an unknown template
+        if "rvtc" in differing:
+            differing["rvtc_version"] = now["rvtc_version"]
         config |= differing
         changed = bool(differing)
     if not same_projector and "auto_map" in config:

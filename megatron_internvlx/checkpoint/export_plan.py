@@ -22,6 +22,7 @@ from megatron_internvlx.checkpoint.safetensors_io import (
 )
 from megatron_internvlx.checkpoint.target import group_by_size
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder
+from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SHARD_BYTES = 5 * 10**9
@@ -54,13 +55,22 @@ def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
     common = reader.common()
     imported = common.get("internvlx")
     if imported:
-        return dict(imported["arguments"]), imported["family"], 0
+        arguments = _with_present_rule(imported["arguments"], imported.get("rvtc_version"))
+        return arguments, imported["family"], 0
     if common.get("args") is None:
         raise ConversionError(f"{reader.folder}: it has no arguments, so its model is unknown")
     arguments = dict(vars(common["args"]))
     if "expand_layer" not in arguments:
         raise ConversionError(f"{reader.folder}: not a checkpoint of this project (no InternVL-X settings)")
+    arguments = _with_present_rule(arguments, arguments.get("rvtc_version"))
     return arguments, "", int(common.get("iteration", 0))
+
+
+def _with_present_rule(arguments: Mapping[str, Any], version: int | None) -> dict[str, Any]:
+    """Arguments with the present name of their RVTC rule; `version` is that of the names they were stored with."""
+    if "rvtc" not in arguments:
+        return dict(arguments)
+    return {**arguments, "rvtc": stored_policy(arguments["rvtc"], version)}
 
 
 def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> Path | None:
@@ -95,6 +105,8 @@ def read_notes(side: Path | None) -> dict[str, Any]:
             raise ConversionError(
                 f"{side / NOTES}: not written by an import ({entry!r}); remove it to export without it"
             )
+    if "arguments" in notes:
+        notes["arguments"] = _with_present_rule(notes["arguments"], notes.get("rvtc_version"))
     return notes
 
 

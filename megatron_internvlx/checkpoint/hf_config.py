@@ -17,6 +17,7 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.families import FAMILIES
 from megatron_internvlx.checkpoint.mapping import output_names
 from megatron_internvlx.data.conversation import TEMPLATES
+from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.model.internvit_config import PRESETS as VISION_PRESETS
 from megatron_internvlx.model.internvit_config import InternViTConfig
 
@@ -56,7 +57,7 @@ class ModelConfig:
     dtype: str
     """Type of the weights according to config.json."""
     remarks: tuple[str, ...] = ()
-    """Messages about settings of config.json that were not taken over."""
+    """Messages about settings of config.json that were not taken over as they are, or are not in it."""
 
 
 class TensorNames(Protocol):
@@ -252,16 +253,39 @@ def _chat(config: Mapping[str, Any], key: str, source: TensorNames, layout: str)
         "pixel_shuffle_version": config.get("ps_version", "v1"),
         "high_ratio": config.get("downsample_ratio", 0.5),
         "conversation_template": known,
-        "rvtc": config.get("rvtc", "area" if pvtc else "off"),
+        "rvtc": _rvtc(config, pvtc=pvtc),
     }
     if layout == "internvlx":
         arguments |= compression_part(config)
-    remark = (
-        f"config.json has the unknown chat template {template!r}; the recipe uses {known!r} "
-        f"(known: {', '.join(TEMPLATES)})"
-    )
-    remarks = () if template == known else (remark,)
+    remarks = _rule_remarks(config, arguments)
+    if template != known:
+        remarks += (
+            f"config.json has the unknown chat template {template!r}; the recipe uses {known!r} "
+            f"(known: {', '.join(TEMPLATES)})",
+        )
     return ModelConfig(arguments, layout, family, tied, _dtype(config, text), remarks)
+
+
+def _rule_remarks(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Message about the tiles of a directory whose config.json does not name its RVTC rule as we do."""
+    rule = arguments["rvtc"]
+    if rule == config.get("rvtc", "off"):
+        return ()
+    if arguments["static_image_size"]:
+        tiles = "one tile per image, whatever the rule"
+    else:
+        thumbnail = "no thumbnail" if arguments["no_thumbnail"] else "a thumbnail"
+        tiles = f"{arguments['min_tiles']} to {arguments['max_tiles']} tiles per image and {thumbnail}"
+    if "rvtc" in config:
+        return (f"rvtc is {rule}, which was called {config['rvtc']} when config.json was written; {tiles}",)
+    return (f"rvtc is {rule}, the rule of the released InternVL-X code: config.json names none; {tiles}",)
+
+
+def _rvtc(config: Mapping[str, Any], *, pvtc: bool) -> str:
+    """Rule by which the directory's images are cut. Without one in config.json: the released one, or InternVL's."""
+    if "rvtc" not in config:
+        return "edge" if pvtc else "off"
+    return stored_policy(config["rvtc"], config.get("rvtc_version"))
 
 
 def _native(config: Mapping[str, Any], source: TensorNames) -> ModelConfig:

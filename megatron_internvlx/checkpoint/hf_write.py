@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_internvlx.checkpoint.families import FAMILIES
 from megatron_internvlx.config import CompressionSettings, settings_from
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 from megatron_internvlx.model.sizes import vision_config
 
 _DECODER = {
@@ -55,7 +56,7 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
 
 
 def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of tiles and chat template under the names of InternVL's config.json, and our `rvtc`."""
+    """Settings of tiles and chat template under the names of InternVL's config.json, and our `rvtc`, with the version of its names."""
     get = arguments.get
     return {
         "downsample_ratio": get("high_ratio", 0.5),
@@ -64,7 +65,8 @@ def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "min_dynamic_patch": get("min_tiles", 1),
         "max_dynamic_patch": get("max_tiles", 12),
         "ps_version": get("pixel_shuffle_version", "v2"),
-        "rvtc": get("rvtc", "area"),
+        "rvtc": get("rvtc", "edge"),
+        "rvtc_version": NAMES_VERSION,
         "select_layer": vision_config(arguments).select_layer,
         "template": get("conversation_template", "internvl2_5"),
         "use_thumbnail": not get("no_thumbnail", False),

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from megatron_internvlx.data.rvtc import MEANINGS
+
 # (setting, value in YAML, comment), with the values of the fine-tuning recipes in examples/recipes.
 _FINE_TUNE = (
     (
@@ -46,11 +48,6 @@ _FINE_TUNE = (
         ),
     ),
 )
-_RVTC = {
-    "area": "RVTC: number of tiles limited by the image's area",
-    "edge": "RVTC: number of columns and rows limited by the image's width and height",
-    "off": "InternVL's rule; area: RVTC, which cuts small images into fewer tiles",
-}
 
 
 def fine_tune_settings() -> dict[str, Any]:
@@ -81,8 +78,13 @@ def recipe_text(arguments: Mapping[str, Any], source: Path) -> str:
     lines += ["", *_comment("Model and checkpoint")]
     for name in sorted(arguments):
         text = yaml.safe_dump({name: arguments[name]}, width=10**6).rstrip("\n")
-        lines.append(f"{text}  # {_RVTC[arguments[name]]}" if name == "rvtc" else text)
+        lines.append(f"{text}  # {_rule(arguments[name])}" if name == "rvtc" else text)
     return "\n".join(lines) + "\n"
+
+
+def _rule(policy: str) -> str:
+    other = "; edge: RVTC, as in the released InternVL-X" if policy == "off" else ""
+    return MEANINGS[policy] + other
 
 
 def _comment(text: str) -> list[str]:

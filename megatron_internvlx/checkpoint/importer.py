@@ -45,6 +45,7 @@ from megatron_internvlx.checkpoint.torch_dist_write import (
     write_metadata,
 )
 from megatron_internvlx.config import CompressionSettings, check_projector, settings_from
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SIDE, NOTES, RECIPE = "hf", "conversion.json", "recipe.yaml"
@@ -324,7 +325,11 @@ def _common_state(plan: ImportPlan) -> dict[str, Any]:
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": {"singleton_local_shards": False},
-        "internvlx": {"arguments": plan.config.arguments, "family": plan.config.family},
+        "internvlx": {
+            "arguments": plan.config.arguments,
+            "family": plan.config.family,
+            "rvtc_version": NAMES_VERSION,
+        },
     }
 
 
@@ -350,6 +355,7 @@ def write_side_files(directory: Path, side: Path, weights: WeightFiles, plan: Im
         "layout": plan.config.layout,
         "family": plan.config.family,
         "arguments": plan.config.arguments,
+        "rvtc_version": NAMES_VERSION,
         "initialised": list(plan.initialised),
         "unused": list(plan.unused),
         "derived": list(plan.derived),

@@ -16,6 +16,7 @@ from megatron_internvlx.checkpoint.checks import has_tokenizer, read_object
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
+from megatron_internvlx.data.rvtc import MEANINGS
 from megatron_internvlx.model.sizes import ModelSizes
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def processor_settings(arguments: Mapping[str, Any], sizes: ModelSizes) -> dict[
         "max_tiles": get("max_tiles", 12),
         "use_thumbnail": not get("no_thumbnail", False),
         "dynamic_image_size": not get("static_image_size", False),
-        "rvtc": get("rvtc", "area"),
+        "rvtc": get("rvtc", "edge"),
     }
 
 
@@ -269,7 +270,7 @@ def model_card(plan: ExportPlan, directory: Path) -> str:
         ("Projector", f"{sizes.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
         ("Visual tokens", visual),
         *injections,
-        ("Tile grid", f"RVTC {get('rvtc', 'area')}, {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"),
+        ("Tile grid", _describe_grids(plan)),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
         ("Data", _describe_data(plan)),
@@ -296,13 +297,22 @@ def _summary(plan: ExportPlan) -> str:
         for used, text in (
             (plan.sizes.projector == "pvtc", "in the projector (PVTC)"),
             (plan.sizes.injection_layers, "inside the language model (LVTC)"),
-            (plan.arguments.get("rvtc", "area") != "off", "when the image is cut into tiles (RVTC)"),
+            (plan.arguments.get("rvtc", "edge") != "off", "when the image is cut into tiles (RVTC)"),
         )
         if used
     ]
     if not steps:
         return "A vision-language model."
     return f"A vision-language model whose visual tokens are compressed {' and '.join(steps)}."
+
+
+def _describe_grids(plan: ExportPlan) -> str:
+    """How an image is cut into tiles."""
+    get = plan.arguments.get
+    if get("static_image_size", False):
+        return "one tile per image, which is stretched to it"
+    rule = get("rvtc", "edge")
+    return f"RVTC {rule} ({MEANINGS[rule]}), {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"
 
 
 def _describe_data(plan: ExportPlan) -> str:

@@ -58,8 +58,8 @@ def import_summary(
     rvtc = plan.config.arguments["rvtc"]
     if compressed and rvtc == "off":
         lines.append(
-            "rvtc is off, as in the directory: images are cut by InternVL's rule. For RVTC, as in InternVL-X, set "
-            f"rvtc: area in {save / RECIPE}, or --rvtc area"
+            "rvtc is off, as in the directory: images are cut by InternVL's rule. For RVTC, as in the released "
+            f"InternVL-X, set rvtc: edge in {save / RECIPE}, or --rvtc edge"
         )
     lines.append(f"{save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
     lines += ["train with (meta.json lists the data, see docs/data.md):", f"  {training_command(save)}"]

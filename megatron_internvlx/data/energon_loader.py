@@ -26,9 +26,11 @@ from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prefetch import Prefetcher
 from megatron_internvlx.data.prepared import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
+from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.data.sample import SampleEncoder
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""In version 1 the released RVTC rule was called `area`; see `stored_policy`."""
 # Maximum number of consecutive packs without a good sample.
 MAX_EMPTY = 64
 
@@ -242,7 +244,7 @@ class EnergonBatches:
         """Continue after `state`, before the first micro-batch is taken. Raises ValueError if it does not fit."""
         if self._packs is not None:
             raise ValueError("the loader has started: restore its state before the first micro-batch")
-        check_same(state.made_with, self._made_with)
+        check_same(_present_names(state), self._made_with)
         here = (self.settings.rank, self.settings.world, self.settings.workers)
         if (state.rank, state.world, state.workers) != here:
             raise ValueError(
@@ -300,6 +302,12 @@ def _start_worker(first: Any, worker_id: int) -> None:
     # Energon collects garbage next. Objects of the training process (process groups and their pending work) must not
     # be destroyed in a fork: that crashes.
     gc.freeze()
+
+
+def _present_names(state: LoaderState) -> dict[str, Any]:
+    """Settings of a saved state, its RVTC rule by its present name."""
+    rule = state.made_with.get("rvtc")
+    return state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,12 +1,25 @@
 """RVTC: the grid of tiles into which an image is cut, determined by its width and height.
 
-The search is InternVL's `find_closest_aspect_ratio`; the released InternVL-X first limits the number of
-tiles by the area of the image (`dynamic_preprocess` of its dataset code). All sizes are in pixels.
+The search is InternVL's `find_closest_aspect_ratio`. RVTC first limits the number of tiles: the paper states two rules,
+by length and by area; the released code has the first (`dynamic_preprocess` of its dataset code). All sizes are in
+pixels.
 """
 
 from functools import lru_cache
 
-POLICIES = ("off", "area", "edge")
+POLICIES = ("off", "edge", "area")
+MEANINGS = {
+    "off": "InternVL's rule: max_tiles is the only limit, however small the image",
+    "edge": "the released InternVL-X rule: at most the tiles that cover the image",
+    "area": "at most the tiles that hold the image's pixels",
+}
+NAMES_VERSION = 2
+"""Version of these names, stored with them. In version 1 the released rule was called `area`."""
+
+
+def stored_policy(name: str, version: int | None) -> str:
+    """Policy meant by a stored name; `version` is that of the names, None where none was stored."""
+    return "edge" if name == "area" and (version or 1) == 1 else name
 
 
 def _check_positive(**sizes: int) -> None:
@@ -39,16 +52,13 @@ def tile_grid(
     tile_size: int = 448,
     min_tiles: int = 1,
     max_tiles: int = 12,
-    policy: str = "area",
+    policy: str = "edge",
 ) -> tuple[int, int]:
     """Grid `(cols, rows)` of tiles for an image of `width` x `height` pixels.
 
-    `policy`: `off` is InternVL's search for the nearest aspect ratio with at most `max_tiles` tiles;
-    `area` (released InternVL-X) first limits `max_tiles` to `ceil(width/S) * ceil(height/S)`; `edge`
-    also requires `cols <= ceil(width/S)` and `rows <= ceil(height/S)`, so that no edge is upsampled
-    beyond its next whole tile. With `min_tiles` 1 both policies give the same grid, because of two grids
-    within the area limit the one inside both edges always has the nearer aspect ratio. They differ only for
-    a larger `min_tiles`. Without any candidate the grid is 1x1.
+    InternVL's search takes the grid with the nearest aspect ratio among those of `min_tiles` to `max_tiles` tiles. It is
+    all that `off` does. `edge` and `area` first lower `max_tiles` to `tile_limit`. Without any candidate, as where
+    `min_tiles` is above the limit, the grid is 1x1.
 
     Raises ValueError for sizes below 1, negative `max_tiles` or an unknown policy.
     """
@@ -57,25 +67,30 @@ def tile_grid(
         raise ValueError(f"max_tiles is {max_tiles}; it must not be negative (0 gives one tile)")
     if policy not in POLICIES:
         raise ValueError(f"unknown RVTC policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    col_cap = row_cap = max_tiles
     if policy != "off":
-        cols_needed, rows_needed = -(-width // tile_size), -(-height // tile_size)
-        max_tiles = min(max_tiles, cols_needed * rows_needed)
-        if policy == "edge":
-            col_cap, row_cap = cols_needed, rows_needed
+        max_tiles = min(max_tiles, tile_limit(width, height, tile_size=tile_size, policy=policy))
 
     aspect = width / height
     doubled_area = 2 * width * height
     tile_area = tile_size * tile_size
     best, best_distance = (1, 1), float("inf")
     for cols, rows, ratio in _candidates(min_tiles, max_tiles):
-        if cols > col_cap or rows > row_cap:
-            continue
         distance = abs(aspect - ratio)
         # At equal distance choose the larger grid only if the image fills more than half of it.
         if distance < best_distance or (distance == best_distance and doubled_area > tile_area * cols * rows):
             best, best_distance = (cols, rows), distance
     return best
+
+
+def tile_limit(width: int, height: int, *, tile_size: int, policy: str) -> int:
+    """Number of tiles that `edge` or `area` allows an image at most, whatever `max_tiles` is.
+
+    `edge`: those that cover the image at its own size, `ceil(width/S) * ceil(height/S)` with S the tile size. `area`:
+    those that hold its pixels, `ceil(width * height / S^2)`, which is never more.
+    """
+    if policy == "edge":
+        return -(-width // tile_size) * -(-height // tile_size)
+    return -(-width * height // tile_size**2)
 
 
 def tile_count(cols: int, rows: int, *, thumbnail: bool) -> int:

@@ -96,8 +96,8 @@ class EncoderSettings:
     """Minimum tiles of an image without the thumbnail."""
     use_thumbnail: bool = True
     """Whether an image of several tiles is also added as one tile."""
-    rvtc: str = "area"
-    """RVTC policy: off, area or edge."""
+    rvtc: str = "edge"
+    """RVTC policy: off, edge or area."""
     tokens_per_tile: int = 256
     """Tokens of a tile in the deep phase."""
     max_length: int | None = None

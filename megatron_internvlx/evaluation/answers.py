@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from megatron_internvlx.data.conversation import IMAGE, get_template, render_prompt
+from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.decode_pil import image_size, read_header
 from megatron_internvlx.data.manifest import Manifest, Record
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
+from megatron_internvlx.evaluation.generation import Generator, Sampling, answer_prompt, cut_of, strip_turns
 from megatron_internvlx.evaluation.scores import anls, exact_match, relaxed_accuracy
-from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor, tile_grid
+from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def _record_questions(record: Record, template: str) -> Iterator[Question]:
                 "bad_message",
                 f"turn {number} needs 'from' (system, human or gpt) and a text 'value'",
             )
-    if get_template(template).strip:
-        turns = [{**turn, "value": turn["value"].strip()} for turn in turns]
+    turns = strip_turns(template, turns)
     placeholders = sum(turn["value"].count(IMAGE) for turn in turns)
     if placeholders != len(paths):
         raise BadSample(
@@ -60,7 +58,7 @@ def _record_questions(record: Record, template: str) -> Iterator[Question]:
             continue
         kind = kinds[min(answered, len(kinds) - 1)]
         answered += 1
-        prompt = render_prompt(template, turns[: number + 1], generation_prompt=True, key=record.key)
+        prompt = answer_prompt(template, turns[: number + 1], record.key)
         seen = sum(t["value"].count(IMAGE) for t in turns[:number])
         question = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
         yield Question(
@@ -83,43 +81,35 @@ class Answerer:
     """
 
     def __init__(self, model: Any, processor: InternVLXProcessor, max_new_tokens: int) -> None:
-        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.generator, self.processor = Generator(model, processor), processor
+        self.sampling = Sampling(max_new_tokens)
 
-    @torch.no_grad()
     def answer(self, batch: Sequence[Question]) -> list[str]:
         """Generate the answers of a batch. Raises BadSample with the path of an image that cannot be decoded."""
         images = [list(question.images) for question in batch]
         try:
-            inputs = self.processor(images=images, text=[question.prompt for question in batch])
+            inputs = self.generator.encode([question.prompt for question in batch], images)
         except (OSError, SyntaxError):  # raised by Pillow for a broken image
             for path in dict.fromkeys(path for own in images for path in own):
                 with read_header(path) as image:
                     image.load()
             raise
-        moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        out = self.model.generate(**moved, max_new_tokens=self.max_new_tokens)
-        new = out[:, moved["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return self.generator.texts(self.generator.generate(inputs, self.sampling))
 
     def prediction_row(self, question: Question, given: str) -> dict[str, Any]:
         """Content of one line of the predictions file."""
-        cols = rows = 0
-        processor = self.processor
+        cut = None
         if question.images:
-            cols, rows = 1, 1
-            if processor.dynamic_image_size:
-                most = max(1, processor.max_tiles // len(question.images))
-                size = image_size(question.images[0])
-                cols, rows = tile_grid(*size, processor.tile_size, processor.min_tiles, most, processor.rvtc)
+            cut = cut_of(self.processor, image_size(question.images[0]), len(question.images))
         return {
             "key": question.key,
             "kind": question.kind,
             "question": question.text,
             "image": question.images[0] if question.images else None,
             "images": list(question.images),
-            "cols": cols,
-            "rows": rows,
-            "thumbnail": bool(processor.use_thumbnail and cols * rows > 1),
+            "cols": cut.cols if cut else 0,
+            "rows": cut.rows if cut else 0,
+            "thumbnail": bool(cut and cut.thumbnail),
             "expected": question.expected,
             "given": given,
             "correct": exact_match(question.expected, given),

@@ -101,7 +101,7 @@ class InternVLXConfig(PreTrainedConfig):
     `compression`: projector (pvtc or mlp), pixel_shuffle_version, expand_layer (None: one phase only),
     inject_layers, low_ratio and high_ratio (side of a tile's token grid over its patch grid, before and
     from expand_layer on), upsample (bilinear or nearest). Image settings are those of InternVL, and
-    `rvtc`, the rule that picks the tile grid.
+    `rvtc`, the rule that limits the tiles of an image (edge, area or off), with `rvtc_version`, that of the rules' names.
     """
 
     model_type = "internvlx"
@@ -119,7 +119,8 @@ class InternVLXConfig(PreTrainedConfig):
         min_dynamic_patch=1,
         max_dynamic_patch=12,
         use_thumbnail=True,
-        rvtc="area",
+        rvtc="edge",
+        rvtc_version=2,
         template="internvl2_5",
         tie_word_embeddings=False,
         **kwargs,
@@ -138,7 +139,7 @@ class InternVLXConfig(PreTrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.use_thumbnail = use_thumbnail
-        self.rvtc = rvtc
+        self.rvtc, self.rvtc_version = rvtc, rvtc_version
         self.template = template
 
     def get_text_config(self, *_args, **_kwargs):

@@ -15,19 +15,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE, START, CONTEXT, END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
 
 
-def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="area"):
-    """(columns, rows) of tiles for an image; see data/rvtc.py of Megatron-InternVL-X."""
-    columns_cap = rows_cap = max_tiles
-    if policy != "off":
-        columns_needed, rows_needed = -(-width // tile_size), -(-height // tile_size)
-        max_tiles = min(max_tiles, columns_needed * rows_needed)
-        if policy == "edge":
-            columns_cap, rows_cap = columns_needed, rows_needed
+def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="edge"):
+    """(columns, rows) of tiles for an image; see data/rvtc.py of Megatron-InternVL-X.
+
+    `policy` limits the number of tiles: edge to those that cover the image at its own size (the released rule), area
+    to those that hold its pixels, off not at all.
+    """
+    if policy == "edge":
+        max_tiles = min(max_tiles, -(-width // tile_size) * -(-height // tile_size))
+    elif policy == "area":
+        max_tiles = min(max_tiles, -(-width * height // tile_size**2))
     grids = [
         (columns, rows)
         for columns in range(1, max_tiles + 1)
         for rows in range(1, max_tiles // columns + 1)
-        if columns * rows >= min_tiles and columns <= columns_cap and rows <= rows_cap
+        if columns * rows >= min_tiles
     ]
     best, best_distance = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
@@ -59,7 +61,8 @@ class InternVLXProcessor(ProcessorMixin):
     prompt that has neither `<image>` nor an image's tokens already.
 
     Settings (processor_config.json): tile_size in pixels, tokens_per_tile, min_tiles, max_tiles (shared by
-    the images of one prompt), use_thumbnail, dynamic_image_size (False: one tile per image), rvtc.
+    the images of one prompt), use_thumbnail, dynamic_image_size (False: one tile per image), rvtc
+    (the rule that limits the tiles: edge, area or off).
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -75,7 +78,7 @@ class InternVLXProcessor(ProcessorMixin):
         max_tiles=12,
         use_thumbnail=True,
         dynamic_image_size=True,
-        rvtc="area",
+        rvtc="edge",
         **_kwargs,
     ):
         super().__init__(tokenizer, chat_template=chat_template)

@@ -13,9 +13,8 @@ import socket
 import sys
 from pathlib import Path
 
+from megatron_internvlx.exit_codes import MISTAKE
 from megatron_internvlx.ranks import launched_nodes
-
-MISTAKE = 2
 
 
 def complain(error: ValueError) -> int:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_internvlx import files
+from megatron_internvlx.exit_codes import INTERRUPTED
 from megatron_internvlx.lifecycle import complaint
 from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.signal_mask import keep_signal_mask
 
-INTERRUPTED = 130  # what a shell reports after SIGINT
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
 _LAST_ACTS = 10.0  # seconds that `last_acts` may take
 

@@ -18,10 +18,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_internvlx.exit_codes import IN_USE
 from megatron_internvlx.lifecycle.setup import RunSetup
 
 FILE = "run.lock"
-IN_USE = 77
 
 _PATIENCE = 150.0  # seconds; a lock server forgets a node that died after 90 s or so
 _HELD = (errno.EACCES, errno.EAGAIN)  # what POSIX answers where another process has the lock

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx import files
-from megatron_internvlx.config import RunSettings, settings_from
+from megatron_internvlx.config import DataSettings, RunSettings, settings_from
+from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.megatron_settings import CheckpointFiles, Progress
 from megatron_internvlx.paths import is_url
@@ -103,6 +104,32 @@ def layout_to_keep(args: argparse.Namespace) -> str | None:
         return None
     layout = made.pipeline_model_parallel_layout
     return None if layout is None else str(layout)
+
+
+def check_tile_rule(args: argparse.Namespace) -> None:
+    """Check that a resumed run cuts images by the rule of its checkpoint, where names of rules have changed since.
+
+    Raises ValueError with the rule's present name.
+    """
+    checkpoint = resumed_checkpoint(args)
+    if checkpoint is None:
+        return
+    made, data = made_with(checkpoint), settings_from(args, DataSettings)
+    version, old = getattr(made, "rvtc_version", None), getattr(made, "rvtc", None)
+    if version is not None or old in (None, "off") or settings_from(made, DataSettings).static_image_size:
+        return
+    if old == "edge" and data.min_tiles > 1:
+        raise ValueError(
+            f"{checkpoint} was trained with the rule that was called edge before, which limits columns and rows and "
+            f"with --min-tiles {data.min_tiles} is none of today's: train on from its weights, with "
+            f"--pretrained-checkpoint {checkpoint.parent} and another --save"
+        )
+    if (now := stored_policy(old, version)) != data.rvtc:
+        raise ValueError(
+            f"{checkpoint} was trained with the rule that is called {now} today ({old} before), and --rvtc is "
+            f"{data.rvtc}: resume with --rvtc {now}, or in the recipe rvtc: {now}; for other tiles train on from its "
+            f"weights, with --pretrained-checkpoint {checkpoint.parent} and another --save"
+        )
 
 
 def mistake_behind(args: argparse.Namespace, error: BaseException) -> ValueError | None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_internvlx import files
+from megatron_internvlx.exit_codes import INTERRUPTED, SAVE_FAILED
 from megatron_internvlx.lifecycle import resume, signals
-from megatron_internvlx.lifecycle.interrupt import INTERRUPTED, newest_checkpoint
+from megatron_internvlx.lifecycle.interrupt import newest_checkpoint
 from megatron_internvlx.lifecycle.lock import SaveLock
-from megatron_internvlx.lifecycle.resume import SAVE_FAILED, Unsaved
+from megatron_internvlx.lifecycle.resume import Unsaved
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
 from megatron_internvlx.ranks import local_rank

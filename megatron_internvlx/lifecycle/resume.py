@@ -25,11 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_internvlx.exit_codes import AGAIN, DONE, STOP
 from megatron_internvlx.files import checkpoint_directory, iterations, write_atomically
 from megatron_internvlx.lifecycle.lock import other_holder
-
-FINISHED, AGAIN, STOP = 0, 75, 76
-SAVE_FAILED = 74
 
 STATE = "run_state.json"
 _HISTORY = 50  # attempts that the state remembers
@@ -179,7 +177,7 @@ def verdict(save: Path, since: float, limit: int) -> tuple[int, str]:
         state.write(save)
         return (AGAIN, "it ended before training began") if may_train else (STOP, state.reason)
     if state.status in ("finished", "stopped"):
-        return FINISHED, state.status
+        return DONE, state.status
     if state.status == "preempted":
         return AGAIN, "stopped by a signal, after a checkpoint"
     if state.status == "stuck":
@@ -237,11 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{options.save}: no such directory; a launcher creates it before the first start")
     code, reason = verdict(options.save, options.since, options.max_tries)
     print(reason)
-    if (
-        code != FINISHED
-        and not other_holder(options.save)
-        and RunState.read(options.save).status != "preempted"
-    ):
+    if code != DONE and not other_holder(options.save) and RunState.read(options.save).status != "preempted":
         # Killed processes could not do it themselves; a start that resumes marks it RUNNING again.
         from megatron_internvlx.reporting.mlflow_sink import mark_failed
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_internvlx.exit_codes import SAVE_FAILED
 from megatron_internvlx.lifecycle import resume
-from megatron_internvlx.lifecycle.resume import SAVE_FAILED, Unsaved
+from megatron_internvlx.lifecycle.resume import Unsaved
 from megatron_internvlx.lifecycle.setup import RunSetup
 
 

@@ -23,7 +23,7 @@ from megatron_internvlx.model.sizes import model_sizes
 from megatron_internvlx.planning.flops import PlanStats, forward_flops
 
 INK, FAINT = "#212529", "#dee2e6"
-COLOURS = {"off": "#868e96", "area": "#1f5fa8", "edge": "#c2570c"}
+COLOURS = {"off": "#868e96", "edge": "#1f5fa8", "area": "#c2570c"}
 
 
 @dataclass
@@ -178,7 +178,7 @@ def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     sizes, tiles, tokens, bars = axes.flat
     if len(stats.sizes):
-        sizes.scatter(*stats.sizes.T, s=6, color=COLOURS["area"], alpha=0.4, linewidths=0)
+        sizes.scatter(*stats.sizes.T, s=6, color=COLOURS["edge"], alpha=0.4, linewidths=0)
     sizes.set(xlabel="width, pixels", ylabel="height, pixels", title="Image sizes")
     for policy in stats.policies.values():
         style = {"color": COLOURS[policy.policy], "label": policy.policy}

@@ -233,7 +233,7 @@ def test_a_run_without_progress_gives_up(launch, unbroken, tmp_path):
     ("number", "code", "verdict", "said"),
     [
         (signal.SIGUSR1, 0, resume.AGAIN, "stopped by a signal, after a checkpoint"),
-        (signal.SIGINT, 130, resume.FINISHED, "stopped by Ctrl-C, the newest checkpoint is"),
+        (signal.SIGINT, 130, resume.DONE, "stopped by Ctrl-C, the newest checkpoint is"),
     ],
 )
 def test_signal_saves_and_the_next_start_goes_on(

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_internvlx.commands import convert, evaluate
 from tests import entry
 from tests.distributed import Pool
-from tools import convert_checkpoint, evaluate, make_demo_data
+from tools import make_demo_data
 
 
 def answers(path: Path) -> dict[tuple[str, str], dict]:
@@ -30,7 +31,7 @@ def test_exported_model_has_the_accuracy_that_training_reported(pool: Pool, tmp_
     results = pool.run(2, entry.run, command, timeout=240)
     ((_, values),) = results[-1]["evaluations"]
     hf, out = tmp_path / "hf", tmp_path / "evaluation"
-    assert convert_checkpoint.main(["export", "--load", str(save), "--hf", str(hf), "--quiet"]) == 0
+    assert convert.main(["export", "--load", str(save), "--hf", str(hf), "--quiet"]) == 0
     limits = ["--max-new-tokens", "8", "--batch-size", "24"]
     questions = ["--hf", str(hf), "--data", str(data / "meta_val.json"), "--out", str(out)]
     assert evaluate.main([*questions, *limits]) == 0

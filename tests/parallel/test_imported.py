@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_internvlx.commands import convert
 from tests import entry
 from tests.converting import internvl, make_directory, read_all
 from tests.distributed import Pool
-from tools import convert_checkpoint, make_demo_data
+from tools import make_demo_data
 
 COMPRESSORS = ["--projector", "pvtc", "--expand-layer", "1", "--inject-layers", "2", "--init-missing"]
 NEW = ("projector.", "lvtc_projectors.")
@@ -23,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = internvl("Qwen2ForCausalLM", "qwen2", max_position_embeddings=512)
     make_directory(root / "source", config, tokenizer=True)
     command = ["import", "--hf", str(root / "source"), "--save", str(root / "imported"), "--quiet"]
-    assert convert_checkpoint.main([*command, *COMPRESSORS]) == 0
+    assert convert.main([*command, *COMPRESSORS]) == 0
     assert make_demo_data.main(["--out", str(root / "data"), "--train", "48", "--val", "12"]) == 0
     return root
 
@@ -53,7 +54,7 @@ def test_only_what_was_to_learn_differs_from_the_original(trained: dict, root: P
     assert trained["losses"][3] < trained["losses"][1]
     for name in ("imported", "run"):
         command = ["export", "--load", str(root / name), "--hf", str(root / f"{name}-hf"), "--quiet"]
-        assert convert_checkpoint.main(command) == 0
+        assert convert.main(command) == 0
     source, begun, ended = (read_all(root / name) for name in ("source", "imported-hf", "run-hf"))
     assert {name for name in begun if name.startswith(NEW)} == begun.keys() - source.keys()
     assert ended.keys() == begun.keys()

@@ -23,10 +23,10 @@ from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.request import Layout, Request
 from megatron_internvlx.checkpoint.verify import Results, verify
+from megatron_internvlx.commands.convert import main
 from tests.converting import internvl, make_directory
 from tests.distributed import Pool
 from tests.golden_weights import GOLDEN
-from tools.convert_checkpoint import main
 
 MODELS = GOLDEN / "models"
 TOLERANCE = 1e-4

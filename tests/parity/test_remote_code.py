@@ -302,14 +302,13 @@ def test_orientation_counts_as_in_training(processor, tmp_path: Path) -> None:
 
 
 def test_tile_grids_equal_the_training_data() -> None:
-    from megatron_internvlx.data.rvtc import tile_grid
+    from megatron_internvlx.data.rvtc import POLICIES, tile_grid
 
     rng = np.random.default_rng(4)
-    for width, height, most in rng.integers(1, 40, (400, 3)):
-        size = (int(width) * 40, int(height) * 40)
-        for policy in ("area", "edge", "off"):
-            ours = tile_grid(*size, max_tiles=int(most), policy=policy)
-            assert remote_tile_grid(*size, max_tiles=int(most), policy=policy) == ours
+    for width, height, most, least in rng.integers(1, 40, (400, 4)):
+        size, limits = (int(width) * 40, int(height) * 40), {"max_tiles": int(most), "min_tiles": int(least)}
+        for policy in POLICIES:
+            assert remote_tile_grid(*size, **limits, policy=policy) == tile_grid(*size, **limits, policy=policy)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -1,4 +1,4 @@
-"""RVTC against 4,800 grids that the released InternVL-X ('area') and InternVL ('off') code chose."""
+"""RVTC against 4,800 grids that the released InternVL-X ('edge') and InternVL ('off') code chose."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_internvlx.data.rvtc import tile_count, tile_grid
 GRID = Path(__file__).parents[1] / "golden" / "rvtc" / "grid.jsonl"
 
 
-@pytest.mark.parametrize(("policy", "column"), [("area", "rvtc"), ("off", "base")])
+@pytest.mark.parametrize(("policy", "column"), [("edge", "rvtc"), ("off", "base")])
 def test_every_golden_row(policy, column):
     rows = [json.loads(line) for line in GRID.read_text().splitlines()]
     assert len(rows) == 4800

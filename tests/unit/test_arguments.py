@@ -78,7 +78,7 @@ def test_order_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("lr: true\n", "lr: True must be a number"),
         ("inject_layers: 4\n", r"inject_layers: 4 must be a list: write \[4\]"),
         ("expand_layer: [3]\n", r"expand_layer: \[3\] must be a single value, not a list"),
-        ("rvtc: sideways\n", "rvtc: 'sideways' must be one of area, edge, off"),
+        ("rvtc: sideways\n", "rvtc: 'sideways' must be one of edge, area, off"),
         ("freeze_llm: maybe\n", "freeze_llm: 'maybe' must be true or false"),
         ("lr: {start: 1}\n", "lr: {'start': 1} must not be a mapping: a recipe is flat"),
         ("train_iters: .inf\n", "train_iters: inf must be a whole number"),

@@ -12,6 +12,7 @@ PACKAGE = "megatron_internvlx"
 # A room may import from those before it. Files of a line without order among them stand alone.
 ORDER = [
     (
+        "exit_codes",
         "yaml_files",
         "recipe",
         "files",
@@ -38,6 +39,7 @@ ORDER = [
     ("checkpoint",),
     ("evaluation",),
     ("launch",),
+    ("commands",),
 ]
 # Folders beside the package, in the order in which they may import each other: a later one from those before it.
 FOLDERS = (PACKAGE, "tools", "testing", "benchmarks", "tests")

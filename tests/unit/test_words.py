@@ -15,6 +15,7 @@ DONE = (
         f"{PACKAGE}/{room}/"
         for room in (
             "checkpoint",
+            "commands",
             "data",
             "evaluation",
             "lifecycle",
@@ -31,6 +32,7 @@ DONE = (
         for name in (
             "arguments",
             "config",
+            "exit_codes",
             "files",
             "launch",
             "megatron_settings",

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_internvlx.checkpoint import importer, target
+from megatron_internvlx.commands.convert import main
 from tests.converting import FAMILIES, differences, make_directory, read_all
-from tools.convert_checkpoint import main
 
 NATIVE = "model.language_model.layers.1.mlp.up_proj.weight"
 

@@ -138,5 +138,5 @@ def test_golden_config() -> None:
     config = json.loads((GOLDEN / "models" / "internlm2_tiny" / "config.json").read_text())
     found = read(config, "projector.cls_scale").arguments
     assert (found["rotary_base"], found["layernorm_epsilon"]) == (1000000, 1e-5)
-    assert (found["projector"], found["rvtc"], found["vision_preset"]) == ("pvtc", "area", "internvit_tiny")
+    assert (found["projector"], found["rvtc"], found["vision_preset"]) == ("pvtc", "edge", "internvit_tiny")
     assert (found["conversation_template"], found["max_tiles"]) == ("internlm2-chat", 6)

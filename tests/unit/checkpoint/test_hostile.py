@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.commands.convert import main
 from tests.converting import FAMILIES, lvtc_config, make_directory, read_all
-from tools.convert_checkpoint import main
 
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"

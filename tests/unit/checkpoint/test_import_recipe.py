@@ -14,9 +14,9 @@ import yaml
 from megatron_internvlx import arguments
 from megatron_internvlx.checkpoint.import_recipe import fine_tune_settings
 from megatron_internvlx.checkpoint.summary import count_by_part, model_part
+from megatron_internvlx.commands.convert import main
 from megatron_internvlx.lifecycle.start import check_paths
 from tests.converting import FAMILIES, TOKENIZER, make_directory
-from tools.convert_checkpoint import main
 
 COMPRESSORS = ["--projector", "pvtc", "--expand-layer", "1", "--inject-layers", "2", "--init-missing"]
 
@@ -69,6 +69,7 @@ def test_every_setting_of_the_recipe_is_explained(tmp_path: Path, capsys) -> Non
     assert recipe["train_iters"] * recipe["global_batch_size"] == 128_000
     assert "128,000 samples" in lines["train_iters"]
     assert "InternVL's rule" in lines["rvtc"]
+    assert "edge: RVTC, as in the released InternVL-X" in lines["rvtc"]
     assert max(map(len, text.splitlines())) < 130
 
 

@@ -15,8 +15,8 @@ import torch
 from megatron_internvlx.checkpoint import exporter, target, torch_dist_write
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import new_directory, run_units
+from megatron_internvlx.commands.convert import main
 from tests.converting import FAMILIES, differences, make_directory
-from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).resolve().parents[3]
 

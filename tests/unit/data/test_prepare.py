@@ -5,13 +5,13 @@ import os
 
 import pytest
 
+from megatron_internvlx.commands import prepare_data
 from megatron_internvlx.data import prepare as module
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.data.prepared import MARK, prepared_sets, size_table
 from tests.unit.data.conftest import record
-from tools import prepare_data
 
 
 @pytest.fixture

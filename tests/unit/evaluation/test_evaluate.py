@@ -12,13 +12,13 @@ from PIL import Image
 
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.commands.evaluate import main
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.evaluation import run
 from megatron_internvlx.evaluation.answers import questions
 from megatron_internvlx.evaluation.scores import anls, edit_distance, exact_match, relaxed_accuracy
 from megatron_internvlx.reporting.picture import read_predictions
 from tests.converting import FAMILIES, lvtc_config, make_directory
-from tools.evaluate import main
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_preemption_is_no_failed_try():
 @pytest.mark.parametrize(
     ("status", "tries", "code"),
     [
-        ("finished", 1, resume.FINISHED),
+        ("finished", 1, resume.DONE),
         ("preempted", 1, resume.AGAIN),
         ("running", 1, resume.AGAIN),
         ("failed", 2, resume.AGAIN),

@@ -7,8 +7,9 @@ from tests import single  # isort: skip  (sets Megatron up)
 import pytest
 
 from megatron_internvlx.config import RunSettings
+from megatron_internvlx.exit_codes import SAVE_FAILED
 from megatron_internvlx.lifecycle import resume
-from megatron_internvlx.lifecycle.resume import SAVE_FAILED, Unsaved
+from megatron_internvlx.lifecycle.resume import Unsaved
 from megatron_internvlx.lifecycle.saves import GuardedSaves, root_cause
 from megatron_internvlx.lifecycle.setup import RunSetup
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from megatron_internvlx import files
+from megatron_internvlx.commands import convert
 from megatron_internvlx.lifecycle import start
 from megatron_internvlx.megatron_settings import CheckpointFiles
 from megatron_internvlx.model.presets import preset
 from tests.unit.lifecycle.test_resume import checkpoint
-from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,7 +72,7 @@ def test_a_frozen_random_language_model_is_told(
 def test_the_import_that_the_readme_shows_is_the_model_of_its_recipes() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^python tools/convert_checkpoint.py (import .*)$", text, re.M)
-    given = convert_checkpoint.parser().parse_args(shlex.split(command))
+    given = convert.parser().parse_args(shlex.split(command))
     recipes = set(re.findall(r"examples/recipes/\S+\.yaml", text))
     assert len(recipes) == 2
     for recipe in recipes:

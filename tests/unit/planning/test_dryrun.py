@@ -10,9 +10,9 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron.training.global_vars import destroy_global_vars
 
 from megatron_internvlx import arguments
+from megatron_internvlx.commands import plan, planner
 from megatron_internvlx.planning import dryrun
 from megatron_internvlx.planning.search import evaluate, find_plan
-from tools import plan_pipeline, planning
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
 GRAPH_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_pretrain"))
@@ -87,7 +87,7 @@ def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, cap
 def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, recipe):
     args = dry(monkeypatch, recipe)
     forget()
-    task = planning.Task(plan_pipeline.planner_parser().parse_args([]))
+    task = planner.Task(plan.parser().parse_args([]))
     memory = task.memory(task.layout.tensor, task.layout.pipeline, task.layout.data)
     best = find_plan(task.costs(), task.schedule, memory)
     assert best.proven

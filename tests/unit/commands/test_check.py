@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tools import check_cluster
+from megatron_internvlx.commands import check
 
 
 def world(folder: str) -> list[str]:
-    return [str(check) for check in check_cluster.world_checks(Path(folder), 1, 0.0)]
+    return [str(check) for check in check.world_checks(Path(folder), 1, 0.0)]
 
 
 def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
-    code = check_cluster.main(["--node", "--gpus", "9999", "--scratch", str(tmp_path)])
+    code = check.main(["--node", "--gpus", "9999", "--scratch", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 1
     assert any(line.startswith("missing") and "GPUs" in line for line in lines)
@@ -21,17 +21,17 @@ def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
 
 
 def test_a_broken_package_is_a_finding(monkeypatch):
-    def broken() -> check_cluster.Check:
+    def broken() -> check.Check:
         raise OSError("libnvjpeg.so: cannot open\nmore")
 
-    (found,) = check_cluster._run_check("DALI", broken)
+    (found,) = check._run_check("DALI", broken)
     assert (found.status, found.name) == ("missing", "DALI")
     assert "libnvjpeg" in found.detail
 
 
 def test_missing_decoder_is_named(monkeypatch):
-    monkeypatch.setattr(check_cluster, "OTHER_FORMATS", ("PNG", "GIF"))  # DALI cannot read GIF anywhere
-    found = check_cluster._check_dali()
+    monkeypatch.setattr(check, "OTHER_FORMATS", ("PNG", "GIF"))  # DALI cannot read GIF anywhere
+    found = check._check_dali()
     assert found.status == "slow"
     assert "no decoder for GIF: Pillow cuts these" in found.detail
 
@@ -45,7 +45,7 @@ def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
 
 
 def all_reduce(slowest: float) -> list[str]:
-    return [str(check) for check in check_cluster._measure_all_reduce(1, slowest)]
+    return [str(check) for check in check._measure_all_reduce(1, slowest)]
 
 
 def test_a_slow_link_is_called_slow(pool):
@@ -55,22 +55,22 @@ def test_a_slow_link_is_called_slow(pool):
 
 @pytest.mark.parametrize(
     ("backend", "options", "least"),
-    [("nccl", [], check_cluster.SLOW_LINK), ("gloo", [], 0.0), ("nccl", ["--min-bandwidth", "150"], 150.0)],
+    [("nccl", [], check.SLOW_LINK), ("gloo", [], 0.0), ("nccl", ["--min-bandwidth", "150"], 150.0)],
 )
 def test_links_between_gpus_have_a_least_speed(monkeypatch, backend, options, least):
     asked = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(check_cluster.platform, "backend", lambda: backend)
-    monkeypatch.setattr(check_cluster.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(check_cluster.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(check_cluster, "world_checks", lambda *given: asked.append(given) or [])
-    assert check_cluster.main(options) == 0
+    monkeypatch.setattr(check.platform, "backend", lambda: backend)
+    monkeypatch.setattr(check.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(check.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(check, "world_checks", lambda *given: asked.append(given) or [])
+    assert check.main(options) == 0
     assert asked == [(None, 256, least)]
 
 
 def unwritable(folder: str) -> list[str]:
-    return [str(check) for check in check_cluster._check_shared_files(Path(folder), 1)]
+    return [str(check) for check in check._check_shared_files(Path(folder), 1)]
 
 
 def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
@@ -90,11 +90,11 @@ def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):
 def test_mistakes_on_the_command_line(options, message, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as stop:
-        check_cluster.main(options)
+        check.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_scratch_that_is_not_there_is_a_finding(capsys):
-    assert check_cluster.main(["--node", "--gpus", "0", "--scratch", "/nowhere"]) == 1
+    assert check.main(["--node", "--gpus", "0", "--scratch", "/nowhere"]) == 1
     assert "missing" in capsys.readouterr().out

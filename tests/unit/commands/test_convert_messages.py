@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from megatron_internvlx.commands import convert_messages
 from megatron_internvlx.data.manifest import Manifest
-from tools import convert_messages
 
 PIXEL = base64.b64encode(b"\x89PNG-not-looked-at").decode()
 

@@ -1,4 +1,4 @@
-"""Implementation of tools/plan_pipeline.py, separate because Megatron must be set up before these imports."""
+"""Implementation of `plan.py`, separate because Megatron must be set up before these imports."""
 
 from __future__ import annotations
 

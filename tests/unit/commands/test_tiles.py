@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tools import show_tiles
+from megatron_internvlx.commands import tiles
 
 
 def image(path, size):
@@ -12,7 +12,7 @@ def image(path, size):
 
 
 def run(path, out, *more):
-    return show_tiles.main([str(path), "--out", str(out), *map(str, more)])
+    return tiles.main([str(path), "--out", str(out), *map(str, more)])
 
 
 def test_table_and_picture(tmp_path, capsys):
@@ -38,9 +38,9 @@ def test_extreme_sizes(tmp_path, size):
 
 
 def test_tokens_per_tile():
-    assert show_tiles.tokens_per_tile(448, 14, 0.25) == 64
-    assert show_tiles.tokens_per_tile(448, 14, 0.5) == 256
-    assert show_tiles.tokens_per_tile(224, 28, 0.5) == 16
+    assert tiles.tokens_per_tile(448, 14, 0.25) == 64
+    assert tiles.tokens_per_tile(448, 14, 0.5) == 256
+    assert tiles.tokens_per_tile(224, 28, 0.5) == 16
 
 
 @pytest.mark.parametrize("more", [["--tile-size", 450], ["--low-ratio", 0.3], ["--low-ratio", 0]])

@@ -9,16 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from tools import (
-    check_cluster,
-    convert_checkpoint,
-    evaluate,
-    make_demo_data,
-    plan_pipeline,
-    prepare_data,
-    scaling,
-    show_tiles,
-)
+from megatron_internvlx.commands import check, convert, evaluate, plan, prepare_data, scaling, tiles
+from tools import make_demo_data
 
 
 def bomb(path: Path) -> None:
@@ -48,12 +40,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 CASES: list[tuple[ModuleType, str, str]] = [
-    (show_tiles, "bomb.png", "bomb.png: too large: must have at most 178,956,970 pixels"),
-    (show_tiles, "none.png", "no such file"),
-    (show_tiles, ".", "a directory, not an image"),
-    (show_tiles, "bomb.png --low-ratio nan", "nan: must be a number at least 0 and at most 1"),
-    (show_tiles, f"bomb.png --tile-size {10**30}", "must be a whole number between 1 and 65,536"),
-    (show_tiles, "bomb.png --max-tiles -1", "-1: must be a whole number"),
+    (tiles, "bomb.png", "bomb.png: too large: must have at most 178,956,970 pixels"),
+    (tiles, "none.png", "no such file"),
+    (tiles, ".", "a directory, not an image"),
+    (tiles, "bomb.png --low-ratio nan", "nan: must be a number at least 0 and at most 1"),
+    (tiles, f"bomb.png --tile-size {10**30}", "must be a whole number between 1 and 65,536"),
+    (tiles, "bomb.png --max-tiles -1", "-1: must be a whole number"),
     (scaling, "plan none.yaml", "none.yaml: No such file"),
     (scaling, "plan .", ".: Is a directory"),
     (scaling, "plan no_recipe.yaml", "none.yaml: No such file"),
@@ -64,14 +56,14 @@ CASES: list[tuple[ModuleType, str, str]] = [
     (scaling, "submit nodes.yaml", "nodes is -1, must be a whole number of at least 1"),
     (scaling, "plan axes.yaml", "axis seed: one is 1, must be a mapping of settings"),
     (scaling, "plan deep.yaml", "more than 20 levels of nesting"),
-    (plan_pipeline, "--bandwidth nan", "--bandwidth: nan: must be a number above 0 and at most 1e+09"),
-    (plan_pipeline, "--tflops inf", "--tflops: inf: must be a number above 0"),
-    (plan_pipeline, "--latency -1", "--latency: -1: must be a number at least 0"),
-    (plan_pipeline, f"--gpus {10**30}", "must be a whole number between 1 and 1,000,000"),
-    (plan_pipeline, "--virtual x", "--virtual: x: must be a whole number"),
-    (check_cluster, "--megabytes 0", "--megabytes: 0: must be a whole number between 1 and 1,048,576"),
-    (check_cluster, "--gpus -1", "--gpus: -1: must be a whole number"),
-    (check_cluster, "--min-bandwidth nan", "--min-bandwidth: nan: must be a number at least 0"),
+    (plan, "--bandwidth nan", "--bandwidth: nan: must be a number above 0 and at most 1e+09"),
+    (plan, "--tflops inf", "--tflops: inf: must be a number above 0"),
+    (plan, "--latency -1", "--latency: -1: must be a number at least 0"),
+    (plan, f"--gpus {10**30}", "must be a whole number between 1 and 1,000,000"),
+    (plan, "--virtual x", "--virtual: x: must be a whole number"),
+    (check, "--megabytes 0", "--megabytes: 0: must be a whole number between 1 and 1,048,576"),
+    (check, "--gpus -1", "--gpus: -1: must be a whole number"),
+    (check, "--min-bandwidth nan", "--min-bandwidth: nan: must be a number at least 0"),
     (make_demo_data, f"--out x --train {10**30}", "must be a whole number between 1 and 10,000,000"),
     (make_demo_data, "--out x --seed -1", "--seed: -1: must be a whole number"),
     (prepare_data, "none.json out", "none.json"),
@@ -85,18 +77,18 @@ CASES: list[tuple[ModuleType, str, str]] = [
         "--max-tiles: 0: must be a whole number",
     ),
     (prepare_data, "stats none --tokenizer-model none", "none"),
-    (convert_checkpoint, "import --hf none --save x", "none"),
-    (convert_checkpoint, "import --hf bomb.png --save x", "bomb.png"),
-    (convert_checkpoint, "import --hf . --save x --high-ratio nan", "--high-ratio: nan: must be a number"),
-    (convert_checkpoint, "import --hf . --save x --seed -1", "--seed: -1: must be a whole number"),
-    (convert_checkpoint, "export --load none --hf x", "none"),
-    (convert_checkpoint, "export --load bomb.png --hf x", "bomb.png"),
+    (convert, "import --hf none --save x", "none"),
+    (convert, "import --hf bomb.png --save x", "bomb.png"),
+    (convert, "import --hf . --save x --high-ratio nan", "--high-ratio: nan: must be a number"),
+    (convert, "import --hf . --save x --seed -1", "--seed: -1: must be a whole number"),
+    (convert, "export --load none --hf x", "none"),
+    (convert, "export --load bomb.png --hf x", "bomb.png"),
     (
-        convert_checkpoint,
+        convert,
         "verify --hf . --inputs . --out x --tolerance nan",
         "--tolerance: nan: must be a number",
     ),
-    (convert_checkpoint, "verify --hf none --inputs none --out x", "none"),
+    (convert, "verify --hf none --inputs none --out x", "none"),
     (evaluate, "--hf none --data none.json", "none"),
     (evaluate, "--hf . --data .", "."),
     (evaluate, "--hf . --data . --limit -1", "must be a whole number of at least 1"),
@@ -116,7 +108,7 @@ def test_refused(
     monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *command.split()])
     main: Callable[..., int] = tool.main
     try:
-        code = main() if tool is plan_pipeline else main(command.split())
+        code = main() if tool is plan else main(command.split())
     except SystemExit as ended:  # argparse
         code = int(ended.code or 0)
     shown = capsys.readouterr().err.strip().splitlines()

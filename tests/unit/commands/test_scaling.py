@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import scaling, scaling_report
+from megatron_internvlx.commands import scaling, scaling_report
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron_internvlx.commands import convert
 from tests.converting import FAMILIES, make_directory
-from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[3]
 # Runs many command lines in one process in which PyTorch cannot be imported.
 WITHOUT_TORCH = """
 import contextlib, io, json, sys
 sys.modules["torch"] = sys.modules["transformers"] = None
-from tools import convert_checkpoint, evaluate
+from megatron_internvlx.commands import convert, evaluate
 answers = []
 for tool, *arguments in json.load(sys.stdin):
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
-        code = {"convert": convert_checkpoint, "evaluate": evaluate}[tool].main(arguments)
+        code = {"convert": convert, "evaluate": evaluate}[tool].main(arguments)
     answers.append([code, err.getvalue()])
 json.dump(answers, sys.stdout)
 """
@@ -79,7 +79,7 @@ def test_paths_before_imports(tmp_path: Path) -> None:
 def test_numbers_that_make_no_sense(capsys, arguments: list[str], message: str) -> None:
     command = [*arguments, "--hf", "hf", *(["--save", "new"] if arguments[0] == "import" else [])]
     with pytest.raises(SystemExit) as stop:
-        convert_checkpoint.main(command)
+        convert.main(command)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -87,9 +87,9 @@ def test_numbers_that_make_no_sense(capsys, arguments: list[str], message: str) 
 def test_ratios_and_processes_that_make_no_sense(tmp_path: Path, capsys) -> None:
     hf = make_directory(tmp_path / "hf", FAMILIES["llama"])
     command = ["import", "--hf", str(hf), "--save", str(tmp_path / "ck"), "--expand-layer", "1"]
-    assert convert_checkpoint.main([*command, "--low-ratio", "1e-320"]) == 2
+    assert convert.main([*command, "--low-ratio", "1e-320"]) == 2
     assert "--low-ratio 1e-320 does not fit" in capsys.readouterr().err
     (tmp_path / "case").write_text("")
     command = ["verify", "--hf", str(hf), "--inputs", str(tmp_path / "case"), "--out", str(tmp_path / "o")]
-    assert convert_checkpoint.main([*command, "--nproc", "100000"]) == 2
+    assert convert.main([*command, "--nproc", "100000"]) == 2
     assert "100000 processes on one machine are too many: use at most 256" in capsys.readouterr().err

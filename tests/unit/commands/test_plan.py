@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from megatron_internvlx.commands import plan
 from tests.distributed import forget_megatron
-from tools import plan_pipeline
 
 MODEL = """
 --num-layers 8 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --normalization RMSNorm
@@ -24,7 +24,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         environment = dict(os.environ)
         monkeypatch.setattr(sys, "argv", ["plan_pipeline.py", *MODEL.split(), *options])
         try:
-            code = plan_pipeline.main()
+            code = plan.main()
         finally:
             forget_megatron()
             os.environ.clear()

@@ -1,0 +1,1 @@
+"""The commands of `ivlx`: one module each, with `parser()` and `main()`. Programs of tools/ call them too."""
