@@ -1,4 +1,4 @@
-"""Draw the pictures of the demo's data set: handwritten digits, shapes, dots, words, spots and halves.
+"""Draw the pictures of the demo's data set: handwritten digits, shapes, dots, words, a star, halves.
 
 A model of a million parameters that sees a picture for the first time should read it after minutes of training.
 Hence large forms, and ink that is darker than the paper everywhere: with one polarity a model need not learn each
@@ -7,6 +7,7 @@ form once per pair of colours.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +15,21 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# The corners of the RGB cube, pulled in a little: as far apart as eight colours can be. Every paper is brighter
-# in the sum of its channels than every ink.
-PAPERS = {"white": (245, 245, 245), "yellow": (245, 230, 40), "cyan": (40, 215, 225), "pink": (240, 60, 215)}
-INKS = {"black": (15, 15, 15), "red": (220, 30, 30), "green": (30, 190, 50), "blue": (35, 50, 220)}
+# Pale papers and dark inks: the contrast is alike for every pair, so a form is learnt once and not once per pair.
+PAPERS = {
+    "white": (245, 245, 245),
+    "yellow": (250, 240, 120),
+    "orange": (255, 185, 105),
+    "cyan": (140, 235, 240),
+    "pink": (250, 165, 225),
+}
+INKS = {
+    "black": (15, 15, 15),
+    "red": (150, 15, 20),
+    "green": (15, 95, 25),
+    "blue": (25, 30, 150),
+    "purple": (110, 20, 130),
+}
 COLOURS = PAPERS | INKS
 COLOUR_NOISE = 12  # every channel of a drawn colour is off by at most this, of 255
 
@@ -26,7 +38,7 @@ COUNTS = ("one", "two", "three", "four", "five")
 DIGITS = tuple("0123456789")
 WORDS = ("cat", "dog", "sun", "box", "key", "fly")
 PLACES = ("left", "right", "top", "bottom", "middle")
-# Centre of a spot, in parts of width and height.
+# Centre of the star, in parts of width and height.
 _PLACE_CENTRES = {
     "left": (0.2, 0.5),
     "right": (0.8, 0.5),
@@ -41,7 +53,7 @@ THINGS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "dots": COUNTS,
     "word": WORDS,
-    "spot": PLACES,
+    "star": PLACES,
     "halves": tuple(COLOURS),
 }
 HELD_OUT_DIGIT = 5  # one handwritten digit of so many is kept for the held-out pictures
@@ -79,13 +91,25 @@ def _add_colour_noise(rng: random.Random, colour: str) -> Colour:
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], fill: Colour) -> None:
     x0, y0, x1, y1 = box
-    if shape in ("circle", "ring"):
-        width = round((x1 - x0) * (0.5 if shape == "circle" else 0.2))
-        draw.ellipse(box, outline=fill, width=width)
+    middle_x, middle_y, radius = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=round(0.4 * radius))
+    elif shape == "star":
+        angles = [math.pi * n / 5 for n in range(10)]
+        reach = [radius * (0.5 if n % 2 else 1.15) for n in range(10)]
+        draw.polygon(
+            [
+                (middle_x + r * math.sin(a), middle_y - r * math.cos(a))
+                for a, r in zip(angles, reach, strict=True)
+            ],
+            fill=fill,
+        )
     elif shape == "square":
         draw.rectangle(box, fill=fill)
     elif shape == "triangle":
-        draw.polygon([(x0, y1), (x1, y1), ((x0 + x1) / 2, y0)], fill=fill)
+        draw.polygon([(x0, y1), (x1, y1), (middle_x, y0)], fill=fill)
     else:
         third_x, third_y = (x1 - x0) / 3, (y1 - y0) / 3
         draw.rectangle((x0 + third_x, y0, x1 - third_x, y1), fill=fill)
@@ -157,10 +181,9 @@ def draw_picture(
     elif thing == "dots":
         _draw_dots(rng, image, answer, fill)
     else:
-        side = min(size) * (rng.uniform(0.3, 0.36) if thing == "spot" else rng.uniform(0.65, 0.85))
-        x, y = _PLACE_CENTRES[answer] if thing == "spot" else (0.5, 0.5)
+        side = min(size) * (rng.uniform(0.3, 0.36) if thing == "star" else rng.uniform(0.65, 0.85))
+        x, y = _PLACE_CENTRES[answer] if thing == "star" else (0.5, 0.5)
         x, y = width * (x + rng.uniform(-0.03, 0.03)), height * (y + rng.uniform(-0.03, 0.03))
         box = x - side / 2, y - side / 2, x + side / 2, y + side / 2
-        shape = "circle" if thing == "spot" else answer
-        _draw_shape(ImageDraw.Draw(image), shape, box, fill)
+        _draw_shape(ImageDraw.Draw(image), "star" if thing == "star" else answer, box, fill)
     return Picture(image, {"background": paper, "colour": ink, thing: answer})

@@ -16,6 +16,8 @@ from PIL import Image
 from tools.demo_pictures import COLOURS, PAPERS, THINGS, WORDS, Picture, draw_picture
 
 TILE = 112  # pixels; the recipe's tile size
+MAX_TILES = 6  # the recipe's, without the thumbnail
+MIN_SIDE = TILE * 2 // 3  # of a picture of one tile, in pixels
 
 # The question about each thing, and its kind.
 THING_QUESTIONS = {
@@ -23,7 +25,7 @@ THING_QUESTIONS = {
     "shape": ("shape", "Which shape?"),
     "dots": ("count", "How many dots?"),
     "word": ("word", "Which word?"),
-    "spot": ("position", "Where is the spot?"),
+    "star": ("position", "Where is the star?"),
 }
 BACKGROUND_QUESTION = "Background colour?"
 COLOUR_QUESTION = "Colour of the {thing}?"
@@ -37,41 +39,43 @@ SYSTEM_TURN = {"from": "system", "value": "Answer with one word."}
 
 # The samples go through this cycle: the form, and the thing where the form has one.
 CYCLE = (
-    "digit", "panels", "word", "shape", "two_images", "digit", "dots", "panels", "word", "digit",
-    "halves", "panels", "digit", "dots", "two_images", "word", "spot", "panels", "shape", "text_only",
+    "digit", "dots", "word", "panels", "digit", "shape", "two_images", "dots", "star", "digit",
+    "word", "panels", "shape", "digit", "halves", "dots", "two_images", "word", "digit", "text_only",
 )  # fmt: skip
 
-# Grids of panels (columns, rows) with their weight, most seldom drawn larger than six tiles hold.
-GRIDS = {(2, 1): 5, (1, 2): 5, (3, 1): 2, (1, 3): 2, (2, 2): 4, (5, 1): 1, (3, 2): 1}
-PANEL_THINGS = ("digit", "shape", "dots", "word")
+# Grids of panels, columns and rows, as often as they are dealt. A panel is a tile or less; the largest grid is drawn
+# with more pixels than the tiles hold.
+GRIDS = ((2, 1),) * 6 + ((1, 2),) * 5 + ((2, 2),) * 4 + ((3, 1), (1, 3)) + ((5, 1), (3, 2))
+PANEL_THINGS = ("digit", "shape", "dots", "word", "star")
 JPEG_QUALITY = 92
 
 Round = tuple[str, str, str]
 """Kind, question, answer."""
 
 
-def deal(seed: str, number: int, answers: Sequence[str]) -> str:
-    """Answer of the `number`-th draw: the answers are shuffled and dealt like cards, again and again."""
-    pack, place = divmod(number, len(answers))
-    return random.Random(f"{seed}/{pack}").sample(answers, len(answers))[place]
+def deal[Card](seed: str, number: int, cards: Sequence[Card]) -> Card:
+    """Result of the `number`-th draw: the cards are shuffled and dealt one by one, again and again."""
+    pack, place = divmod(number, len(cards))
+    return random.Random(f"{seed}/{pack}").sample(cards, len(cards))[place]
 
 
 def _ask(thing: str, picture: Picture) -> list[Round]:
-    """Everything that is known about a picture but its background."""
+    """The question about a thing; both questions about halves."""
     if thing == "halves":
         return [
             ("half", HALF_QUESTION.format(which=half), picture.facts[half]) for half in ("upper", "lower")
         ]
     kind, question = THING_QUESTIONS[thing]
-    return [
-        (kind, question, picture.facts[thing]),
-        ("colour", COLOUR_QUESTION.format(thing=thing), picture.facts["colour"]),
-    ]
+    return [(kind, question, picture.facts[thing])]
 
 
-def _background(picture: Picture) -> list[Round]:
-    known = picture.facts.get("background")
-    return [("background", BACKGROUND_QUESTION, known)] if known else []
+def _ask_colour(rng: random.Random, thing: str, picture: Picture) -> list[Round]:
+    """A question about one of the two colours; none about halves."""
+    if thing == "halves":
+        return []
+    if rng.random() < 0.5:
+        return [("background", BACKGROUND_QUESTION, picture.facts["background"])]
+    return [("colour", COLOUR_QUESTION.format(thing=thing), picture.facts["colour"])]
 
 
 class SampleDrawer:
@@ -92,21 +96,20 @@ class SampleDrawer:
         rng = random.Random(f"{self.seed}/{index}")
         cycle, place = divmod(index, len(CYCLE))
         form = CYCLE[place]
+        number = cycle * CYCLE.count(form) + CYCLE[:place].count(form)
         stem = f"{index:06d}"
         if form == "text_only":
             words = rng.sample(WORDS, 3)
             rounds = [("text_only", TEXT_QUESTION.format(word=word), word) for word in words]
             return {"id": index, **_conversation(rounds)}
         if form == "two_images":
-            return {"id": index, **self._two_images(rng, stem)}
+            return {"id": index, **self._two_images(rng, stem, number)}
         if form == "panels":
-            image, rounds = self._panels(rng)
+            image, rounds = self._panels(rng, number)
         else:
-            number = cycle * CYCLE.count(form) + CYCLE[:place].count(form)
-            answer = deal(f"{self.seed}/{form}", number, THINGS[form])
-            size = rng.randint(TILE * 2 // 3, TILE), rng.randint(TILE * 2 // 3, TILE)
-            picture = draw_picture(rng, form, answer, size, held_out=self.held_out)
-            image, rounds = picture.image, _ask(form, picture) + _background(picture)
+            size = rng.randint(MIN_SIDE, TILE), rng.randint(MIN_SIDE, TILE)
+            picture = self._draw_thing(rng, form, size, form, number)
+            image, rounds = picture.image, _ask(form, picture) + _ask_colour(rng, form, picture)
         rng.shuffle(rounds)
         sizes = {"width": image.width, "height": image.height}
         return {
@@ -116,30 +119,36 @@ class SampleDrawer:
             **_conversation(rounds, "<image>\n"),
         }
 
-    def _draw_thing(self, rng: random.Random, thing: str, size: tuple[int, int]) -> Picture:
-        return draw_picture(rng, thing, rng.choice(THINGS[thing]), size, held_out=self.held_out)
+    def _draw_thing(
+        self, rng: random.Random, thing: str, size: tuple[int, int], form: str, number: int
+    ) -> Picture:
+        """Draw a thing for the `number`-th sample of a form; its answer is dealt."""
+        answer = deal(f"{self.seed}/{form}/{thing}", number, THINGS[thing])
+        return draw_picture(rng, thing, answer, size, held_out=self.held_out)
 
-    def _panels(self, rng: random.Random) -> tuple[Image.Image, list[Round]]:
+    def _panels(self, rng: random.Random, number: int) -> tuple[Image.Image, list[Round]]:
         """Several things side by side, each at most once, so that questions need not say where."""
-        columns, rows = rng.choices(list(GRIDS), list(GRIDS.values()))[0]
-        width, height = rng.randint(TILE - 12, TILE), rng.randint(TILE - 12, TILE)
+        columns, rows = deal(f"{self.seed}/grids", number, GRIDS)
+        most = 2 * TILE if columns * rows == MAX_TILES else TILE
+        width, height = rng.randint(most * 3 // 4, most), rng.randint(most * 3 // 4, most)
         image = Image.new("RGB", (columns * width, rows * height), COLOURS["white"])
         things = rng.sample(PANEL_THINGS, min(len(PANEL_THINGS), columns * rows))
         places = rng.sample(range(columns * rows), len(things))
         rounds: list[Round] = []
         for thing, place in zip(things, places, strict=True):
-            picture = self._draw_thing(rng, thing, (width, height))
+            picture = self._draw_thing(rng, thing, (width, height), "panels", number)
             image.paste(picture.image, (place % columns * width, place // columns * height))
             rounds += _ask(thing, picture)
+            if len(rounds) == 1:
+                rounds.append(("colour", COLOUR_QUESTION.format(thing=thing), picture.facts["colour"]))
         return image, rounds
 
-    def _two_images(self, rng: random.Random, stem: str) -> dict[str, Any]:
+    def _two_images(self, rng: random.Random, stem: str, number: int) -> dict[str, Any]:
         things = rng.sample(PANEL_THINGS, 2)
         names, widths, heights, rounds = [], [], [], []
         for letter, which, thing in zip("ab", ("first", "second"), things, strict=True):
-            picture = self._draw_thing(
-                rng, thing, (rng.randint(TILE * 2 // 3, TILE), rng.randint(TILE * 2 // 3, TILE))
-            )
+            size = rng.randint(MIN_SIDE, TILE), rng.randint(MIN_SIDE, TILE)
+            picture = self._draw_thing(rng, thing, size, f"two_images/{which}", number)
             names.append(self._save(rng, picture.image, stem + letter))
             widths.append(picture.image.width)
             heights.append(picture.image.height)
