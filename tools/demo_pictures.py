@@ -150,7 +150,8 @@ def _draw_dots(rng: random.Random, image: Image.Image, count: str, fill: Colour)
     """Dots on a grid of three by three places, no two on the same one."""
     width, height = image.size
     draw = ImageDraw.Draw(image)
-    radius = 0.125 * min(width, height)
+    # So that tiles, which stretch pictures to squares, hold the same amount of ink per dot.
+    radius = 0.125 * (width * height) ** 0.5
     for slot in rng.sample(range(9), COUNTS.index(count) + 1):
         x = width * (0.19 + 0.31 * (slot % 3) + rng.uniform(-0.02, 0.02))
         y = height * (0.19 + 0.31 * (slot // 3) + rng.uniform(-0.02, 0.02))
@@ -168,8 +169,8 @@ def draw_picture(
     if thing == "halves":
         lower = rng.choice([colour for colour in COLOURS if colour != answer])
         image = Image.new("RGB", size, _add_colour_noise(rng, answer))
-        box = 0, round(height * rng.uniform(0.47, 0.53)), width, height
-        ImageDraw.Draw(image).rectangle(box, fill=_add_colour_noise(rng, lower))
+        below = 0, round(height * rng.uniform(0.47, 0.53)), width, height
+        ImageDraw.Draw(image).rectangle(below, fill=_add_colour_noise(rng, lower))
         return Picture(image, {"upper": answer, "lower": lower})
     paper, ink = rng.choice(list(PAPERS)), rng.choice(list(INKS))
     image = Image.new("RGB", size, _add_colour_noise(rng, paper))

@@ -37,10 +37,11 @@ TEXT_QUESTION = "Say the word {word}."
 # would double the cost of a step on a CPU.
 SYSTEM_TURN = {"from": "system", "value": "Answer with one word."}
 
-# The samples go through this cycle: the form, and the thing where the form has one.
+# The samples go through this cycle: a thing in a picture of its own, or another form. What is learnt late, such as
+# counts and what belongs to which image, is asked more often than what is learnt early, such as words.
 CYCLE = (
-    "digit", "dots", "word", "panels", "digit", "shape", "two_images", "dots", "star", "digit",
-    "word", "panels", "shape", "digit", "halves", "dots", "two_images", "word", "digit", "text_only",
+    "digit", "dots", "two_images", "panels", "digit", "shape", "halves", "dots", "star", "two_images",
+    "word", "panels", "digit", "dots", "halves", "two_images", "shape", "digit", "dots", "text_only",
 )  # fmt: skip
 
 # Grids of panels, columns and rows, as often as they are dealt. A panel is a tile or less; the largest grid is drawn
