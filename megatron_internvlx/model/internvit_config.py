@@ -178,8 +178,8 @@ _DEMO = InternViTConfig(
     num_layers=3,
     num_heads=4,
     ffn_hidden_size=384,
-    image_size=224,
-    patch_size=28,
+    image_size=112,
+    patch_size=14,
     initializer_range=0.06,
 )
 

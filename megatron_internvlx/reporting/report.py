@@ -62,17 +62,19 @@ class Report:
         if not (self.writes and self.path and losses):
             return False  # an evaluation before the first log interval has ended, for instance
         # matplotlib takes a second to import and is needed on one rank only.
-        from megatron_internvlx.reporting.picture import choose_examples, write_report
+        from megatron_internvlx.reporting.picture import choose_examples, kind_accuracies, write_report
 
         caption = f"loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}"
         if self.accuracy is not None:
             caption += f", held-out answers right {self.accuracy:.1%}"
+        answers = self.book.predictions() if self.book else []
         try:
             write_report(
                 self.path,
                 losses=losses,
                 accuracies=self.curve.accuracies,
-                examples=choose_examples(self.book.predictions()) if self.book else [],
+                kinds=kind_accuracies(answers),
+                examples=choose_examples(answers),
                 title=f"InternVL-X: {losses[-1][0]} steps" + (f", {self.left} left" if self.left else ""),
                 caption=caption,
             )

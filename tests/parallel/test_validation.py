@@ -93,7 +93,7 @@ def test_no_held_out_record_ends_a_run_with_static_boundaries(pool: Pool, demo: 
     shutil.copytree(demo, data)
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
     image = next(row["image"] for row in rows if isinstance(row.get("image"), str))
-    question, right = {"from": "human", "value": "what shape is it ?"}, {"from": "gpt", "value": "red"}
+    question, right = {"from": "human", "value": "Which shape?"}, {"from": "gpt", "value": "red"}
     long = {"from": "human", "value": "red " * 400}
     hostile = [
         {"image": image, "conversations": [question, right, long, right]},  # its second round is cut

@@ -10,6 +10,7 @@ from PIL import Image
 from megatron_internvlx.data.conversation import TEMPLATES, encode
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
+from tools import demo_pictures, demo_questions
 from tools import make_demo_data as demo
 
 TRAIN, VAL = 240, 60
@@ -37,6 +38,22 @@ def images(record):
 
 def answers(rows):
     return [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
+
+
+KINDS = {
+    *(
+        "digit",
+        "shape",
+        "count",
+        "word",
+        "position",
+        "half",
+        "background",
+        "colour",
+        "two_images",
+        "text_only",
+    ),
+}
 
 
 def contents(root):
@@ -78,7 +95,7 @@ def test_records_are_internvl_chats(made, split):
             with Image.open(made / entry["root"] / name) as image:
                 image.load()
                 assert image.size == (width, height)
-                assert 40 <= width <= 1000 and 40 <= height <= 600
+                assert demo_questions.MIN_SIDE <= width <= 672 and demo_questions.MIN_SIDE <= height <= 448
                 assert image.format == {".png": "PNG", ".jpg": "JPEG"}[Path(name).suffix]
 
 
@@ -87,37 +104,79 @@ def test_the_package_reads_it(made):
     assert len(manifest) == TRAIN
 
 
-def test_every_form_and_kind_occurs(made):
-    rows = records(made, "train")
-    forms = {row["kind"] for row in rows}
-    assert forms >= {*demo.KIND_WEIGHTS, "two_rounds", "two_images", "text_only"}
-    assert {kind for row in rows for kind in row["kinds"]} == {*demo.KIND_WEIGHTS, "two_images", "text_only"}
-    assert {Path(name).suffix for row in rows for name in images(row)} == {".png", ".jpg"}
+def rounds(rows, kind):
+    """(question, answer) of a kind."""
+    for row in rows:
+        turns = [turn["value"] for turn in row["conversations"][1:]]
+        for name, question, answer in zip(row["kinds"], turns[::2], turns[1::2], strict=True):
+            if name == kind:
+                yield question.split("\n")[-1], answer
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_no_answer_is_common(made, split):
-    given = answers(records(made, split))
-    assert set(given) <= set(demo.answer_words())
-    assert Counter(given).most_common(1)[0][1] / len(given) < 0.3
+def test_every_kind_occurs_and_none_has_a_common_answer(made, split):
+    rows = records(made, split)
+    assert {kind for row in rows for kind in row["kinds"]} == KINDS
+    assert {Path(name).suffix for row in rows for name in images(row)} == {".png", ".jpg"}
+    assert set(answers(rows)) <= set(demo_questions.answer_words())
 
 
-@pytest.mark.parametrize(("tile_size", "wanted"), [(224, {1, 2, 3, 4, 5, 6}), (448, {1, 2, 3, 4, 6})])
-def test_every_tile_count_occurs(made, tile_size, wanted):
-    for split in ("train", "val"):
-        sizes = [(row["width"], row["height"]) for row in records(made, split) if "width" in row]
-        grids = [tile_grid(*size, tile_size=tile_size, max_tiles=6) for size in sizes]
-        assert {cols * rows for cols, rows in grids} == wanted
+def test_no_kind_of_the_whole_set_has_a_common_answer(tmp_path):
+    """The held-out records of `make demo`: guessing gets less than 30 % of any kind, and every kind is asked often."""
+    drawer = demo_questions.SampleDrawer(0, "val", tmp_path)
+    rows = [drawer.draw(index) for index in range(demo.parse_args(["--out", "x"]).val)]
+    for kind in KINDS:
+        given = [answer for _, answer in rounds(rows, kind)]
+        assert len(given) >= 20, kind
+        assert Counter(given).most_common(1)[0][1] / len(given) < 0.3, kind
 
 
-def test_mean_tiles_stays_small():
-    # Drawn from the knobs, not from the pictures: the small set over-represents the large classes.
-    import random
+def test_questions_are_answered_by_the_picture(made):
+    """Each sample of one tile asks about its thing and a colour; pictures of panels about every panel."""
+    rows = records(made, "train")
+    for row in rows:
+        asked = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
+        assert len(set(asked)) == len(asked)
+        if len(images(row)) == 1 and "half" not in row["kinds"]:
+            panels = 1 if row["width"] <= 112 >= row["height"] else 2
+            assert len(asked) > panels
+    assert {question for question, _ in rounds(rows, "half")} == {
+        "Colour of the upper half?",
+        "Colour of the lower half?",
+    }
 
-    rng = random.Random(0)
-    sizes = [demo._pick_size(rng, 1000) for _ in range(4000)]
-    counts = [tile_count(*tile_grid(*size, tile_size=224, max_tiles=6), thumbnail=True) for size in sizes]
-    assert 1.8 < sum(counts) / len(counts) < 2.5
+
+def test_held_out_digits_are_in_no_training_picture():
+    for digit in demo_pictures.DIGITS:
+        train, val = (set(demo_pictures.handwritten_digits(digit, held_out=out)) for out in (False, True))
+        assert not train & val
+        assert 100 < len(train) < 160 and 20 < len(val) < 60
+
+
+def test_answers_are_dealt_like_cards():
+    dealt = [demo_questions.deal("s", number, "abcde") for number in range(20)]
+    assert [sorted(dealt[i : i + 5]) for i in range(0, 20, 5)] == [list("abcde")] * 4
+    assert dealt[:5] != dealt[5:10] or dealt[5:10] != dealt[10:15]
+
+
+def test_every_tile_count_occurs(made):
+    """At most six tiles, at the tile size of the recipe; by the rule `area` blurred pictures get fewer."""
+    sizes = [(row["width"], row["height"]) for row in records(made, "train") if "width" in row]
+    counts = {
+        rule: [
+            cols * rows
+            for cols, rows in (tile_grid(*s, tile_size=112, max_tiles=6, policy=rule) for s in sizes)
+        ]
+        for rule in ("edge", "area")
+    }
+    assert set(counts["edge"]) == {1, 2, 3, 4, 5, 6}
+    assert sum(counts["area"]) < sum(counts["edge"])
+
+
+def test_mean_tiles_stays_small(made):
+    sizes = [(row["width"], row["height"]) for row in records(made, "train") if "width" in row]
+    counts = [tile_count(*tile_grid(*size, tile_size=112, max_tiles=6), thumbnail=True) for size in sizes]
+    assert 1.2 < sum(counts) / len(counts) < 2
 
 
 def test_tokenizer(made):
@@ -129,7 +188,7 @@ def test_tokenizer(made):
     assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
     for token in demo.SPECIAL_TOKENS:
         assert len(tokenizer(token).input_ids) == 1
-    for word in demo.answer_words():
+    for word in demo_questions.answer_words():
         assert len(tokenizer(word).input_ids) == 1, word
     text = "<|im_start|>user\nAny text, ünïcode 也 too.<|im_end|>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -150,7 +209,7 @@ def test_every_template_encodes_it(made, template):
         )
         supervised = encoded.labels[encoded.labels != -100]
         assert len(supervised) == 2 * len(row["kinds"])  # the answer and its end token
-        assert len(encoded.input_ids) < 80
+        assert len(encoded.input_ids) < 130
 
 
 def test_complete_directory_is_kept(made, capsys):
