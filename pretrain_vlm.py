@@ -14,6 +14,7 @@ from megatron_internvlx.lifecycle import signals
 from megatron_internvlx.lifecycle.complaint import complain
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.paths import check_command_line
+from megatron_internvlx.reporting.phases import START
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
         check_command_line(sys.argv[1:])
     except ValueError as error:
         return complain(error)
-    signals.report_phase("importing PyTorch and Megatron")
+    START.start("imports")
     return train()
 
 
@@ -63,10 +64,10 @@ def train() -> int:
     from megatron_internvlx.training.step import ForwardStep
     from megatron_internvlx.training.validation import settle_validation
 
+    START.enter("arguments")
     try:
         args = arguments.parse(made_with=layout_to_keep)
-        setup = setup_from(args)
-        if setup.settings.dry_run:
+        if (setup := setup_from(args)).settings.dry_run:
             return dryrun.run(args)
         held_out = settle_validation(args)
         check_paths(args)
@@ -76,23 +77,22 @@ def train() -> int:
         data = DataProvider(args, held_out)
     except ValueError as error:
         return complain(error)
-    stop, trackers = signals.StopSignals(), Trackers(args)
-    step = ForwardStep()
-    log = TrainingLog(args, data, step, trackers)
+    stop, trackers, step = signals.StopSignals(), Trackers(args), ForwardStep()
+    log = TrainingLog(args, data, step, trackers, START)
     outcome = Outcome(setup, stop, trackers.close, lock)
-    saves = GuardedSaves(setup, outcome.failed, saved=log.report.save_curve).install()
+    saves = GuardedSaves(setup, outcome.failed, saved=log.saved).install()
     watch(Progress(args), setup, stop, step, saves, outcome.failed)
     if settings_from(args, Execution).cuda_graph_impl != "none":
         record_steps()
     communicator = boundary_communicator(data)
-    provider = ModelProvider(args, communicator, step.weights)
+    START.enter("groups")
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
             data,
             ModelType.encoder_or_decoder,
             step,
-            Continuation(args, setup, stop, lock).precede(provider),
+            Continuation(args, setup, stop, lock).precede(ModelProvider(args, communicator, step.weights)),
             p2p_communicator=communicator,
             pg_collection=MegatronGroups(),
         )

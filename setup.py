@@ -3,6 +3,20 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+PACKAGE = "megatron_internvlx"
+
+
+class BuildWithConstraints(build_py):
+    """Copies the versions of the tests into a wheel: `ivlx doctor` compares with them."""
+
+    def run(self) -> None:
+        """Build the package, then copy."""
+        super().run()
+        if not self.editable_mode:  # which reads the checkout's own
+            self.copy_file("constraints.txt", str(Path(self.build_lib, PACKAGE, "constraints.txt")))
+
 
 REQUIRED = [
     "torch>=2.13",
@@ -18,11 +32,15 @@ REQUIRED = [
     "tensorboard",
     "numpy",
     "pillow",
+    "pyarrow",  # Parquet files; MLflow brings it too
     "matplotlib",
     "einops",
     "omegaconf",
+    "packaging",
     "pyyaml",
     "psutil",  # Megatron's checkpoint writer
+    "starlette",  # the page of ivlx chat; mlflow needs both too
+    "uvicorn",
     "tqdm",
 ]
 
@@ -35,6 +53,7 @@ EXTRAS = {
         "hypothesis",
         "ruff",
         "mypy",
+        "playwright",  # drives an installed Chromium; it brings no browser
         "pre-commit",
         "scikit-image",
         "scikit-learn",
@@ -57,8 +76,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12,<3.13",
     py_modules=["pretrain_vlm"],
-    packages=find_packages(include=["megatron_internvlx", "megatron_internvlx.*"]),
+    packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
+    entry_points={"console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"]},
+    cmdclass={"build_py": BuildWithConstraints},
     include_package_data=True,
+    package_data={"megatron_internvlx.chat": ["page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from megatron_internvlx import platform
-from megatron_internvlx.data.dali_pipeline import ENGINE_SHARE, TilePipeline, Wanted
-from megatron_internvlx.data.encoded import EncodedImage
+from megatron_internvlx.data.dali_pipeline import ENGINE_SHARE, TilePipeline
+from megatron_internvlx.data.encoded import EncodedImage, Wanted
 from megatron_internvlx.data.rvtc import tile_grid
 
 TILE, MAX_TILES, BATCH, SETTLE = 448, 12, 48, 3

@@ -71,7 +71,8 @@ def main() -> None:
         else:
             cells += [f"{(counts[rule] == number).mean():.0%}" for number in (1, 13)]
         rows.append([rule, *cells])
-    lines = [__doc__.split("\n\n")[2].replace("\n", " "), "", *table(rows)]
+    about_images, about_steps = __doc__.split("\n\n")[2].replace("\n", " ").split(" Step time ")
+    lines = [about_images + (f" Step time {about_steps}" if seconds else ""), "", *table(rows)]
     if seconds:
         timed = ", ".join(f"{rule} {counts[rule][:TIMED].mean():.2f}" for rule in RULES)
         lines += ["", f"Tiles of the timed images: {timed} per image."]

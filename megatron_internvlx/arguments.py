@@ -25,14 +25,16 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
+    VisionSettings,
     check_decoding,
     check_packing,
     check_projector,
     check_static_budgets,
     settings_from,
 )
+from megatron_internvlx.data.epochs import epoch_steps
 from megatron_internvlx.data.rvtc import NAMES_VERSION
-from megatron_internvlx.megatron_settings import Batches, ParallelSizes, Rotary, Schedule
+from megatron_internvlx.megatron_settings import Batches, Execution, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
@@ -135,6 +137,7 @@ def tokenizer_size(directory: str) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Check all arguments and their combinations before anything is built. Raises ValueError."""
     check_numbers(args)
+    _settle_epochs(args)
     check_required(args)
     check_schedule(settings_from(args, Schedule))
     sizes, parallel = model_sizes(args), settings_from(args, ParallelSizes)
@@ -147,6 +150,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_world(parallel, batches, sizes, dry_run=settings_from(args, RunSettings).dry_run)
     _check_unsupported(args)
     _check_positions(settings_from(args, Rotary), batches.seq_length)
+    _check_overlap(settings_from(args, Execution), sizes)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
     precision = settings_from(args, Precision)
     check_precision(
@@ -159,6 +163,26 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_static(sizes, train, data, batches, alignment=precision.row_alignment)
     _check_training(args, train, data, precision)
     _check_graph(args, sizes, train, precision, batches, parallel)
+
+
+def _settle_epochs(args: argparse.Namespace) -> None:
+    """Set the number of steps from --epochs. Raises ValueError."""
+    data, batches = settings_from(args, DataSettings), settings_from(args, Batches)
+    if data.epochs is None:
+        return
+    if batches.train_iters or settings_from(args, Schedule).train_samples:
+        raise ValueError(
+            "--epochs, --train-iters and --train-samples: set only one of them; --without drops a recipe's"
+        )
+    if data.packing:
+        raise ValueError(
+            "--epochs and --packing: a step takes packs, and how many an epoch fills is known after packing only; give "
+            "--train-iters, from the packs that prepare_data's stats estimates"
+        )
+    if not batches.global_batch_size or batches.rampup_batch_size:
+        raise ValueError("--epochs needs --global-batch-size, without --rampup-batch-size")
+    # A dry run needs no data: what it prints does not depend on the number of steps.
+    args.train_iters = epoch_steps(data, batches.global_batch_size) if data.data else 1
 
 
 def _check_world(parallel: ParallelSizes, batches: Batches, sizes: ModelSizes, *, dry_run: bool) -> None:
@@ -221,6 +245,15 @@ def _check_unsupported(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{', '.join(asked)}: not supported with InternVL-X, because the sequence length changes inside "
             "the decoder; remove these flags"
+        )
+
+
+def _check_overlap(execution: Execution, sizes: ModelSizes) -> None:
+    """Check that products and their communication can overlap. Raises ValueError."""
+    if execution.tp_comm_overlap and sizes.lvtc:
+        raise ValueError(
+            "--tp-comm-overlap: its buffers are made for one number of rows, --seq-length, and layers before "
+            "--expand-layer have fewer; remove it"
         )
 
 
@@ -288,8 +321,9 @@ def _check_graph(
         ),
         "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
         # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
-        "a trained vision encoder (the first replay ended with an illegal memory access; add --freeze-vision)": (
-            not train.freeze_vision
+        "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
+        "access; add --vision-attention torch or --freeze-vision)": (
+            not train.freeze_vision and settings_from(args, VisionSettings).vision_attention != "torch"
         ),
     }
     if asked := [what for what, on in refused.items() if on]:

@@ -33,6 +33,8 @@ class VisionSettings:
     """Largest drop-path rate of the vision encoder; it rises linearly over the layers. 0: off."""
     vision_recompute: bool = False
     """Recompute every vision layer in the backward pass instead of keeping its activations."""
+    vision_attention: Literal["megatron", "torch"] = "megatron"
+    """Vision encoder's attention: --transformer-impl's, or torch's, which a CUDA graph can train."""
     select_layer: int | None = None
     """Index of the hidden state that feeds the projectors; -1: the last one. Unset: the preset's."""
     vision_overrides: str | None = None
@@ -110,6 +112,8 @@ class DataSettings:
     """Training data: InternVL's meta.json, or with --loader energon the output of tools/prepare_data.py."""
     loader: Literal["simple", "energon"] = "simple"
     """simple: reads meta.json, by global position. energon: reads a prepared directory, blends, packs."""
+    epochs: float | None = None
+    """Length of the training in epochs of --data; not with --packing. Unset: --train-iters."""
     packing: bool = False
     """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
     pack_buffer: int = 1000
@@ -171,6 +175,8 @@ class RunSettings:
     """Number of GPUs assumed by a dry run; recipes set their own. Unset: WORLD_SIZE."""
     dry_run_json: str | None = None
     """JSON file for the results of a dry run. Unset: not written."""
+    dry_run_pictures: int | None = None
+    """Number of training pictures for whose epoch a dry run computes the time. Unset: not printed."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU in GiB; a dry run fails if more is needed. Unset: not checked."""
     auto_resume: bool = False

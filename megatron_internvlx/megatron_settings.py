@@ -78,6 +78,8 @@ class CheckpointFiles:
     """Iteration to load; None for the newest."""
     finetune: bool
     """Take the weights of `load` and begin at iteration 0."""
+    save_interval: int | None = None
+    """Steps between two checkpoints."""
 
     @property
     def save_folder(self) -> Path | None:
@@ -104,6 +106,15 @@ class Execution:
     """Format of FP8 matrix products; None without them."""
     cuda_graph_impl: str
     """Part of a step that is replayed as a CUDA graph, or `none`."""
+    tp_comm_overlap: bool = False
+    """Tensor-parallel communication runs in pieces beside the matrix products."""
+    distributed_backend: str = "nccl"
+    """Library of collectives: `nccl` on GPUs, `gloo` on CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is for GPUs, wherever its arguments are checked."""
+        return self.distributed_backend == "nccl"
 
 
 class Progress:

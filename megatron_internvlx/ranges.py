@@ -64,6 +64,7 @@ RANGES = _table(
     ("max_reject_rate", Range(*_RATE, "a share of the samples, 1: no limit")),
     # Dry runs, resuming and fault handling
     ("dry_run_world_size", Range(1, 10_000_000, "GPUs")),
+    ("dry_run_pictures", Range(1, 2**53, "pictures of an epoch")),
     ("gpu_memory_gib", Range(0, 1e6, "GiB of one GPU", "low")),
     ("max_tries", Range(1, _LARGE, "starts without a newer checkpoint")),
     ("stall_minutes", Range(0, 1e6, "minutes for one step, 0: not watched")),
@@ -110,6 +111,7 @@ RANGES = _table(
     # Batches and steps
     ("micro_batch_size global_batch_size", Range(1, _LARGE, "samples (packs, with --packing)")),
     ("eval_micro_batch_size eval_global_batch_size", Range(1, _LARGE, "samples of the held-out data")),
+    ("epochs", Range(0, 1e6, "passes over the data", "low")),
     ("train_iters", Range(1, _LARGE, "steps")),
     ("train_samples", Range(1, 2**53, "samples")),
     ("eval_iters", Range(0, _LARGE, "global batches of the held-out data")),
@@ -237,7 +239,7 @@ def check_required(args: argparse.Namespace) -> None:
         "num_attention_heads": "or a --model-preset",
         "seq_length": "tokens of a sample or a pack",
         "lr": "the peak of the learning rate",
-        "train_iters": "or --train-samples",
+        "train_iters": "or --train-samples, or --epochs",
     }
     if args.train_samples:
         del wanted["train_iters"]

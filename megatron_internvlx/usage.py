@@ -10,7 +10,7 @@ import ast
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.ranks import is_first_rank
@@ -39,7 +39,11 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
             "INT",
             "Samples (packs) of a step. Unset: one micro-batch per data-parallel rank.",
         ),
-        ("train_iters", "INT", "Steps; or --train-samples. A larger number continues a finished run."),
+        (
+            "train_iters",
+            "INT",
+            "Steps; or --epochs, or --train-samples. A larger number continues a finished run.",
+        ),
         ("lr", "FLOAT", "Peak of the learning rate."),
         ("min_lr", "FLOAT", "Learning rate at the end of the decay."),
         ("lr_decay_style", "NAME", "constant, linear, cosine, inverse-square-root or WSD."),
@@ -55,7 +59,7 @@ MEGATRON: dict[str, tuple[tuple[str, str, str], ...]] = {
         (
             "pipeline_model_parallel_layout",
             "TEXT",
-            "Layers of each stage; tools/plan_pipeline.py writes one.",
+            "Layers of each stage; ivlx plan writes one.",
         ),
         ("expert_model_parallel_size", "INT", "EP: ranks that share the experts."),
         ("sequence_parallel", "", "Split the rows between layers over the TP ranks."),
@@ -145,19 +149,35 @@ def _flag_line(name: str, value: str, text: str, default: Any) -> str:
     return f"{flag.ljust(FLAG_WIDTH)}  {text}{shown}"
 
 
+class Row(NamedTuple):
+    """A commonly set argument."""
+
+    name: str
+    value: str
+    """Placeholder of its value; "" for a switch."""
+    text: str
+    default: Any
+
+
+def groups() -> Iterator[tuple[str, list[Row]]]:
+    """(title, rows) of the arguments that the short help shows, in its order."""
+    for title, lines in MEGATRON.items():
+        yield title, [Row(name, value, text, DEFAULTS.get(name)) for name, value, text in lines]
+    for settings in SETTINGS:
+        kinds, texts = get_type_hints(settings), field_docstrings(settings)
+        rows = [
+            Row(field.name, _value_name(kinds[field.name]), texts.get(field.name, ""), field.default)
+            for field in fields(settings)
+        ]
+        yield _TITLES.get(settings.__name__, settings.__name__), rows
+
+
 def help_lines() -> Iterator[str]:
     """Lines of the short help."""
     yield from HEAD.splitlines()
-    for title, rows in MEGATRON.items():
+    for title, rows in groups():
         yield f"\n{title}"
-        yield from (_flag_line(name, value, text, DEFAULTS.get(name)) for name, value, text in rows)
-    for settings in SETTINGS:
-        yield f"\n{_TITLES.get(settings.__name__, settings.__name__)}"
-        kinds, texts = get_type_hints(settings), field_docstrings(settings)
-        for field in fields(settings):
-            yield _flag_line(
-                field.name, _value_name(kinds[field.name]), texts.get(field.name, ""), field.default
-            )
+        yield from (_flag_line(*row) for row in rows)
     yield "\nRecipes"
     yield _flag_line("recipe", "FILE", "Flat YAML file of arguments; the command line overrides it.", None)
     yield _flag_line("without", "NAME ...", "Ignore these settings of the recipe, such as packing.", None)

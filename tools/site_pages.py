@@ -31,11 +31,11 @@ DOCUMENTS = {
     "Measurements": ["benchmarks/results/*.md"],
     "Project": ["CONTRIBUTING.md", "RELEASING.md", "CHANGELOG.md"],
 }
-ASSETS = ["benchmarks/results/*.png", "docs/*.png", "CITATION.cff", "LICENSE"]
+ASSETS = ["benchmarks/results/*.png", "docs/*.png", "docs/assets/*.png", "CITATION.cff", "LICENSE"]
 # Rooms in the order of CONTRIBUTING's tour; the files beside them make a page of their own.
 ROOMS = [
     "platform", "data", "parallel", "model", "planning", "training", "reporting", "lifecycle", "checkpoint",
-    "evaluation", "commands", "hf",
+    "evaluation", "chat", "commands", "hf",
 ]  # fmt: skip
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~)")

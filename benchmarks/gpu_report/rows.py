@@ -25,7 +25,9 @@ WIDE_PACKS = [[(16, 1800), (0, 2200)], [(9, 2100), (7, 1900)]]
 CURVE_STEPS, GRAPH_STEPS = 100, 50
 GRAPH = ("--cuda-graph-impl", "full_iteration")
 FROZEN = ("--freeze-vision",)
-"""With a trained vision encoder the graph is refused for now (docs/performance.md), and its rows say so."""
+TORCH_ATTENTION = ("--vision-attention", "torch")
+"""What a graph needs to hold a trained vision encoder (docs/performance.md); rows without a graph or `-torch` have
+Transformer Engine's attention."""
 DETERMINISTIC = {
     "NCCL_ALGO": "Ring",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
@@ -145,12 +147,16 @@ def step_rows() -> list[Row]:
     rows = []
     for name, priority, seconds, size, precision, lvtc, graph in STEPS:
         argv = model_arguments(*SHAPES[size], precision, lvtc)
-        rows.append(Row(name, "step", priority, seconds, (*argv, *(GRAPH if graph else ()))))
+        rows.append(
+            Row(name, "step", priority, seconds, (*argv, *((*GRAPH, *TORCH_ATTENTION) if graph else ())))
+        )
+    argv = model_arguments(*SHAPES["2b"], "bf16", True)
+    rows.append(Row("2b-bf16-eager-torch", "step", 5, 45, (*argv, *TORCH_ATTENTION)))
     frozen = (*model_arguments(*SHAPES["2b"], "bf16", True), *FROZEN)
     rows.append(Row("2b-bf16-graph-frozen", "step", 1, 40, (*frozen, *GRAPH)))
     rows.append(Row("2b-bf16-eager-frozen", "step", 2, 40, frozen))
     argv = model_arguments(*SHAPES["8b"], "fp8_tensorwise", True, packs=2, scale=2)
-    argv += ["--fp8-parts", "decoder", "vision", "projectors", *GRAPH]
+    argv += ["--fp8-parts", "decoder", "vision", "projectors", *GRAPH, *TORCH_ATTENTION]
     rows.append(Row("8b-fp8_everywhere-graph", "step", 9, 32, tuple(argv), WIDE_PACKS))
     return rows
 
@@ -176,7 +182,7 @@ def plain_rows() -> list[Row]:
     plain = {"model": "internvl", "size": PLAIN_SIZE}
     return [
         Row("plain-loop", "plain", 3, 45, settings=plain),
-        Row("plain-ours-graph", "step", 3, 32, (*argv, *GRAPH)),
+        Row("plain-ours-graph", "step", 3, 32, (*argv, *GRAPH, *TORCH_ATTENTION)),
         Row("plain-ours-eager", "step", 8, 35, tuple(argv)),
     ]
 

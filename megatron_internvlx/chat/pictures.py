@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from megatron_internvlx.data.decode_pil import image_size, read_header
+from megatron_internvlx.data.decode_pil import MAX_PIXELS, image_size, read_header
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.evaluation.generation import Cut
 from megatron_internvlx.hf.processing_internvlx import upright
@@ -38,6 +39,8 @@ class Picture:
     height: int
     path: Path | None = None
     """Absolute path; None for an upload."""
+    digest: str = ""
+    """Short name of the content."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -91,7 +94,8 @@ def check_picture(name: str, data: bytes, path: Path | None = None) -> Picture:
             image.convert("RGB")
     except BadSample as bad:
         raise ChatError(f"{name}: {_reason(bad)}") from bad
-    return Picture(Path(name).name or name, data, width, height, path)
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return Picture(Path(name).name or name, data, width, height, path, digest)
 
 
 def _too_large(name: str, size: int) -> str:
@@ -100,7 +104,7 @@ def _too_large(name: str, size: int) -> str:
 
 def _reason(bad: BadSample) -> str:
     if bad.cause == "bomb":
-        return bad.detail
+        return f"too large to decode: more than {MAX_PIXELS:,} pixels; save it smaller"
     if bad.cause == "truncated_image":
         return "the picture is cut off"
     unknown = "cannot identify" in bad.detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -11,7 +12,15 @@ from typing import Any
 from megatron_internvlx.chat.session import Chat
 from megatron_internvlx.evaluation.generation import Sampling
 
-LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def serve(chat: Chat, sampling: Sampling, host: str, port: int, system: str | None = None) -> None:
@@ -30,7 +39,7 @@ def serve(chat: Chat, sampling: Sampling, host: str, port: int, system: str | No
     port = listening.getsockname()[1]
     print("\n".join([*chat.about.lines(), *address_lines(host, port)]), flush=True)
     try:
-        make_server(chat, sampling, system, local=host in LOCAL).run([listening])
+        make_server(chat, sampling, system, local=is_local(host)).run([listening])
     except KeyboardInterrupt:  # raised again by uvicorn after an orderly end
         pass
     finally:
@@ -52,7 +61,7 @@ def make_server(chat: Chat, sampling: Sampling, system: str | None = None, *, lo
         from megatron_internvlx.chat.web import make_app
     except ImportError as error:
         raise ValueError(f"--web needs {error.name}: pip install starlette uvicorn") from error
-    app = make_app(chat, sampling, system, LOCAL[:3] if local else ("*",))
+    app = make_app(chat, sampling, system, LOCAL_NAMES if local else frozenset())
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on", ws="none"
     )
@@ -79,13 +88,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_lines(host: str, port: int) -> list[str]:
-    """Where the page is, and how to reach it from another machine."""
+    """Lines with the address of the page, and with the way to it from another machine."""
     shown = f"[{host}]" if ":" in host else host
     lines = [f"the page: http://{shown}:{port}   (Ctrl-C ends)"]
     name = socket.gethostname()
-    if host not in LOCAL:
+    if not is_local(host):
         lines[0] = f"the page: http://{name}:{port}   (Ctrl-C ends)"
         lines.append("everybody who reaches this machine can use it; there is no password")
     elif "SSH_CONNECTION" in os.environ or not sys.stdout.isatty() or "SLURM_JOB_ID" in os.environ:
-        lines.append(f"from another machine: ssh -L {port}:127.0.0.1:{port} {name}   then open the same address")
+        lines.append(
+            f"from another machine: ssh -L {port}:127.0.0.1:{port} {name}   then open the same address"
+        )
     return lines

@@ -22,6 +22,8 @@ from megatron_internvlx.evaluation.generation import (
 )
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
 
+_SHORTER = "start a new conversation, take a question back, or cut pictures into fewer tiles (--max-tiles)"
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -103,6 +105,17 @@ class About:
     seconds: float
     """Time to load the model, with the conversion of a checkpoint."""
 
+    def short(self) -> str:
+        """Facts in one short line, for the page."""
+        tokens = f"{self.deep_per_tile}"
+        if self.expand_layer:
+            tokens = f"{self.shallow_per_tile} → {tokens}"
+        tiles = f"at most {self.max_tiles} tiles" if self.max_tiles > 1 else "one tile per picture"
+        return (
+            f"{count_words(self.parameters)} parameters · {tokens} visual tokens per tile · {tiles} · "
+            f"{self.dtype} on {self.device}"
+        )
+
     def lines(self) -> list[str]:
         """Facts in words, for the start of a chat."""
         tokens = f"{self.deep_per_tile} visual tokens per tile"
@@ -181,7 +194,8 @@ class Chat:
         prompt = answer_prompt(self.about.template, conversation.messages(turn))
         inputs = self.generator.encode([prompt], [[picture.open() for picture in conversation.pictures()]])
         prompt_tokens = inputs["input_ids"].shape[1]
-        room = self._room(prompt_tokens, sum(cut.tiles for cut in cuts))
+        tiles = sum(cut.tiles for cut in cuts)
+        room = self._room(prompt_tokens, tiles)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         times: list[float] = []
 
@@ -194,12 +208,16 @@ class Chat:
             times.append(time.perf_counter())
             stream.add(token)
 
-        new = self.generator.generate(inputs, sampling, on_token=on_token, stop=stop)
+        try:
+            new = self.generator.generate(inputs, sampling, on_token=on_token, stop=stop)
+        except torch.OutOfMemoryError as error:
+            raise ChatError(
+                f"no memory left on {self.about.device} for {prompt_tokens:,} tokens and {tiles} tiles; {_SHORTER}"
+            ) from error
         # A mark in the answer would count as a picture when the conversation continues.
         turn.answer = self.generator.texts(new)[0].replace(IMAGE, "")
         conversation.turns.append(turn)
         conversation.waiting.clear()
-        tiles = sum(cut.tiles for cut in cuts)
         figures = Figures(
             tiles,
             tiles * self.about.shallow_per_tile,
@@ -217,12 +235,9 @@ class Chat:
         room = self.about.max_tokens - prompt_tokens
         if room < 1:
             visual = tiles * self.about.deep_per_tile
-            remedy = "start anew with /reset, take a question back with /undo, or ask less"
-            if visual:
-                remedy += ", or cut pictures into fewer tiles (--max-tiles)"
             raise ChatError(
                 f"too long for the model: {prompt_tokens:,} tokens ({visual:,} of pictures), and it has "
-                f"{self.about.max_tokens:,} for question and answer; {remedy}"
+                f"{self.about.max_tokens:,} for question and answer; {_SHORTER}"
             )
         return room
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,11 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from megatron_internvlx.chat.conversation import Conversation, Turn, check_system
+from megatron_internvlx.chat.conversation import Conversation, check_system
 from megatron_internvlx.chat.pictures import FILE_BYTES, ChatError, Picture, check_picture, describe_cut
 from megatron_internvlx.chat.session import Chat
 from megatron_internvlx.evaluation.generation import Cut, Sampling
@@ -78,7 +79,9 @@ class Tabs:
         """Conversation of this name. Raises ChatError if it was forgotten."""
         tab = self.kept.pop(name, None)
         if tab is None:
-            raise ChatError("this conversation was forgotten, since the server was restarted or others need room; reload")
+            raise ChatError(
+                "this conversation was forgotten, since the server was restarted or others need room; reload"
+            )
         self.kept[name] = tab
         return tab
 
@@ -105,8 +108,13 @@ class Server:
         sampling = asdict(self.sampling)
         system = self.chat.about.system if self.tabs.system is None else self.tabs.system
         return JSONResponse(
-            {**asdict(self.chat.about), "lines": self.chat.about.lines(), "sampling": sampling, "system": system}
-            | {"max_bytes": FILE_BYTES}
+            {
+                **asdict(self.chat.about),
+                "lines": self.chat.about.lines(),
+                "sampling": sampling,
+                "system": system,
+            }
+            | {"short": self.chat.about.short(), "max_bytes": FILE_BYTES}
         )
 
     async def start(self, _request: Request) -> Response:
@@ -145,7 +153,9 @@ class Server:
         number = request.path_params["number"]
         if number >= len(pictures):
             raise ChatError("no such picture")
-        return Response(await run_in_threadpool(pictures[number].preview, PREVIEW_SIDE), media_type="image/jpeg")
+        return Response(
+            await run_in_threadpool(pictures[number].preview, PREVIEW_SIDE), media_type="image/jpeg"
+        )
 
     async def undo(self, request: Request) -> Response:
         """Take the last question back; its pictures wait for the next one."""
@@ -164,11 +174,10 @@ class Server:
         tab = self._idle(request)
         try:
             asked = json.loads(await request.body())
-            question = str(asked["question"])
-            sampling = self._sampling(asked)
-            system = asked.get("system")
+            question, system = str(asked["question"]), asked.get("system")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ChatError(f"the request cannot be read: {error}") from error
+        sampling = self._sampling(asked)
         if system is not None and system != self.chat.about.system:
             check_system(str(system), self.chat.template)
             tab.conversation.system = str(system)
@@ -235,14 +244,19 @@ class Server:
         cuts = self.chat.cuts(tab.conversation)
         pictures = tab.conversation.pictures()
         rows = [self._picture_row(picture, cut) for picture, cut in zip(pictures, cuts, strict=True)]
-        return {"pictures": rows, "waiting": len(tab.conversation.waiting), "turns": len(tab.conversation.turns)}
+        return {
+            "pictures": rows,
+            "waiting": len(tab.conversation.waiting),
+            "turns": len(tab.conversation.turns),
+        }
 
     def _picture_row(self, picture: Picture, cut: Cut) -> dict[str, Any]:
         about = self.chat.about
         return {
-            "name": picture.name, "width": picture.width, "height": picture.height, "cols": cut.cols,
-            "rows": cut.rows, "thumbnail": cut.thumbnail, "tiles": cut.tiles, "cut": describe_cut(cut),
-            "shallow": cut.tiles * about.shallow_per_tile, "deep": cut.tiles * about.deep_per_tile,
+            "name": picture.name, "digest": picture.digest, "width": picture.width, "height": picture.height,
+            "cols": cut.cols, "rows": cut.rows, "thumbnail": cut.thumbnail, "tiles": cut.tiles,
+            "cut": describe_cut(cut), "shallow": cut.tiles * about.shallow_per_tile,
+            "deep": cut.tiles * about.deep_per_tile,
         }  # fmt: skip
 
     async def close(self) -> None:
@@ -257,10 +271,13 @@ async def _refuse(_request: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Adds headers to every answer, and refuses changes that another site's page asks for."""
+    """Adds headers to every answer, and refuses what the page of another site asks for.
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    Such a page can send requests here, or point a name of its own at this machine.
+    """
+
+    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -275,12 +292,17 @@ class _Guard:
                 ]
             await send(message)
 
-        names = {name for name, _ in scope["headers"]}
-        if scope["method"] != "GET" and HEADER.encode() not in names:
-            refusal = JSONResponse({"error": f"the header {HEADER} is missing"}, status_code=403)
-            await refusal(scope, receive, send_with_headers)
-            return
-        await self.app(scope, receive, send_with_headers)
+        refusal = self._refusal(scope["method"], dict(scope["headers"]))
+        answer = JSONResponse({"error": refusal}, status_code=403) if refusal else self.app
+        await answer(scope, receive, send_with_headers)
+
+    def _refusal(self, method: str, headers: dict[bytes, bytes]) -> str | None:
+        name = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
+        if self.hosts and name not in self.hosts:
+            return f"this server is not called {name}; its names are {', '.join(sorted(self.hosts))}"
+        if method not in ("GET", "HEAD") and HEADER.encode() not in headers:
+            return f"the header {HEADER} is missing"
+        return None
 
 
 def _file(name: str) -> Any:
@@ -291,7 +313,7 @@ def _file(name: str) -> Any:
 
 
 def make_app(
-    chat: Chat, sampling: Sampling, system: str | None = None, hosts: tuple[str, ...] = ("*",)
+    chat: Chat, sampling: Sampling, system: str | None = None, hosts: frozenset[str] = frozenset()
 ) -> Starlette:
     """Application of the page.
 
@@ -299,10 +321,15 @@ def make_app(
         chat: the loaded model.
         sampling: settings of answers; the page can change length and temperature.
         system: system text; None: that of the chat template.
-        hosts: names under which the page may be asked for; "*": all. A site that points its own name at this
-            machine is refused.
+        hosts: names under which the page may be asked for; empty: all.
     """
     server = Server(chat, sampling, system)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        yield
+        await server.close()
+
     one = "/conversations/{id}"
     routes = [
         Route("/", _file("index.html")),
@@ -318,10 +345,7 @@ def make_app(
     ]
     return Starlette(
         routes=routes,
-        middleware=[
-            Middleware(_Guard),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
-        ],
+        middleware=[Middleware(_Guard, hosts=hosts)],
         exception_handlers={ChatError: _refuse, ClientDisconnect: _refuse},
-        on_shutdown=[server.close],
+        lifespan=lifespan,
     )

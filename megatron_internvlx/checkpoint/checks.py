@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,10 +54,18 @@ def check_model_directory(flag: str, directory: Path) -> None:
     """
     if not directory.is_dir():
         what = "a file, not a directory" if directory.exists() else "no such directory"
-        raise ConversionError(f"{flag} {directory}: {what}")
+        raise ConversionError(f"{flag} {directory}: {what}{_download_command(directory)}")
     config = read_object(directory / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise unknown_model(config)
+
+
+def _download_command(directory: Path) -> str:
+    """Command that downloads a directory named like a model of the Hugging Face hub; "" for other names."""
+    name = directory.as_posix()
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or directory.parent.exists():
+        return ""
+    return f". A model of the hub is downloaded first: hf download {name} --local-dir {directory.name}"
 
 
 def unknown_model(config: Mapping[str, Any]) -> ConversionError:
@@ -145,7 +154,9 @@ def check_images(config: Mapping[str, Any]) -> None:
     """Check the image settings at the top level of a config.json. Raises ConversionError."""
     for name, fine in _RULES.items():
         if name in config and config[name] not in fine:
-            raise ConversionError(f"config.json: {name} is {config[name]!r}; it must be {' or '.join(fine)}")
+            raise ConversionError(
+                f"config.json: {name} is {config[name]!r}; it must be {' or '.join(map(str, fine))}"
+            )
     least, most = config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 12)
     if not (_is_size(least) and _is_size(most) and least <= most <= MOST_TILES):
         raise ConversionError(

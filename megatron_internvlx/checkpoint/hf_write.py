@@ -56,7 +56,7 @@ def decoder_config(arguments: Mapping[str, Any], family: str, tied: bool) -> dic
 
 
 def image_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of tiles and chat template under the names of InternVL's config.json, and our `rvtc`, with the version of its names."""
+    """Settings of tiles and chat template under InternVL's names, and our `rvtc` with the version of its names."""
     get = arguments.get
     return {
         "downsample_ratio": get("high_ratio", 0.5),

@@ -232,7 +232,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
-them. Megatron-InternVL-X answers questions with them, too: `tools/evaluate.py --hf DIRECTORY --data meta.json`.
+them. Megatron-InternVL-X answers questions with them, too: `ivlx evaluate --hf DIRECTORY --data meta.json`.
 The processor makes the inputs, images cut as in training:
 
 ```python
@@ -270,7 +270,7 @@ def model_card(plan: ExportPlan, directory: Path) -> str:
         ("Projector", f"{sizes.projector}, pixel shuffle {get('pixel_shuffle_version', 'v2')}"),
         ("Visual tokens", visual),
         *injections,
-        ("Tile grid", _describe_grids(plan)),
+        ("Tile grid", grid_rule(plan.arguments)),
         ("Chat template", get("conversation_template", "internvl2_5")),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
         ("Data", _describe_data(plan)),
@@ -306,13 +306,13 @@ def _summary(plan: ExportPlan) -> str:
     return f"A vision-language model whose visual tokens are compressed {' and '.join(steps)}."
 
 
-def _describe_grids(plan: ExportPlan) -> str:
-    """How an image is cut into tiles."""
-    get = plan.arguments.get
+def grid_rule(arguments: Mapping[str, Any]) -> str:
+    """Tiles into which training cut an image, and by which rule."""
+    get = arguments.get
     if get("static_image_size", False):
-        return "one tile per image, which is stretched to it"
+        return "1 tile, to which the image is stretched"
     rule = get("rvtc", "edge")
-    return f"RVTC {rule} ({MEANINGS[rule]}), {get('min_tiles', 1)} to {get('max_tiles', 12)} tiles"
+    return f"{get('min_tiles', 1)} to {get('max_tiles', 12)} tiles, RVTC {rule} ({MEANINGS[rule]})"
 
 
 def _describe_data(plan: ExportPlan) -> str:

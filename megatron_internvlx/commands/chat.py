@@ -1,13 +1,7 @@
 """Ask a model about pictures: in the terminal, on a local page, or one question from a script.
 
-    ivlx chat runs/demo/checkpoints
-    ivlx chat InternVL-X-8B --web
-    ivlx chat InternVL-X-8B --ask "What is this?" --image photo.jpg
-
 The model is a Hugging Face directory (an export, or a released InternVL or InternVL-X), or a checkpoint directory of
 training, which is exported to a temporary directory first.
-
-Exit codes: 0 done; 2 wrong arguments, files or questions, each with one message; 130 interrupted while loading.
 """
 
 from __future__ import annotations
@@ -18,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_internvlx.commands.help import CommandParser
 from megatron_internvlx.commands.values import float_in_range, int_in_range
+from megatron_internvlx.exit_codes import DONE, INTERRUPTED, MISTAKE
 
 if TYPE_CHECKING:
     from megatron_internvlx.chat.session import Chat
@@ -29,11 +25,21 @@ PORT = 7860
 
 def parser() -> argparse.ArgumentParser:
     """Create the parser of the command line."""
-    it = argparse.ArgumentParser(
-        prog="ivlx chat",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    it = CommandParser(
+        "chat",
+        (__doc__ or "").splitlines()[0],
+        about="The model is a Hugging Face directory (an export, or a released InternVL or InternVL-X), or a "
+        "checkpoint directory of training, which is exported to a temporary directory first.",
+        examples=(
+            "ivlx chat runs/demo/checkpoints",
+            "ivlx chat InternVL-X-8B --web",
+            'ivlx chat InternVL-X-8B --ask "What is this?" --image photo.jpg',
+        ),
+        exits={
+            DONE: "done",
+            MISTAKE: "wrong arguments, files or questions, each with one message",
+            INTERRUPTED: "interrupted while loading",
+        },
     )
     it.add_argument("model", type=Path, help="Hugging Face directory, or checkpoint directory of training")
     checkpoint = it.add_argument_group("checkpoints")
@@ -100,7 +106,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--tokenizer-model {options.tokenizer_model}: no such directory")
     for path in options.image:
         if not path.expanduser().is_file():
-            raise ValueError(f"--image {path}: {'not a file' if path.expanduser().exists() else 'no such file'}")
+            raise ValueError(
+                f"--image {path}: {'not a file' if path.expanduser().exists() else 'no such file'}"
+            )
     if options.keep and options.keep.exists():
         raise ValueError(f"--keep {options.keep}: exists already; choose another name")
 
@@ -136,17 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _talk(options, chat, sampling)
     except (OSError, ValueError) as error:
         print(f"ivlx chat: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("ivlx chat: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _serve(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     from megatron_internvlx.chat.server import serve
 
     serve(chat, sampling, options.host, options.port, options.system)
-    return 0
+    return DONE
 
 
 def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
@@ -159,13 +167,13 @@ def _talk(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
     terminal.conversation.waiting += [read_picture(path) for path in options.image]
     if options.ask is not None:
         terminal.ask(options.ask)
-        return 0
+        return DONE
     if interactive:
         print("\n".join([*chat.about.lines(), "/help lists the commands."]), flush=True)
         chat_by_prompt(terminal)
-        return 0
+        return DONE
     chat_by_lines(terminal, iter(sys.stdin))
-    return 2 if terminal.mistakes else 0
+    return MISTAKE if terminal.mistakes else DONE
 
 
 if __name__ == "__main__":

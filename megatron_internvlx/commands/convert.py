@@ -1,166 +1,153 @@
-"""Convert checkpoints between Hugging Face directories and Megatron, and verify the result.
-
-    python tools/convert_checkpoint.py import --hf DIR --save CKPT
-    python tools/convert_checkpoint.py export --load CKPT --hf DIR
-    python tools/convert_checkpoint.py verify --hf DIR --inputs CASE.safetensors --out OUT.safetensors
+"""`ivlx import`, `export` and `verify`: between Hugging Face directories and Megatron's checkpoints.
 
 Imported checkpoints load into any layout and contain `recipe.yaml`, the arguments to train them. A result gets
 its final name only when it is complete; the same command continues a killed conversion.
-
-Exit codes: 0 done; 1 verify found a difference above the tolerance; 2 wrong arguments or files, with one
-message and no incomplete output.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import preload_workers
-from megatron_internvlx.commands.values import float_in_range, int_in_range
+from megatron_internvlx.commands.help import CommandParser
+from megatron_internvlx.commands.values import float_in_range, int_in_range, parse_size
+from megatron_internvlx.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def parse_size(text: str) -> int:
-    """Parse a size such as '5GB' or '800MB'; returns bytes."""
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 5GB or 800MB")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def parser() -> argparse.ArgumentParser:
-    """Create the parser of the command line."""
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = top.add_subparsers(dest="command", required=True)
-    _import_parser(commands)
-    _export_parser(commands)
-    _verify_parser(commands)
-    return top
+CONTINUES = "The result gets its name when it is complete; the same command continues one that was killed."
+EXITS = {
+    DONE: "done",
+    MISTAKE: "wrong arguments or files, with one message and no incomplete output",
+    INTERRUPTED: "Ctrl-C; the same command continues",
+}
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """Create the parser of `import`, `export` or `verify`; with "", one that names the three."""
+    if command in _PARSERS:
+        return _PARSERS[command]()
+    it = CommandParser("import|export|verify", "Convert checkpoints, and verify the result.")
+    it.add_argument("command", choices=tuple(_PARSERS))
+    return it
+
+
+def _add_common_arguments(it: argparse.ArgumentParser) -> None:
+    work = it.add_argument_group("Work")
+    work.add_argument(
         "--processes", type=int_in_range(1), default=min(4, os.cpu_count() or 1),
-        help="number of processes (default: one per core, at most four)",
+        help="number of processes: one per core, at most four",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    work.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _import_parser(commands: Any) -> None:
-    it = commands.add_parser(
-        "import", help="Hugging Face directory -> torch_dist checkpoint", allow_abbrev=False
+def _import_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "import",
+        "Convert a Hugging Face directory to a checkpoint that training starts from, in any layout.",
+        about=f"{CONTINUES} CKPT/recipe.yaml has the model's arguments, and settings to fine-tune it.",
+        examples=(
+            "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B   # a hub's name is not a directory",
+            "ivlx import --hf InternVL2-8B --save imported --projector pvtc --expand-layer 10 \\",
+            "    --inject-layers 16 --init-missing                         # new compressors for an InternVL",
+        ),
+        exits=EXITS,
     )
-    it.add_argument("--hf", type=Path, required=True, help="directory with config.json and weights")
-    it.add_argument("--save", type=Path, required=True, help="checkpoint directory to write")
-    it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
-    it.add_argument(
-        "--init-missing", action="store_true",
-        help="initialise projectors that are missing or of another kind in the directory, and list them",
-    )  # fmt: skip
-    it.add_argument(
-        "--list-tensors", action="store_true",
-        help="list every tensor that was initialised or not taken over (also in CKPT/hf/conversion.json)",
-    )  # fmt: skip
-    it.add_argument(
-        "--seed",
-        type=int_in_range(0),
-        default=1234,
-        help="random seed of initialised tensors (default: 1234)",
-    )
-    model = it.add_argument_group("compression of the new model (default: that of the directory)")
-    model.add_argument("--projector", choices=("pvtc", "mlp"))
-    model.add_argument(
-        "--expand-layer", type=int_in_range(0, 65_536), help="LVTC: 0-based decoder layer of the expansion"
-    )
-    model.add_argument(
-        "--inject-layers",
-        type=int_in_range(0, 65_536),
-        nargs="*",
-        help="LVTC: further layers with a projection",
-    )
-    model.add_argument(
-        "--low-ratio",
-        type=float_in_range(0, 1, above=True),
-        help="side ratio of tokens to patches before the expansion",
-    )
-    model.add_argument(
-        "--high-ratio", type=float_in_range(0, 1, above=True), help="the same from the expansion on"
-    )
-    model.add_argument("--upsample", choices=("bilinear", "nearest"))
+    add = it.add_argument
+    add("--hf", type=Path, metavar="DIR", required=True, help="directory with config.json and weights")
+    add("--save", type=Path, metavar="CKPT", required=True, help="checkpoint directory to write")
+    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    add("--init-missing", action="store_true",
+        help="initialise projectors that are missing or of another kind in the directory, and list them")  # fmt: skip
+    add("--list-tensors", action="store_true",
+        help="list every tensor that was initialised or not taken over (also in CKPT/hf/conversion.json)")  # fmt: skip
+    add("--seed", type=int_in_range(0), default=1234, help="random seed of initialised tensors")
+    add = it.add_argument_group("Compression of the new model (unset: that of the directory)").add_argument
+    add("--projector", choices=("pvtc", "mlp"), help="projector of the visual tokens")
+    layer = int_in_range(0, 65_536)
+    add("--expand-layer", type=layer, help="LVTC: 0-based decoder layer of the expansion")
+    add("--inject-layers", type=layer, nargs="*", help="LVTC: further layers with a projection")
+    share = float_in_range(0, 1, above=True)
+    add("--low-ratio", type=share, help="side ratio of tokens to patches before the expansion")
+    add("--high-ratio", type=share, help="the same from the expansion on")
+    add("--upsample", choices=("bilinear", "nearest"), help="LVTC: enlargement of the grid of tokens")
     _add_common_arguments(it)
+    return it
 
 
-def _export_parser(commands: Any) -> None:
-    it = commands.add_parser(
-        "export", help="torch_dist checkpoint -> Hugging Face directory", allow_abbrev=False
+def _export_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "export",
+        "Convert a checkpoint to a Hugging Face directory, for AutoModel, AutoProcessor and generate.",
+        about=CONTINUES,
+        examples=(
+            "ivlx export --load runs/demo/checkpoints --hf demo-model",
+            "ivlx export --load stage2/iter_0004000 --hf InternVL-X-8B --dtype bfloat16",
+        ),
+        exits=EXITS,
     )
-    it.add_argument(
-        "--load", type=Path, required=True, help="checkpoint directory, or one iteration's folder"
+    add = it.add_argument
+    add(
+        "--load",
+        type=Path,
+        metavar="CKPT",
+        required=True,
+        help="checkpoint directory, or one iteration's folder",
     )
-    it.add_argument("--hf", type=Path, required=True, help="directory to write")
-    it.add_argument(
-        "--like", type=Path,
+    add("--hf", type=Path, metavar="DIR", required=True, help="directory to write")
+    add("--like", type=Path, metavar="DIR",
         help="directory with a tokenizer and, after an import, the original's other files "
-        "(default: CKPT/hf, or the tokenizer used in training)",
-    )  # fmt: skip
-    it.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (default: the original's, or that of training)",
-    )  # fmt: skip
-    it.add_argument(
-        "--max-shard-size",
-        type=parse_size,
-        default=parse_size("5GB"),
-        help="maximum size of a weight file (default: 5GB)",
-    )
+        "(unset: CKPT/hf, or the tokenizer used in training)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
+    add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
     _add_common_arguments(it)
+    return it
 
 
-def _verify_parser(commands: Any) -> None:
-    it = commands.add_parser("verify", help="run the Megatron model on given inputs", allow_abbrev=False)
+def _verify_parser() -> argparse.ArgumentParser:
+    it = CommandParser(
+        "verify",
+        "Run the Megatron model on given inputs, and compare it with the expected outputs.",
+        examples=(
+            "ivlx verify --hf InternVL2-8B --inputs CASE.safetensors --out OUT.safetensors",
+            "ivlx verify --load imported --inputs CASE.safetensors --out OUT.safetensors \\",
+            "    --tensor-model-parallel-size 2 --grads",
+        ),
+        exits={DONE: "done", FAILED: "a difference above the tolerance", MISTAKE: EXITS[MISTAKE]},
+    )
     source = it.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf", type=Path, help="Hugging Face directory, converted while loading")
-    source.add_argument("--load", type=Path, help="checkpoint")
-    it.add_argument(
-        "--inputs", type=Path, required=True,
+    source.add_argument(
+        "--hf", type=Path, metavar="DIR", help="Hugging Face directory, converted while loading"
+    )
+    source.add_argument("--load", type=Path, metavar="CKPT", help="checkpoint")
+    add = it.add_argument
+    add("--inputs", type=Path, metavar="FILE", required=True,
         help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and expected values "
-        "(or CASE.outputs.safetensors and CASE.grads.safetensors next to CASE.inputs.safetensors)",
-    )  # fmt: skip
-    it.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    it.add_argument("--tensor-model-parallel-size", type=int_in_range(1), default=1)
-    it.add_argument("--pipeline-model-parallel-size", type=int_in_range(1), default=1)
-    it.add_argument("--expert-model-parallel-size", type=int_in_range(1), default=1)
-    it.add_argument("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
-    it.add_argument("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1))
-    it.add_argument("--sequence-parallel", action="store_true")
-    it.add_argument(
-        "--nproc", type=int_in_range(1), help="number of processes (default: minimum of the layout)"
+        "(or CASE.outputs.safetensors and CASE.grads.safetensors next to CASE.inputs.safetensors)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE", required=True, help="safetensors file to write")
+    add("--grads", action="store_true", help="compute gradients of the loss too, under Hugging Face names")
+    add("--tolerance", type=float_in_range(0), default=1e-4, help="largest absolute difference")
+    add(
+        "--image-token-id", type=int_in_range(0), help="id of the image placeholder (unset: found in the ids)"
     )
-    it.add_argument(
-        "--grads", action="store_true", help="compute gradients of the loss too, under Hugging Face names"
-    )
-    it.add_argument(
-        "--image-token-id",
-        type=int_in_range(0),
-        help="id of the image placeholder (default: found in the ids)",
-    )
-    it.add_argument(
-        "--tolerance",
-        type=float_in_range(0),
-        default=1e-4,
-        help="largest absolute difference (default: 1e-4)",
-    )
-    it.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
+    add = it.add_argument_group("Layout").add_argument
+    for kind, name in (("tensor", "TP"), ("pipeline", "PP"), ("expert", "EP")):
+        add(f"--{kind}-model-parallel-size", type=int_in_range(1), default=1, help=f"{name}: number of ranks")
+    add("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
+    add("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1), help="model chunks per pipeline rank")
+    add("--sequence-parallel", action="store_true", help="split the rows between layers over the TP ranks")
+    add("--nproc", type=int_in_range(1), help="number of processes (unset: the fewest that the layout needs)")
+    return it
+
+
+_PARSERS = {"import": _import_parser, "export": _export_parser, "verify": _verify_parser}
 
 
 def run_import(options: argparse.Namespace) -> int:
@@ -182,7 +169,7 @@ def run_import(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     """Run the subcommand `export`; returns the exit code."""
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
-    from megatron_internvlx.checkpoint.remote_code import tokenizer_problem
+    from megatron_internvlx.checkpoint.remote_code import grid_rule, tokenizer_problem
 
     plan = export_checkpoint(
         options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
@@ -197,6 +184,7 @@ def run_export(options: argparse.Namespace) -> int:
             f"tokenizer, or copy the files of one to {options.hf}"
         )
     print(f"{options.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
+    print(f"images are cut into {grid_rule(plan.arguments)}")
     return 0
 
 
@@ -269,26 +257,31 @@ def check_paths(options: argparse.Namespace) -> None:
         raise ConversionError(f"--like {options.like}: no such directory")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
-    options = parser().parse_args(argv)
-    run = {"import": run_import, "export": run_export, "verify": run_verify}[options.command]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
+    if command not in _PARSERS:
+        parser().parse_args(words)
+        return MISTAKE  # not reached: it has no such choice
+    options = parser(command).parse_args(words[1:], argparse.Namespace(command=command))
+    run = {"import": run_import, "export": run_export, "verify": run_verify}[command]
+    # Megatron warns at import about missing optional packages, which are not needed here.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         check_paths(options)
         if argv is None and not getattr(options, "quiet", False):
-            loading = "PyTorch and Megatron" if options.command == "verify" else "PyTorch"
-            print(
-                f"convert_checkpoint.py {options.command}: loading {loading} ...", file=sys.stderr, flush=True
-            )
-        if argv is None and options.command != "verify" and options.processes > 1:
-            preload_workers(f"megatron_internvlx.checkpoint.{options.command}er")
+            loading = "PyTorch and Megatron" if command == "verify" else "PyTorch"
+            print(f"ivlx {command}: loading {loading} ...", file=sys.stderr, flush=True)
+        if argv is None and command != "verify" and options.processes > 1:
+            preload_workers(f"megatron_internvlx.checkpoint.{command}er")
         return run(options)
     except ConversionError as error:
-        print(f"convert_checkpoint.py {options.command}: {error}", file=sys.stderr)
-        return 2
+        print(f"ivlx {command}: {error}", file=sys.stderr)
+        return MISTAKE
     except OSError as error:  # such as a missing permission
-        print(f"convert_checkpoint.py {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        print(f"ivlx {command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return MISTAKE
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        return INTERRUPTED

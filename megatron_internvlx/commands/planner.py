@@ -39,9 +39,12 @@ NVLINK = 300e9  # sustained bytes per second and GPU of a tensor-parallel all-ga
 
 def fill_unused_arguments(args: argparse.Namespace) -> None:
     """Set missing arguments that only the optimizer and the loader need, because nothing is trained."""
-    args.lr = max(args.min_lr, args.lr_warmup_init, 1e-3) if args.lr is None else args.lr
-    args.train_iters = args.train_iters or (None if args.train_samples else 1_000_000)
-    args.data, args.tokenizer_model = args.data or "none", args.tokenizer_model or "none"
+    given = vars(args)
+    if given["lr"] is None:
+        given["lr"] = max(given["min_lr"], given["lr_warmup_init"], 1e-3)
+    given["train_iters"] = given["train_iters"] or (None if given["train_samples"] else 1_000_000)
+    for name in ("data", "tokenizer_model"):
+        given[name] = given[name] or "none"
 
 
 class Task:
@@ -250,8 +253,9 @@ def measure(options: argparse.Namespace) -> None:
     platform.quiet_prints()
     args = parse_args(add_our_arguments)
     fill_unused_arguments(args)
-    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    args.padded_vocab_size = None
+    given = vars(args)
+    given["max_position_embeddings"] = given["max_position_embeddings"] or given["seq_length"]
+    given["padded_vocab_size"] = None
     whole = model_sizes(args)
     stats = Workload.from_args(args).full_micro_batch(whole)
     kinds = layer_kinds(whole)

@@ -1,8 +1,4 @@
-"""Run scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.
-
-    tools/scaling.py plan   examples/scaling/demo.yaml     # a recipe and a dry run of every point
-    tools/scaling.py submit examples/scaling/demo.yaml     # sbatch jobs, or local runs one after another
-    tools/scaling.py report examples/scaling/demo.yaml     # table and curves from MLflow
+"""`ivlx scaling`: a grid of models, visual tokens, expand layers, token budgets and layouts.
 
 The grid file:
 
@@ -27,6 +23,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,9 @@ from typing import Any
 import yaml
 
 from megatron_internvlx.commands import scaling_report
+from megatron_internvlx.commands.help import CommandParser
 from megatron_internvlx.commands.programs import training_program
+from megatron_internvlx.exit_codes import DONE, FAILED, MISTAKE
 from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.reporting.mlflow_sink import mark_failed
 from megatron_internvlx.yaml_files import load_yaml
@@ -201,7 +200,7 @@ def submit(grid: Grid) -> int:
     """Run every planned point that is not finished; returns the number of failed points (0 under SLURM)."""
     ready = [point for point in grid.points if point.figures() is not None]
     if not ready:
-        raise ValueError("no point is planned: run `tools/scaling.py plan` first")
+        raise ValueError("no point is planned: run `ivlx scaling plan` first")
     pending = [point for point in ready if resume.RunState.read(point.save).status != "finished"]
     if grid.slurm is None:
         return sum(_train_locally(grid, point) != 0 for point in pending)
@@ -283,18 +282,38 @@ def report(grid: Grid) -> int:
     return len(grid.points) - len(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0 if all points succeeded, 1 if some did not, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of the command line."""
+    it = CommandParser(
+        "scaling",
+        "Run scaling experiments: a grid of models, visual tokens, expand layers, token budgets and layouts.",
+        about="`plan` writes a recipe of every point and dry-runs it. `submit` trains: sbatch jobs, or local runs one "
+        "after another; it may be repeated, since runs resume where they stopped. `report` writes a table and "
+        "curves from MLflow.\n\nA grid file has name, out, base (a recipe and settings), axes (lists of values, "
+        "or labels with settings), and ranks for local runs or slurm: examples/scaling/demo.yaml is one.",
+        examples=(
+            "ivlx scaling plan   examples/scaling/demo.yaml",
+            "ivlx scaling submit examples/scaling/demo.yaml",
+            "ivlx scaling report examples/scaling/demo.yaml",
+        ),
+        exits={
+            DONE: "done",
+            FAILED: "a point cannot run, failed, or has no results",
+            MISTAKE: "wrong arguments or files",
+        },
     )
-    parser.add_argument("action", choices=["plan", "submit", "report"])
-    parser.add_argument("grid", type=Path, help="grid file, YAML")
-    options = parser.parse_args(argv)
+    it.add_argument("action", choices=("plan", "submit", "report"), help="plan, submit or report")
+    it.add_argument("grid", type=Path, metavar="GRID.yaml", help="grid file")
+    return it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parser().parse_args(argv)
     try:
         grid = read_grid(options.grid)
         missing = {"plan": plan, "submit": submit, "report": report}[options.action](grid)
     except (ValueError, OSError) as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        return 2
-    return int(missing > 0)
+        print(f"ivlx scaling: {error}", file=sys.stderr)
+        return MISTAKE
+    return FAILED if missing else DONE

@@ -63,7 +63,7 @@ def read_runs(uri: str, experiment: str) -> dict[str, Series]:
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
-        raise ValueError(f"{uri} has no experiment {experiment!r}: run `tools/scaling.py submit` first")
+        raise ValueError(f"{uri} has no experiment {experiment!r}: run `ivlx scaling submit` first")
     runs: dict[str, Series] = {}
     for run in client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"]):
         series = {}
@@ -88,7 +88,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def write_report(out: Path, name: str, results: Sequence[Result]) -> Path:
     """Write report.md and its pictures to a directory; returns the report's path."""
     if not results:
-        raise ValueError("no run of this grid has results yet: run `tools/scaling.py submit` first")
+        raise ValueError("no run of this grid has results yet: run `ivlx scaling submit` first")
     rows = [
         ["point", "parameters", "tokens/tile", "GPUs", "PFLOP", "loss", "validation loss", "accuracy",
          "tokens/s", "ms/step"]

@@ -272,6 +272,26 @@ def _compose(
     return pieces, spans
 
 
+def _compose_checked(
+    form: Template, conversations: Sequence[Mapping[str, Any]], images: int, compat: ReleasedQuirks, key: str
+) -> tuple[list[tuple[str, str]], int, list[str], list[tuple[int, int]]]:
+    """Turns, number of used images, pieces of the text, and supervised spans of a conversation, all checked."""
+    system, turns = _parse_messages(form, conversations, key)
+    if form.strip:
+        turns = [(role, text.strip()) for role, text in turns]
+    _check_text(form, system, turns, compat, key)
+    turns, used = _place_images(system, turns, images, compat, key)
+    return turns, used, *_compose(form, system, turns)
+
+
+def training_text(
+    template: str, conversations: Sequence[Mapping[str, Any]], images: int, *, key: str = "?"
+) -> tuple[str, list[tuple[int, int]]]:
+    """Text to tokenize, one placeholder for each image, and its supervised spans in characters. Errors of `encode`."""
+    _, _, pieces, spans = _compose_checked(get_template(template), conversations, images, NO_QUIRKS, key)
+    return "".join(pieces), spans
+
+
 def _label_answers(
     ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -351,12 +371,7 @@ def encode(
     """
     form = get_template(template)
     context_id, bos = _special_ids(tokenizer, form)
-    system, turns = _parse_messages(form, conversations, key)
-    if form.strip:
-        turns = [(role, text.strip()) for role, text in turns]
-    _check_text(form, system, turns, compat, key)
-    turns, num_images = _place_images(system, turns, len(image_tokens), compat, key)
-    pieces, spans = _compose(form, system, turns)
+    turns, num_images, pieces, spans = _compose_checked(form, conversations, len(image_tokens), compat, key)
     ids, labels, last = _tokenize(tokenizer, pieces, spans)
 
     repeats = np.ones(len(ids), dtype=np.int64)

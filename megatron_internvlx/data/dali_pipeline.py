@@ -1,58 +1,52 @@
 """Batches of undecoded images to tiles in one DALI pipeline; on a GPU, no pixel is ever on the host.
 
-decode -> EXIF turn -> resize to the grid, and to the thumbnail -> tiles -> the requested ones. On a GPU its JPEG
-engines and nvJPEG decode JPEG files, DALI's CPU decoders all others. The same graph runs without a GPU.
+On a GPU its JPEG engines and nvJPEG decode JPEG files, DALI's CPU decoders all others. The same graph, which
+`dali_graph.py` builds, runs without a GPU.
 
 If DALI fails on an image, Pillow cuts it. The failed run is repeated in halves and by a new pipeline, which takes
-seconds; so if DALI lacks a decoder of that kind of file, later files of the kind go to Pillow at once.
+seconds. So `missing_decoders` is asked at the start, and loader workers send no files of those kinds; if a decoder is
+found missing only later, further files of the kind go to Pillow at once.
 
 S: side of a tile, in pixels. T: tiles, in the order of the plan.
 """
 
 from __future__ import annotations
 
-import io
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
+from megatron_internvlx.data.dali_graph import MOST_IMAGES, build, inputs
 from megatron_internvlx.data.decode_pil import load_tiles, read_header
-from megatron_internvlx.data.encoded import FAILED, NO_DECODER, EncodedImage
+from megatron_internvlx.data.encoded import FAILED, EncodedImage, Wanted, no_decoder
+from megatron_internvlx.data.file_kinds import SENT, Kind, kind_of, small_picture
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.platform.transfer import Marker
 
-# Images in one run of the pipeline; a larger batch takes several runs.
-MOST_IMAGES = 128
 # Share of JPEG files for the GPU's JPEG engines, as DALI chooses it; the GPU's cores decode the rest.
 ENGINE_SHARE = 0.65
-# Kind of a file: format and mode as Pillow names them.
-Kind = tuple[str, str]
+# Maximum number of runs in flight.
+DEPTH = 2
+# Maximum number of DALI's threads on a rank: more do not decode faster, because the GPU does most of the work.
+MOST_THREADS = 8
 # Images after which kinds without a decoder are tried again: the failure may have had another cause, such as memory.
 RECHECK = 10_000
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Request for `count` tiles of an image, from tile `first` on."""
+class _Batch:
+    """Batch in flight: its number, and how many runs and tiles it has."""
 
-    image: EncodedImage
-    first: int
-    count: int
-
-    @classmethod
-    def whole(cls, image: EncodedImage) -> Wanted:
-        """Request for all tiles of an image, including the thumbnail."""
-        return cls(image, 0, image.num_tiles)
+    number: int
+    runs: int
+    tiles: int
 
 
 class TilePipeline:
-    """Cuts batches of images: `start` a batch, later `collect` it; the oldest batch comes first.
+    """Cuts batches of images: `start` a batch, later `collect` it.
 
     Args:
         device_id: GPU; None for DALI's CPU backend.
@@ -71,8 +65,8 @@ class TilePipeline:
         device_id: int | None,
         tile_size: int,
         *,
-        depth: int = 2,
-        threads: int = 8,
+        depth: int = DEPTH,
+        threads: int = MOST_THREADS,
         engine_share: float = ENGINE_SHARE,
         fancy_upsampling: bool = True,
     ):
@@ -92,45 +86,83 @@ class TilePipeline:
         self.fallbacks: Counter[str] = Counter()
         self.blank: Counter[str] = Counter()
         self._pipeline: Any = None
-        self._batches: deque[int] = deque()  # number of runs per batch
+        self._started = 0
+        self._batches: deque[_Batch] = deque()
+        self._kept: dict[int, torch.Tensor] = {}  # tiles of batches that later ones overtook
         self._runs: deque[list[Wanted]] = deque()  # not collected; the first `_scheduled` of them are in DALI
         self._scheduled = 0
         self._last_outputs: tuple[Any, Marker] | None = None
         self._has_decoder: dict[Kind, bool] = {}  # kinds of files that DALI failed on
 
-    def start(self, wanted: Sequence[Wanted]) -> None:
-        """Start a batch; returns before it is decoded, unless `depth` runs are in flight already."""
+    def start(self, wanted: Sequence[Wanted]) -> int:
+        """Start a batch and return its number, before it is decoded unless `depth` runs are in flight already."""
         if self.images // RECHECK != (self.images + len(wanted)) // RECHECK:
             self._has_decoder.clear()
         self.images += len(wanted)
         runs = [list(wanted[i : i + MOST_IMAGES]) for i in range(0, len(wanted), MOST_IMAGES)]
-        self._batches.append(len(runs))
+        self._started += 1
+        self._batches.append(_Batch(self._started, len(runs), sum(one.count for one in wanted)))
         self._runs += runs
         self._schedule_waiting()
+        return self._started
 
-    def collect(self, out: torch.Tensor) -> None:
-        """Copy the tiles of the oldest batch to `out`, uint8 [T, 3, S, S] on the pipeline's device."""
+    def collect(self, out: torch.Tensor, number: int | None = None) -> None:
+        """Copy the tiles of a batch to `out`, uint8 [T, 3, S, S] on the pipeline's device.
+
+        Args:
+            out: place of the tiles.
+            number: batch, as `start` numbered it; tiles of those before it are kept until they are asked for. None:
+                the oldest.
+        """
+        if number is None:
+            number = min(self._kept, default=0) or self._batches[0].number
+        while number not in self._kept:
+            batch = self._batches.popleft()
+            if batch.number == number:
+                self._collect_batch(batch, out)
+                return
+            self._kept[batch.number] = kept = self._empty(batch.tiles)
+            self._collect_batch(batch, kept)
+        out.copy_(self._kept.pop(number))
+
+    def _collect_batch(self, batch: _Batch, out: torch.Tensor) -> None:
         done = 0
-        for _ in range(self._batches.popleft()):
+        for _ in range(batch.runs):
             for tiles in self._collect_run():
                 out[done : done + len(tiles)].copy_(tiles)
                 self._mark_copied()
                 done += len(tiles)
         assert done == len(out), f"{done} tiles for {len(out)} places"
 
+    def _empty(self, tiles: int) -> torch.Tensor:
+        device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+        return torch.empty((tiles, 3, self.tile_size, self.tile_size), dtype=torch.uint8, device=device)
+
     def cut(self, wanted: Sequence[Wanted]) -> torch.Tensor:
         """Tiles of a batch, uint8 [T, 3, S, S]: `start` and `collect` in one call."""
-        device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
-        shape = (sum(one.count for one in wanted), 3, self.tile_size, self.tile_size)
-        out = torch.empty(shape, dtype=torch.uint8, device=device)
-        self.start(wanted)
-        self.collect(out)
+        out = self._empty(sum(one.count for one in wanted))
+        self.collect(out, self.start(wanted))
         return out
+
+    def missing_decoders(self) -> frozenset[Kind]:
+        """Find the kinds of files that DALI does not decode on this machine, by a small picture of each.
+
+        Call it before the first batch. The threads and memory that it needs are freed again, so that the process can
+        fork. Raises RuntimeError if DALI does not work at all.
+        """
+        assert not self._runs, "batches are in flight"
+        self._has_decoder = {}
+        pictures = {kind: data for kind in SENT if (data := small_picture(kind)) is not None}
+        if not self._can_cut(list(pictures.values())):
+            self._has_decoder = {kind: self._can_cut([data]) for kind, data in pictures.items()}
+        self._destroy_pipeline()
+        return frozenset(kind for kind, has in self._has_decoder.items() if not has)
 
     def close(self) -> None:
         """Free threads and memory; batches in flight are lost."""
         self._destroy_pipeline()
         self._batches.clear()
+        self._kept.clear()
         self._runs.clear()
 
     def _destroy_pipeline(self) -> None:
@@ -160,11 +192,11 @@ class TilePipeline:
 
     def _ensure_pipeline(self) -> None:
         if self._pipeline is None:
-            self._pipeline = _build(self.device_id, self.tile_size, self.depth, self.threads, self._decoding)
+            self._pipeline = build(self.device_id, self.tile_size, self.depth, self.threads, self._decoding)
             self._warm_up()
 
     def _feed(self, run: list[Wanted]) -> None:
-        for name, value in _inputs(run, self.tile_size).items():
+        for name, value in inputs(run, self.tile_size).items():
             self._pipeline.feed_input(name, value)
 
     def _warm_up(self) -> None:
@@ -241,18 +273,22 @@ class TilePipeline:
         RuntimeError if no pipeline can be built any more.
         """
         kind = _kind(one.image)
-        small = None if kind is None or kind in self._has_decoder else _small_picture(*kind)
-        if kind is None or small is None:
-            return
+        small = None if kind is None or kind in self._has_decoder else small_picture(kind)
+        if kind is not None and small is not None:
+            self._has_decoder[kind] = self._can_cut([small])
+
+    def _can_cut(self, pictures: list[bytes]) -> bool:
+        """Whether DALI decodes these files, tried at once; no run may be in flight."""
         self._ensure_pipeline()
-        run = [Wanted.whole(EncodedImage(small, 1, 1, thumbnail=False))]
+        run = [Wanted.whole(EncodedImage(data, 1, 1, thumbnail=False)) for data in pictures]
         try:
-            self._schedule(run)
+            self._feed(run)
+            self._pipeline.schedule_run()
             self._outputs(run)
-            self._has_decoder[kind] = True
         except RuntimeError:
             self._destroy_pipeline()
-            self._has_decoder[kind] = False
+            return False
+        return True
 
     def _cut_with_pillow(self, one: Wanted) -> torch.Tensor:
         """Tiles of an image, black if Pillow cannot read it either; counted by reason."""
@@ -270,7 +306,7 @@ class TilePipeline:
             self.blank[bad.cause] += 1
             return torch.zeros((one.count, 3, size, size), dtype=torch.uint8)
         kind = self._lacking_decoder(one)
-        self.fallbacks[FAILED if kind is None else f"{NO_DECODER} for {kind[0]}"] += 1
+        self.fallbacks[FAILED if kind is None else no_decoder(kind)] += 1
         return torch.from_numpy(tiles[one.first : one.first + one.count])
 
 
@@ -278,82 +314,14 @@ def _kind(image: EncodedImage) -> Kind | None:
     """Kind of an image from its header, None if that is broken."""
     try:
         with read_header(image.data) as header:
-            return header.format or "", header.mode
+            return kind_of(header)
     except BadSample:
         return None
 
 
-def _small_picture(form: str, mode: str) -> bytes | None:
-    """File of a small black picture, None if Pillow does not write this kind."""
-    file = io.BytesIO()
-    try:
-        Image.new(mode, (16, 16)).save(file, form)
-    except (OSError, ValueError, KeyError):
-        return None
-    return file.getvalue()
-
-
-_SMALL_JPEG = _small_picture("JPEG", "RGB") or b""
+_SMALL_JPEG = small_picture(("JPEG", "RGB")) or b""
 
 
 def _stand_in(one: Wanted) -> Wanted:
     """Request for as many tiles of a small picture: the run keeps its shape, and Pillow's tiles replace them."""
     return replace(one, image=replace(one.image, data=_SMALL_JPEG, turn=1))
-
-
-def _inputs(run: list[Wanted], size: int) -> dict[str, Any]:
-    """Inputs of the pipeline of `_build` for a run, one row per image."""
-    grids = np.array([(one.image.rows, one.image.cols) for one in run], np.int32)
-    turns = np.array([one.image.turn for one in run], np.int32)
-    sides, channels = np.full(len(run), size, np.int32), np.full(len(run), 3, np.int32)
-    return {
-        "file": [np.frombuffer(one.image.data, np.uint8) for one in run],
-        "size": (grids * size).astype(np.float32),
-        "tiled": np.stack([grids[:, 0], sides, grids[:, 1], sides, channels], 1),
-        "first": np.array([[one.first] for one in run], np.int32),
-        "count": np.array([[one.count] for one in run], np.int32),
-        "turned": turns != 1,
-        "swapped": turns >= 5,
-        "horizontal": np.isin(turns, (2, 3, 6, 7)).astype(np.int32),
-        "vertical": np.isin(turns, (3, 4, 7, 8)).astype(np.int32),
-    }
-
-
-def _module(name: str) -> Any:
-    return import_module(name)
-
-
-def _build(device_id: int | None, size: int, depth: int, threads: int, decoding: dict[str, Any]) -> Any:
-    # DALI takes a second to import.
-    dali, fn, types = (_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
-
-    shapes = {"file": (types.UINT8, 1), "size": (types.FLOAT, 1), "tiled": (types.INT32, 1)}
-    shapes |= {"first": (types.INT32, 1), "count": (types.INT32, 1)}
-    shapes |= {"turned": (types.BOOL, 0), "swapped": (types.BOOL, 0)}
-    shapes |= {"horizontal": (types.INT32, 0), "vertical": (types.INT32, 0)}
-    cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
-
-    @dali.pipeline_def(
-        enable_conditionals=True,
-        batch_size=MOST_IMAGES,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=depth,
-        exec_dynamic=True,
-    )
-    def graph() -> Any:
-        given = {name: fn.external_source(name=name, dtype=d, ndim=n) for name, (d, n) in shapes.items()}
-        image = fn.decoders.image(given["file"], output_type=types.RGB, adjust_orientation=False, **decoding)
-        if given["turned"]:
-            if given["swapped"]:
-                image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
-            image = fn.flip(image, horizontal=given["horizontal"], vertical=given["vertical"])
-        whole = fn.reshape(fn.resize(image, size=given["size"], **cubic), shape=given["tiled"])
-        tiles = fn.reshape(fn.transpose(whole, perm=[0, 2, 1, 3, 4]), shape=[-1, size, size, 3])
-        small = fn.resize(image, size=[size, size], **cubic)
-        every = fn.cat(tiles, fn.reshape(small, shape=[1, size, size, 3]), axis=0)
-        return fn.slice(every, start=given["first"], shape=given["count"], axes=[0])
-
-    pipeline = graph()
-    pipeline.build()
-    return pipeline

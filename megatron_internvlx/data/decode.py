@@ -13,16 +13,31 @@ from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data import decode_pil
 from megatron_internvlx.data.encoded import EncodedImage, encoded
+from megatron_internvlx.data.file_kinds import Kind
+from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import ImageTiles
 
 DECODERS = ("dali", "pillow")
 
 
-def ranks_cut(data: DataSettings) -> bool:
-    """Whether images travel undecoded to the ranks that encode their tiles."""
+def ranks_cut(data: DataSettings, *, on_gpu: bool | None = None) -> bool:
+    """Whether images travel undecoded to the ranks that encode their tiles.
+
+    Args:
+        data: loader, decoder and place of decoding.
+        on_gpu: whether the ranks have GPUs; None: as on this machine.
+    """
     if data.loader != "energon" or data.image_decoder != "dali":
         return False
-    return data.decode_at == "rank" or (data.decode_at == "auto" and platform.backend() == "nccl")
+    gpu = platform.backend() == "nccl" if on_gpu is None else on_gpu
+    return data.decode_at == "rank" or (data.decode_at == "auto" and gpu)
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadSample(str(path), "missing_image", f"{error.strerror}: {path}") from error
 
 
 class TileDecoder:
@@ -33,16 +48,26 @@ class TileDecoder:
         tile_size: side of a tile, in pixels.
         apply_exif: whether images are turned upright.
         travel: keep files whole if a GPU can cut them; Pillow cuts the others here.
+        lacking: with `travel`, kinds of files for which DALI has no decoder on some rank; Pillow cuts them here.
 
     `fallbacks` counts per reason the images that Pillow cut instead of DALI.
     """
 
-    def __init__(self, name: str, *, tile_size: int, apply_exif: bool = True, travel: bool = False):
+    def __init__(
+        self,
+        name: str,
+        *,
+        tile_size: int,
+        apply_exif: bool = True,
+        travel: bool = False,
+        lacking: frozenset[Kind] = frozenset(),
+    ):
         if name not in DECODERS:
             raise ValueError(f"unknown image decoder {name!r}; choose one of {', '.join(DECODERS)}")
         if travel and name != "dali":
             raise ValueError(f"only DALI cuts images on a GPU, and the decoder is {name}")
         self.name, self.tile_size, self.apply_exif, self.travel = name, tile_size, apply_exif, travel
+        self.lacking = lacking
         self.fallbacks: Counter[str] = Counter()
         self._dali: Any = None
 
@@ -63,8 +88,8 @@ class TileDecoder:
     ) -> np.ndarray | EncodedImage:
         reason = "JPEG augmentation"
         if jpeg_augment is None:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            found = encoded(data, image, apply_exif=self.apply_exif)
+            data = source if isinstance(source, bytes) else _read(source)
+            found = encoded(data, image, apply_exif=self.apply_exif, lacking=self.lacking)
             if isinstance(found, EncodedImage):
                 return found
             reason = found

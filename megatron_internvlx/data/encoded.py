@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from megatron_internvlx.data.decode_pil import orientation, read_header
+from megatron_internvlx.data.file_kinds import Kind, format_of, kind_of
 from megatron_internvlx.data.jpeg_file import is_whole_jpeg
 from megatron_internvlx.data.rvtc import tile_count
 from megatron_internvlx.data.sample import ImageTiles
@@ -63,6 +64,20 @@ class EncodedImage:
         return tile_count(self.cols, self.rows, thumbnail=self.thumbnail)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Request for `count` tiles of an image, from tile `first` on."""
+
+    image: EncodedImage
+    first: int
+    count: int
+
+    @classmethod
+    def whole(cls, image: EncodedImage) -> Wanted:
+        """Request for all tiles of an image, including the thumbnail."""
+        return cls(image, 0, image.num_tiles)
+
+
 # Image of a micro-batch: a file that the rank which encodes it decodes, or tiles uint8 [T, 3, S, S].
 PackImage = EncodedImage | torch.Tensor
 
@@ -75,8 +90,21 @@ def fallback_counts(reasons: Mapping[str, int]) -> list[int]:
     return counts
 
 
-def encoded(data: bytes, image: ImageTiles, *, apply_exif: bool) -> EncodedImage | str:
+def no_decoder(kind: Kind) -> str:
+    """Reason of images of a kind that DALI cannot decode on this machine."""
+    return f"{NO_DECODER} for {kind[0]}"
+
+
+def encoded(
+    data: bytes, image: ImageTiles, *, apply_exif: bool, lacking: frozenset[Kind] = frozenset()
+) -> EncodedImage | str:
     """File that may be sent to the GPU, or the reason why Pillow must decode it here.
+
+    Args:
+        data: contents of the file.
+        image: grid to which it is cut.
+        apply_exif: whether it is turned upright.
+        lacking: kinds of files for which DALI has no decoder on some rank.
 
     Raises BadSample if its header is broken.
     """
@@ -86,37 +114,42 @@ def encoded(data: bytes, image: ImageTiles, *, apply_exif: bool) -> EncodedImage
             return reason
         if header.width * header.height > HUGE_PIXELS:
             return "huge"
+        if kind_of(header) in lacking:
+            return no_decoder(kind_of(header))
         turn = orientation(header) if apply_exif else 1
     return EncodedImage(data, image.cols, image.rows, image.thumbnail, turn if 1 <= turn <= 8 else 1)
 
 
 def unsupported(image: Image.Image) -> str | None:
     """Reason why DALI must not decode this image, None if it may."""
-    if image.format not in _FORMATS:
-        return f"format {image.format}"
+    form = format_of(image)
+    if form not in _FORMATS:
+        return f"format {form}"
     if image.mode not in _MODES:
         return f"mode {image.mode}"
     # Pillow reads 16-bit colours as 8-bit modes; only its choice of decoder shows them.
-    if image.format == "PNG" and any("16B" in str(tile) for tile in getattr(image, "tile", ())):
+    if form == "PNG" and any("16B" in str(tile) for tile in getattr(image, "tile", ())):
         return "16-bit PNG"
-    if image.format == "TIFF" and image.mode != "RGB":
+    if form == "TIFF" and image.mode != "RGB":
         return f"TIFF of mode {image.mode}"
-    if getattr(image, "n_frames", 1) > 1:
+    # Of several pictures in one MPO file, which phones write, both decoders see the first.
+    if form != "JPEG" and getattr(image, "n_frames", 1) > 1:
         return "several frames"
     return None
 
 
 def doubtful(data: bytes, image: Image.Image) -> str | None:
     """Defect of a file with header `image`, None if it has none. May raise the errors of decoding."""
-    if image.format in ("JPEG", "PNG"):
-        whole = is_whole_jpeg(data) if image.format == "JPEG" else _is_whole_png(data)
-        return None if whole else f"{image.format} not whole"
+    form = format_of(image)
+    if form in ("JPEG", "PNG"):
+        whole = is_whole_jpeg(data) if form == "JPEG" else _is_whole_png(data)
+        return None if whole else f"{form} not whole"
     # The others must be decoded to be checked. Only WebP takes time, and no GPU decodes them.
-    if image.format == "WEBP" and data[15:16] == b"X":
+    if form == "WEBP" and data[15:16] == b"X":
         return "extended WEBP"  # unknown to DALI
     tags = getattr(image, "tag_v2", {})
     if image.info.get("compression", 0) not in (0, "raw") or tags.get(_TIFF_TURN, 1) != 1:
-        return f"{image.format} of other kinds"
+        return f"{form} of other kinds"
     image.load()
     return None
 

@@ -23,7 +23,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackEncoder
 from megatron_internvlx.data.plan import PlanSettings
-from megatron_internvlx.data.prefetch import Prefetcher
+from megatron_internvlx.data.prefetch import WORKER_AHEAD, Prefetcher
 from megatron_internvlx.data.prepared import METADATASET, prepared_sets
 from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
 from megatron_internvlx.data.rvtc import stored_policy
@@ -53,7 +53,7 @@ class LoaderSettings:
     """Samples from which the next is drawn; 0: keep the order."""
     sequence: int = 32
     """Records that are read in order before a jump."""
-    prefetch: int = 2
+    prefetch: int = WORKER_AHEAD
     """Micro-batches that each worker prepares ahead."""
 
     def __post_init__(self) -> None:
@@ -307,7 +307,9 @@ def _start_worker(first: Any, worker_id: int) -> None:
 def _present_names(state: LoaderState) -> dict[str, Any]:
     """Settings of a saved state, its RVTC rule by its present name."""
     rule = state.made_with.get("rvtc")
-    return state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
+    return (
+        state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
+    )
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

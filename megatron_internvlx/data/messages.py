@@ -86,12 +86,9 @@ def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) 
         address = address.get("url")
     if not isinstance(address, str) or not address:
         raise BadSample(key, "bad_message", f"{where} has an image without a URL")
-    if data := _DATA.match(address):
-        try:
-            content = base64.b64decode(address[data.end() :], validate=True)
-        except binascii.Error as error:
-            raise BadSample(key, "unreadable_image", f"{where}: invalid base64: {error}") from error
-        name = f"{hashlib.sha256(content).hexdigest()[:32]}.{data['kind'].partition('+')[0].lower()}"
+    if embedded := decode_data_url(address, key, where):
+        content, kind = embedded
+        name = f"{hashlib.sha256(content).hexdigest()[:32]}.{kind}"
         if not (images / name).exists():
             with atomic_path(images / name) as partial:
                 partial.write_bytes(content)
@@ -103,3 +100,18 @@ def _convert_image(part: Mapping[str, Any], where: str, key: str, images: Path) 
             key, "missing_image", f"{where}: {address[:60]!r} is not a file: download it and use its path"
         )
     return address
+
+
+def decode_data_url(address: str, key: str = "?", where: str = "the image") -> tuple[bytes, str] | None:
+    """Bytes and kind ("jpeg") of an image in a base64 `data:` URL; None for other addresses.
+
+    Raises BadSample (unreadable_image) named `key` for invalid base64; `where` is the place in the record.
+    """
+    data = _DATA.match(address)
+    if data is None:
+        return None
+    try:
+        content = base64.b64decode(address[data.end() :], validate=True)
+    except binascii.Error as error:
+        raise BadSample(key, "unreadable_image", f"{where}: invalid base64: {error}") from error
+    return content, data["kind"].partition("+")[0].lower()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_internvlx.data.decode_pil import load_tiles
+from megatron_internvlx.data.decode import TileDecoder
+from megatron_internvlx.data.encoded import EncodedImage, PackImage
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.plan import PlanSettings, SequencePlan, build_plan
-from megatron_internvlx.data.prefetch import Prefetcher
+from megatron_internvlx.data.prefetch import WORKER_AHEAD, Prefetcher
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects, blamed_on
 from megatron_internvlx.data.sample import Sample, SampleEncoder, filler_sample
 from megatron_internvlx.signal_mask import keep_signal_mask
 
-# Samples of a micro-batch, each with its tiles: uint8 tensor [T, 3, S, S] on CPU.
-Items = list[tuple[Sample, torch.Tensor]]
+# Samples of a micro-batch, each with its tiles, uint8 tensor [T, 3, S, S] on CPU; or with its images, if files travel.
+Items = list[tuple[Sample, Any]]
 Finish = Callable[[Items], Any]
 
 # Replacements tried for one position. At 50 % bad records the chance to run out is 1e-20.
@@ -36,8 +38,15 @@ class ConversationDataset(Dataset):
     """Samples by global position: epoch `position // len`, each epoch in its own order from the seed.
 
     An item is `(Sample, tiles)` with tiles uint8 [T, 3, S, S] as numpy array (T is 0 for text only), or a BadSample.
-    `shuffle` False keeps the order of the files, for validation; `records` then limits the number of records, spread
-    evenly over all sets.
+    With a decoder whose files travel, it is `(Sample, images)` instead: each a file or the tiles of one image.
+
+    Args:
+        manifest: records.
+        encoder: converts records to samples.
+        seed: seed of the order and of the JPEG augmentation.
+        shuffle: False keeps the order of the files, for validation.
+        records: maximum number of records without shuffling, spread evenly over all sets; None: all.
+        decode: decoder of images; None: Pillow.
     """
 
     def __init__(
@@ -48,9 +57,12 @@ class ConversationDataset(Dataset):
         seed: int,
         shuffle: bool = True,
         records: int | None = None,
+        decode: TileDecoder | None = None,
     ):
         if seed < 0:
             raise ValueError(f"data seed {seed} must not be negative")
+        size = encoder.settings.tile_size
+        self.decode = decode or TileDecoder("pillow", tile_size=size, apply_exif=encoder.apply_exif)
         self.manifest, self.encoder = manifest, encoder
         self.seed, self.shuffle = seed, shuffle
         self.records = len(manifest) if records is None else min(records, len(manifest))
@@ -59,10 +71,10 @@ class ConversationDataset(Dataset):
         """Samples in an epoch; positions continue beyond it without end."""
         return self.records
 
-    def __getitem__(self, position: int) -> tuple[Sample, np.ndarray] | BadSample:
+    def __getitem__(self, position: int) -> tuple[Sample, Any] | BadSample:
         return self.attempt(position, 0)
 
-    def attempt(self, position: int, attempt: int) -> tuple[Sample, np.ndarray] | BadSample:
+    def attempt(self, position: int, attempt: int) -> tuple[Sample, Any] | BadSample:
         """Item at `position`; with `attempt` 1 or more, a replacement drawn from (seed, position, attempt)."""
         number = self._number(position, attempt)
         try:
@@ -83,21 +95,14 @@ class ConversationDataset(Dataset):
             return int(_order(self.manifest, epoch, self.seed)[index])
         return index * len(self.manifest) // self.records
 
-    def _tiles(self, sample: Sample, rng: random.Random) -> np.ndarray:
+    def _tiles(self, sample: Sample, rng: random.Random) -> np.ndarray | list[np.ndarray | EncodedImage]:
+        augment = rng if sample.jpeg_augment else None
+        images = [self.decode(image.path, image, augment) for image in sample.images]
+        if self.decode.travel:
+            return images
         size = self.encoder.settings.tile_size
-        parts = [np.empty((0, 3, size, size), dtype=np.uint8)]
-        for image in sample.images:
-            tiles = load_tiles(
-                image.path,
-                image.cols,
-                image.rows,
-                tile_size=size,
-                thumbnail=image.thumbnail,
-                jpeg_augment=rng if sample.jpeg_augment else None,
-                apply_exif=self.encoder.apply_exif,
-            )
-            parts.append(tiles)
-        return np.concatenate(parts)
+        cut = [image for image in images if not isinstance(image, EncodedImage)]
+        return np.concatenate([np.empty((0, 3, size, size), dtype=np.uint8), *cut])
 
 
 @lru_cache(maxsize=2)
@@ -107,10 +112,14 @@ def _order(manifest: Manifest, epoch: int, seed: int) -> np.ndarray:
 
 
 class _Slot(NamedTuple):
-    """Result of a worker for one position: the sample, if any was found, and the bad ones before it."""
+    """Result of a worker for one position: the sample, if any was found, and the bad ones before it.
 
-    item: tuple[Sample, np.ndarray] | None
+    `fallbacks` counts per reason the images that Pillow cut although DALI was asked for.
+    """
+
+    item: tuple[Sample, Any] | None
     rejects: list[BadSample]
+    fallbacks: dict[str, int]
 
 
 class _Slots(Dataset):
@@ -126,13 +135,13 @@ class _Slots(Dataset):
     def __getitem__(self, position: int) -> _Slot:
         rejects: list[BadSample] = []
         if self.once and position >= len(self.dataset):
-            return _Slot(None, rejects)
+            return _Slot(None, rejects, {})
         for attempt in range(1 if self.once else MAX_ATTEMPTS):
             item = self.dataset.attempt(position, attempt)
             if not isinstance(item, BadSample):
-                return _Slot(item, rejects)
+                return _Slot(item, rejects, self.dataset.decode.take_fallbacks())
             rejects.append(item)
-        return _Slot(None, rejects)
+        return _Slot(None, rejects, self.dataset.decode.take_fallbacks())
 
 
 def _positions(start: int, size: int, rank: int, ranks: int, limit: int | None) -> Iterator[list[int]]:
@@ -149,7 +158,7 @@ class _Delivery(NamedTuple):
 
     `content` is None if a position has no sample, and a ValueError if the samples do not fit together: raised in the
     worker, its message would be lost in a traceback. It has `good` samples, `pictured` of them with images; `cut`
-    (tiles, tokens) was removed from them to fit.
+    (tiles, tokens) was removed from them to fit, and Pillow cut the `fallbacks`, counted per reason.
     """
 
     content: Any
@@ -157,6 +166,7 @@ class _Delivery(NamedTuple):
     good: int
     pictured: int
     cut: tuple[int, int]
+    fallbacks: Counter[str]
 
 
 class _Finish:
@@ -165,11 +175,11 @@ class _Finish:
     `filler` replaces a micro-batch without any sample; None: every position must have one.
     """
 
-    def __init__(self, finish: Finish, filler: tuple[Sample, torch.Tensor] | None = None):
+    def __init__(self, finish: Finish, filler: tuple[Sample, Any] | None = None):
         self.finish, self.filler = finish, filler
 
     def __call__(self, slots: list[_Slot]) -> _Delivery:
-        items = [(slot.item[0], torch.from_numpy(slot.item[1])) for slot in slots if slot.item is not None]
+        items = [(slot.item[0], _as_tensors(slot.item[1])) for slot in slots if slot.item is not None]
         cut = (sum(s.dropped_tiles for s, _ in items), sum(s.dropped_tokens for s, _ in items))
         good, pictured, content = len(items), sum(bool(sample.images) for sample, _ in items), None
         if self.filler is not None and not items:
@@ -179,11 +189,22 @@ class _Finish:
                 content = self.finish(items)
             except ValueError as error:
                 content = error
-        return _Delivery(content, [slot.rejects for slot in slots], good, pictured, cut)
+        fallbacks: Counter[str] = Counter()
+        for slot in slots:
+            fallbacks.update(slot.fallbacks)
+        return _Delivery(content, [slot.rejects for slot in slots], good, pictured, cut, fallbacks)
 
 
-def plan_micro_batch(items: Items, settings: PlanSettings) -> tuple[SequencePlan, torch.Tensor]:
-    """Plan of a micro-batch and its tiles, uint8 [T, 3, S, S] in the order of the plan."""
+def _as_tensors(images: np.ndarray | list[np.ndarray | EncodedImage]) -> torch.Tensor | list[PackImage]:
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(images)
+    return [image if isinstance(image, EncodedImage) else torch.from_numpy(image) for image in images]
+
+
+def plan_micro_batch(
+    items: Items, settings: PlanSettings
+) -> tuple[SequencePlan, torch.Tensor | None, list[PackImage] | None]:
+    """Plan of a micro-batch, and its tiles, uint8 [T, 3, S, S], or its images, in the order of the plan."""
     plan = build_plan(
         [sample.input_ids for sample, _ in items],
         [sample.labels for sample, _ in items],
@@ -191,7 +212,9 @@ def plan_micro_batch(items: Items, settings: PlanSettings) -> tuple[SequencePlan
         settings,
         [sample.number for sample, _ in items],
     )
-    return plan, torch.cat([tiles for _, tiles in items])
+    if any(isinstance(images, list) for _, images in items):
+        return plan, None, [image for _, images in items for image in images]
+    return plan, torch.cat([tiles for _, tiles in items]), None
 
 
 def _start_worker(_: int) -> None:
@@ -226,7 +249,7 @@ def batches(
     reject_log: RejectLog,
     finish: Finish = list,
     limit: int | None = None,
-    prefetch_factor: int = 2,
+    prefetch_factor: int = WORKER_AHEAD,
     start_method: str = "forkserver",
 ) -> Iterator[Any]:
     """Micro-batches of this rank: `finish(items)`, called in the worker; by default the items themselves.
@@ -255,11 +278,13 @@ def held_out_batches(
     num_workers: int,
     reject_log: RejectLog,
     finish: Finish = list,
+    fallbacks: Counter[str] | None = None,
 ) -> Iterator[Any]:
     """One evaluation: this rank's share of the data set's records, each exactly once over all ranks.
 
     Every rank gives `micro_batches` of them. A bad record is counted in `reject_log` and left out, not replaced; a
-    micro-batch without any record is the filler of `sample.filler_sample`, whose weight is 0.
+    micro-batch without any record is the filler of `sample.filler_sample`, whose weight is 0. Images that Pillow cut
+    instead of DALI are added to `fallbacks`, per reason.
 
     Raises ValueError if the micro-batches are too few for all records.
     """
@@ -270,10 +295,12 @@ def held_out_batches(
             f"{micro_batches} micro-batches of {micro_batch_size} on {dp_size} ranks are too few for {records} records"
         )
     size = dataset.encoder.settings.tile_size
-    filler = (filler_sample(), torch.empty((0, 3, size, size), dtype=torch.uint8))
+    nothing: Any = [] if dataset.decode.travel else torch.empty((0, 3, size, size), dtype=torch.uint8)
     positions = _positions(0, micro_batch_size, dp_rank, dp_size, micro_batches)
-    loader = _loader(_Slots(dataset, once=True), positions, _Finish(finish, filler), num_workers)
-    yield from _counted(loader, num_workers, reject_log)
+    loader = _loader(
+        _Slots(dataset, once=True), positions, _Finish(finish, (filler_sample(), nothing)), num_workers
+    )
+    yield from _counted(loader, num_workers, reject_log, fallbacks)
 
 
 def _loader(
@@ -281,7 +308,7 @@ def _loader(
     positions: Iterator[list[int]],
     finish: _Finish,
     num_workers: int,
-    prefetch_factor: int = 2,
+    prefetch_factor: int = WORKER_AHEAD,
     start_method: str = "forkserver",
 ) -> DataLoader:
     options: dict[str, Any] = {}
@@ -300,7 +327,9 @@ def _loader(
     )
 
 
-def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Iterator[Any]:
+def _counted(
+    loader: DataLoader, num_workers: int, reject_log: RejectLog, fallbacks: Counter[str] | None = None
+) -> Iterator[Any]:
     """Contents in order; the rejects of each are counted before it is given."""
     # Receiving from a worker takes milliseconds; a thread does it while the model computes.
     with keep_signal_mask():  # workers block the signals that this process blocks
@@ -308,6 +337,8 @@ def _counted(loader: DataLoader, num_workers: int, reject_log: RejectLog) -> Ite
     deliveries = Prefetcher(batches_of_workers, depth=1) if num_workers else batches_of_workers
     try:
         for delivery in deliveries:
+            if fallbacks is not None:
+                fallbacks.update(delivery.fallbacks)
             yield _checked(delivery, reject_log)
     finally:
         if isinstance(deliveries, Prefetcher):

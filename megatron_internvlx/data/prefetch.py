@@ -8,6 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Micro-batches that each loader worker prepares ahead.
+WORKER_AHEAD = 2
+# Packs that the training process takes from its workers in advance, so that their files travel early.
+TAKEN_AHEAD = 2
+
 
 class Prefetcher:
     """Iterator that reads up to `depth` items ahead in a thread of its own.

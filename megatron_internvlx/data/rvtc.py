@@ -56,9 +56,9 @@ def tile_grid(
 ) -> tuple[int, int]:
     """Grid `(cols, rows)` of tiles for an image of `width` x `height` pixels.
 
-    InternVL's search takes the grid with the nearest aspect ratio among those of `min_tiles` to `max_tiles` tiles. It is
-    all that `off` does. `edge` and `area` first lower `max_tiles` to `tile_limit`. Without any candidate, as where
-    `min_tiles` is above the limit, the grid is 1x1.
+    InternVL's search takes the grid with the nearest aspect ratio among those of `min_tiles` to `max_tiles` tiles.
+    `off` does nothing else; `edge` and `area` first lower `max_tiles` to `tile_limit`. Without any candidate, as
+    where `min_tiles` is above the limit, the grid is 1x1.
 
     Raises ValueError for sizes below 1, negative `max_tiles` or an unknown policy.
     """

@@ -99,7 +99,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, asked: Callable[[], bool]) -> None:
         self.asked = asked
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self.asked(), dtype=torch.bool, device=input_ids.device)
 
 

@@ -1,4 +1,4 @@
-"""Complete evaluation from model to HTML page; the part of `tools/evaluate.py` that needs PyTorch."""
+"""Complete evaluation from model to HTML page; the part of `ivlx evaluate` that needs PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = ("predictions.jsonl", "scores.json", "page.html")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Arguments of `tools/evaluate.py`, under its flags' names."""
+    """Arguments of `ivlx evaluate`, under its flags' names."""
 
     hf: Path
     """Directory of the model."""

@@ -101,7 +101,7 @@ class InternVLXConfig(PreTrainedConfig):
     `compression`: projector (pvtc or mlp), pixel_shuffle_version, expand_layer (None: one phase only),
     inject_layers, low_ratio and high_ratio (side of a tile's token grid over its patch grid, before and
     from expand_layer on), upsample (bilinear or nearest). Image settings are those of InternVL, and
-    `rvtc`, the rule that limits the tiles of an image (edge, area or off), with `rvtc_version`, that of the rules' names.
+    `rvtc`, the rule that limits the tiles of an image (edge, area or off); `rvtc_version` is that of the rules' names.
     """
 
     model_type = "internvlx"

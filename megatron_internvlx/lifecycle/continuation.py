@@ -13,12 +13,22 @@ import torch.distributed as dist
 
 from megatron_internvlx import files
 from megatron_internvlx.config import DataSettings, settings_from
-from megatron_internvlx.lifecycle import resume, signals
+from megatron_internvlx.lifecycle import resume
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
-from megatron_internvlx.megatron_settings import CheckpointFiles, Parallelism
+from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Parallelism
 from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.reporting.phases import START
+
+
+def report_phases() -> None:
+    """Have the phases of the checkpoint and of the first step begin when Megatron loads one and enters its loop."""
+    import megatron.training.training as training
+
+    for phase, name in (("checkpoint", "load_checkpoint"), ("first_step", "train")):
+        function = getattr(training, name)
+        setattr(training, name, START.before(phase, getattr(function, "__wrapped__", function)))
 
 
 class Continuation:
@@ -53,7 +63,8 @@ class Continuation:
             if not chosen:
                 chosen = True
                 self.choose()
-                signals.report_phase("building the model")
+                START.enter("model")
+                report_phases()
             return model_provider(*args, **kwargs)
 
         return provide
@@ -63,6 +74,7 @@ class Continuation:
         if self.stop.clock is not None:
             self.stop.clock.restart()
         self.check_layout()
+        self.check_length()
         folder = self.setup.state_folder
         if folder is None:
             return
@@ -94,6 +106,23 @@ class Continuation:
             raise RuntimeError(
                 f"this rank's --pipeline-model-parallel-layout is {mine!r} and that of rank 0 {first[0]!r}: they found "
                 f"different checkpoints in {checkpoints.save or checkpoints.load}; start again, or give the layout"
+            )
+
+    def check_length(self) -> None:
+        """Check that all ranks counted the same epoch: with other numbers of steps they would wait for each other.
+
+        Raises RuntimeError on a rank whose number differs from that of rank 0.
+        """
+        if self.data.epochs is None:
+            return
+        mine = settings_from(self.args, Batches).train_iters
+        first = [mine]
+        dist.broadcast_object_list(first, src=0)
+        if first[0] != mine:
+            raise RuntimeError(
+                f"--epochs {self.data.epochs:g} are {mine} steps on this rank and {first[0]} on rank 0: was "
+                f"{self.data.data} written to while the run started, or does it differ between nodes? Start again "
+                "once it is the same everywhere"
             )
 
     def _choice(self, save: Path) -> tuple[int] | int | None:

@@ -120,14 +120,14 @@ def check_tile_rule(args: argparse.Namespace) -> None:
         return
     if old == "edge" and data.min_tiles > 1:
         raise ValueError(
-            f"{checkpoint} was trained with the rule that was called edge before, which limits columns and rows and "
-            f"with --min-tiles {data.min_tiles} is none of today's: train on from its weights, with "
+            f"{checkpoint} was trained with the rule that was called edge before, which limits columns and rows: with "
+            f"--min-tiles {data.min_tiles} it differs from all present ones. Train from its weights, with "
             f"--pretrained-checkpoint {checkpoint.parent} and another --save"
         )
     if (now := stored_policy(old, version)) != data.rvtc:
         raise ValueError(
             f"{checkpoint} was trained with the rule that is called {now} today ({old} before), and --rvtc is "
-            f"{data.rvtc}: resume with --rvtc {now}, or in the recipe rvtc: {now}; for other tiles train on from its "
+            f"{data.rvtc}: resume with --rvtc {now}, or in the recipe rvtc: {now}; for other tiles train from its "
             f"weights, with --pretrained-checkpoint {checkpoint.parent} and another --save"
         )
 

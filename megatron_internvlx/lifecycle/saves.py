@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +23,14 @@ class GuardedSaves:
     Args:
         setup: the run's directory and ranks.
         failed: called with the reason on the rank whose save failed, before its process ends.
-        saved: called on every rank after each checkpoint.
+        saved: called on every rank after each checkpoint, with its seconds.
     """
 
     def __init__(
         self,
         setup: RunSetup,
         failed: Callable[[str], None],
-        saved: Callable[[], None] = lambda: None,
+        saved: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.setup, self.failed, self.saved = setup, failed, saved
         self.saving = False
@@ -51,7 +52,7 @@ class GuardedSaves:
         def save(iteration: int, *args: Any, **kwargs: Any) -> None:
             if not self._has_room(iteration):
                 return
-            self.saving = True
+            self.saving, start = True, time.monotonic()
             try:
                 save_checkpoint(iteration, *args, **kwargs)
             except (SystemExit, KeyboardInterrupt):
@@ -59,7 +60,7 @@ class GuardedSaves:
             except BaseException as error:  # torch's CheckpointException is no Exception
                 self._end_process(iteration, error)
             self.saving = False
-            self.saved()
+            self.saved(time.monotonic() - start)
 
         save.__wrapped__ = save_checkpoint  # type: ignore[attr-defined]
         return save

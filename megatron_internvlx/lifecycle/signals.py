@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 from megatron_internvlx.lifecycle.interrupt import Interrupts
 from megatron_internvlx.lifecycle.stall import StallClock
-from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.signal_mask import keep_signal_mask
 
 if TYPE_CHECKING:  # the script imports this file before it says that torch is being imported
@@ -55,12 +53,6 @@ def catch_in_other_threads() -> None:
 def pending() -> bool:
     """Whether this process received a stop signal."""
     return bool(_caught or signal.sigpending().intersection(STOP))
-
-
-def report_phase(text: str) -> None:
-    """Print the current phase of the start, on the first rank."""
-    if is_first_rank():
-        print(f"pretrain_vlm.py: {text}", file=sys.stderr, flush=True)
 
 
 def end_children(*, daemons_only: bool = False) -> None:

@@ -37,7 +37,7 @@ def check_start(checkpoints: CheckpointFiles, *, auto_resume: bool, freeze_llm: 
         ):
             raise ValueError(
                 f"{flag} {path}: no checkpoint is in it (no {files.TRACKER}); a Hugging Face directory is imported "
-                f"first: tools/convert_checkpoint.py import --hf {path} --save CKPT"
+                f"first: ivlx import --hf {path} --save CKPT"
             )
     if _loads_weights(checkpoints, auto_resume):
         return

@@ -19,6 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_internvlx.platform.packed_attention import graph_safe_kernels
+
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _UNMASKED = (AttnMaskType.no_mask,)
 
@@ -141,6 +143,16 @@ class PackedDotProductAttention(MegatronModule):
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+class GraphSafeAttention(PackedDotProductAttention):
+    """The same, by kernels of torch that a CUDA graph can replay; for the vision encoder, which has no mask or pack."""
+
+    def _attend(
+        self, q_SBND: Tensor, k_SBGD: Tensor, v_SBGD: Tensor, causal: bool, packed: PackedSeqParams | None
+    ) -> Tensor:
+        with graph_safe_kernels(q_SBND.device):
+            return super()._attend(q_SBND, k_SBGD, v_SBGD, causal, packed)
 
 
 def causal_within_segments(position_ids: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ def build_stage(
     Training and the planner's measurement both use it, so that the model that is timed is the one that trains.
     """
     train, rotary = settings_from(args, TrainSettings), settings_from(args, Rotary)
+    vision = settings_from(args, VisionSettings)
     in_fp8 = fp8_parts(train, settings_from(args, Precision))
     stage = InternVLX(
         config,
@@ -63,7 +64,8 @@ def build_stage(
         rotary_base=rotary.rotary_base,
         rope_scaling_factor=rotary.rope_scaling_factor if rotary.use_rope_scaling else None,
         freeze_vision=train.freeze_vision,
-        vision_recompute=settings_from(args, VisionSettings).vision_recompute,
+        vision_recompute=vision.vision_recompute,
+        vision_attention=vision.vision_attention,
         vision_fp8="vision" in in_fp8,
         projector_fp8="projectors" in in_fp8,
         budget=static_budget(train, settings_from(args, Batches).seq_length),

@@ -145,6 +145,7 @@ class InternViT(MegatronModule):
         config: the encoder's Megatron settings, from `internvit_transformer_config`.
         tp_group: the group over which the weights are replicated, i.e. the language model's
             tensor-parallel group. None: not replicated.
+        attention: `megatron` or `torch`; see `VisionSettings`.
 
     Raises:
         RuntimeError: if torch.distributed is not initialized.
@@ -155,6 +156,7 @@ class InternViT(MegatronModule):
         vit: InternViTConfig,
         config: TransformerConfig,
         tp_group: torch.distributed.ProcessGroup | None = None,
+        attention: str = "megatron",
     ) -> None:
         super().__init__(config=config)
         self.vit = vit
@@ -163,7 +165,7 @@ class InternViT(MegatronModule):
         self.tp_group = groups.tp
         self.embeddings = InternViTEmbeddings(vit, config.params_dtype)
         self.encoder = TransformerBlock(
-            config, internvit_block_spec(vit, config), post_layer_norm=False, pg_collection=groups
+            config, internvit_block_spec(vit, config, attention), post_layer_norm=False, pg_collection=groups
         )
         self.reset_parameters()
         for parameter in self.parameters():

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from megatron_internvlx.model.attention import PackedDotProductAttention
+from megatron_internvlx.model.attention import GraphSafeAttention, PackedDotProductAttention
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.norm import KernelNorm, NormBuilder
 from megatron_internvlx.platform import kernels
@@ -152,7 +152,17 @@ def _column_linear_with_bias(column: Callable[..., nn.Module], **settings: bool)
     return build
 
 
-def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
+def _core_attention(config: TransformerConfig, attention: str) -> type[nn.Module]:
+    """Class of the attention itself, between the projections; none has parameters."""
+    if attention == "torch":
+        return GraphSafeAttention
+    impl = config.transformer_impl
+    return PackedDotProductAttention if impl == "local" else get_backend(impl).core_attention()
+
+
+def internvit_block_spec(
+    vit: InternViTConfig, config: TransformerConfig, attention: str = "megatron"
+) -> TransformerBlockSubmodules:
     """Layers of an InternViT, without a final norm.
 
     Norms and linear layers stay separate modules in both implementations, so that their parameters have
@@ -162,11 +172,10 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
     Args:
         vit: the architecture.
         config: Megatron's config of it; its `transformer_impl` chooses the implementation.
+        attention: `megatron`, that of the implementation, or `torch`; see `VisionSettings`.
     """
-    impl = config.transformer_impl
-    backend = get_backend(impl)
-    linear = backend.column_parallel_linear()
-    attention = ModuleSpec(
+    linear = get_backend(config.transformer_impl).column_parallel_linear()
+    self_attention = ModuleSpec(
         module=InternViTSelfAttention,
         params={
             "attn_mask_type": AttnMaskType.no_mask,
@@ -175,7 +184,7 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
         submodules=SelfAttentionSubmodules(
             # Megatron gives all projections of a layer a bias or none.
             linear_qkv=_column_linear_with_bias(linear, **({} if vit.qkv_bias else {"bias": False})),
-            core_attention=PackedDotProductAttention if impl == "local" else backend.core_attention(),
+            core_attention=_core_attention(config, attention),
             linear_proj=_column_linear_with_bias(linear),
         ),
     )
@@ -200,7 +209,7 @@ def internvit_block_spec(vit: InternViTConfig, config: TransformerConfig) -> Tra
             params={"unused": index >= vit.layers_run},
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
-                self_attention=attention,
+                self_attention=self_attention,
                 self_attn_bda=end_of_branch,
                 pre_mlp_layernorm=norm,
                 mlp=mlp,

@@ -50,6 +50,7 @@ class InternVLX(MegatronModule):
         rope_scaling_factor: factor of Llama 3's rule; None: plain RoPE.
         freeze_vision: do not compute the gradient of the vision encoder, nor send it between stages.
         vision_recompute: recompute the vision encoder's layers in the backward pass.
+        vision_attention: `megatron` or `torch`; see `VisionSettings`.
         vision_fp8: run the vision encoder's layers in the decoder's FP8.
         projector_fp8: run the projectors in the decoder's FP8; else in bf16, inside its layers too.
         budget: sizes of all micro-batches with static boundaries; None: each has its own.
@@ -65,6 +66,7 @@ class InternVLX(MegatronModule):
         rope_scaling_factor: float | None = None,
         freeze_vision: bool = False,
         vision_recompute: bool = False,
+        vision_attention: str = "megatron",
         vision_fp8: bool = False,
         projector_fp8: bool = False,
         budget: Budget | None = None,
@@ -98,7 +100,7 @@ class InternVLX(MegatronModule):
             vision_settings = internvit_transformer_config(
                 sizes.vision, config, recompute=vision_recompute, fp8=vision_fp8
             )
-            self.vision_model = InternViT(sizes.vision, vision_settings, self.tp_group)
+            self.vision_model = InternViT(sizes.vision, vision_settings, self.tp_group, vision_attention)
             self.projector = build_projector(
                 config, sizes, sizes.entry_grid, self.pg_collection, fp8=projector_fp8
             )

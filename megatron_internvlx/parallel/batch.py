@@ -86,6 +86,8 @@ class BatchChannel:
         weigh: function that gives the weights of a micro-batch's loss rows.
         pipeline: on the first stage, the pipeline that cuts images that arrive as files instead of tiles. A
             micro-batch is then started while the one before it is computed.
+        micro_batches: number after which the loader begins anew, as an evaluation does; none beyond it is started
+            early. None: it is endless.
         tag: number of this channel's messages in `group`. Channels that share a group need different ones: a plan
             that is sent ahead waits for its receiver while another channel exchanges its own.
     """
@@ -101,6 +103,7 @@ class BatchChannel:
         weigh: Weigh = loss_weights,
         pipeline: TilePipeline | None = None,
         tag: int = 0,
+        micro_batches: int | None = None,
     ) -> None:
         self.tag = tag
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -114,7 +117,10 @@ class BatchChannel:
         self.files: FileScatter | None = None
         if pipeline is not None:
             self.files = FileScatter(self.first_stage, stage_group, tile_size, pipeline)
+        self.micro_batches = micro_batches
+        self._received = 0
         self._started: deque[tuple[SequencePlan, HostBatch | None]] = deque()
+        self._failure: Exception | None = None  # of the loader, in place of the next micro-batch
         self.capacity = self.START_CAPACITY
         self.broadcasts = 0
         self._sending: list[tuple[dist.Work, Tensor]] = []
@@ -133,21 +139,51 @@ class BatchChannel:
                 tiles = self.pixels(plan.tile_capacity, batch.tiles if batch else None)
             return MicroBatch(device_plan(plan, self.weigh), tiles)
         if not self._started:
-            self._start_next(self.files, loader)
+            self._start(self.files, *self._next_plan(loader))
         plan, _ = self._started.popleft()
         tiles = self.files.collect()
-        self._start_next(self.files, loader)
+        self._received += 1
+        if self.micro_batches is None or self._received % self.micro_batches:
+            self._start_early(self.files, loader)
         return MicroBatch(device_plan(plan, self.weigh), tiles)
 
     def _next_plan(self, loader: Iterator[HostBatch] | None) -> tuple[SequencePlan, HostBatch | None]:
-        batch = next(loader) if self.is_source else None  # type: ignore[arg-type]
-        return unpack_plan(self._broadcast(pack_plan(batch.plan) if batch else None)), batch
+        """Plan of the next micro-batch, and on the loading rank its content. Raises the loader's errors there."""
+        if not self.is_source:
+            flat = self._broadcast(None)
+            while not len(flat):  # no plan because the loader failed: its rank ends the run
+                flat = self._broadcast(None)
+            return unpack_plan(flat), None
+        if self._failure is not None:
+            raise self._failure
+        batch = next(loader)  # type: ignore[arg-type]
+        return self._send_plan(batch), batch
 
-    def _start_next(self, files: FileScatter, loader: Iterator[HostBatch] | None) -> None:
-        """Start to cut the images of the next micro-batch; the loader of files is endless, so there is one."""
-        plan, batch = self._next_plan(loader)
+    def _send_plan(self, batch: HostBatch) -> SequencePlan:
+        return unpack_plan(self._broadcast(pack_plan(batch.plan)))
+
+    def _start(self, files: FileScatter, plan: SequencePlan, batch: HostBatch | None) -> None:
         files.start(plan.tile_capacity, batch.images if batch else None)
         self._started.append((plan, batch))
+
+    def _start_early(self, files: FileScatter, loader: Iterator[HostBatch] | None) -> None:
+        """Start to cut the images of the micro-batch after the one that is about to be computed.
+
+        An error of the loader must not cost that one: it is kept until its own micro-batch is asked for, and an empty
+        plan tells the other ranks to continue.
+        """
+        if not self.is_source:
+            flat = self._broadcast(None)
+            if len(flat):
+                self._start(files, unpack_plan(flat), None)
+            return
+        try:
+            batch = next(loader)  # type: ignore[arg-type]
+        except Exception as error:
+            self._failure = error
+            self._broadcast(np.zeros(0, np.int32))
+            return
+        self._start(files, self._send_plan(batch), batch)
 
     @property
     def pending_keys(self) -> list[Any]:

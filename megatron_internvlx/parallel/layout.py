@@ -81,7 +81,7 @@ def check_layout(layout: str, *, pipeline: int, layers: int) -> None:
     Raises ValueError with both numbers.
     """
     counts = layout_counts(layout)
-    remedy = "tools/plan_pipeline.py prints one that fits"
+    remedy = "ivlx plan prints one that fits"
     if pipeline == 1:
         raise ValueError(
             f"--pipeline-model-parallel-layout {layout!r} has {len(counts)} stages and "

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
-from megatron_internvlx.data.encoded import EncodedImage, PackImage
+from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import EncodedImage, PackImage, Wanted
 from megatron_internvlx.platform import device
 from megatron_internvlx.platform.transfer import to_device
 
@@ -115,10 +115,12 @@ class _Started:
 
     share: int
     parts: list[Part]
+    number: int
+    """Number of the pipeline's batch."""
 
-    @property
-    def files(self) -> list[Wanted]:
-        return [part for part in self.parts if isinstance(part, Wanted)]
+
+def _files(parts: list[Part]) -> list[Wanted]:
+    return [part for part in parts if isinstance(part, Wanted)]
 
 
 class FileScatter:
@@ -128,7 +130,7 @@ class FileScatter:
         ranks: global ranks of the first stage in TP order; the first one loads.
         group: host group of these ranks; None for one rank.
         tile_size: S.
-        pipeline: pipeline that cuts on this rank.
+        pipeline: pipeline that cuts on this rank; several divisions may use it, whose micro-batches alternate.
     """
 
     def __init__(
@@ -137,15 +139,18 @@ class FileScatter:
         self.ranks, self.group, self.tile_size, self.pipeline = ranks, group, tile_size, pipeline
         self.sent = 0
         """Bytes that this rank has sent."""
+        self.images = 0
+        """Images that this rank's pipeline was given."""
         self._started: deque[_Started] = deque()
         self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def start(self, capacity: int, images: Sequence[PackImage] | None) -> None:
         """Divide the images of the next micro-batch, `capacity` tiles in all, and start to cut this rank's share."""
         share = capacity // len(self.ranks)
-        started = _Started(share, self._exchange(share, images))
-        self._started.append(started)
-        self.pipeline.start(started.files)
+        parts = self._exchange(share, images)
+        files = _files(parts)
+        self.images += len(files)
+        self._started.append(_Started(share, parts, self.pipeline.start(files)))
 
     def _exchange(self, share: int, images: Sequence[PackImage] | None) -> list[Part]:
         shares = None if images is None else split_images(images, share, len(self.ranks))
@@ -176,12 +181,12 @@ class FileScatter:
         out = torch.empty((started.share, *shape), dtype=torch.uint8, device=device())
         counts = [part.count if isinstance(part, Wanted) else len(part) for part in started.parts]
         out[sum(counts) :].zero_()
-        files = started.files
+        files = _files(started.parts)
         if len(files) == len(started.parts):
-            self.pipeline.collect(out[: sum(counts)])
+            self.pipeline.collect(out[: sum(counts)], started.number)
             return out
         cut = torch.empty((sum(part.count for part in files), *shape), dtype=torch.uint8, device=device())
-        self.pipeline.collect(cut)
+        self.pipeline.collect(cut, started.number)
         for place, tiles in _tiles_with_places(started.parts, counts, cut):
             out[place : place + len(tiles)].copy_(tiles)
         return out

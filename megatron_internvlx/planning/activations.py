@@ -38,7 +38,7 @@ Type x is that of activations. "if trained": where the weights get a gradient; "
 | PVTC, twice: proj input; product; if trained | [T, g*g, (1 + 4) h/t] | x | WindowAttention | `projector` |
 | MLP: norm; before GELU; after, if trained | [T, P*P, c]; 2 [T, g*g, h/t] | x | MLPProjector | `projector` |
 | two norms, inputs and outputs | 4 [T, L, c] | x | InternViTLayer | `vision_layer` |
-| qkv, attention output; joined, local | [T, L, 4c]; [T, L, c] | x | attention | `vision_layer` |
+| qkv, attention output; joined, local or torch's attention | [T, L, 4c]; [T, L, c] | x | attention | `vision_layer` |
 | queries and keys before their norms, if any | 2 [T, L, c] | x | attention | `vision_layer` |
 | branches before their LayerScale | 2 [T, L, c] | x | LayerScale | `vision_layer` |
 | before and after GELU | 2 [T, L, F] | x | MLP | `vision_layer` |
@@ -56,7 +56,7 @@ from operator import mul
 
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_internvlx.config import PVTC_MLP_RATIO, settings_from
+from megatron_internvlx.config import PVTC_MLP_RATIO, VisionSettings, settings_from
 from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import StageLayers
@@ -76,6 +76,8 @@ class MemoryModel:
     per_parameter: StateBytes
     local: bool
     """Megatron's local implementation instead of Transformer Engine."""
+    vision_copies: bool = False
+    """The vision encoder's attention may copy its output to join the heads: torch's, and any of `local`."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> MemoryModel:
@@ -87,7 +89,8 @@ class MemoryModel:
             raise ValueError(str(error) or "Megatron refuses this layout (an assertion)") from error
         local = settings_from(args, Precision).transformer_impl == "local"
         backward = BackwardSettings.from_args(args)
-        return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local)
+        copies = local or settings_from(args, VisionSettings).vision_attention == "torch"
+        return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local, copies)
 
     @property
     def width(self) -> int:
@@ -180,7 +183,7 @@ class MemoryModel:
         vit, b = self.sizes.vision, self.width
         rows, elements = tiles * vit.tokens_per_tile, tiles * self.sizes.features_per_tile
         norms, scales = 4 * elements * b, 2 * elements * b
-        attention = (4 + self.local) * elements * b
+        attention = (4 + (self.local or self.vision_copies)) * elements * b
         if vit.qk_normalization:
             attention += 2 * elements * b
         return norms + attention + scales + 2 * rows * vit.ffn_hidden_size * b
@@ -276,3 +279,19 @@ def rank_activations(
     parts = {name: sum(map(mul, flying, (chunk.parts[name] for chunk in chunks))) for name in chunks[0].parts}
     parts["output"] = sum(chunk.parts["output"] for chunk in chunks)
     return parts, max(chunk.working for chunk in chunks), flying
+
+
+def forward_bytes(model: MemoryModel, stats: PlanStats) -> int:
+    """Most bytes of a forward pass over the whole model that keeps nothing for a backward pass, as in an evaluation.
+
+    At most one layer's tensors exist at a time, those that its backward pass would read among them, besides the
+    decoder's rows and the vision encoder's features; at the end the final norm and the logits.
+    """
+    whole = replace(model, backward=BackwardSettings())
+    sizes, tiles = model.sizes, -(-stats.vision_tiles // model.layout.tensor)
+    features = stats.projected_tiles * sizes.features_per_tile * model.width
+    rows = whole.rank_rows(stats.deep_rows) * sizes.hidden * model.width
+    vision = whole.vision_layer(tiles)
+    entry = features + whole.projector(sizes.entry_grid, stats.projected_tiles)
+    layer = max(whole.decoder_layer(layer, stats) for layer in range(sizes.layers))
+    return max(vision, entry, features + rows + layer, whole.output(stats))

@@ -1,7 +1,7 @@
 """Costs of every decoder layer, the vision encoder, the loss and every boundary, in seconds and bytes.
 
 Two sources of seconds: FLOPs over a sustained rate, or a profile measured on the target machine by
-`tools/plan_pipeline.py --measure`. Costs are those of one micro-batch that stands for all, on one
+`ivlx plan --measure`. Costs are those of one micro-batch that stands for all, on one
 tensor-parallel group; its `PlanStats` count computed rows, padding included.
 """
 

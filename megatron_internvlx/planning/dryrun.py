@@ -12,12 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.config import RunSettings, TrainSettings, VisionSettings, misaligned, settings_from
+from megatron_internvlx.config import (
+    DataSettings,
+    RunSettings,
+    TrainSettings,
+    VisionSettings,
+    misaligned,
+    settings_from,
+)
+from megatron_internvlx.data.decode import ranks_cut
 from megatron_internvlx.megatron_settings import Execution, Parallelism
 from megatron_internvlx.parallel.layout import carried_rows, layout_name
-from megatron_internvlx.planning.activations import MemoryModel, rank_activations
+from megatron_internvlx.planning.activations import MemoryModel, forward_bytes, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
+from megatron_internvlx.planning.epoch import Epoch
 from megatron_internvlx.planning.flops import Owner, PlanStats, forward_flops, training_flops
+from megatron_internvlx.planning.loading import Loading, loading, loading_figures
 from megatron_internvlx.planning.memory import RankState
 from megatron_internvlx.planning.parameters import parameters
 from megatron_internvlx.planning.search import PipelinePlan, evaluate
@@ -63,11 +73,15 @@ class Stage:
     """Forward and backward pass of one micro-batch, recomputation included, over all its TP ranks."""
     inputs: int = 0
     """Bytes of the tiles in the buffers that a CUDA graph of the step reads; 0 without one."""
+    evaluation: int = 0
+    """Bytes of an evaluation's forward pass beside the memory that a CUDA graph keeps; 0 without one."""
 
     @property
     def total(self) -> int:
         """Bytes, without the reserve."""
-        return self.state.total + sum(self.activations.values()) + self.working + self.inputs
+        return (
+            self.state.total + sum(self.activations.values()) + self.working + self.inputs + self.evaluation
+        )
 
 
 @dataclass(frozen=True)
@@ -84,11 +98,20 @@ class Plan:
     stages: tuple[Stage, ...]
     pipeline: PipelinePlan
     """The step in the planner's simulation, by FLOPs at an assumed rate."""
+    machine: Machine
+    """The assumed rates."""
+    loading: Loading
 
     @property
     def fullest(self) -> Stage:
         """Stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """Epoch over `--dry-run-pictures`; None without."""
+        pictures = self.run.dry_run_pictures
+        return Epoch.of(pictures, self.work, self.pipeline.seconds) if pictures else None
 
     @property
     def flops(self) -> int:
@@ -105,8 +128,12 @@ def check(args: argparse.Namespace) -> Plan:
     schedule = model.layout.schedule(work.packs // model.layout.data)
     stages = tuple(_stage(model, rank, stats, schedule) for rank in range(model.layout.pipeline))
     inputs = graph_inputs(args, model.layout.tensor, schedule.micro_batches)
-    stages = (replace(stages[0], inputs=inputs), *stages[1:])
+    if inputs:
+        # What the recording allocates stays the graph's own: as much as a step keeps at a time, for torch empties its
+        # cache of the steps before, but an evaluation cannot use it.
+        stages = (replace(stages[0], inputs=inputs, evaluation=forward_bytes(model, stats)), *stages[1:])
     machine = Machine.assumed(fp8=bool(precision.fp8), local=model.local)
+    pipeline = _simulate(model, stats, schedule, machine)
     plan = Plan(
         settings_from(args, Parallelism),
         precision,
@@ -116,10 +143,30 @@ def check(args: argparse.Namespace) -> Plan:
         work,
         stats,
         stages,
-        _simulate(model, stats, schedule, machine),
+        pipeline,
+        machine,
+        _loading(args, model, work, stats, pipeline),
     )
     _check_memory(plan)
     return plan
+
+
+def _loading(
+    args: argparse.Namespace, model: MemoryModel, work: Workload, stats: PlanStats, pipeline: PipelinePlan
+) -> Loading:
+    data, layout = settings_from(args, DataSettings), model.layout
+    return loading(
+        data,
+        files=ranks_cut(data, on_gpu=settings_from(args, Execution).on_gpu),
+        tiles=stats.projected_tiles,
+        tile_size=settings_from(args, VisionSettings).image_size,
+        rows=work.seq_length,
+        micro_batch_size=work.micro_batch_size,
+        seconds=pipeline.seconds / pipeline.schedule.micro_batches,
+        world=settings_from(args, Parallelism).world_size,
+        tensor=layout.tensor,
+        replicas=layout.data,
+    )
 
 
 def graph_inputs(args: argparse.Namespace, tensor: int, micro_batches: int) -> int:
@@ -253,6 +300,8 @@ def _head(plan: Plan) -> list[str]:
         + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
         f"step         {work.packs * stats.deep_rows:,} tokens at most ({work.packs * stats.shallow_rows:,} in "
         f"the shallow phase), {_flops_text(plan.flops)}",
+        *([plan.epoch.line(plan.machine.flops)] if plan.epoch else []),
+        *plan.loading.lines(),
     ]
 
 
@@ -265,7 +314,7 @@ def _pipeline_line(pipeline: PipelinePlan) -> list[str]:
         return []
     busiest = f"busiest stage {1 + pipeline.imbalance:.2f}x the mean"
     line = f"pipeline     stages wait {pipeline.bubble:.1%} of the step (simulated from FLOPs), {busiest}"
-    return [line + ("; tools/plan_pipeline.py looks for a better split" if pipeline.imbalance > 0.1 else "")]
+    return [line + ("; ivlx plan looks for a better split" if pipeline.imbalance > 0.1 else "")]
 
 
 def text_table(rows: list[list[str]]) -> list[str]:
@@ -300,13 +349,13 @@ def _stage_table(plan: Plan) -> list[str]:
 
 def _memory_table(plan: Plan) -> list[str]:
     names = ("vision", "projectors", "shallow", "deep", "output")
-    inputs = ["inputs"] if any(stage.inputs for stage in plan.stages) else []
-    heads = ["weights", "gradients", "optimizer", *names, "recompute", *inputs, "total", "in flight"]
+    graph = ["inputs", "evaluation"] if any(stage.inputs for stage in plan.stages) else []
+    heads = ["weights", "gradients", "optimizer", *names, "recompute", *graph, "total", "in flight"]
     rows = [["GiB per rank", *heads]]
     for stage in plan.stages:
         state = stage.state
         sizes = [state.weights, state.gradients, state.optimizer, *(stage.activations[n] for n in names)]
-        sizes += [stage.working, *([stage.inputs] if inputs else []), stage.total]
+        sizes += [stage.working, *([stage.inputs, stage.evaluation] if graph else []), stage.total]
         cells = [f"{size / GIB:.2f}" for size in sizes]
         rows.append([f"stage {stage.rank}", *cells, "+".join(map(str, stage.flying))])
     limit = plan.run.gpu_memory_gib
@@ -344,6 +393,8 @@ def figures(plan: Plan) -> dict[str, Any]:
         "flop_per_step": plan.flops,
         "pipeline_bubble": plan.pipeline.bubble,
         "pipeline_imbalance": plan.pipeline.imbalance,
+        "epoch_seconds": plan.epoch.seconds if plan.epoch else None,
         "memory_per_gpu": plan.fullest.total,
         "layout": plan.layout_name,
+        **loading_figures(plan.loading),
     }

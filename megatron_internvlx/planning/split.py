@@ -97,7 +97,7 @@ def settle_split(
     else:
         counts = even_work(model_costs(args), stages)
         layout = layout_string(counts)
-        how, remark = "by work", "; tools/plan_pipeline.py simulates others"
+        how, remark = "by work", "; ivlx plan simulates others"
     args.pipeline_model_parallel_layout = layout
     args.num_virtual_stages_per_pipeline_rank = None  # Megatron counts them in the layout
     if is_first_rank():

@@ -59,8 +59,9 @@ class Workload:
                 "or --high-ratio smaller"
             )
         budget = self.max_tiles_per_pack
-        tiles = min(fitting, budget or (self.image_tiles * self.micro_batch_size))
-        rows = self.seq_length * (1 if budget else self.micro_batch_size)
+        samples = 1 if budget else self.micro_batch_size
+        tiles = budget or self.image_tiles * samples
+        tiles, rows = min(tiles, fitting * samples), self.seq_length * samples
         shallow = rows - tiles * (per_tile - sizes.low_grid**2) if sizes.lvtc else 0
         if sizes.lvtc and self.shallow_seq_length:
             if self.shallow_seq_length < shallow and budget is None:

@@ -1,6 +1,23 @@
 """The GPUs of this machine, for checks before a job."""
 
+from pathlib import Path
+
 import torch
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def cuda_version() -> str:
+    """CUDA version that PyTorch is built for; "none" for a build without CUDA."""
+    return torch.version.cuda or "none"
+
+
+def driver_version() -> str:
+    """Version of NVIDIA's driver; "unknown" without one."""
+    if not DRIVER.is_file():
+        return "unknown"
+    words = DRIVER.read_text().split("\n", 1)[0].split()
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 
 def card_count() -> int:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,22 +198,26 @@ class LogRecord:
 def install_log_line(
     fn: Callable[[LogRecord], str | None],
     fn_eval: Callable[[str, dict[str, float] | None], str | None] | None = None,
+    *,
+    first_step: Callable[[], None] | None = None,
+    evaluated: Callable[[float], None] | None = None,
 ) -> None:
     """Replace Megatron's lines about training and evaluation with those that `fn` and `fn_eval` return.
 
     Both are called on every rank (so they may communicate) and their text is printed on the last rank; None
     prints nothing. `fn_eval` gets Megatron's prefix ("iteration 20", "iteration 40 on test set") and the mean
     of each reported value: empty on ranks without the last pipeline stage, None if the time limit ended the
-    evaluation early. TensorBoard output is unchanged.
+    evaluation early. `first_step` is called on every rank when the first step of the run has ended, and `evaluated`
+    with the seconds of each evaluation, before its line. TensorBoard output is unchanged.
     A second call replaces the functions of the first.
     """
     import megatron.training.training as training
 
     quiet_prints()
-    training.training_log = _with_log_line(training, _unwrap(training.training_log), fn)
+    training.training_log = _with_log_line(training, _unwrap(training.training_log), fn, first_step)
     if fn_eval is not None:
         evaluation = _unwrap(training.evaluate_and_print_results)
-        training.evaluate_and_print_results = _with_eval_line(training, evaluation, fn_eval)
+        training.evaluate_and_print_results = _with_eval_line(training, evaluation, fn_eval, evaluated)
 
 
 def _unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,7 +255,12 @@ def _averages(totals: dict[str, Any]) -> tuple[dict[str, float], int, int]:
     return losses, counts["skipped iterations"], counts["nan iterations"]
 
 
-def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..., str | None]) -> Any:
+def _with_log_line(
+    training: Any,
+    original: Callable[..., bool],
+    fn: Callable[..., str | None],
+    first_step: Callable[[], None] | None = None,
+) -> Any:
     """Wrap `training_log`; the totals are read when it reads the interval timer, just before it resets them."""
 
     @functools.wraps(original)
@@ -283,7 +293,8 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
 
         # Megatron logs its first iteration without ending the interval: wrong if the interval ends there.
         interval_ends = iteration % training.get_args().log_interval == 0
-        first = kwargs.pop("is_first_iteration", False) and not interval_ends
+        run_begins = kwargs.pop("is_first_iteration", False)
+        first = run_begins and not interval_ends
         timer.elapsed = elapsed
         try:
             with _TemporaryAttributes(
@@ -297,6 +308,8 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
                 )  # fmt: skip
         finally:
             del timer.elapsed
+        if run_begins and first_step is not None:
+            first_step()
         if "averages" in taken:
             losses, skipped, nan = taken["averages"]
             settings = training.get_args()
@@ -318,7 +331,12 @@ def _with_log_line(training: Any, original: Callable[..., bool], fn: Callable[..
     return training_log
 
 
-def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[..., str | None]) -> Any:
+def _with_eval_line(
+    training: Any,
+    original: Callable[..., None],
+    fn: Callable[..., str | None],
+    evaluated: Callable[[float], None] | None = None,
+) -> Any:
     """Wrap `evaluate_and_print_results` and record the results of its calls of `evaluate`.
 
     Megatron evaluates at every --eval-interval and after the last step; if both coincide, this evaluates once.
@@ -342,8 +360,11 @@ def _with_eval_line(training: Any, original: Callable[..., None], fn: Callable[.
                 found = {name: float(value) for name, value in totals.items()}
             return totals, data, out_of_time
 
+        start = time.monotonic()
         with _TemporaryAttributes(training, evaluate=evaluate_and_record, print_rank_last=lambda _line: None):
             original(prefix, *args, **kwargs)
+        if evaluated is not None:
+            evaluated(time.monotonic() - start)
         _print_on_last_rank(training, fn(prefix, found))
 
     return evaluate_and_print_results

@@ -6,9 +6,12 @@ Shapes: S tokens, T tiles, N heads, D width of a head.
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_internvlx.platform.kernels import split_packed
 
@@ -31,6 +34,16 @@ def attend_packed(core: nn.Module, qkv_STN3D: Tensor) -> Tensor:
     # Megatron's wrapper takes queries, keys and values apart, whose layout Transformer Engine then finds out by
     # pointers, which is deprecated.
     return attention.forward(core, qkv_layer=qkv_STN3D, qkv_interleave_dim=-2, attn_mask_type="no_mask")
+
+
+def graph_safe_kernels(device: torch.device) -> AbstractContextManager:
+    """On CUDA, torch's fused attention runs by its flash or its memory-efficient kernel, never by cuDNN's.
+
+    cuDNN's attention is known to fail inside a CUDA graph for more than 1,024 keys without a mask in some versions.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
 
 
 def _te_attention(core: nn.Module) -> Any:

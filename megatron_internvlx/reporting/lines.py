@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from megatron_internvlx.platform import LogRecord
 from megatron_internvlx.reporting.interval import IntervalTotals
+from megatron_internvlx.reporting.time_left import Left
 from megatron_internvlx.training.validation import ValidationCounts
 
 
-def training_line(record: LogRecord, totals: IntervalTotals) -> str:
+def training_line(record: LogRecord, totals: IntervalTotals, left: Left | None = None) -> str:
     """Format the line of a log interval; unknown values are shown as `-`."""
     digits = 3 if totals.tflops < 10 else 0
     parts = [
@@ -20,6 +21,7 @@ def training_line(record: LogRecord, totals: IntervalTotals) -> str:
         f"lr {_number(record.learning_rate, '.2e')}",
         f"{totals.tokens_per_s:,.0f} tokens/s",
         f"{totals.seconds * 1000:.0f} ms/step",
+        f"left {left or '-'}",
         f"{totals.tflops:.{digits}f} TFLOP/s",
         f"MFU {_number(totals.mfu, '.1%')}",
         f"padding {totals.padding:.1%}",
@@ -53,13 +55,16 @@ def validation_line(iteration: int, values: Mapping[str, float], counts: Validat
     return " | ".join(parts + _cut(counts.cut_tiles, counts.cut_tokens))
 
 
-def tracked_values(record: LogRecord, totals: IntervalTotals, world_size: int) -> dict[str, float | None]:
+def tracked_values(
+    record: LogRecord, totals: IntervalTotals, world_size: int, left: Left | None = None
+) -> dict[str, float | None]:
     """Metrics of a log interval for trackers such as MLflow; None for unknown ones."""
     return {
         "loss": record.losses.get("loss"),
         "learning_rate": record.learning_rate,
         "grad_norm": record.grad_norm,
         "step_seconds": totals.seconds,
+        "seconds_left": left.seconds if left else None,
         "tokens_per_s": totals.tokens_per_s,
         "tflops": totals.tflops,
         "mfu": totals.mfu,

@@ -12,7 +12,7 @@ class ProgressBar:
     """Steps done, time left, loss, speed and accuracy on one line of `stream` (stderr by default).
 
     Draws only if the stream is a terminal. The bar appears with the first `update`; a run resumed at step
-    n starts there, so that its time left counts the steps of this run only. Also a context manager.
+    n starts there. Also a context manager.
     """
 
     def __init__(self, stream: TextIO | None = None):
@@ -29,8 +29,18 @@ class ProgressBar:
         loss: float | None = None,
         tokens_per_s: float | None = None,
         accuracy: float | None = None,
+        left: str | None = None,
     ) -> None:
-        """Show that `step` of `total` steps are done. `accuracy` (0 to 1) stays shown until the next one."""
+        """Show that `step` of `total` steps are done.
+
+        Args:
+            step: number of steps done.
+            total: number of steps of the run.
+            loss: of the latest log interval.
+            tokens_per_s: of the latest log interval.
+            accuracy: share of right answers, 0 to 1; it stays shown until the next one.
+            left: text of the time left.
+        """
         if not self.enabled:
             return
         if self._bar is None:
@@ -41,11 +51,11 @@ class ProgressBar:
                 unit="step",
                 file=self._stream,
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}",
+                bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}",
             )
         if accuracy is not None:
             self._accuracy = accuracy
-        shown = []
+        shown = [f"{left} left"] if left else []
         if loss is not None:
             shown.append(f"loss {loss:.3f}")
         if tokens_per_s is not None:

@@ -33,6 +33,8 @@ class Report:
         self.progress, self.folder, self.book, self.writes = progress, folder, book, writes
         self.path = Path(path) if path else None
         self._curve: Curve | None = None
+        self.left = ""
+        """Text of the time left, for the title of the picture; empty if it is not known or the run has ended."""
 
     @property
     def curve(self) -> Curve:
@@ -73,7 +75,7 @@ class Report:
                 accuracies=self.curve.accuracies,
                 kinds=kind_accuracies(answers),
                 examples=choose_examples(answers),
-                title=f"InternVL-X: {losses[-1][0]} steps",
+                title=f"InternVL-X: {losses[-1][0]} steps" + (f", {self.left} left" if self.left else ""),
                 caption=caption,
             )
         except OSError as error:  # a full disk, for instance: training continues

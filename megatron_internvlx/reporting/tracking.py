@@ -1,19 +1,20 @@
-"""Trackers of a run (MLflow), and the values that they get."""
+"""Trackers of a run (MLflow, TensorBoard), and the values that they get."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform as machine
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_internvlx.config import SETTINGS, RunSettings, settings_from
-from megatron_internvlx.megatron_settings import CheckpointFiles, Parallelism
+from megatron_internvlx.megatron_settings import CheckpointFiles, Loop, Parallelism
 from megatron_internvlx.parallel.layout import layout_name
 
 
@@ -28,6 +29,42 @@ class Sink(Protocol):
 
     def close(self, status: str, seconds: float = 60.0) -> None:
         """End the run as FINISHED, FAILED, KILLED or SCHEDULED; waits at most `seconds`."""
+
+
+class TensorboardSink:
+    """Our values in Megatron's TensorBoard files, as `internvlx/NAME`, without those that Megatron writes itself."""
+
+    def __init__(self, writer: Callable[[], Any] | None = None) -> None:
+        self._writer = writer or _megatron_writer
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log values of a training step; None is left out."""
+        writer = self._writer()
+        if writer is None:
+            return
+        for name, value in values.items():
+            if value is not None and name not in IN_MEGATRONS_TENSORBOARD:
+                writer.add_scalar(f"internvlx/{name}", value, step)
+
+    def artifact(self, path: str | Path) -> None:
+        """Nothing: TensorBoard has no files of a run."""
+
+    def close(self, status: str, seconds: float = 60.0) -> None:
+        """Write what is buffered."""
+        if (writer := self._writer()) is not None:
+            with contextlib.suppress(OSError):  # a full disk, for instance
+                writer.flush()
+
+
+IN_MEGATRONS_TENSORBOARD = ("loss", "learning_rate", "grad_norm", "validation_loss", "validation_accuracy")
+"""Our names of what Megatron writes under its own."""
+
+
+def _megatron_writer() -> Any:
+    """Megatron's writer, which it creates when `pretrain` begins; None before, and without tensorboard."""
+    from megatron.training import global_vars
+
+    return global_vars._GLOBAL_TENSORBOARD_WRITER
 
 
 # Megatron's arguments that make runs comparable; all of them are in the artifact arguments.json.
@@ -63,9 +100,10 @@ def environment() -> dict[str, str]:
 
 def sinks(args: argparse.Namespace, folder: Path) -> list[Sink]:
     """Create the sinks that the arguments ask for, with their files in `folder`; call it on the rank that logs."""
+    found: list[Sink] = [TensorboardSink()] if settings_from(args, Loop).tensorboard_dir else []
     experiment = settings_from(args, RunSettings).mlflow_experiment
     if not experiment:
-        return []
+        return found
     from megatron_internvlx.reporting.mlflow_sink import MlflowSink, RunInfo, git_state
 
     layout = layout_name(settings_from(args, Parallelism))
@@ -78,7 +116,7 @@ def sinks(args: argparse.Namespace, folder: Path) -> list[Sink]:
         tags,
         {"arguments.json": json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=1)},
     )
-    return [MlflowSink(info, folder)]
+    return [*found, MlflowSink(info, folder)]
 
 
 class Trackers:

@@ -14,8 +14,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import checkpointing
 
-from megatron_internvlx.config import DataSettings, VisionSettings, settings_from
-from megatron_internvlx.data.decode import TileDecoder, ranks_cut
+from megatron_internvlx.config import DataSettings, settings_from
+from megatron_internvlx.data.decode import TileDecoder
 from megatron_internvlx.data.energon_loader import (
     EnergonBatches,
     LoaderSettings,
@@ -24,14 +24,13 @@ from megatron_internvlx.data.energon_loader import (
     workers_for,
 )
 from megatron_internvlx.data.plan import PlanSettings
+from megatron_internvlx.data.prefetch import TAKEN_AHEAD
 from megatron_internvlx.data.rejects import RejectLog
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Progress
 from megatron_internvlx.parallel.batch import HostBatch
 
-# Packs that the training process takes from its workers in advance, so that their files travel early.
-AHEAD = 2
 FOLDER = "loader"
 _REMEDY = "go back to an earlier checkpoint with --ckpt-step, or start the data anew with --restart-data"
 
@@ -62,7 +61,11 @@ def print_once(message: str) -> None:
 
 
 def energon_loader(
-    args: argparse.Namespace, encoder: SampleEncoder, plan: PlanSettings, rejects: RejectLog
+    args: argparse.Namespace,
+    encoder: SampleEncoder,
+    plan: PlanSettings,
+    rejects: RejectLog,
+    decoder: TileDecoder,
 ) -> EnergonLoader:
     """Create the training loader of this loading rank, at the position of the checkpoint that Megatron loaded."""
     data, sizes = settings_from(args, DataSettings), settings_from(args, Batches)
@@ -78,13 +81,6 @@ def energon_loader(
     )
     files = settings_from(args, CheckpointFiles)
     state, settings = _resume(files, data, Progress(args).loaded_step, settings)
-    travel = ranks_cut(data)
-    decoder = TileDecoder(
-        data.image_decoder,
-        tile_size=settings_from(args, VisionSettings).image_size,
-        apply_exif=encoder.apply_exif,
-        travel=travel,
-    )
     batches = EnergonBatches(
         data.data or "",
         encoder,
@@ -92,7 +88,7 @@ def energon_loader(
         settings,
         reject_log=rejects,
         decode=decoder,
-        ahead=AHEAD if travel and settings.workers else 0,
+        ahead=TAKEN_AHEAD if decoder.travel and settings.workers else 0,
     )
     if state is not None:
         batches.restore(state)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_internvlx import platform
 from megatron_internvlx.config import DataSettings, TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
-from megatron_internvlx.data.decode import ranks_cut
+from megatron_internvlx.data.decode import TileDecoder, ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
+from megatron_internvlx.data.file_kinds import Kind
 from megatron_internvlx.data.loss_weights import loss_weights
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
@@ -40,11 +39,10 @@ from megatron_internvlx.parallel.batch import (
 )
 from megatron_internvlx.parallel.device_plan import DevicePlan
 from megatron_internvlx.precision import row_alignment
-from megatron_internvlx.ranks import is_first_rank, ranks_per_node
+from megatron_internvlx.ranks import is_first_rank
+from megatron_internvlx.training.decoding import Decoding, missing_decoders, tile_pipeline
 from megatron_internvlx.training.validation import ValidationCounts, check_equal_on_all_ranks
 
-# Maximum number of DALI's threads on a rank: more do not decode faster, because the GPU does most of the work.
-MOST_THREADS = 8
 # Number of held-out records that are tried before training starts.
 FIRST_RECORDS = 64
 
@@ -103,20 +101,6 @@ def released_quirks() -> ReleasedQuirks:
     return replace(ReleasedQuirks.all(), mask_id_zero=False)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """Numbers of training images of one rank, by the way they were decoded."""
-
-    cut: int
-    """Images that the rank's pipeline cut into tiles in this log interval."""
-    blank: int
-    """Images so far that were unreadable after their micro-batch was planned, and are blank tiles."""
-    fallbacks: list[int]
-    """Images so far that Pillow cut, in the order of `fallback_counts`."""
-    ready: int | None
-    """Packs that are ready for this rank; None if it does not load them."""
-
-
 class DataProvider:
     """Builder of the training and validation iterators; Megatron calls it once per virtual stage.
 
@@ -137,7 +121,9 @@ class DataProvider:
         self._save = settings_from(args, CheckpointFiles).save
         self._cut_before = 0
         self.pipeline: TilePipeline | None = None
-        """Pipeline that cuts this rank's training images; None if tiles arrive as pixels, or not at all."""
+        """Pipeline that cuts this rank's images; None if tiles arrive as pixels, or not at all."""
+        self._lacking: frozenset[Kind] = frozenset()
+        self._held_out_fallbacks: Counter[str] = Counter()
         self.rejects: RejectLog | None = None
         """Unusable and shortened training samples so far; None if this rank does not load."""
         self.valid_manifest = held_out
@@ -148,6 +134,8 @@ class DataProvider:
         self._groups: tuple[list[list[int]], Any, Any] | None = None
         self._shared: dict[str, SharedBatches] = {}
         self._iterators: dict[tuple[str, int], BatchIterator] = {}
+        self.on_build: Callable[[], None] = lambda: None
+        """Called before the loaders are built."""
 
     def open_files(self) -> None:
         """Open the data on rank 0, which loads in every layout, before the model is built. Raises ValueError."""
@@ -187,6 +175,17 @@ class DataProvider:
             seed=self.batches.seed,
             shuffle=False,
             records=self.data.valid_records,
+            decode=self._decoder(self.validation_encoder) if ranks_cut(self.data) else None,
+        )
+
+    def _decoder(self, encoder: SampleEncoder) -> TileDecoder:
+        """Create the decoder of the loader processes, which leaves to the ranks what these can cut."""
+        return TileDecoder(
+            self.data.image_decoder,
+            tile_size=self.tile_size,
+            apply_exif=encoder.apply_exif,
+            travel=ranks_cut(self.data),
+            lacking=self._lacking,
         )
 
     @cached_property
@@ -223,12 +222,13 @@ class DataProvider:
 
     def take_decoding(self) -> Decoding:
         """Numbers of this rank's training images; `cut` counts from the last call on."""
-        loader = self._shared["train"].loader if "train" in self._shared else None
-        batches = getattr(loader, "batches", None)
+        train = self._shared.get("train")
+        batches = getattr(train.loader, "batches", None) if train else None
         pipeline, cut = self.pipeline, 0
-        if pipeline is not None:
-            cut, self._cut_before = pipeline.images - self._cut_before, pipeline.images
-        reasons = Counter(batches.fallbacks if batches else {})
+        if train and train.channel.files is not None:
+            images = train.channel.files.images
+            cut, self._cut_before = images - self._cut_before, images
+        reasons = Counter(batches.fallbacks if batches else {}) + self._held_out_fallbacks
         reasons.update(pipeline.fallbacks if pipeline else {})
         fallbacks = fallback_counts(reasons)
         blank = sum(pipeline.blank.values()) if pipeline else 0
@@ -241,6 +241,7 @@ class DataProvider:
 
     def __call__(self, _num_samples, vp_stage: int | None = None):
         """(training, validation, test) iterators of one model chunk. Raises UnusableData."""
+        self.on_build()
         if self.valid_manifest is not None and not self._shared:  # the first chunk's call
             check_equal_on_all_ranks(self.data.valid_data, len(self.valid_manifest), self.batches)
         train = None if self.batches.skip_train else self._iterator("train", vp_stage)
@@ -269,23 +270,15 @@ class DataProvider:
             stages = [ranks[i : i + width] for i in range(0, len(ranks), width)]
             stage = next(stage for stage in stages if dist.get_rank() in stage)
             self._groups = (stages, host_group(ranks), host_group(stage))
+            if ranks_cut(self.data) and stage == stages[0]:
+                self.pipeline = tile_pipeline(self.tile_size)
+                self._lacking = missing_decoders(self.pipeline, self._groups[2])
         stages, group, stage_group = self._groups
-        if split == "train" and dist.get_rank() in stages[0]:
-            self.pipeline = self._pipeline()
-        pipeline = self.pipeline if split == "train" else None
         weigh = partial(loss_weights, weighting=self.train.loss_weighting, average=self.train.loss_average)
         # Training plans are sent ahead: an evaluation between them must not receive one of those.
         tag = 0 if split == "train" else 1
-        return BatchChannel(stages, group, stage_group, self.tile_size, weigh, pipeline, tag)
-
-    def _pipeline(self) -> TilePipeline | None:
-        """Create the cutter of this rank's training images, if it gets files; held-out data arrive as tiles."""
-        if not ranks_cut(self.data):
-            return None
-        cores = len(os.sched_getaffinity(0)) // max(ranks_per_node(), 1)
-        return TilePipeline(
-            platform.device().index, self.tile_size, threads=min(max(cores // 2, 1), MOST_THREADS)
-        )
+        once = None if split == "train" else self.batches.eval_iters * self.evaluation_micro_batches
+        return BatchChannel(stages, group, stage_group, self.tile_size, weigh, self.pipeline, tag, once)
 
     def _loader(self, split: str) -> Iterator[HostBatch]:
         return self._training_loader() if split == "train" else self._evaluations()
@@ -310,7 +303,8 @@ class DataProvider:
         if self.data.loader == "energon":
             from megatron_internvlx.training.loader_state import energon_loader
 
-            return energon_loader(self.args, encoder, plan_settings(self.args), self.rejects)
+            decoder = self._decoder(encoder)
+            return energon_loader(self.args, encoder, plan_settings(self.args), self.rejects, decoder)
         manifest = self._train_manifest or Manifest(self.data.data or "")
         planned_batches = batches(
             ConversationDataset(manifest, encoder, seed=self.batches.seed),
@@ -341,6 +335,7 @@ class DataProvider:
                     micro_batches=self.batches.eval_iters * self.evaluation_micro_batches,
                     micro_batch_size=self.batches.eval_micro_batch_size,
                     reject_log=self._evaluation,
+                    fallbacks=self._held_out_fallbacks,
                     **self._share(),
                 ),
             )

@@ -12,9 +12,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 pytest.importorskip("nvidia.dali")
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted  # noqa: E402
+from megatron_internvlx.data.dali_pipeline import TilePipeline  # noqa: E402
 from megatron_internvlx.data.decode_pil import load_tiles  # noqa: E402
-from megatron_internvlx.data.encoded import EncodedImage  # noqa: E402
+from megatron_internvlx.data.encoded import EncodedImage, Wanted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,22 @@ def picture(width: int, height: int, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-# Greatest difference of 255. PNG: the resize alone. JPEG: also the inverse transform, which nvJPEG rounds otherwise.
-@pytest.mark.parametrize("kind,most", [("JPEG", 12), ("PNG", 12)])
+# Greatest difference of 255; the mean is at most MEAN. Measured on an H100, mean and greatest
+# (benchmarks/results/gpu_parts-2026-11-26.md): without JPEG 0.18 and 1, which is the resize, as on CPU; JPEG 0.15 to
+# 0.19 and 1 to 3, because nvJPEG rounds the inverse transform otherwise. Chroma upsampled as nvJPEG does by default
+# must exceed them: 0.47 and 6.
+MOST = {"JPEG": 5, "MPO": 5, "PNG": 2, "BMP": 2}
+MEAN = 0.3
+
+
+@pytest.mark.parametrize("kind", MOST)
 @pytest.mark.parametrize("size,grid", [((640, 480), (2, 2)), ((300, 900), (1, 3)), ((448, 448), (1, 1))])
-def test_tiles_equal_pillows_nearly(pipeline, kind, most, size, grid) -> None:
-    image = EncodedImage(picture(*size, kind), *grid, True)
+def test_tiles_equal_pillows_nearly(pipeline, kind, size, grid) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (60, 40))]} if kind == "MPO" else {}
+    image = EncodedImage(picture(*size, kind, **more), *grid, True)
     found = pipeline.cut([Wanted.whole(image)]).cpu().numpy().astype(int)
     difference = np.abs(found - load_tiles(image.data, *grid, thumbnail=True))
-    assert difference.max() <= most and difference.mean() < 0.6, (difference.max(), difference.mean())
+    assert difference.max() <= MOST[kind] and difference.mean() < MEAN, (difference.max(), difference.mean())
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -51,7 +59,7 @@ def test_exif_turns(pipeline, turn) -> None:
     exif[0x0112] = turn
     image = EncodedImage(picture(640, 480, "PNG", exif=exif), 2, 1, True, turn)
     found = pipeline.cut([Wanted.whole(image)]).cpu().numpy().astype(int)
-    assert np.abs(found - load_tiles(image.data, 2, 1, thumbnail=True)).max() <= 12
+    assert np.abs(found - load_tiles(image.data, 2, 1, thumbnail=True)).max() <= MOST["PNG"]
 
 
 def test_the_same_gpu_gives_the_same_tiles_twice(pipeline) -> None:
@@ -68,3 +76,13 @@ def test_a_broken_image_costs_only_itself(pipeline) -> None:
     found = pipeline.cut([Wanted.whole(image) for image in (good, broken, good)])
     assert torch.equal(found, torch.cat([before, torch.zeros_like(before[:1]), before]))
     assert sum(pipeline.blank.values()) == 1
+
+
+def test_decoders_that_are_missing_here_are_named_before_the_first_batch() -> None:
+    """JPEG files, which the GPU decodes, are never among them; the pipeline works afterwards."""
+    pipeline = TilePipeline(0, 448)
+    missing = pipeline.missing_decoders()
+    assert not any(form == "JPEG" for form, _ in missing), missing
+    pipeline.cut([Wanted.whole(EncodedImage(picture(640, 480, "JPEG"), 2, 2, True))])
+    assert not pipeline.fallbacks and not pipeline.blank
+    pipeline.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,10 +74,10 @@ def receive_all(stages: list[list[int]], sizes: list[int]) -> list[tuple[bytes, 
 class CutNothing:
     """A pipeline that cuts nothing: it makes the channel send plans ahead."""
 
-    def start(self, wanted) -> None:
-        pass
+    def start(self, wanted) -> int:
+        return 0
 
-    def collect(self, out: torch.Tensor) -> None:
+    def collect(self, out: torch.Tensor, number: int) -> None:
         pass
 
 
@@ -109,6 +110,71 @@ def train_and_validate(stages: list[list[int]], tags: tuple[int, int] = (0, 1)) 
 def test_an_evaluation_between_plans_that_are_sent_ahead(pool: Pool) -> None:
     """The loading rank has sent the third training plan to the second stage before it sends the held-out one."""
     assert pool.run(2, train_and_validate, [[0], [1]]) == [[1, 2, 9, 3]] * 2
+
+
+def receive_until_the_loader_fails(stages: list[list[int]]) -> list[str]:
+    """What each rank gets from a loader that fails in place of its third micro-batch."""
+    everyone = dist.new_group(backend="gloo")
+    own = None
+    for stage in stages:
+        group = dist.new_group(stage, backend="gloo")
+        if dist.get_rank() in stage and len(stage) > 1:
+            own = group
+    pipeline = CutNothing() if dist.get_rank() in stages[0] else None
+    channel = BatchChannel(stages, everyone, own, TILE, pipeline=pipeline)  # type: ignore[arg-type]
+
+    def loader() -> Iterator[HostBatch]:
+        for supervised in (1, 2):
+            plan = plan_of(20, supervised)
+            yield HostBatch(
+                plan, None, [torch.zeros(plan.num_tiles, 3, TILE, TILE, dtype=torch.uint8)], supervised
+            )
+        raise ValueError("too many bad records")
+
+    source, got = loader() if channel.is_source else None, []
+    for _ in range(2):
+        got.append(f"{len(channel.receive(source).plan.host.loss_rows)} rows")
+    assert channel.pending_keys == []
+    if channel.is_source:
+        for _ in range(2):  # however often it is asked for
+            with pytest.raises(ValueError) as caught:
+                channel.receive(source)
+            got.append(str(caught.value))
+    elif dist.get_rank() not in stages[0]:
+        assert len(channel._broadcast(None)) == 0  # sent early, and waited for only now
+    for work, _ in channel._sending:
+        work.wait()
+    return got
+
+
+@pytest.mark.parametrize("stages", [[[0]], [[0, 1]], [[0], [1]]], ids=str)
+def test_an_error_of_the_loader_costs_no_micro_batch_before_it(pool: Pool, stages: list[list[int]]) -> None:
+    """The third micro-batch is read while the second is computed, on every rank."""
+    loading, *others = pool.run(sum(map(len, stages)), receive_until_the_loader_fails, stages)
+    assert loading == ["1 rows", "2 rows", "too many bad records", "too many bad records"]
+    assert others == [["1 rows", "2 rows"]] * len(others)
+
+
+@pytest.mark.parametrize(("micro_batches", "read"), [(None, [2, 3, 4, 5]), (2, [2, 2, 4, 4])])
+def test_no_micro_batch_of_the_next_evaluation_is_read_early(
+    micro_batches: int | None, read: list[int]
+) -> None:
+    """A loader of held-out data counts anew at its first record."""
+    taken: list[int] = []
+
+    def loader() -> Iterator[HostBatch]:
+        for number in range(9):
+            taken.append(number)
+            plan = plan_of(20, 1)
+            yield HostBatch(plan, None, [torch.zeros(plan.num_tiles, 3, TILE, TILE, dtype=torch.uint8)])
+
+    pipeline: Any = CutNothing()
+    channel = BatchChannel([[0]], None, None, TILE, pipeline=pipeline, micro_batches=micro_batches)
+    source, seen = loader(), []
+    for _ in read:
+        channel.receive(source)
+        seen.append(len(taken))
+    assert seen == read
 
 
 @pytest.mark.parametrize("stages", [[[0, 1]], [[0], [1]], [[0, 1], [2, 3]]], ids=str)

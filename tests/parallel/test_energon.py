@@ -92,8 +92,9 @@ def test_resume_gives_the_same_losses_bit_for_bit(
 
 
 def test_ranks_that_cut_their_own_tiles_resume_bit_for_bit(pool: Pool, demo: Path, tmp_path: Path) -> None:
-    """A micro-batch is begun ahead of training when a checkpoint is saved, and comes again."""
+    """A micro-batch is begun ahead of training when a checkpoint is saved or held-out data come, and comes again."""
     more = [
+        *("--valid-data", str(demo / "meta_val.json"), "--eval-interval", "2"),
         "--pipeline-model-parallel-size",
         "1",
         "--tensor-model-parallel-size",
@@ -111,6 +112,12 @@ def test_ranks_that_cut_their_own_tiles_resume_bit_for_bit(pool: Pool, demo: Pat
     )
     assert resumed[-1]["losses"] == {step: losses[step] for step in (3, 4, 5, 6)}
     # The same samples; pixels differ by 0.2 of 255 on average. Other samples change a loss by 0.1 and more.
-    in_workers = pool.run(2, entry.run, arguments(demo, *more, "--decode-at", "loader"))[-1]["losses"]
-    assert in_workers == pytest.approx(losses, abs=0.02)
-    assert in_workers != losses
+    (*_, in_workers) = pool.run(2, entry.run, arguments(demo, *more, "--decode-at", "loader"))
+    assert in_workers["losses"] == pytest.approx(losses, abs=0.02)
+    assert in_workers["losses"] != losses
+    # Held-out files travel too, and the micro-batch that was begun before an evaluation comes after it.
+    held_out = [[values for _, values in run[-1]["evaluations"]] for run in (unbroken, resumed, [in_workers])]
+    assert held_out[0][1:] == held_out[1] and len(held_out[0]) == 3
+    for cut, decoded in zip(held_out[0], held_out[2], strict=True):
+        assert cut["loss"] == pytest.approx(decoded["loss"], abs=0.02)
+        assert cut["loss"] != decoded["loss"]

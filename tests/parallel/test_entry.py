@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_internvlx.reporting.phases import PHASES
 from tests import entry
 from tests.distributed import Pool
 from tools import make_demo_data
@@ -42,6 +43,15 @@ def losses(results: list[dict]) -> dict[int, float]:
     return results[-1]["losses"]
 
 
+def phases(results: list[dict]) -> list[str]:
+    """Phases of the start whose seconds the first rank has printed, in their order."""
+    said = results[0]["err"].splitlines()
+    found = [re.match(r"pretrain_vlm\.py: (.*) \d+\.\d s; ", line) for line in said]
+    names = {text: name for name, (text, _) in PHASES.items()}
+    assert not any("since the start" in line for result in results[1:] for line in result["err"].splitlines())
+    return [names[match[1]] for match in found if match]
+
+
 @pytest.fixture(scope="module")
 def unbroken(pool: Pool, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     save = tmp_path_factory.mktemp("unbroken")
@@ -71,6 +81,8 @@ def test_run_ends_with_checkpoint_accuracy_and_answers(unbroken: list[dict]) -> 
         "picture: ",
     )
     assert [line for line in said if not line.startswith(ours)] == []
+    assert phases(unbroken) == ["imports", "arguments", "groups", "model", "data", "first_step"]
+    assert ["left -" in line for line in said if line.startswith("step ")] == [True] + 5 * [False]
     assert "6" in prefix
     rows = [json.loads(line) for line in unbroken[0]["answers"].read_text().splitlines()]
     assert values["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-6)
@@ -103,6 +115,10 @@ def test_resumed_run_gives_the_same_losses_bit_for_bit(
     assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]  # of both starts
     assert losses(resumed) == {step: unbroken[-1]["losses"][step] for step in (4, 5, 6)}
     assert resumed[-1]["evaluations"] == unbroken[-1]["evaluations"]
+    assert phases(resumed) == list(PHASES)
+    # The one line of the start that has no estimate is that of its first step.
+    lines = [line for line in resumed[-1]["out"].splitlines() if line.startswith("step ")]
+    assert [re.search(r" left (\S+)", line)[1] == "-" for line in lines] == [True, False, False]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

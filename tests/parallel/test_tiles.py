@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
-from megatron_internvlx.data.encoded import EncodedImage, PackImage
+from megatron_internvlx.data.dali_pipeline import TilePipeline
+from megatron_internvlx.data.encoded import EncodedImage, PackImage, Wanted
 from megatron_internvlx.data.plan import IGNORE, PlanSettings, SequencePlan, build_plan
 from megatron_internvlx.parallel.batch import BatchChannel, HostBatch
 from megatron_internvlx.parallel.tiles import pack_parts, split_images, unpack_parts

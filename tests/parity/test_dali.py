@@ -61,6 +61,7 @@ KINDS = {
     "lossless.webp": ("WEBP", "RGBA", {"lossless": True}),
     "plain.bmp": ("BMP", "RGB", {}),
     "plain.tiff": ("TIFF", "RGB", {}),
+    "phone.mpo": ("MPO", "RGB", {"save_all": True}),
     **{f"exif{n}.jpg": ("JPEG", "RGB", {"exif": n}) for n in range(1, 9)},
 }
 
@@ -84,6 +85,8 @@ def encoded(kind: str) -> bytes:
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     else:
         image = image.convert(mode)
+    if form == "MPO":  # with a smaller picture behind the first
+        options["append_images"] = [image.resize((100, 60))]
     buffer = io.BytesIO()
     image.save(buffer, format=form, **options)
     return buffer.getvalue()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_internvlx.data.dali_pipeline import MOST_IMAGES, TilePipeline, Wanted
+from megatron_internvlx.data.dali_graph import MOST_IMAGES
+from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.decode_pil import image_size, load_tiles
-from megatron_internvlx.data.encoded import EncodedImage, encoded
+from megatron_internvlx.data.encoded import EncodedImage, Wanted, encoded
 from megatron_internvlx.data.rvtc import POLICIES, tile_grid
 from megatron_internvlx.data.sample import ImageTiles
 from tests.parity.test_dali import FILES, KINDS, photograph

@@ -308,7 +308,9 @@ def test_tile_grids_equal_the_training_data() -> None:
     for width, height, most, least in rng.integers(1, 40, (400, 4)):
         size, limits = (int(width) * 40, int(height) * 40), {"max_tiles": int(most), "min_tiles": int(least)}
         for policy in POLICIES:
-            assert remote_tile_grid(*size, **limits, policy=policy) == tile_grid(*size, **limits, policy=policy)
+            assert remote_tile_grid(*size, **limits, policy=policy) == tile_grid(
+                *size, **limits, policy=policy
+            )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -373,12 +373,12 @@ def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
 
 
 FLAGS = """
---auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --expand-layer
+--auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --epochs --expand-layer
 --freeze-llm --freeze-projectors --freeze-vision --gpu-memory-gib --high-ratio --image-size
 --inject-layers --loader-workers --loss-weighting --low-ratio --max-rejects --max-tiles
 --max-tiles-per-pack --max-tries --min-tiles --model-preset --no-thumbnail --patch-size
 --pixel-shuffle-version --predictions-file --projector --projector-drop-path --rejects-file
 --released-quirks --report-file --rvtc --select-layer --shallow-seq-length
---static-image-size --upsample --valid-data --vision-drop-path --vision-overrides --vision-preset
+--static-image-size --upsample --valid-data --vision-attention --vision-drop-path --vision-overrides --vision-preset
 --vision-recompute
 """

@@ -120,7 +120,7 @@ def test_what_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         parsed(monkeypatch, *TINY)
     assert str(raised.value) == (
         "not set: --seq-length (tokens of a sample or a pack), --lr (the peak of the learning rate), "
-        "--train-iters (or --train-samples), --data (meta.json of the training data), "
+        "--train-iters (or --train-samples, or --epochs), --data (meta.json of the training data), "
         "--tokenizer-model (a Hugging Face tokenizer directory); give them on the command line or in a --recipe"
     )
     with pytest.raises(ValueError, match=r"not set: --lr \(the peak of the learning rate\); give"):

@@ -38,6 +38,7 @@ ORDER = [
     ("lifecycle",),
     ("checkpoint",),
     ("evaluation",),
+    ("chat",),
     ("launch",),
     ("commands",),
 ]

@@ -15,6 +15,7 @@ DONE = (
         f"{PACKAGE}/{room}/"
         for room in (
             "checkpoint",
+            "chat",
             "commands",
             "data",
             "evaluation",

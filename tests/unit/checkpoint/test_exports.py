@@ -1,17 +1,20 @@
 """What an export says about a model that was trained: its config.json and its model card."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.export_plan import plan_export
+from megatron_internvlx.checkpoint.export_plan import plan_export, read_arguments
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card
+from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from tests.converting import FAMILIES, Named, lvtc_config, make_directory
 
@@ -38,7 +41,7 @@ def test_settings_of_training_reach_the_original_config(checkpoints, tmp_path: P
     trained = {"max_tiles": 3, "rvtc": "edge", "no_thumbnail": True, "conversation_template": "internvl2_5"}
     changed = exported_config(checkpoints["chat"], tmp_path / "trained", **trained)
     expected = {"max_dynamic_patch": 3, "rvtc": "edge", "use_thumbnail": False, "template": "internvl2_5"}
-    assert changed == original | expected
+    assert changed == original | expected | {"rvtc_version": 2}
     found = model_config(read_config(tmp_path / "trained"), Named())
     assert {name: found.arguments[name] for name in trained} == trained
 
@@ -48,8 +51,23 @@ def test_tile_rule_of_a_model_from_scratch(checkpoints, tmp_path: Path) -> None:
     plan = replace(plan_export(checkpoints["chat"]), notes={}, side=None)
     out = tmp_path / "out"
     out.mkdir()
-    write_files(replace(plan, arguments=plan.arguments | {"rvtc": "edge"}), out)
-    assert model_config(read_config(out), Named()).arguments["rvtc"] == "edge"
+    write_files(replace(plan, arguments=plan.arguments | {"rvtc": "area"}), out)
+    assert model_config(read_config(out), Named()).arguments["rvtc"] == "area"
+
+
+def test_tile_rule_under_its_name_of_before(checkpoints) -> None:
+    """Without a version of the names, `area` meant the rule that is `edge` now."""
+    trained = {"expand_layer": None, "rvtc": "area"}
+    for common, rule in (
+        ({"args": Namespace(**trained)}, "edge"),
+        ({"args": Namespace(**trained, rvtc_version=2)}, "area"),
+        ({"internvlx": {"arguments": trained, "family": "qwen2"}}, "edge"),
+        ({"internvlx": {"arguments": trained, "family": "qwen2", "rvtc_version": 2}}, "area"),
+    ):
+        assert read_arguments(Mock(common=lambda common=common: common))[0]["rvtc"] == rule
+    notes = json.loads((checkpoints["lvtc"] / "hf" / "conversion.json").read_text())
+    assert notes["rvtc_version"] == 2
+    assert CheckpointReader(checkpoints["lvtc"] / "release").common()["internvlx"]["rvtc_version"] == 2
 
 
 def test_model_card_says_configuration_data_and_training(checkpoints, tmp_path: Path) -> None:

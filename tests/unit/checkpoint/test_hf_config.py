@@ -1,6 +1,8 @@
 """config.json to arguments: what is read, what is refused, and that writing it again changes nothing."""
 
 import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,7 +106,7 @@ def test_written_config_reads_the_same(family: str) -> None:
     marks = ["projector.cls_scale"] if family == "internvlx" else []
     found = read(changed(family), *marks)
     again = read(chat_config(found.arguments, found.family, found.tied, found.dtype), *marks)
-    assert again == found
+    assert again == replace(found, remarks=())  # written, the tile rule has its name
 
 
 def test_family_of_a_model_trained_from_scratch() -> None:
@@ -140,3 +142,32 @@ def test_golden_config() -> None:
     assert (found["rotary_base"], found["layernorm_epsilon"]) == (1000000, 1e-5)
     assert (found["projector"], found["rvtc"], found["vision_preset"]) == ("pvtc", "edge", "internvit_tiny")
     assert (found["conversation_template"], found["max_tiles"]) == ("internlm2-chat", 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule", "said"),
+    [
+        (
+            {},
+            "edge",
+            r"the rule of the released InternVL-X code: .* names none; 1 to 6 tiles .* and a thumbnail",
+        ),
+        ({"dynamic_image_size": False}, "edge", "names none; one tile per image"),
+        # Of an export from before the released rule was called edge.
+        ({"rvtc": "area"}, "edge", "which was called area when"),
+        ({"rvtc": "edge"}, "edge", None),
+        ({"rvtc": "area", "rvtc_version": 2}, "area", None),
+        ({"rvtc": "off"}, "off", None),
+    ],
+)
+def test_tile_rule(fields: dict[str, Any], rule: str, said: str | None) -> None:
+    found = read(changed("llama", max_dynamic_patch=6, **fields), "projector.cls_scale")
+    assert found.arguments["rvtc"] == rule
+    assert (
+        [bool(re.search(said, remark)) for remark in found.remarks] == [True] if said else not found.remarks
+    )
+
+
+def test_tile_rule_of_a_later_version_is_refused() -> None:
+    with pytest.raises(ConversionError, match="rvtc_version is 3; it must be 1 or 2"):
+        read(changed("llama", rvtc="area", rvtc_version=3), "projector.cls_scale")

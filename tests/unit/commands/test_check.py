@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_internvlx.commands import check
+from megatron_internvlx.commands import check, node_checks, world_checks
 
 
 def world(folder: str) -> list[str]:
-    return [str(check) for check in check.world_checks(Path(folder), 1, 0.0)]
+    return [str(check) for check in world_checks.world_checks(Path(folder), 1, 0.0)]
 
 
 def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
@@ -21,17 +21,17 @@ def test_node_without_wanted_gpus_is_named(tmp_path, capsys):
 
 
 def test_a_broken_package_is_a_finding(monkeypatch):
-    def broken() -> check.Check:
+    def broken() -> node_checks.Check:
         raise OSError("libnvjpeg.so: cannot open\nmore")
 
-    (found,) = check._run_check("DALI", broken)
+    (found,) = node_checks.run_check("DALI", broken)
     assert (found.status, found.name) == ("missing", "DALI")
     assert "libnvjpeg" in found.detail
 
 
 def test_missing_decoder_is_named(monkeypatch):
-    monkeypatch.setattr(check, "OTHER_FORMATS", ("PNG", "GIF"))  # DALI cannot read GIF anywhere
-    found = check._check_dali()
+    monkeypatch.setattr(node_checks, "OTHER_FORMATS", ("PNG", "GIF"))  # DALI cannot read GIF anywhere
+    found = node_checks._check_dali()
     assert found.status == "slow"
     assert "no decoder for GIF: Pillow cuts these" in found.detail
 
@@ -45,7 +45,7 @@ def test_ranks_agree_on_clock_speed_bandwidth_and_files(pool, tmp_path):
 
 
 def all_reduce(slowest: float) -> list[str]:
-    return [str(check) for check in check._measure_all_reduce(1, slowest)]
+    return [str(check) for check in world_checks._measure_all_reduce(1, slowest)]
 
 
 def test_a_slow_link_is_called_slow(pool):
@@ -55,22 +55,22 @@ def test_a_slow_link_is_called_slow(pool):
 
 @pytest.mark.parametrize(
     ("backend", "options", "least"),
-    [("nccl", [], check.SLOW_LINK), ("gloo", [], 0.0), ("nccl", ["--min-bandwidth", "150"], 150.0)],
+    [("nccl", [], world_checks.SLOW_LINK), ("gloo", [], 0.0), ("nccl", ["--min-bandwidth", "150"], 150.0)],
 )
 def test_links_between_gpus_have_a_least_speed(monkeypatch, backend, options, least):
     asked = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(check.platform, "backend", lambda: backend)
-    monkeypatch.setattr(check.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(check.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(check, "world_checks", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr(world_checks.platform, "backend", lambda: backend)
+    monkeypatch.setattr(world_checks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world_checks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(world_checks, "world_checks", lambda *given: asked.append(given) or [])
     assert check.main(options) == 0
     assert asked == [(None, 256, least)]
 
 
 def unwritable(folder: str) -> list[str]:
-    return [str(check) for check in check._check_shared_files(Path(folder), 1)]
+    return [str(check) for check in world_checks._check_shared_files(Path(folder), 1)]
 
 
 def test_a_shared_directory_that_cannot_be_written_is_a_finding(pool):

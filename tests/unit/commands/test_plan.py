@@ -25,6 +25,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         monkeypatch.setattr(sys, "argv", ["plan_pipeline.py", *MODEL.split(), *options])
         try:
             code = plan.main()
+        except SystemExit as ended:  # argparse
+            code = int(ended.code or 0)
         finally:
             forget_megatron()
             os.environ.clear()
@@ -88,6 +90,7 @@ def test_mistakes_are_one_line(command, tmp_path) -> None:
         (("--pipeline", "4"), "1 GPUs cannot be divided into TP 1 x PP 4"),
         (("--pipeline", "0"), "--pipeline: 0: must be a whole number between 1 and "),
         (("--pipelin", "4"), "unknown arguments --pipelin"),
+        (("--timelin", "a.png"), "did you mean --timeline?"),
         (("--pipeline", "2", "--micro-batches", "2", "--timeline", "/proc/none.png"), "No such file"),
         (("--gpu-memory-gib", "6.001"), "no split found that fits"),
     ):

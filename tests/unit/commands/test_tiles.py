@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from megatron_internvlx.commands import tiles
+from megatron_internvlx.commands import tile_cuts, tiles
 
 
 def image(path, size):
@@ -16,12 +16,13 @@ def run(path, out, *more):
 
 
 def test_table_and_picture(tmp_path, capsys):
-    assert run(image(tmp_path / "a.png", (500, 400)), tmp_path / "tiles.png") == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:4]}
-    # off: 5:4 is the nearest of at most 12, unless the area rule allows two tiles only.
-    assert rows["off"] == ["off", "4", "x", "3", "yes", "13", str(13 * 64), str(13 * 256)]
-    assert rows["area"] == ["area", "1", "x", "1", "no", "1", "64", "256"]
-    assert rows["edge"] == ["edge", "1", "x", "1", "no", "1", "64", "256"]
+    assert run(image(tmp_path / "a.png", (800, 600)), tmp_path / "tiles.png") == 0
+    rows = {line.split()[0]: line.split(maxsplit=8) for line in capsys.readouterr().out.splitlines()[1:4]}
+    # 4:3 is at hand with 12 tiles; four cover the image, and less than three hold its pixels.
+    assert rows["off"][:8] == ["off", "4", "x", "3", "yes", "13", str(13 * 64), str(13 * 256)]
+    assert rows["edge"][:8] == ["edge", "2", "x", "2", "yes", "5", str(5 * 64), str(5 * 256)]
+    assert rows["area"][:8] == ["area", "1", "x", "1", "no", "1", "64", "256"]
+    assert rows["edge"][8].startswith("the released InternVL-X rule")
     with Image.open(tmp_path / "tiles.png") as drawn:
         drawn.load()
         assert drawn.format == "PNG"
@@ -38,9 +39,9 @@ def test_extreme_sizes(tmp_path, size):
 
 
 def test_tokens_per_tile():
-    assert tiles.tokens_per_tile(448, 14, 0.25) == 64
-    assert tiles.tokens_per_tile(448, 14, 0.5) == 256
-    assert tiles.tokens_per_tile(224, 28, 0.5) == 16
+    assert tile_cuts.tokens_per_tile(448, 14, 0.25) == 64
+    assert tile_cuts.tokens_per_tile(448, 14, 0.5) == 256
+    assert tile_cuts.tokens_per_tile(224, 28, 0.5) == 16
 
 
 @pytest.mark.parametrize("more", [["--tile-size", 450], ["--low-ratio", 0.3], ["--low-ratio", 0]])

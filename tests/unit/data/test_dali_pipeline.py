@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from megatron_internvlx.data import dali_pipeline as module
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
+from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.decode_pil import load_tiles
-from megatron_internvlx.data.encoded import EncodedImage, fallback_counts
+from megatron_internvlx.data.encoded import EncodedImage, Wanted, fallback_counts
 
 SIZE = 16
 
@@ -32,15 +32,15 @@ def pillow(one):
 @pytest.fixture
 def built(monkeypatch):
     """Counts the pipelines that were built."""
-    found, build = [], module._build
-    monkeypatch.setattr(module, "_build", lambda *a: (found.append(1), build(*a))[1])
+    found, build = [], module.build
+    monkeypatch.setattr(module, "build", lambda *a: (found.append(1), build(*a))[1])
     return found
 
 
 @pytest.fixture
 def no_png(monkeypatch):
     """DALI fails on every PNG file, as on a machine without that decoder: it is fed bytes of no format."""
-    inputs = module._inputs
+    inputs = module.inputs
 
     def changed(run, size):
         broken = [
@@ -51,7 +51,7 @@ def no_png(monkeypatch):
         ]
         return inputs(broken, size)
 
-    monkeypatch.setattr(module, "_inputs", changed)
+    monkeypatch.setattr(module, "inputs", changed)
 
 
 def test_kind_without_decoder_is_remembered_and_stops_no_later_batch(built, no_png):
@@ -78,16 +78,50 @@ def test_kind_without_decoder_is_remembered_and_stops_no_later_batch(built, no_p
     pipeline.close()
 
 
+def test_missing_decoders_are_found_at_the_start(built, no_png):
+    """One pipeline more for each that is missing, and none is left, so that the process can fork."""
+    pipeline = TilePipeline(None, SIZE, threads=1)
+    missing = pipeline.missing_decoders()
+    assert missing == {("PNG", mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1")}
+    assert len(built) <= 2 + len(missing) and pipeline._pipeline is None
+    assert (pipeline.images, pipeline.fallbacks) == (0, {})
+    before = len(built)
+    wanted = [Wanted.whole(image("PNG")), Wanted.whole(image("JPEG"))]
+    assert torch.equal(pipeline.cut(wanted)[:3], pillow(wanted[0]))
+    assert len(built) == before + 1  # no batch had to fail for it
+    assert pipeline.fallbacks == {"no decoder for PNG": 1}
+    pipeline.close()
+
+
+def test_all_decoders_are_here():
+    assert TilePipeline(None, SIZE, threads=1).missing_decoders() == frozenset()
+
+
+def test_a_later_batch_can_be_collected_first():
+    """Held-out data in between: the batch that was begun ahead of them is kept."""
+    pipeline = TilePipeline(None, SIZE, threads=1)
+    wanted = [[Wanted.whole(image("JPEG", seed=n))] * (n + 1) for n in range(4)]
+    expected = [pipeline.cut(batch) for batch in wanted]
+    numbers = [pipeline.start(batch) for batch in wanted]
+    outs = [torch.zeros_like(tiles) for tiles in expected]
+    for n in (2, 0, 3):
+        pipeline.collect(outs[n], numbers[n])
+    pipeline.collect(outs[1])  # the oldest that is left
+    assert all(torch.equal(out, tiles) for out, tiles in zip(outs, expected, strict=True))
+    assert not pipeline._kept and not pipeline._runs
+    pipeline.close()
+
+
 def test_one_odd_file_does_not_send_others_of_its_kind_to_pillow(built, monkeypatch):
     odd, good = image("PNG", seed=3), image("PNG")
-    inputs = module._inputs
+    inputs = module.inputs
 
     def changed(run, size):
         return inputs(
             [one if one.image != odd else replace(one, image=replace(odd, data=b"junk")) for one in run], size
         )
 
-    monkeypatch.setattr(module, "_inputs", changed)
+    monkeypatch.setattr(module, "inputs", changed)
     pipeline = TilePipeline(None, SIZE, threads=1)
     for _ in range(2):
         pipeline.cut([Wanted.whole(one) for one in (odd, good)])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_internvlx.data.decode_pil import load_tiles
 from megatron_internvlx.data.encoded import HUGE_PIXELS, EncodedImage, encoded
+from megatron_internvlx.data.file_kinds import SENT, kind_of, small_picture
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import ImageTiles
 from tests.unit.data.test_decode_pil import png_bomb
@@ -26,6 +27,9 @@ def written(form: str, mode: str = "RGB", **options) -> bytes:
 TRAVELS = {
     "jpeg": written("JPEG"),
     "progressive": written("JPEG", progressive=True),
+    "two jpegs of a phone": written(
+        "MPO", save_all=True, append_images=[Image.effect_noise((30, 20), 9).convert("RGB")]
+    ),
     "restart markers": written("JPEG", restart_marker_blocks=1),
     "cmyk": written("JPEG", "CMYK"),
     "png": written("PNG"),
@@ -81,14 +85,52 @@ def test_huge_images_stay_and_bombs_are_refused_by_their_headers():
     assert caught.value.cause == "bomb"
 
 
+@pytest.mark.parametrize("form", ["JPEG", "MPO"])
 @pytest.mark.parametrize("turn", range(10))
-def test_the_turn_is_what_pillow_reads(turn):
+def test_the_turn_is_what_pillow_reads(turn, form):
     exif = Image.Exif()
     exif[0x0112] = turn
-    data = written("JPEG", exif=exif)
+    more = {"save_all": True, "append_images": [Image.new("RGB", (60, 40))]} if form == "MPO" else {}
+    data = written(form, exif=exif, **more)
     image, ignored = (encoded(data, GRID, apply_exif=flag) for flag in (True, False))
     assert isinstance(image, EncodedImage) and isinstance(ignored, EncodedImage)
     assert (image.turn, ignored.turn) == (turn if 1 <= turn <= 8 else 1, 1)
+
+
+def test_kinds_without_a_decoder_stay():
+    lacking = frozenset({("PNG", "P"), ("JPEG", "RGB")})
+    reasons = {kind: encoded(data, GRID, apply_exif=True, lacking=lacking) for kind, data in TRAVELS.items()}
+    stay = {kind for kind, reason in reasons.items() if isinstance(reason, str)}
+    assert stay == {
+        kind for kind in TRAVELS if "jpeg" in kind or kind in ("progressive", "restart markers", "palette")
+    }
+    assert {reasons[kind] for kind in stay} == {"no decoder for JPEG", "no decoder for PNG"}
+
+
+def test_a_missing_decoder_rejects_nobody_and_saves_nobody():
+    """Verdicts do not depend on it: a broken file has its own reason."""
+    for data, reason in (
+        (STAYS["JPEG not whole"], "JPEG not whole"),
+        (STAYS["PNG not whole"], "PNG not whole"),
+    ):
+        assert encoded(data, GRID, apply_exif=True, lacking=frozenset(SENT)) == reason
+
+
+def test_kinds_that_are_sent_are_those_that_may_travel():
+    """A small picture of each is whole and of that kind, and no other mode of these formats may travel."""
+    formats = {kind[0] for kind in SENT}
+    modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
+    travelling = set()
+    for form in formats:
+        for mode in modes:
+            data = small_picture((form, mode))
+            if data is None:
+                continue
+            with Image.open(io.BytesIO(data)) as header:
+                kind = kind_of(header)
+            if isinstance(encoded(data, GRID, apply_exif=True), EncodedImage):
+                travelling.add(kind)
+    assert travelling == set(SENT)
 
 
 @pytest.mark.parametrize("kind", TRAVELS)
@@ -108,7 +150,9 @@ def test_what_travels_is_never_refused_by_pillow(kind):
             continue
         if not travels:
             continue
-        assert trial % 2 == 0 or kind == "jpeg with a tail", f"cut to {len(data)} bytes"
+        assert trial % 2 == 0 or kind in ("jpeg with a tail", "two jpegs of a phone"), (
+            f"cut to {len(data)} bytes"
+        )
         try:
             load_tiles(bytes(data), 2, 1, tile_size=16, thumbnail=True)
         except BadSample:

@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,6 +249,12 @@ def test_a_state_of_other_settings_is_refused_with_both_values(prepared, loader)
     other = loader(prepared, pack_buffer=32)
     with pytest.raises(ValueError, match="pack_buffer: 16 -> 32"):
         other.restore(state)
+    # A position of before: its rule has another name today, or is none of today's.
+    state.made_with, kept = state.made_with | {"rvtc": "area"}, state.made_with
+    with pytest.raises(ValueError, match="rvtc: area -> edge"):
+        loader(prepared).restore(state)
+    loader(prepared).restore(replace(state, version=1))
+    state.made_with = kept
     with pytest.raises(ValueError, match="has started"):
         batches.restore(state)
 

@@ -5,15 +5,19 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 
+from megatron_internvlx.data.decode import TileDecoder
+from megatron_internvlx.data.decode_pil import load_tiles
+from megatron_internvlx.data.encoded import EncodedImage
 from megatron_internvlx.data.order import ConversationDataset, batches, held_out_batches, plan_micro_batch
-from megatron_internvlx.data.plan import FILLER, PlanSettings
+from megatron_internvlx.data.plan import FILLER, PlanSettings, pack_plan
 from megatron_internvlx.data.rejects import BadSample, RejectLog, TooManyRejects
-from megatron_internvlx.data.sample import filler_sample
+from megatron_internvlx.data.sample import ImageTiles, filler_sample
 from tests.unit.data.conftest import record
 
 GOOD, BAD = 13, 4
@@ -167,7 +171,7 @@ def test_micro_batches_are_planned_in_the_worker(dataset):
         finish = partial(plan_micro_batch, settings=settings)
         log = RejectLog(None, None)
         found = list(batches(dataset, num_workers=workers, reject_log=log, finish=finish, **split))
-        for (plan, tiles), (other, others) in zip(found, expected, strict=True):
+        for (plan, tiles, _), (other, others, _) in zip(found, expected, strict=True):
             assert torch.equal(tiles, others) and len(tiles) == plan.num_tiles
             assert plan.tokens.tolist() == other.tokens.tolist()
             assert plan.targets.tolist() == other.targets.tolist()
@@ -228,11 +232,58 @@ def test_an_evaluation_can_be_of_some_records_spread_evenly(dataset):
         held_out(plain(5), micro_batches=2)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_held_out_files_travel_with_the_plans_and_verdicts_of_pillow(disk, encoder, workers):
+    """One has an odd format, one is broken, one has text only; the last micro-batch is the filler."""
+    names = [disk.image(name, 70, 40) for name in ("a.jpg", "b.png", "c.gif", "d.jpg")]
+    records = [record(name, "What?", "It.") for name in (*names, None)]
+    (disk.folder / "broken.jpg").write_bytes((disk.folder / "a.jpg").read_bytes()[:500])
+    records.append(record("broken.jpg", "What?", "It."))
+    manifest, tool = disk.add("a", records).manifest(), encoder()
+    decoder = TileDecoder("dali", tile_size=tool.settings.tile_size, travel=True)
+    found, logs, counts = [], [RejectLog(None, None), RejectLog(None, None)], Counter()
+    for decode, log in zip((None, decoder), logs, strict=True):
+        data = ConversationDataset(manifest, tool, seed=0, shuffle=False, decode=decode)
+        finish = partial(plan_micro_batch, settings=PlanSettings(1, 2))
+        split = {"micro_batches": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
+        found.append(
+            list(
+                held_out_batches(
+                    data, num_workers=workers, reject_log=log, finish=finish, fallbacks=counts, **split
+                )
+            )
+        )
+    for (plan, tiles, nothing), (other, none, images) in zip(*found, strict=True):
+        assert pack_plan(plan).tobytes() == pack_plan(other).tobytes()
+        assert nothing is None and none is None and len(tiles) == plan.num_tiles
+        cut = [image.num_tiles if isinstance(image, EncodedImage) else len(image) for image in images]
+        places = torch.tensor([0, *cut]).cumsum(0)
+        for image, first, end in zip(images, places, places[1:], strict=False):
+            if isinstance(image, EncodedImage):
+                grid = (image.cols, image.rows)
+                image = torch.from_numpy(
+                    load_tiles(image.data, *grid, tile_size=32, thumbnail=image.thumbnail)
+                )
+            assert torch.equal(tiles[first:end], image)
+    travelled = [isinstance(image, EncodedImage) for _, _, images in found[1] for image in images]
+    assert travelled == [True, True, False, True]
+    assert counts == {"format GIF": 1}
+    assert logs[0].counts == logs[1].counts == {"truncated_image": 1}
+
+
+def test_a_file_that_is_gone_when_it_is_read_is_a_reject(tmp_path):
+    """Its size was read a moment ago."""
+    decoder = TileDecoder("dali", tile_size=32, travel=True)
+    with pytest.raises(BadSample) as caught:
+        decoder(str(tmp_path / "gone.jpg"), ImageTiles("gone.jpg", 70, 40, 2, 1, True), None)
+    assert caught.value.cause == "missing_image" and "No such file" in caught.value.detail
+
+
 def test_a_filler_can_be_planned(dataset):
     """The last micro-batches of an evaluation may have no record; they have a plan all the same."""
     sample, tiles = filler_sample(), torch.empty((0, 3, 32, 32), dtype=torch.uint8)
     for settings in (PlanSettings(1, 2), PlanSettings(1, 2, shallow_length=8, deep_length=16, tile_budget=2)):
-        plan, cut = plan_micro_batch([(sample, tiles)], settings)
+        plan, cut, _ = plan_micro_batch([(sample, tiles)], settings)
         assert (plan.num_tiles, len(cut), plan.sample_ids.tolist(), len(plan.loss_rows)) == (
             0,
             0,

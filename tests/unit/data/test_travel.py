@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_internvlx.data.dali_pipeline import TilePipeline, Wanted
+from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.decode import TileDecoder
-from megatron_internvlx.data.encoded import EncodedImage
+from megatron_internvlx.data.encoded import EncodedImage, Wanted
 from megatron_internvlx.data.energon_loader import EnergonBatches, LoaderSettings
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings, pack_plan

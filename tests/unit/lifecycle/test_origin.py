@@ -77,6 +77,42 @@ def test_the_layout_to_keep(tmp_path: Path, made: dict) -> None:
     assert origin.layout_to_keep(arguments(tmp_path)) is None
 
 
+@pytest.mark.parametrize(
+    ("made_then", "now", "said"),
+    [
+        (
+            {"rvtc": "area"},
+            {"rvtc": "area"},
+            "called edge today .area before., and --rvtc is area: .* --rvtc edge",
+        ),
+        ({"rvtc": "area"}, {"rvtc": "off"}, "called edge today"),
+        ({"rvtc": "area"}, {"rvtc": "edge"}, None),
+        ({"rvtc": "edge"}, {"rvtc": "edge"}, None),
+        (
+            {"rvtc": "edge"},
+            {"rvtc": "edge", "min_tiles": 2},
+            "--min-tiles 2 it differs from all present ones",
+        ),
+        ({"rvtc": "off"}, {"rvtc": "area"}, None),
+        ({"rvtc": "area", "static_image_size": True}, {"rvtc": "area"}, None),
+        ({"rvtc": "area", "rvtc_version": 2}, {"rvtc": "area"}, None),
+        ({}, {"rvtc": "area"}, None),
+    ],
+)
+def test_a_resumed_run_keeps_its_tiles(
+    tmp_path: Path, made: dict, made_then: dict, now: dict, said: str | None
+) -> None:
+    """Names of before the version: `area` was the rule that is `edge` today."""
+    made[""] = Namespace(**MADE | made_then)
+    origin.check_tile_rule(arguments(tmp_path, **now))  # nothing to resume
+    checkpoint(tmp_path, 3)
+    if said is None:
+        origin.check_tile_rule(arguments(tmp_path, **now))
+        return
+    with pytest.raises(ValueError, match=f"iter_0000003 was trained with .*{said}"):
+        origin.check_tile_rule(arguments(tmp_path, **now))
+
+
 @pytest.fixture
 def crash(monkeypatch: pytest.MonkeyPatch):
     """What a caller is told of an error that ends training with these arguments; it is recorded, too."""
@@ -136,3 +172,14 @@ def test_ranks_that_found_other_layouts_stop(tmp_path: Path, monkeypatch: pytest
         continuation(arguments(tmp_path)).check_layout()
     monkeypatch.undo()
     continuation(arguments(tmp_path, pipeline_model_parallel_layout=None)).check_layout()
+
+
+def test_ranks_that_counted_other_epochs_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_rank_0(objects: list, src: int) -> None:
+        objects[0] = 11
+
+    monkeypatch.setattr(dist, "broadcast_object_list", of_rank_0)
+    continuation(arguments(tmp_path, epochs=1, train_iters=11)).check_length()
+    with pytest.raises(RuntimeError, match="--epochs 1 are 10 steps on this rank and 11 on rank 0"):
+        continuation(arguments(tmp_path, epochs=1)).check_length()
+    continuation(arguments(tmp_path)).check_length()

@@ -29,7 +29,7 @@ def lack(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def guarded(save: Path | None, failures: list[str], saved: list[str]) -> GuardedSaves:
     setup = RunSetup(save, save is not None, 0, 1, 10, False, False, RunSettings())
-    return GuardedSaves(setup, failures.append, lambda: saved.append("saved"))
+    return GuardedSaves(setup, failures.append, lambda seconds: saved.append("saved"))
 
 
 def test_a_save_without_room_is_skipped(

@@ -71,8 +71,8 @@ def test_a_frozen_random_language_model_is_told(
 
 def test_the_import_that_the_readme_shows_is_the_model_of_its_recipes() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    (command,) = re.findall(r"^python tools/convert_checkpoint.py (import .*)$", text, re.M)
-    given = convert.parser().parse_args(shlex.split(command))
+    (command,) = re.findall(r"^(?:ivlx|python tools/convert_checkpoint.py) import (.*)$", text, re.M)
+    given = convert.parser("import").parse_args(shlex.split(command))
     recipes = set(re.findall(r"examples/recipes/\S+\.yaml", text))
     assert len(recipes) == 2
     for recipe in recipes:

@@ -1,5 +1,7 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from tests.single import decoder_config, single  # isort: skip  (sets Megatron u
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megatron_internvlx.model import internvit_layers
+from megatron_internvlx.model.attention import GraphSafeAttention
 from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
 from megatron_internvlx.model.internvit_config import PRESETS, InternViTConfig, internvit_preset
 from megatron_internvlx.model.internvit_layers import LayerScaleDropPath
+from megatron_internvlx.platform.packed_attention import attend_packed, graph_safe_kernels
 from tests.golden_weights import GOLDEN
 
 TINY = InternViTConfig(
@@ -38,11 +43,20 @@ class Group:
 
 
 def build(
-    vit: InternViTConfig = TINY, *, recompute: bool = False, group=None, seed: int = 1, **parent
+    vit: InternViTConfig = TINY,
+    *,
+    recompute: bool = False,
+    group=None,
+    seed: int = 1,
+    attention: str = "megatron",
+    **parent,
 ) -> InternViT:
     single(seed)
     return InternViT(
-        vit, internvit_transformer_config(vit, decoder_config(**parent), recompute=recompute), group
+        vit,
+        internvit_transformer_config(vit, decoder_config(**parent), recompute=recompute),
+        group,
+        attention,
     )
 
 
@@ -199,6 +213,65 @@ def test_evaluation_keeps_no_graph(recompute: bool) -> None:
         assert not module(tiles(2)).requires_grad
         module.eval()
         assert not module(tiles(2)).requires_grad
+
+
+def formula(qkv_STN3D: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of every tile and head, written out, `[S, T, N*D]`."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in qkv_STN3D.unbind(-2))
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+    return (weights @ v).permute(2, 0, 1, 3).flatten(2)
+
+
+def test_torchs_attention_is_the_formula() -> None:
+    """On the packed output of the projection; values and gradients, of which the packed buffer gets one."""
+    core = build(attention="torch").encoder.layers[0].self_attention.core_attention
+    assert type(core) is GraphSafeAttention
+    qkv = torch.randn(10, 3, 3, 3, 8, dtype=torch.float64, requires_grad=True)
+    ours, plain = attend_packed(core, qkv), formula(qkv)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+    cotangent = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(x, qkv, cotangent)[0] for x in (ours, plain)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("qk_normalization", [False, True])
+def test_torchs_attention_trains_alike(recompute: bool, qk_normalization: bool) -> None:
+    """On the CPU it is the same operation, so the bits are the same, drop path and recomputation included."""
+    vit = replace(TINY, drop_path_rate=0.5, qk_normalization=qk_normalization)
+    results = []
+    for attention in ("megatron", "torch"):
+        module = build(vit, recompute=recompute, attention=attention)
+        output = module(tiles(5))
+        output.square().sum().backward()
+        results.append([output, *(parameter.grad for parameter in module.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+def test_torchs_attention_takes_the_place_of_transformer_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the attention itself does: the linear layers stay Transformer Engine's."""
+    engine = SimpleNamespace(
+        column_parallel_linear=lambda: lambda **_: "linear", core_attention=lambda: "attention"
+    )
+    monkeypatch.setattr(internvit_layers, "get_backend", lambda impl: {"transformer_engine": engine}[impl])
+    config = SimpleNamespace(transformer_impl="transformer_engine", normalization="LayerNorm")
+    found = {
+        name: internvit_layers.internvit_block_spec(TINY, config, name)
+        .layer_specs[0]
+        .submodules.self_attention
+        for name in ("megatron", "torch")
+    }
+    assert found["megatron"].submodules.core_attention == "attention"
+    assert found["torch"].submodules.core_attention is GraphSafeAttention
+    assert found["torch"].submodules.linear_qkv() == "linear"
+
+
+def test_cudnns_attention_is_never_torchs_choice() -> None:
+    asked = (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.flash_sdp_enabled)
+    with graph_safe_kernels(torch.device("cuda")):
+        assert [ask() for ask in asked] == [False, True]
+        assert not torch.backends.cuda.math_sdp_enabled()
+    assert isinstance(graph_safe_kernels(torch.device("cpu")), nullcontext)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,5 +1,6 @@
 """The dry run: every recipe can run as it stands, and what cannot run says why."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_internvlx.planning.search import evaluate, find_plan
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
 GRAPH_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_pretrain"))
+SFT_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_sft"))
 SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
 
 
@@ -62,6 +64,8 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     text = capsys.readouterr().out
     assert text.count("\nstage ") == 1 and "tokens at most" in text
     plan = dryrun.check(args)
+    # Recipes cut their tiles on GPUs, so two workers keep up.
+    assert (plan.loading.sent, plan.loading.needed) == ("files", 2) and "\nhost memory " in text
     assert len(plan.stages) == args.pipeline_model_parallel_size
     assert {layer for stage in plan.stages for a, b in stage.chunks for layer in range(a, b)} == set(
         range(args.num_layers)
@@ -70,6 +74,9 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
         plan.pipeline.schedule.micro_batches * plan.model.layout.data * args.micro_batch_size
         == args.global_batch_size
     )
+    stated = re.search(r"(\d+) of 79 GiB", recipe.read_text())
+    assert stated is not None
+    assert plan.fullest.total / dryrun.GIB + dryrun.RESERVE_GIB == pytest.approx(int(stated[1]), abs=1)
     # Matrix products over a vocabulary that 64 does not divide take several times as long.
     assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
@@ -79,7 +86,7 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
 def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, capsys):
     assert dryrun.run(dry(monkeypatch, SFT_8B, "--gpu-memory-gib", "20", "--vision-recompute")) == 2
     message = capsys.readouterr().err.splitlines()[0]
-    assert "more tensor (now 4) or pipeline parallelism (now 1)" in message
+    assert "more tensor (now 2) or pipeline parallelism (now 1)" in message
     assert "--recompute-granularity full" in message and "--vision-recompute" not in message
 
 
@@ -97,23 +104,38 @@ def test_recipes_with_stages_use_the_split_that_the_planner_finds(monkeypatch, r
 
 
 def test_the_buffers_of_a_graph_are_counted(monkeypatch):
-    """2B on 8 GPUs: 64 micro-batches a replica of 12 tiles, 3 on each of 4 tensor-parallel ranks."""
+    """2B on 8 GPUs: 32 micro-batches a replica of 24 tiles, 6 on each of 4 tensor-parallel ranks."""
     graph = ("--cuda-graph-impl", "full_iteration")
     plan = dryrun.check(dry(monkeypatch, GRAPH_2B, *graph))
     (stage,) = plan.stages
-    assert stage.inputs == 64 * 12 * 3 * 448**2
+    assert stage.inputs == 32 * 24 * 3 * 448**2
     assert "inputs" in dryrun.describe(plan)
     shared = dryrun.check(dry(monkeypatch, GRAPH_2B, *graph, "--tensor-model-parallel-size", "4"))
-    assert shared.fullest.inputs == 4 * 64 * 3 * 3 * 448**2  # a fourth of the replicas
+    assert shared.fullest.inputs == 4 * 32 * 6 * 3 * 448**2  # a fourth of the replicas
     eager = dryrun.check(dry(monkeypatch, GRAPH_2B, "--cuda-graph-impl", "none"))
-    assert eager.fullest.total + stage.inputs == plan.fullest.total
+    assert eager.fullest.total + stage.inputs + stage.evaluation == plan.fullest.total
     assert "inputs" not in dryrun.describe(eager)
+    # One of 16 deep layers, with its projector of 24 tiles, and the features.
+    deep = eager.stages[0].activations["deep"] / 16
+    assert deep < stage.evaluation < 4 * deep
+    assert "evaluation" in dryrun.describe(plan)
+
+
+def test_a_graph_trains_the_vision_encoder_with_torchs_attention(monkeypatch):
+    graph = ("--cuda-graph-impl", "full_iteration")
+    with pytest.raises(ValueError, match=r"Transformer Engine's attention .*add --vision-attention torch"):
+        dry(monkeypatch, SFT_2B, *graph)
+    plan = dryrun.check(dry(monkeypatch, SFT_2B, *graph, "--vision-attention", "torch"))
+    without = dryrun.check(dry(monkeypatch, SFT_2B))
+    # Its output may be copied, in each of 24 layers.
+    more = plan.fullest.activations["vision"] - without.fullest.activations["vision"]
+    assert more == 24 * plan.stats.vision_tiles * 1025 * 1024 * 2
 
 
 def test_other_world_size_from_the_command_line(monkeypatch):
     plan = dryrun.check(dry(monkeypatch, SFT_8B, "--dry-run-world-size", "128"))
-    assert plan.model.layout.data == 32
-    assert plan.pipeline.schedule.micro_batches == 4
+    assert plan.model.layout.data == 64
+    assert plan.pipeline.schedule.micro_batches == 2
 
 
 @pytest.mark.parametrize(
@@ -129,12 +151,13 @@ def test_other_world_size_from_the_command_line(monkeypatch):
         (["--max-tiles-per-pack", "5"], "tiles"),
         (["--seq-length", "1000000"], "max-position-embeddings"),
         (["--expand-layer", "40"], "must be between 1 and"),
-        # 4 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
+        (["--tp-comm-overlap"], "--tp-comm-overlap: its buffers"),
+        # 2 tensor-parallel ranks of 32 rows: MXFP8's blocks, where the other FP8 recipes need 16.
         (
-            [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8256"), *VARIABLE],
-            "--seq-length 8256 must be a multiple of 128",
+            [*("--fp8-recipe", "mxfp8", "--fp8-format", "e4m3", "--seq-length", "8224"), *VARIABLE],
+            "--seq-length 8224 must be a multiple of 64",
         ),
-        (["--seq-length", "8200", *VARIABLE], "--seq-length 8200 must be a multiple of 64"),
+        (["--seq-length", "8200", *VARIABLE], "--seq-length 8200 must be a multiple of 32"),
     ],
 )
 def test_what_cannot_run_says_why(monkeypatch, capsys, changes, reason):

@@ -207,7 +207,7 @@ def test_memory_of_a_split_is_that_of_the_dry_run(ends: tuple[int, ...]) -> None
 @pytest.mark.parametrize(
     ("layout", "pipeline", "message"),
     [
-        ("Ett|ttL", 2, "has 4 layers (2 + 2) and the model 5; tools/plan_pipeline.py"),
+        ("Ett|ttL", 2, "has 4 layers (2 + 2) and the model 5; ivlx plan"),
         ("Ett|ttt|L", 2, "has 3 stages, which --pipeline-model-parallel-size 2 does not divide"),
         ("Ett|tttL", 1, "has 2 stages and --pipeline-model-parallel-size is 1"),
         ("tt|tttL", 2, "must begin with E"),

@@ -18,8 +18,9 @@ SIZES = model_sizes(FLAGS)
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # 6 tiles fit into a row, 2 images of 3 tiles and a thumbnail would be 8.
-        ({"max_tiles": 3}, PlanStats(6, 6, 6, 128, 128**2, 200, 200**2, 104)),
+        # Two images of 3 tiles and a thumbnail; of 9 tiles and a thumbnail, 6 fit into each sample.
+        ({"max_tiles": 3}, PlanStats(8, 8, 8, 104, 104**2, 200, 200**2, 72)),
+        ({"max_tiles": 9}, PlanStats(12, 12, 12, 56, 56**2, 200, 200**2, 8)),
         ({"max_tiles": 1}, PlanStats(2, 2, 2, 176, 176**2, 200, 200**2, 168)),
         # A pack is one row.
         ({"max_tiles_per_pack": 5}, PlanStats(5, 5, 5, 40, 40**2, 100, 100**2, 20)),

@@ -137,10 +137,12 @@ def test_the_last_evaluation_is_not_made_twice() -> None:
         made.append(prefix)
 
     training = argparse.Namespace(evaluate=lambda: None, print_rank_last=print, is_last_rank=lambda: False)
-    evaluation = logs._with_eval_line(training, evaluate, lambda prefix, values: None)
+    timed: list[float] = []
+    evaluation = logs._with_eval_line(training, evaluate, lambda prefix, values: None, timed.append)
     ends = ["iteration 40", "iteration 40 on validation set", "iteration 40 on test set"]
     for prefix in ["iteration 4", *ends]:
         evaluation(prefix)
     assert made == ["iteration 4", "iteration 40", "iteration 40 on test set"]
+    assert len(timed) == 3
     evaluation("iteration 50 on validation set")  # the last step was not one of --eval-interval
     assert made[-1] == "iteration 50 on validation set"

@@ -9,6 +9,7 @@ import pytest
 from megatron_internvlx.platform import LogRecord
 from megatron_internvlx.reporting.interval import IntervalTotals
 from megatron_internvlx.reporting.lines import tracked_values, training_line, validation_line
+from megatron_internvlx.reporting.time_left import Left
 from megatron_internvlx.training.validation import ValidationCounts
 
 RECORD = LogRecord(
@@ -36,8 +37,8 @@ TOTALS = IntervalTotals(
     cut_tokens=0.0,
 )
 LINE = (
-    "step   20/1000 | loss 1.2500 | grad norm 0.500 | lr 2.00e-05 | 12,345 tokens/s | 500 ms/step | 321 TFLOP/s | "
-    "MFU 32.5% | padding 4.0% | data wait 1.0% | memory 40.50 GiB"
+    "step   20/1000 | loss 1.2500 | grad norm 0.500 | lr 2.00e-05 | 12,345 tokens/s | 500 ms/step | left - | "
+    "321 TFLOP/s | MFU 32.5% | padding 4.0% | data wait 1.0% | memory 40.50 GiB"
 )
 
 
@@ -63,6 +64,14 @@ def test_the_line_of_an_ordinary_interval() -> None:
 )
 def test_what_is_out_of_the_ordinary_follows(totals: dict[str, Any], more: str) -> None:
     assert line(**totals) == f"{LINE} | {more}"
+
+
+def test_the_time_left() -> None:
+    assert training_line(RECORD, TOTALS, Left(490.0, complete=True)) == LINE.replace(
+        "left -", "left 8 min 10 s"
+    )
+    assert "| left > 8 min 10 s |" in training_line(RECORD, TOTALS, Left(490.0, complete=False))
+    assert tracked_values(RECORD, TOTALS, 1, Left(490.0, complete=True))["seconds_left"] == 490.0
 
 
 def test_skipped_steps_follow() -> None:
@@ -98,6 +107,7 @@ def test_the_values_for_trackers() -> None:
         "learning_rate": 2e-5,
         "grad_norm": 0.5,
         "step_seconds": 0.5,
+        "seconds_left": None,
         "tokens_per_s": 12345.0,
         "tflops": 321.4,
         "mfu": 0.325,

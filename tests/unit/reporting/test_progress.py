@@ -23,11 +23,12 @@ def test_shows_numbers_on_one_line():
     with ProgressBar(stream) as bar:
         bar.update(1, 4, loss=2.0)
         bar.update(2, 4, loss=1.25, tokens_per_s=1234.5, accuracy=0.875)
-        bar.update(4, 4, loss=1.0)
+        bar.update(4, 4, loss=1.0, left="> 8 min 10 s")
     shown = stream.getvalue()
     last = shown.rstrip("\n").split("\r")[-1]
     assert "4/4" in last and "loss 1.000" in last
     assert "accuracy 87.5%" in last  # kept from the evaluation before
+    assert "> 8 min 10 s left, loss" in last
     assert shown.count("\n") == 1
 
 

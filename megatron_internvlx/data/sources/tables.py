@@ -1,0 +1,91 @@
+"""Tables of images with questions and answers, and folders of images with captions beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from megatron_internvlx.data.conversation import IMAGE
+from megatron_internvlx.data.sources.record import (
+    MAX_TEXT_BYTES,
+    LeftOut,
+    ReadSettings,
+    Records,
+    SourceImage,
+    SourceRecord,
+)
+from megatron_internvlx.data.sources.rows import DESCRIBE, Columns, RowReader, one_round
+from megatron_internvlx.data.sources.text_files import encoding_of, not_text, table_rows
+
+
+def read_table(path: Path, settings: ReadSettings) -> tuple[str, Records]:
+    """Description of a CSV or TSV file ("table (comma; image, question, answer)"), and its records.
+
+    Raises ValueError if its columns have no usual names and are not named by the user.
+    """
+    header, separator, pieces = table_rows(path, path.name, settings.encoding)
+    reader = RowReader(settings, str(path))
+    columns = reader.columns(header)
+    names = ", ".join(filter(None, (columns.image, columns.question, columns.answer)))
+    word = {",": "comma", ";": "semicolon", "\t": "tab"}.get(separator, separator)
+
+    def records() -> Records:
+        for piece in pieces:
+            if isinstance(piece, LeftOut):
+                yield piece
+                continue
+            key, row = piece
+            try:
+                yield reader.read({name: row[name] for name in _used(columns)}, key)
+            except LeftOut as left_out:
+                yield left_out
+
+    found = records()
+    return f"table (separated by {word}; {names})", merge_rounds(found) if settings.rounds else found
+
+
+def _used(columns: Columns) -> list[str]:
+    return [name for name in (columns.image, columns.question, columns.answer) if name is not None]
+
+
+def _images(found: SourceRecord | LeftOut) -> object:
+    """Images that rows of one conversation have in common; rows that are left out stand alone."""
+    return tuple(found.images) if isinstance(found, SourceRecord) else found
+
+
+def merge_rounds(records: Records) -> Records:
+    """Join consecutive records with the same images to one conversation of several rounds."""
+    for _, group in groupby(records, _images):
+        first, *rest = group
+        if isinstance(first, SourceRecord):
+            for other in rest:
+                assert isinstance(other, SourceRecord)
+                asked = {**other.turns[0], "value": other.turns[0]["value"].replace(f"{IMAGE}\n", "")}
+                first.turns += [asked, *other.turns[1:]]
+        yield first
+
+
+def read_captions(
+    folder: Path, images: Sequence[Path], settings: ReadSettings
+) -> Iterator[SourceRecord | LeftOut]:
+    """Records of images with a text file of the same name beside them: the text is the answer."""
+    question = DESCRIBE if settings.question is None else settings.question
+    for path in images:
+        key = path.relative_to(folder).as_posix()
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            yield LeftOut(
+                key, "empty_answer", f"there is no {caption.name} beside it: write its caption there"
+            )
+            continue
+        if caption.stat().st_size > MAX_TEXT_BYTES:
+            yield LeftOut(key, "too_long", f"{caption.name} has over {MAX_TEXT_BYTES:,} bytes: shorten it")
+            continue
+        encoding = encoding_of(caption, settings.encoding)
+        try:
+            text = caption.read_bytes().decode(encoding).strip()
+        except UnicodeDecodeError:
+            yield not_text(f"{key[: -len(path.suffix)]}.txt", encoding)
+            continue
+        yield SourceRecord(key, one_round(question, text, 1), [SourceImage(key)])
