@@ -34,7 +34,12 @@ def arguments(data: Path, *more: str) -> list[str]:
         *("--tokenizer-model", str(data / "tokenizer"), "--lr-warmup-fraction", "0"),
         # The last step is one of those with an evaluation, and Megatron evaluates after it too.
         *("--train-iters", "6", "--eval-iters", "1", "--eval-interval", "6", "--lr-decay-iters", "6"),
-        *("--global-batch-size", "8", "--micro-batch-size", "4"),  # a quarter of the demo's, which is enough here
+        *(
+            "--global-batch-size",
+            "8",
+            "--micro-batch-size",
+            "4",
+        ),  # a quarter of the demo's, which is enough here
         *("--eval-global-batch-size", "12", "--eval-micro-batch-size", "4", *more),
     ]
 
