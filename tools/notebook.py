@@ -22,7 +22,7 @@ import os
 from pathlib import Path
 
 os.chdir("..")
-os.environ["PATH"] = f"{Path('.venv/bin').absolute()}{os.pathsep}{os.environ['PATH']}""""
+os.environ["PATH"] = os.pathsep.join((str(Path(".venv/bin").absolute()), os.environ["PATH"]))"""
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!\w+://)([^)]+)\)")
 
