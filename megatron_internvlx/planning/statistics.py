@@ -212,5 +212,7 @@ def _bars(axis: Any, stats: DataStats) -> None:
         axis.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=8)
     names = ["compute,\nLVTC off", "compute,\nLVTC on"] if base else []
     names += ["pack fill"] if next(iter(stats.policies.values())).fill else []
-    axis.set(title="Compute against InternVL (off, LVTC off), and pack fill", ylim=(0, 1.1))
+    compared = "Compute against InternVL (off, LVTC off)"
+    titles = {3: f"{compared}, and pack fill", 2: compared, 1: "Pack fill", 0: ""}
+    axis.set(title=titles[len(names)], ylim=(0, 1.1))
     axis.set_xticks(range(len(names)), names)
