@@ -50,8 +50,9 @@ def shrink(drawn: Path, picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=picture.parent) as folder:
         small = Path(folder) / picture.name
-        for colours in (256, 128, 64, 32):
-            shown.quantize(colours, dither=Image.Dither.NONE).save(small, optimize=True)
+        for colours in (256, 192, 128, 64, 32):
+            # The default, median cut, loses the colours of thin lines: a blue curve became grey.
+            shown.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=3).save(small, optimize=True)
             if small.stat().st_size <= MOST_BYTES:
                 small.replace(picture)
                 print(f"{picture}: {picture.stat().st_size // 1000} kB, {colours} colours", flush=True)
@@ -98,7 +99,7 @@ def draw_pages(demo: Path, work: Path, out: Path, photograph: Photograph) -> Non
             *("--tokenizer-model", demo / "data/tokenizer"),
         )
     pages = {
-        "prepare.png": (work / "data/page.html", (1000, 1320)),
+        "prepare.png": (work / "data/page.html", (1000, 1300)),
         "evaluate.png": (demo / "evaluation/page.html", (1000, 1130)),
     }
     for name, (page, window) in pages.items():

@@ -174,8 +174,11 @@ def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
     """Draw the distributions and write them as a PNG."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    # Room between a label and the title below it.
+    spaced = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout=spaced)
     sizes, tiles, tokens, bars = axes.flat
     if len(stats.sizes):
         sizes.scatter(*stats.sizes.T, s=6, color=COLOURS["edge"], alpha=0.4, linewidths=0)
