@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ PATIENCE_MS = 600_000  # for an answer, on a busy machine
 
 Photograph = Callable[[str, Path, tuple[int, int]], None]
 """Writes what a browser shows of an address, in a window of this width and height, to a file."""
-Serve = Callable[[Sequence[str], int], Any]
+Serve = Callable[[list[str], int], Any]
 """Starts a command that listens on a port; a context manager that gives its address."""
 
 
