@@ -58,6 +58,8 @@ EXTRAS = {
         "scikit-image",
         "scikit-learn",
         "uv",
+        "nbclient",  # runs the notebook of the quickstart
+        "ipykernel",
     ],
     "docs": [
         "mkdocs<2",

@@ -133,13 +133,13 @@ def kind_accuracies(predictions: Sequence[Prediction]) -> list[KindAccuracy]:
 def choose_examples(predictions: Sequence[Prediction]) -> list[Prediction]:
     """Choose twelve answers with images: one of every kind, if there are not too many, and a wrong one if any."""
     drawable = [p for p in predictions if p.image is not None]
-    # One of each kind, of the image with the most tiles first, then whatever follows in the file's order.
-    seen: set[str | None] = set()
+    # One of each kind, of an image that is not shown yet, with many tiles; then whatever follows in the file's order.
+    ranked = sorted(drawable, key=lambda p: (not p.correct, -p.cols * p.rows))
     chosen: list[Prediction] = []
-    for prediction in sorted(drawable, key=lambda p: (not p.correct, -p.cols * p.rows)):
-        if prediction.kind not in seen:
-            seen.add(prediction.kind)
-            chosen.append(prediction)
+    for kind in dict.fromkeys(p.kind for p in ranked):
+        mine = [p for p in ranked if p.kind == kind]
+        shown = {p.image for p in chosen}
+        chosen.append(next((p for p in mine if p.correct and p.image not in shown), mine[0]))
     wrong = [p for p in drawable if not p.correct and p not in chosen][:1]
     chosen = chosen[: MAX_EXAMPLES - len(wrong)] + wrong
     chosen += [p for p in drawable if p not in chosen]

@@ -34,6 +34,12 @@ def arguments(data: Path, *more: str) -> list[str]:
         *("--tokenizer-model", str(data / "tokenizer"), "--lr-warmup-fraction", "0"),
         # The last step is one of those with an evaluation, and Megatron evaluates after it too.
         *("--train-iters", "6", "--eval-iters", "1", "--eval-interval", "6", "--lr-decay-iters", "6"),
+        *(
+            "--global-batch-size",
+            "8",
+            "--micro-batch-size",
+            "4",
+        ),  # a quarter of the demo's, which is enough here
         *("--eval-global-batch-size", "12", "--eval-micro-batch-size", "4", *more),
     ]
 
@@ -136,7 +142,7 @@ def test_a_run_is_extended_with_another_schedule(
     assert sorted(losses(extended)) == [3, 4, 5]
     (line,) = [line for line in extended[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
     assert line == (
-        "learning-rate schedule, checkpoint -> arguments: --lr 0.0015 -> 0.003, samples of warm-up 4.0 -> 10.0, "
+        "learning-rate schedule, checkpoint -> arguments: --lr 0.001 -> 0.003, samples of warm-up 4.0 -> 10.0, "
         "samples until the learning rate has decayed 16 -> 40; the arguments are used"
     )
     assert not [line for line in begun[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
