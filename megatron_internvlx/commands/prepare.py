@@ -15,6 +15,8 @@ from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.exit_codes import DONE, INTERRUPTED, MISTAKE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_internvlx.data.sample import EncoderSettings
     from megatron_internvlx.data.sources.record import Source
     from megatron_internvlx.data.sources.survey import SetReport, Survey
@@ -189,7 +191,6 @@ def _open_sources(options: argparse.Namespace) -> list[Source]:
         options.answer_column,
         options.question,
         options.encoding,
-        options.rounds,
     )
     if options.root is not None and not options.root.is_dir():
         raise ValueError(f"--root {options.root}: no such folder")
@@ -248,16 +249,18 @@ def _nothing_usable(reports: Sequence[SetReport]) -> ValueError:
 
 
 def _write(
-    work: Path, survey: Survey, options: argparse.Namespace, settings: EncoderSettings
+    work: Path,
+    survey: Survey,
+    options: argparse.Namespace,
+    settings: EncoderSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[int, int]:
     """Write everything but the mark; returns the numbers of records for training and validation."""
     from megatron_internvlx.data.sources.output import write_sets
     from megatron_internvlx.data.sources.page import page_text
     from megatron_internvlx.data.sources.samples import choose_samples, look_at
-    from megatron_internvlx.data.tokenizer import load_tokenizer
 
     held_out = survey.held_out(options.validation, options.seed)
-    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     chosen = choose_samples(survey, options.page_records, options.seed)
     shown = [look_at(survey, n, why, held_out, settings, tokenizer) for n, why in chosen.items()]
     count = sum(survey.groups.find(node) in held_out for node in survey.node_of)
@@ -301,10 +304,12 @@ def run(options: argparse.Namespace) -> None:
 
     from megatron_internvlx.data.sources.output import finished, working_directory, write_mark
     from megatron_internvlx.data.sources.survey import Survey, SurveySettings
+    from megatron_internvlx.data.tokenizer import load_tokenizer
 
     if options.out is None and not options.check:
         raise ValueError("--out DIR is needed, or --check to write nothing")
     settings, most = encoder_settings(options)
+    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     sources = _open_sources(options)
     survey_settings = SurveySettings(
         settings,
@@ -314,6 +319,7 @@ def run(options: argparse.Namespace) -> None:
         options.limit,
         not options.headers_only,
         options.threads,
+        options.rounds,
     )
     if options.check:
         with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +341,7 @@ def run(options: argparse.Namespace) -> None:
         _report(survey.reports)
         if not len(survey):
             raise _nothing_usable(survey.reports)
-        train, held_out = _write(work, survey, options, settings)
+        train, held_out = _write(work, survey, options, settings, tokenizer)
         write_mark(work, made_from, {"train": train, "validation": held_out})
     if any(report.left_out for report in survey.reports):
         print(f"every left-out record: {options.out / 'left_out.jsonl'}")

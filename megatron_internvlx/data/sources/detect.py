@@ -14,7 +14,7 @@ from megatron_internvlx.data.sources.columnar import read_parquet
 from megatron_internvlx.data.sources.pictures import SUFFIXES
 from megatron_internvlx.data.sources.record import LeftOut, ReadSettings, Records, SetEntry, Source
 from megatron_internvlx.data.sources.rows import RowReader, is_conversation
-from megatron_internvlx.data.sources.tables import merge_rounds, read_captions, read_table
+from megatron_internvlx.data.sources.tables import read_captions, read_table
 from megatron_internvlx.data.sources.text_files import Piece, encoding_of, json_array, json_lines, open_text
 from megatron_internvlx.data.sources.webdataset import read_shards
 from megatron_internvlx.paths import is_url
@@ -231,9 +231,7 @@ def read_json_file(path: Path, label: str, settings: ReadSettings) -> tuple[str,
     if tables and len(tables) == len(rows) and len({tuple(row) for row in rows}) == 1:
         reader.columns(rows[0])  # a wrong name of a column is one mistake, not one of every record
     records = _records(chain(first, pieces), reader)
-    return f"{shape} ({_dialect(next(iter(rows), None))})", merge_rounds(
-        records
-    ) if settings.rounds else records
+    return f"{shape} ({_dialect(next(iter(rows), None))})", records
 
 
 def _records(pieces: Iterable[Piece], reader: RowReader) -> Records:

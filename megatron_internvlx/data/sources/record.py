@@ -98,8 +98,6 @@ class ReadSettings:
     """Question for tables and captions without one."""
     encoding: str | None = None
     """Encoding of text files; None for UTF-8 and what a byte order mark says."""
-    rounds: bool = False
-    """Whether consecutive rows of the same image become one conversation."""
 
 
 @dataclass(frozen=True)

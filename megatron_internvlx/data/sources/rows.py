@@ -7,11 +7,12 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.messages import decode_data_url
-from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rejects import BadSample, printable
 from megatron_internvlx.data.sources.record import LeftOut, ReadSettings, SourceImage, SourceRecord
 from megatron_internvlx.recipe import similar
 
@@ -122,7 +123,8 @@ class RowReader:
         images = [] if named is None else images_of(named, key)
         if name == "texts":
             turns = [turn for pair in turns for turn in _pair(pair, key)]
-        extra = {field: value for field, value in row.items() if field not in _USED and _storable(value)}
+        extra = {field: value for field, value in row.items()
+                 if field not in _USED and _storable(field) and _storable(value)}  # fmt: skip
         parts = _Parts(images, key)
         read = [
             {"from": turn.get("from", turn.get("role")), "value": parts.text(turn, number)}
@@ -169,10 +171,12 @@ def _parsed(text: str) -> Any:
 
 
 def _storable(value: Any) -> bool:
-    """Whether a further field of a record is kept: texts, numbers, and lists of them."""
+    """Whether a further field of a record is kept: texts that UTF-8 can hold, finite numbers, and lists of them."""
     if isinstance(value, list):
-        return all(isinstance(one, str | int | float) for one in value)
-    return isinstance(value, str | int | float | bool)
+        return all(not isinstance(one, list) and _storable(one) for one in value)
+    if isinstance(value, str):
+        return printable(value) == value
+    return isinstance(value, int) or (isinstance(value, float) and isfinite(value))
 
 
 def _cell(value: Any, column: str, key: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
-from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.sources.record import (
     MAX_TEXT_BYTES,
     LeftOut,
@@ -41,29 +39,11 @@ def read_table(path: Path, settings: ReadSettings) -> tuple[str, Records]:
             except LeftOut as left_out:
                 yield left_out
 
-    found = records()
-    return f"table (separated by {word}; {names})", merge_rounds(found) if settings.rounds else found
+    return f"table (separated by {word}; {names})", records()
 
 
 def _used(columns: Columns) -> list[str]:
     return [name for name in (columns.image, columns.question, columns.answer) if name is not None]
-
-
-def _images(found: SourceRecord | LeftOut) -> object:
-    """Images that rows of one conversation have in common; rows that are left out stand alone."""
-    return tuple(found.images) if isinstance(found, SourceRecord) else found
-
-
-def merge_rounds(records: Records) -> Records:
-    """Join consecutive records with the same images to one conversation of several rounds."""
-    for _, group in groupby(records, _images):
-        first, *rest = group
-        if isinstance(first, SourceRecord):
-            for other in rest:
-                assert isinstance(other, SourceRecord)
-                asked = {**other.turns[0], "value": other.turns[0]["value"].replace(f"{IMAGE}\n", "")}
-                first.turns += [asked, *other.turns[1:]]
-        yield first
 
 
 def read_captions(
