@@ -6,10 +6,11 @@ It is written beside its final name and renamed when it is complete, so there is
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,15 @@ def finished(out: Path, settings: dict[str, Any], *, force: bool) -> bool:
         )
     _refuse_other_files(out)
     return False
+
+
+def state_of(files: Iterable[Path]) -> str:
+    """Digest (hexadecimal) of names, sizes and times of files, in the given order."""
+    digest = hashlib.sha256()
+    for path in files:
+        found = path.stat()
+        digest.update(os.fsencode(path.absolute()) + b"\0%d %d\n" % (found.st_size, found.st_mtime_ns))
+    return digest.hexdigest()
 
 
 def _refuse_other_files(out: Path) -> None:

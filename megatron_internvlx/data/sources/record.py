@@ -123,3 +123,5 @@ class Source:
     records: Records
     entry: SetEntry = SetEntry()
     notes: list[str] = field(default_factory=list)
+    beside: list[Path] = field(default_factory=list)
+    """Further files that the records are made of: images and captions, or the file that names the set."""

@@ -7,6 +7,7 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -30,6 +31,7 @@ USUAL = {
     ),
 }  # fmt: skip
 """Usual names of the columns of a table, the surest first; case does not count."""
+_MISTYPED = 0.85  # similarity: `qestion` and `questions` have more, `user_id` and `prompt_id` less
 _TURNS = ("conversations", "conversation", "messages")
 _USED = (*_TURNS, "texts", "image", "images", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -73,7 +75,31 @@ def choose_columns(names: Sequence[str], settings: ReadSettings, where: str) -> 
                 f"are {', '.join(names)}. Name it: --{role}-column {likely}"
             )
     assert found["image"] is not None and found["answer"] is not None
+    if found["question"] is None and settings.question is None:
+        rest = [name for name in names if name not in found.values()]
+        meant = (name for name in rest if get_close_matches(_plain(name), USUAL["question"], 1, _MISTYPED))
+        if (likely := next(meant, None)) is not None:
+            raise ValueError(
+                f"{where}: no column has a usual name of the question, and {likely!r} looks like one. If it is, name "
+                f"it: --question-column {likely}; if not, give one question for all: --question {DESCRIBE!r}"
+            )
     return Columns(found["image"], found["question"], found["answer"])
+
+
+def column_notes(columns: Columns, names: Iterable[str], settings: ReadSettings) -> list[str]:
+    """Sentences about columns that are not read, and about where the questions come from."""
+    rest = [name for name in names if name not in (columns.image, columns.question, columns.answer)]
+    notes = []
+    if rest:
+        more = f" and {len(rest) - 8:,} more" if len(rest) > 8 else ""
+        notes.append(f"columns not read: {', '.join(rest[:8])}{more}")
+    if columns.question is None and settings.question is None:
+        notes.append(
+            f"no column of questions: each is {DESCRIBE!r} (--question-column or --question changes it)"
+        )
+    if columns.question is not None and settings.question is not None:
+        notes.append(f"--question is not used: the column {columns.question!r} has the questions")
+    return notes
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
