@@ -6,15 +6,17 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_internvlx.commands.help import CommandParser
+from megatron_internvlx.commands.prepare_settings import encoder_settings
 from megatron_internvlx.commands.values import float_in_range, int_in_range
 from megatron_internvlx.exit_codes import DONE, INTERRUPTED, MISTAKE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_internvlx.data.sample import EncoderSettings
     from megatron_internvlx.data.sources.record import Source
     from megatron_internvlx.data.sources.survey import SetReport, Survey
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 FORMATS = ("auto", "table", "captions", "json", "parquet", "webdataset", "meta")
 TEMPLATES = ("internlm2-chat", "Hermes-2", "internvl2_5")
 POLICIES = ("edge", "area", "off")
-MAX_CHARACTERS = 1 << 19
-"""Longest text without a recipe: 64 characters for each of 8,192 tokens, as training has it."""
 _RESERVED_NAMES = ("validation", "annotations", "images", "energon")
 EXAMPLES = (
     "ivlx prepare photos --out data        # a folder with images and questions.csv (image,question,answer)",
@@ -122,62 +122,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def encoder_settings(options: argparse.Namespace) -> tuple[EncoderSettings, int]:
-    """Template, tiles and lengths of the training, and the longest text in characters.
-
-    Raises ValueError for a recipe that is not readable or values that do not fit together.
-    """
-    from megatron_internvlx.config import DataSettings, grid_side
-    from megatron_internvlx.data.packing import Budget
-    from megatron_internvlx.data.sample import MOST_CHARACTERS_PER_TOKEN, SHORT_TEXT, EncoderSettings
-    from megatron_internvlx.model.internvit_config import internvit_preset
-    from megatron_internvlx.model.presets import preset
-    from megatron_internvlx.yaml_files import load_yaml
-
-    given: dict[str, Any] = {"image_size": 448, "vision_preset": "internvit_300m", **asdict(DataSettings())}
-    given |= {"low_ratio": 0.25, "high_ratio": 0.5, "patch_size": None, "expand_layer": None}
-    if options.recipe is not None:
-        try:
-            recipe = load_yaml(options.recipe)
-        except ValueError as error:
-            raise ValueError(f"--recipe {options.recipe}: {error}") from error
-        if not isinstance(recipe, dict):
-            raise ValueError(f"--recipe {options.recipe}: must be a flat mapping of argument names to values")
-        recipe = {str(name).replace("-", "_"): value for name, value in recipe.items()}
-        given |= {**(preset(recipe["model_preset"]) if "model_preset" in recipe else {}), **recipe}
-    for name in ("conversation_template", "image_size", "max_tiles", "rvtc"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
-    patch = given["patch_size"] or internvit_preset(given["vision_preset"]).patch_size
-    if given["image_size"] % patch:
-        raise ValueError(f"--image-size {given['image_size']}: must be a multiple of the patch size {patch}")
-    patches = given["image_size"] // patch
-    deep = grid_side(patches, given["high_ratio"], "high_ratio") ** 2
-    shallow = (
-        grid_side(patches, given["low_ratio"], "low_ratio") ** 2
-        if given["expand_layer"] is not None
-        else None
-    )
-    length = given.get("seq_length")
-    budget = None
-    if length is not None and given["packing"]:
-        budget = Budget(given.get("shallow_seq_length") or length, length, given.get("max_tiles_per_pack"))
-    settings = EncoderSettings(
-        template=given["conversation_template"],
-        tile_size=given["image_size"],
-        max_tiles=given["max_tiles"],
-        min_tiles=min(given["min_tiles"], given["max_tiles"]),
-        use_thumbnail=not given["no_thumbnail"],
-        rvtc=given["rvtc"],
-        tokens_per_tile=deep,
-        shallow_tokens_per_tile=shallow,
-        max_length=length,
-        dynamic_image_size=not given["static_image_size"],
-        budget=budget,
-    )
-    return settings, max(SHORT_TEXT, MOST_CHARACTERS_PER_TOKEN * length) if length else MAX_CHARACTERS
-
-
 def _open_sources(options: argparse.Namespace) -> list[Source]:
     """Data sets of all inputs, each with a name of its own that is a valid file name. Raises ValueError."""
     from megatron_internvlx.data.sources.detect import find_sources
@@ -189,11 +133,10 @@ def _open_sources(options: argparse.Namespace) -> list[Source]:
         options.answer_column,
         options.question,
         options.encoding,
-        options.rounds,
     )
     if options.root is not None and not options.root.is_dir():
         raise ValueError(f"--root {options.root}: no such folder")
-    out = options.out.absolute() if options.out else None
+    out = options.out.resolve() if options.out else None
     sources = [
         s for path in options.inputs for s in find_sources(path, read, options.format, options.root, out)
     ]
@@ -248,16 +191,18 @@ def _nothing_usable(reports: Sequence[SetReport]) -> ValueError:
 
 
 def _write(
-    work: Path, survey: Survey, options: argparse.Namespace, settings: EncoderSettings
+    work: Path,
+    survey: Survey,
+    options: argparse.Namespace,
+    settings: EncoderSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[int, int]:
     """Write everything but the mark; returns the numbers of records for training and validation."""
     from megatron_internvlx.data.sources.output import write_sets
     from megatron_internvlx.data.sources.page import page_text
     from megatron_internvlx.data.sources.samples import choose_samples, look_at
-    from megatron_internvlx.data.tokenizer import load_tokenizer
 
     held_out = survey.held_out(options.validation, options.seed)
-    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     chosen = choose_samples(survey, options.page_records, options.seed)
     shown = [look_at(survey, n, why, held_out, settings, tokenizer) for n, why in chosen.items()]
     count = sum(survey.groups.find(node) in held_out for node in survey.node_of)
@@ -280,19 +225,25 @@ def _summary(out: Path, train: int, held_out: int, energon: bool) -> None:
 
 
 def _made_from(options: argparse.Namespace, sources: Sequence[Source]) -> dict[str, Any]:
-    """Dependencies of a finished directory, besides the images: options, and size and time of the files."""
+    """Dependencies of a finished directory: options, and name, size and time of the files that were looked at.
+
+    Images that only a table or JSON names are not known before it is read, so they are not among them.
+    """
+    from megatron_internvlx.data.sources.output import state_of
+
     kept = {
         name: value
         for name, value in vars(options).items()
         if name not in ("force", "check", "threads", "out")
     }
     plain = {name: list(map(str, v)) if isinstance(v, list) else str(v) for name, v in kept.items()}
-    files = [
-        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
-        for s in sources
-        for path in s.files
-    ]
-    return {"options": plain, "files": files}
+    recipe = [] if options.recipe is None else [options.recipe]
+    files = [*recipe, *(path for s in sources for path in s.files if path.is_file())]
+    return {
+        "options": plain,
+        "files": [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "beside": state_of(path for s in sources for path in s.beside),
+    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -301,10 +252,12 @@ def run(options: argparse.Namespace) -> None:
 
     from megatron_internvlx.data.sources.output import finished, working_directory, write_mark
     from megatron_internvlx.data.sources.survey import Survey, SurveySettings
+    from megatron_internvlx.data.tokenizer import load_tokenizer
 
     if options.out is None and not options.check:
         raise ValueError("--out DIR is needed, or --check to write nothing")
     settings, most = encoder_settings(options)
+    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     sources = _open_sources(options)
     survey_settings = SurveySettings(
         settings,
@@ -314,6 +267,7 @@ def run(options: argparse.Namespace) -> None:
         options.limit,
         not options.headers_only,
         options.threads,
+        options.rounds,
     )
     if options.check:
         with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +289,7 @@ def run(options: argparse.Namespace) -> None:
         _report(survey.reports)
         if not len(survey):
             raise _nothing_usable(survey.reports)
-        train, held_out = _write(work, survey, options, settings)
+        train, held_out = _write(work, survey, options, settings, tokenizer)
         write_mark(work, made_from, {"train": train, "validation": held_out})
     if any(report.left_out for report in survey.reports):
         print(f"every left-out record: {options.out / 'left_out.jsonl'}")

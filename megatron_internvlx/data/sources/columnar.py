@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_internvlx.data.sources.record import LeftOut, ReadSettings, Records
-from megatron_internvlx.data.sources.rows import RowReader, is_conversation
+from megatron_internvlx.data.sources.rows import RowReader, column_notes, is_conversation
 
 _BATCH_ROWS = 16  # rows in memory: a row may hold several photographs
 _CONVERSATION = ("conversations", "conversation", "messages", "texts", "images", "image", "video", "videos")
 
 
-def read_parquet(files: Sequence[Path], settings: ReadSettings) -> tuple[str, Records]:
-    """Description of Parquet files with the same columns, and their records, keys `file[row]` counted from 0.
+def read_parquet(files: Sequence[Path], settings: ReadSettings) -> tuple[str, Records, list[str]]:
+    """Description of Parquet files with the same columns, their records, and notes; keys `file[row]` counted from 0.
 
     Raises ValueError for files that are not Parquet, and columns without a usual name.
     """
     from pyarrow import parquet
 
     columns: list[str] = []
+    notes: list[str] = []
     for path in files:
         try:
             names = list(parquet.read_schema(path).names)
@@ -31,7 +32,9 @@ def read_parquet(files: Sequence[Path], settings: ReadSettings) -> tuple[str, Re
                 f"{path} has the columns {', '.join(names)}, {files[0].name} others: name them one by one"
             )
         columns = chosen
-    return f"Parquet ({', '.join(columns)})", _rows(files, columns, settings)
+        if not is_conversation(dict.fromkeys(names)):
+            notes = column_notes(RowReader(settings, str(path)).columns(names), names, settings)
+    return f"Parquet ({', '.join(columns)})", _rows(files, columns, settings), notes
 
 
 def _chosen(names: list[str], settings: ReadSettings, where: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from megatron_internvlx.data.manifest import Manifest, read_json
 from megatron_internvlx.data.sources.columnar import read_parquet
 from megatron_internvlx.data.sources.pictures import SUFFIXES
 from megatron_internvlx.data.sources.record import LeftOut, ReadSettings, Records, SetEntry, Source
-from megatron_internvlx.data.sources.rows import RowReader, is_conversation
-from megatron_internvlx.data.sources.tables import merge_rounds, read_captions, read_table
+from megatron_internvlx.data.sources.rows import RowReader, column_notes, is_conversation
+from megatron_internvlx.data.sources.tables import caption_of, read_captions, read_table
 from megatron_internvlx.data.sources.text_files import Piece, encoding_of, json_array, json_lines, open_text
 from megatron_internvlx.data.sources.webdataset import read_shards
 from megatron_internvlx.paths import is_url
@@ -52,8 +52,9 @@ def find_sources(
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
-        kind, files = _look_into(path, kind, out)
+        kind, files, notes = _look_into(path, kind, out)
     else:
+        notes = []
         kind, files = (_kind_of(path) if kind == "auto" else kind), [path]
     if kind == "meta":
         return _meta_sources(files[0], settings, root)
@@ -67,11 +68,18 @@ def find_sources(
                 "--root is for images that are elsewhere than what names them: captions lie beside"
             )
         return [
-            Source(name, "images with captions", [path], [path], iter(read_captions(path, files, settings)))
+            Source(
+                name,
+                "images with captions",
+                [path],
+                [path],
+                iter(read_captions(path, files, settings)),
+                beside=[*files, *filter(None, map(caption_of, files))],
+            )
         ]
-    described, records = _open(kind, files, settings)
+    described, records, more = _open(kind, files, settings)
     roots = [root] if root is not None else _likely_roots(files[0].parent, base)
-    return [Source(name, described, files, roots, records)]
+    return [Source(name, described, files, roots, records, notes=[*notes, *more])]
 
 
 def _ending(path: Path) -> str | None:
@@ -87,7 +95,7 @@ def _kind_of(path: Path) -> str:
         raise ValueError(f"{path}: the file is empty")
     if head.startswith(b"PAR1"):
         return "parquet"
-    if head.startswith(b"PK"):
+    if head.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path}: a zip or Excel file: unpack it, or save the table as CSV (UTF-8)")
     if _ending(path) in ("table", "webdataset"):
         return str(_ending(path))
@@ -112,8 +120,11 @@ def _is_meta(path: Path) -> bool:
     return bool(sets) and all(isinstance(entry, dict) and "annotation" in entry for entry in sets)
 
 
-def _look_into(folder: Path, kind: str, out: Path | None) -> tuple[str, list[Path]]:
-    """Format and files of a folder. Raises ValueError if there are none, or several that could be meant."""
+def _look_into(folder: Path, kind: str, out: Path | None) -> tuple[str, list[Path], list[str]]:
+    """Format and files of a folder, and notes on files that are passed over.
+
+    Raises ValueError if there are none, or several that could be meant.
+    """
     here = [path for path in sorted(folder.iterdir()) if path.name[:1] != "." and path.is_file()]
     here = [path for path in here if path.name not in _PASSED_OVER]
     by_kind: dict[str, list[Path]] = {}
@@ -127,7 +138,7 @@ def _look_into(folder: Path, kind: str, out: Path | None) -> tuple[str, list[Pat
     if kind in ("auto", "meta"):
         metas = [path for path in by_kind.get("json", ()) if path.suffix == ".json" and _is_meta(path)]
         if len(metas) == 1:
-            return "meta", metas
+            return "meta", metas, []
         if kind == "meta":
             raise ValueError(f"{folder}: {len(metas)} meta files in it: name the one to read")
     texts = [path for one in ("table", "json") if kind in ("auto", one) for path in by_kind.get(one, ())]
@@ -137,24 +148,34 @@ def _look_into(folder: Path, kind: str, out: Path | None) -> tuple[str, list[Pat
             f"one by one, e.g. {texts[0]}"
         )
     if texts:
-        return ("table" if texts[0] in by_kind.get("table", ()) else "json"), texts
+        others = [path for one in ("parquet", "webdataset") for path in by_kind.get(one, ())]
+        passed = (
+            [f"not read: {len(others):,} Parquet and tar files, such as {others[0].name}"] if others else []
+        )
+        return ("table" if texts[0] in by_kind.get("table", ()) else "json"), texts, passed
     for one in ("parquet", "webdataset"):
         if kind in ("auto", one) and one in by_kind:
-            return one, _one_split(folder, by_kind[one])
+            return one, *_one_split(folder, by_kind[one])
     if kind not in ("auto", "captions"):
         raise ValueError(f"{folder}: no {kind} file in it ({', '.join(_ENDINGS[kind])})")
-    return "captions", _images_with_captions(folder, out)
+    return "captions", _images_with_captions(folder, out), []
 
 
-def _one_split(folder: Path, files: list[Path]) -> list[Path]:
-    """Shards of the training split. Raises ValueError if several splits could be meant."""
+def _one_split(folder: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Shards of the training split, and a note on the others. Raises ValueError if several splits could be meant."""
     splits: dict[str, list[Path]] = {}
     for path in files:
         splits.setdefault(path.name.partition(".")[0].rstrip("0123456789-of"), []).append(path)
     if len(splits) == 1:
-        return files
+        return files, []
     if trains := [name for name in splits if name.startswith("train")]:
-        return [path for name in trains for path in splits[name]]
+        read = [path for name in trains for path in splits[name]]
+        others = [path.name for path in files if path not in set(read)]
+        more = ", ..." if len(others) > 3 else ""
+        remedy = "name them as inputs to read them too"
+        return read, [
+            f"not read: {len(others):,} shards of other splits ({', '.join(others[:3])}{more}): {remedy}"
+        ]
     raise ValueError(
         f"{folder}: shards of several sets ({', '.join(sorted(splits)[:8])}): name the files of one, e.g. "
         f"{splits[min(splits)][0]}"
@@ -169,7 +190,9 @@ def _images_with_captions(folder: Path, out: Path | None) -> list[Path]:
         below[:] = sorted(
             name
             for name in below
-            if name[0] != "." and inside / name != out and not (inside / name / MARK).is_file()
+            if name[0] != "."
+            and (out is None or (inside / name).resolve() != out)
+            and not (inside / name / MARK).is_file()
         )
         texts += sum(name.lower().endswith(".txt") for name in names)
         images += [inside / name for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
@@ -193,20 +216,20 @@ def _likely_roots(folder: Path, base: Path) -> list[Path]:
     return list(dict.fromkeys(path.absolute() for path in roots))
 
 
-def _open(kind: str, files: list[Path], settings: ReadSettings) -> tuple[str, Records]:
-    """Description and records of files. Raises ValueError."""
+def _open(kind: str, files: list[Path], settings: ReadSettings) -> tuple[str, Records, list[str]]:
+    """Description, records and notes of files. Raises ValueError."""
     if kind == "table":
         return read_table(files[0], settings)
     if kind == "parquet":
         return read_parquet(files, settings)
     if kind == "webdataset":
         shards = f"{len(files)} WebDataset shards" if len(files) > 1 else "WebDataset shard"
-        return shards, read_shards(files, settings)
+        return shards, read_shards(files, settings), []
     return read_json_file(files[0], files[0].name, settings)
 
 
-def read_json_file(path: Path, label: str, settings: ReadSettings) -> tuple[str, Records]:
-    """Description and records of a JSON array or JSONL file; the content decides which, not the name.
+def read_json_file(path: Path, label: str, settings: ReadSettings) -> tuple[str, Records, list[str]]:
+    """Description, records and notes of a JSON array or JSONL file; the content decides which, not the name.
 
     Raises ValueError for files of one JSON object that is not a record.
     """
@@ -225,15 +248,15 @@ def read_json_file(path: Path, label: str, settings: ReadSettings) -> tuple[str,
     ):
         shape = f"{shape}, in spite of its name"
     reader = RowReader(settings, str(path))
+    notes: list[str] = []
     tables = [
         row for row in rows if row and not is_conversation(row) and not (row.keys() & {"video", "videos"})
     ]
     if tables and len(tables) == len(rows) and len({tuple(row) for row in rows}) == 1:
-        reader.columns(rows[0])  # a wrong name of a column is one mistake, not one of every record
+        # A wrong name of a column is one mistake, not one of every record.
+        notes = column_notes(reader.columns(rows[0]), rows[0], settings)
     records = _records(chain(first, pieces), reader)
-    return f"{shape} ({_dialect(next(iter(rows), None))})", merge_rounds(
-        records
-    ) if settings.rounds else records
+    return f"{shape} ({_dialect(next(iter(rows), None))})", records, notes
 
 
 def _records(pieces: Iterable[Piece], reader: RowReader) -> Records:
@@ -292,12 +315,9 @@ def _meta_sources(path: Path, settings: ReadSettings, root: Path | None) -> list
             raise ValueError(
                 f"{path}: the images of {entry.name!r} are at {entry.root}: prepare_data reads object stores"
             )
-        kind, records = read_json_file(entry.file.path, entry.file.path.name, settings)
+        kind, records, notes = read_json_file(entry.file.path, entry.file.path.name, settings)
         kept = SetEntry(entry.data_augment, entry.repeat_time, entry.max_tiles)
-        sources.append(Source(entry.name, kind, [entry.file.path], [Path(entry.root)], records, kept))
+        sources.append(
+            Source(entry.name, kind, [entry.file.path], [Path(entry.root)], records, kept, notes, [path])
+        )
     return sources
-
-
-def annotation_files(sources: Sequence[Source]) -> list[Path]:
-    """Files that name images and texts, of all data sets."""
-    return [path for source in sources for path in source.files]

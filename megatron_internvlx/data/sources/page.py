@@ -29,14 +29,12 @@ def _text(text: object) -> str:
 
 
 def _picture(image: ImageTiles, settings: EncoderSettings) -> str:
-    """The image as an SVG with the lines along which it is cut."""
-    with read_header(image.path) as opened:
-        turn = UPRIGHT.get(orientation(opened))
-        opened.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        small = opened.convert("RGB")
-    if turn is not None:
-        small = small.transpose(turn)
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    """The image as an SVG with the lines along which it is cut, or a sentence if it cannot be decoded."""
+    try:
+        small = _small(image)
+    except Exception as error:  # whatever a decoder raises on a file that was not decoded before
+        why = _text(f"{Path(image.path).name} cannot be decoded, training will refuse it: {error}"[:300])
+        return f"<figure><p class=warning>{why}</p><figcaption>{_cut_line(image, settings)}</figcaption></figure>"
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -51,6 +49,18 @@ def _picture(image: ImageTiles, settings: EncoderSettings) -> str:
         f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>{grid}</svg>'
         f"<figcaption>{_cut_line(image, settings)}</figcaption></figure>"
     )
+
+
+def _small(image: ImageTiles) -> Image.Image:
+    """The image upright, with sides of at most `THUMBNAIL_SIDE` pixels."""
+    with read_header(image.path) as opened:
+        turn = UPRIGHT.get(orientation(opened))
+        opened.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        small = opened.convert("RGB")
+    if turn is not None:
+        small = small.transpose(turn)
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return small
 
 
 def _cut_line(image: ImageTiles, settings: EncoderSettings) -> str:

@@ -98,8 +98,6 @@ class ReadSettings:
     """Question for tables and captions without one."""
     encoding: str | None = None
     """Encoding of text files; None for UTF-8 and what a byte order mark says."""
-    rounds: bool = False
-    """Whether consecutive rows of the same image become one conversation."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +123,5 @@ class Source:
     records: Records
     entry: SetEntry = SetEntry()
     notes: list[str] = field(default_factory=list)
+    beside: list[Path] = field(default_factory=list)
+    """Further files that the records are made of: images and captions, or the file that names the set."""

@@ -7,11 +7,13 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.messages import decode_data_url
-from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.data.rejects import BadSample, printable
 from megatron_internvlx.data.sources.record import LeftOut, ReadSettings, SourceImage, SourceRecord
 from megatron_internvlx.recipe import similar
 
@@ -29,6 +31,7 @@ USUAL = {
     ),
 }  # fmt: skip
 """Usual names of the columns of a table, the surest first; case does not count."""
+_MISTYPED = 0.85  # similarity: `qestion` and `questions` have more, `user_id` and `prompt_id` less
 _TURNS = ("conversations", "conversation", "messages")
 _USED = (*_TURNS, "texts", "image", "images", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -72,7 +75,31 @@ def choose_columns(names: Sequence[str], settings: ReadSettings, where: str) -> 
                 f"are {', '.join(names)}. Name it: --{role}-column {likely}"
             )
     assert found["image"] is not None and found["answer"] is not None
+    if found["question"] is None and settings.question is None:
+        rest = [name for name in names if name not in found.values()]
+        meant = (name for name in rest if get_close_matches(_plain(name), USUAL["question"], 1, _MISTYPED))
+        if (likely := next(meant, None)) is not None:
+            raise ValueError(
+                f"{where}: no column has a usual name of the question, and {likely!r} looks like one. If it is, name "
+                f"it: --question-column {likely}; if not, give one question for all: --question {DESCRIBE!r}"
+            )
     return Columns(found["image"], found["question"], found["answer"])
+
+
+def column_notes(columns: Columns, names: Iterable[str], settings: ReadSettings) -> list[str]:
+    """Sentences about columns that are not read, and about where the questions come from."""
+    rest = [name for name in names if name not in (columns.image, columns.question, columns.answer)]
+    notes = []
+    if rest:
+        more = f" and {len(rest) - 8:,} more" if len(rest) > 8 else ""
+        notes.append(f"columns not read: {', '.join(rest[:8])}{more}")
+    if columns.question is None and settings.question is None:
+        notes.append(
+            f"no column of questions: each is {DESCRIBE!r} (--question-column or --question changes it)"
+        )
+    if columns.question is not None and settings.question is not None:
+        notes.append(f"--question is not used: the column {columns.question!r} has the questions")
+    return notes
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
@@ -122,7 +149,8 @@ class RowReader:
         images = [] if named is None else images_of(named, key)
         if name == "texts":
             turns = [turn for pair in turns for turn in _pair(pair, key)]
-        extra = {field: value for field, value in row.items() if field not in _USED and _storable(value)}
+        extra = {field: value for field, value in row.items()
+                 if field not in _USED and _storable(field) and _storable(value)}  # fmt: skip
         parts = _Parts(images, key)
         read = [
             {"from": turn.get("from", turn.get("role")), "value": parts.text(turn, number)}
@@ -169,10 +197,12 @@ def _parsed(text: str) -> Any:
 
 
 def _storable(value: Any) -> bool:
-    """Whether a further field of a record is kept: texts, numbers, and lists of them."""
+    """Whether a further field of a record is kept: texts that UTF-8 can hold, finite numbers, and lists of them."""
     if isinstance(value, list):
-        return all(isinstance(one, str | int | float) for one in value)
-    return isinstance(value, str | int | float | bool)
+        return all(not isinstance(one, list) and _storable(one) for one in value)
+    if isinstance(value, str):
+        return printable(value) == value
+    return isinstance(value, int) or (isinstance(value, float) and isfinite(value))
 
 
 def _cell(value: Any, column: str, key: str) -> str:

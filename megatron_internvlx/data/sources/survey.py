@@ -14,6 +14,7 @@ from itertools import batched, chain, islice
 from pathlib import Path
 from typing import Any
 
+from megatron_internvlx.data.rejects import printable
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
 from megatron_internvlx.data.sample import EncoderSettings
 from megatron_internvlx.data.sources.mend import mend_record
@@ -25,6 +26,7 @@ from megatron_internvlx.data.sources.pictures import (
     suggest_root,
 )
 from megatron_internvlx.data.sources.record import LeftOut, Source, SourceImage, SourceRecord
+from megatron_internvlx.data.sources.rounds import merge_rounds
 from megatron_internvlx.files import atomic_path
 
 _CHUNK = 64  # records in memory at a time, with the bytes of their images
@@ -46,6 +48,8 @@ class SurveySettings:
     limit: int | None = None
     decode: bool = True
     threads: int = 8
+    rounds: bool = False
+    """Whether consecutive records of the same images become one conversation."""
 
 
 @dataclass
@@ -127,7 +131,8 @@ class Survey:
                 self._read_set(source, spool, lost, progress)
 
     def _read_set(self, source: Source, spool: Any, lost: Any, progress: Callable[[str, int], None]) -> None:
-        first = list(islice(source.records, _PEEK))
+        records = merge_rounds(source.records, self._mend) if self.settings.rounds else source.records
+        first = list(islice(records, _PEEK))
         names = [image.name for one in first if isinstance(one, SourceRecord) for image in one.images
                  if image.data is None]  # fmt: skip
         root, _ = choose_root(names, source.roots)
@@ -138,7 +143,7 @@ class Survey:
         finder = ImageFinder(root, self.settings.strip_prefix)
         read = 0
         with ThreadPoolExecutor(self.settings.threads) as threads:
-            for chunk in batched(chain(first, source.records), _CHUNK):
+            for chunk in batched(chain(first, records), _CHUNK):
                 for record, pictures in self._checked(chunk, finder, threads):
                     read += 1
                     if self.settings.limit is not None and report.records >= self.settings.limit:
@@ -223,7 +228,10 @@ class Survey:
         spool: Any,
     ) -> LeftOut | None:
         """Write a good record to the spool; returns why it is left out, if it is."""
-        for image, (_, found) in zip(record.images, pictures, strict=True):
+        for image, (source, found) in zip(record.images, pictures, strict=True):
+            if isinstance(source, Path) and printable(str(source)) != str(source):
+                remedy = "the name of its image's file is not UTF-8: rename the file"
+                return LeftOut(record.key, "bad_encoding", remedy)
             if isinstance(found, LeftOut):
                 name = "" if image.data is not None or image.name in found.detail else f"{image.name}: "
                 return LeftOut(record.key, found.cause, f"{name}{found.detail}")
@@ -239,13 +247,13 @@ class Survey:
         nodes = nodes or [self._node(content, (0, 0))]
         for other in nodes[1:]:
             self.groups.join(nodes[0], other)
-        tiles = self._count_tiles(good)
+        tiles = self._count_tiles(good, report.source.entry.max_dynamic_patch)
         self.offsets.append(spool.tell())
         self.set_of.append(len(self.reports) - 1)
         self.node_of.append(nodes[0])
         self.characters.append(sum(len(turn["value"]) for turn in record.turns))
         self.tiles.append(tiles)
-        line = {"key": record.key, "images": places, "turns": record.turns, "extra": record.extra,
+        line = {"key": printable(record.key), "images": places, "turns": record.turns, "extra": record.extra,
                 "mends": record.mends}  # fmt: skip
         spool.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         report.records += 1
@@ -281,11 +289,12 @@ class Survey:
                         partial.write_bytes(source)
         return relative
 
-    def _count_tiles(self, pictures: list[Picture]) -> int:
+    def _count_tiles(self, pictures: list[Picture], own: int | None) -> int:
+        """Tiles of the pictures of a record; `own` is the most tiles that its set allows, None for the run's."""
         settings = self.settings.encoder
         if not settings.dynamic_image_size:
             return len(pictures)
-        most = max(1, settings.max_tiles // max(1, len(pictures)))
+        most = max(1, (own or settings.max_tiles) // max(1, len(pictures)))
         grids = (
             tile_grid(
                 picture.width,

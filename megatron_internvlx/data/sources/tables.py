@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
-from megatron_internvlx.data.conversation import IMAGE
 from megatron_internvlx.data.sources.record import (
     MAX_TEXT_BYTES,
     LeftOut,
@@ -15,12 +13,12 @@ from megatron_internvlx.data.sources.record import (
     SourceImage,
     SourceRecord,
 )
-from megatron_internvlx.data.sources.rows import DESCRIBE, Columns, RowReader, one_round
+from megatron_internvlx.data.sources.rows import DESCRIBE, Columns, RowReader, column_notes, one_round
 from megatron_internvlx.data.sources.text_files import encoding_of, not_text, table_rows
 
 
-def read_table(path: Path, settings: ReadSettings) -> tuple[str, Records]:
-    """Description of a CSV or TSV file ("table (comma; image, question, answer)"), and its records.
+def read_table(path: Path, settings: ReadSettings) -> tuple[str, Records, list[str]]:
+    """Description of a CSV or TSV file ("table (comma; image, question, answer)"), its records, and notes.
 
     Raises ValueError if its columns have no usual names and are not named by the user.
     """
@@ -41,29 +39,17 @@ def read_table(path: Path, settings: ReadSettings) -> tuple[str, Records]:
             except LeftOut as left_out:
                 yield left_out
 
-    found = records()
-    return f"table (separated by {word}; {names})", merge_rounds(found) if settings.rounds else found
+    return f"table (separated by {word}; {names})", records(), column_notes(columns, header, settings)
 
 
 def _used(columns: Columns) -> list[str]:
     return [name for name in (columns.image, columns.question, columns.answer) if name is not None]
 
 
-def _images(found: SourceRecord | LeftOut) -> object:
-    """Images that rows of one conversation have in common; rows that are left out stand alone."""
-    return tuple(found.images) if isinstance(found, SourceRecord) else found
-
-
-def merge_rounds(records: Records) -> Records:
-    """Join consecutive records with the same images to one conversation of several rounds."""
-    for _, group in groupby(records, _images):
-        first, *rest = group
-        if isinstance(first, SourceRecord):
-            for other in rest:
-                assert isinstance(other, SourceRecord)
-                asked = {**other.turns[0], "value": other.turns[0]["value"].replace(f"{IMAGE}\n", "")}
-                first.turns += [asked, *other.turns[1:]]
-        yield first
+def caption_of(image: Path) -> Path | None:
+    """Text file of the same name beside an image, also with its suffix in capitals; None if there is none."""
+    names = (image.with_suffix(suffix) for suffix in (".txt", ".TXT", ".Txt"))
+    return next((path for path in names if path.is_file()), None)
 
 
 def read_captions(
@@ -73,11 +59,10 @@ def read_captions(
     question = DESCRIBE if settings.question is None else settings.question
     for path in images:
         key = path.relative_to(folder).as_posix()
-        caption = path.with_suffix(".txt")
-        if not caption.is_file():
-            yield LeftOut(
-                key, "empty_answer", f"there is no {caption.name} beside it: write its caption there"
-            )
+        caption = caption_of(path)
+        if caption is None:
+            name = path.with_suffix(".txt").name
+            yield LeftOut(key, "empty_answer", f"there is no {name} beside it: write its caption there")
             continue
         if caption.stat().st_size > MAX_TEXT_BYTES:
             yield LeftOut(key, "too_long", f"{caption.name} has over {MAX_TEXT_BYTES:,} bytes: shorten it")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import json
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,10 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_WITH_MARK = {"utf-8": "utf-8-sig"}
+"""Encoding -> the same, which skips a byte order mark if there is one."""
+_QUOTES = 'close the quotes, and write a quote in a text as two ("")'
+_EXCEL = re.compile("sep=(.)\\r?\\n?", re.IGNORECASE)
 _SEPARATORS = ",;\t|"
 Piece = tuple[str, Any] | LeftOut
 """Key and value of a piece of a file, or why it cannot be read."""
@@ -30,12 +35,12 @@ def encoding_of(path: Path, given: str | None) -> str:
     """Encoding of a text file: the given one, that of its byte order mark, or UTF-8. Raises ValueError if unknown."""
     if given is not None:
         try:
-            codecs.lookup(given)
+            " ".encode(given)  # fails for codecs that are no encoding of text, too
         except LookupError:
             raise ValueError(
                 f"--encoding {given}: unknown; usual ones are utf-8, utf-16, cp1252, gb18030"
             ) from None
-        return given
+        return _WITH_MARK.get(codecs.lookup(given).name, given)
     with path.open("rb") as file:
         head = file.read(4)
     return next((name for mark, name in _BOMS if head.startswith(mark)), "utf-8")
@@ -53,9 +58,8 @@ def undecodable(text: str) -> bool:
 
 def not_text(key: str, encoding: str) -> LeftOut:
     """Error of a piece with bytes that are not in the encoding."""
-    return LeftOut(
-        key, "bad_encoding", f"it is not {encoding.upper()}: save the file as UTF-8, or name its --encoding"
-    )
+    name = encoding.removesuffix("-sig").upper()
+    return LeftOut(key, "bad_encoding", f"it is not {name}: save the file as UTF-8, or name its --encoding")
 
 
 def json_lines(path: Path, label: str, given: str | None) -> Iterator[Piece]:
@@ -204,13 +208,20 @@ def table_rows(path: Path, label: str, given: str | None) -> tuple[list[str], st
     """
     encoding = encoding_of(path, given)
     with open_text(path, encoding) as file:
+        separator = _named_separator(file)
         header_line = file.readline(MAX_TEXT_BYTES)
-    if "\0" in header_line:
-        raise ValueError(f"{path}: it is not a text table: save it as CSV in UTF-8")
-    if undecodable(header_line):
-        raise ValueError(str(not_text(f"{label}:1", encoding)))
-    separator = separator_of(header_line)
-    header = [name.strip() for name in next(csv.reader(io.StringIO(header_line), delimiter=separator), [])]
+        if "\0" in header_line:
+            raise ValueError(f"{path}: it is not a text table: save it as CSV in UTF-8")
+        if undecodable(header_line):
+            raise ValueError(str(not_text(f"{label}:1", encoding)))
+        separator = separator or separator_of(header_line)
+        try:
+            names = next(csv.reader(chain([header_line], file), delimiter=separator, strict=True), [])
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}: the first line does not name the columns: {error}: {_QUOTES}"
+            ) from error
+    header = [name.strip() for name in names]
     if not any(header):
         raise ValueError(f"{path}: the first line must name the columns, such as image,question,answer")
     if len(set(header)) < len(header):
@@ -219,31 +230,47 @@ def table_rows(path: Path, label: str, given: str | None) -> tuple[list[str], st
     return header, separator, _rows(path, label, encoding, separator, header)
 
 
+def _named_separator(file: IO[str]) -> str | None:
+    """Separator of a first line `sep=;`, as Excel writes it, which is taken; None if there is none."""
+    start = file.tell()
+    found = _EXCEL.fullmatch(file.readline(MAX_TEXT_BYTES))
+    if found is None:
+        file.seek(start)
+    return found and found[1]
+
+
 def _rows(path: Path, label: str, encoding: str, separator: str, header: list[str]) -> Iterator[Piece]:
     csv.field_size_limit(MAX_TEXT_BYTES)
     with open_text(path, encoding) as file:
+        before = int(_named_separator(file) is not None)
         reader = csv.reader(file, delimiter=separator, strict=True)
         next(reader)
         while True:
-            key = f"{label}:{reader.line_num + 1}"
+            first = before + reader.line_num + 1
+            key = f"{label}:{first}"
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield LeftOut(
-                    key, "bad_row", f'{error}: close the quotes, and write a quote in a text as two ("")'
-                )
+                last = before + reader.line_num
+                lines = f"lines {first}-{last} are lost: " if last > first else ""
+                yield LeftOut(key, "bad_row", f"{lines}{error}: {_QUOTES}")
+                for line in range(first + 1, last + 1):
+                    what = f"lost with line {first}, whose quote is not closed before"
+                    yield LeftOut(f"{label}:{line}", "bad_row", what)
                 continue
             if not any(cell.strip() for cell in cells):
                 continue
             if any(undecodable(cell) for cell in cells):
                 yield not_text(key, encoding)
             elif len(cells) != len(header):
+                last = before + reader.line_num
+                lines = f" in lines {first}-{last} (is a quote not closed?)" if last > first else ""
                 yield LeftOut(
                     key,
                     "bad_row",
-                    f"{len(cells)} cells, the header has {len(header)}: put texts that contain "
+                    f"{len(cells)} cells{lines}, the header has {len(header)}: put texts that contain "
                     f"{separator!r} in quotes",
                 )
             else:

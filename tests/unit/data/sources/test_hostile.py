@@ -136,7 +136,7 @@ def test_rows_of_a_table_are_streamed(tmp_path):
         file.write("image,question,answer\n")
         for _ in range(10):
             file.write("p.jpg,What is it?,A thing.\n" * 1000)
-    _, records = read_table(path, ReadSettings())
+    _, records, _ = read_table(path, ReadSettings())
     tracemalloc.start()
     count = sum(1 for _ in records)
     peak = tracemalloc.get_traced_memory()[1]
