@@ -159,6 +159,11 @@ def test_one_question_of_an_export_and_of_its_checkpoint(
     assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_picture_of_an_unknown_user(exported: Path, capsys) -> None:
+    assert main([str(exported), "--ask", "What?", "--image", "~nouser/x.png"]) == 2
+    assert "no user nouser with a home directory" in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_its_tokenizer(exported: Path, tmp_path: Path, capsys) -> None:
     checkpoint = Path(shutil.copytree(exported.parent / "ck", tmp_path / "ck"))
     shutil.rmtree(checkpoint / "hf")

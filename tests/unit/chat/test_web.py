@@ -15,6 +15,7 @@ from megatron_internvlx.chat import pictures, web
 from megatron_internvlx.chat.pictures import ChatError
 from megatron_internvlx.chat.server import address_lines, answered_names, is_local, listen, make_server
 from megatron_internvlx.chat.session import Chat
+from megatron_internvlx.commands.chat import main
 from tests.unit.chat.conftest import SAMPLING
 from tests.unit.chat.test_pictures import bomb
 
@@ -148,15 +149,18 @@ def test_what_begins_before_a_question_and_ends_after_it_is_refused(
 ) -> None:
     slow = Slow(chat, monkeypatch)
     client, picture = Client(port), photo.read_bytes()
-    with begin(client, "ask", HELLO) as first, begin(client, "ask", HELLO) as second:
-        with begin(client, "pictures?name=a.png", picture) as upload:
-            upload.sendall(picture[:10])
-            assert client.own("GET", "pictures/0")[1]["error"] == "no such picture"  # all three have begun
-            first.sendall(HELLO)
-            assert slow.begun.wait(60)
-            for late, rest in ((second, HELLO), (upload, picture[10:])):
-                late.sendall(rest)
-                assert b"400 Bad Request" in late.recv(1000)
+    with (
+        begin(client, "ask", HELLO) as first,
+        begin(client, "ask", HELLO) as second,
+        begin(client, "pictures?name=a.png", picture) as upload,
+    ):
+        upload.sendall(picture[:10])
+        assert client.own("GET", "pictures/0")[1]["error"] == "no such picture"  # all three have begun
+        first.sendall(HELLO)
+        assert slow.begun.wait(60)
+        for late, rest in ((second, HELLO), (upload, picture[10:])):
+            late.sendall(rest)
+            assert b"400 Bad Request" in late.recv(1000)
     assert slow.ended.wait(60)
     assert slow.count == 1
 
@@ -198,6 +202,12 @@ def test_old_conversations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(tabs.kept) == [first, third]
     with pytest.raises(ChatError, match="this conversation was forgotten"):
         tabs.get(second)
+
+
+def test_a_system_text_is_checked_before_the_page_is_served(exported: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("megatron_internvlx.chat.server.serve", lambda *_: pytest.fail("served"))
+    assert main([str(exported), "--web", "--system", "<image>"]) == 2
+    assert "the system text contains <image>" in capsys.readouterr().err
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
