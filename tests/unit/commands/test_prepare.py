@@ -79,7 +79,7 @@ def test_recipe_gives_tiles_template_and_lengths():
     options = prepare.parser().parse_args(["IN", "--recipe", str(DEMO)])
     settings, most = prepare.encoder_settings(options)
     assert (settings.tile_size, settings.max_tiles, settings.rvtc, settings.max_length) == (
-        224,
+        112,
         6,
         "edge",
         256,
