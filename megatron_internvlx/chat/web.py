@@ -25,8 +25,8 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from megatron_internvlx.chat.conversation import Conversation, check_system
+from megatron_internvlx.chat.hosts import plain_host
 from megatron_internvlx.chat.pictures import FILE_BYTES, ChatError, Picture, check_picture, describe_cut
-from megatron_internvlx.chat.server import plain_host
 from megatron_internvlx.chat.session import Chat
 from megatron_internvlx.evaluation.generation import Cut, Sampling
 

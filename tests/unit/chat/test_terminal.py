@@ -102,6 +102,7 @@ class Interrupting(io.StringIO):
 
 
 def test_ctrl_c_stops_an_answer_and_a_second_one_ends(chat: Chat) -> None:
+    before = signal.getsignal(signal.SIGINT)
     it = Terminal(chat, SAMPLING, out=Interrupting(1), interactive=True)
     assert it.ask("Hello").figures.ended == "stopped"
     assert len(it.conversation.turns) == 1
@@ -109,7 +110,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_ends(chat: Chat) -> None:
     with pytest.raises(KeyboardInterrupt):
         it.run_line("Hello")
     assert not it.conversation.turns
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_prompt_ends_at_ctrl_d_or_ctrl_c_twice(chat: Chat, monkeypatch, tmp_path: Path, capsys) -> None:

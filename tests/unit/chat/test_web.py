@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_internvlx.chat import pictures, web
+from megatron_internvlx.chat.hosts import answered_names, is_local
 from megatron_internvlx.chat.pictures import ChatError
-from megatron_internvlx.chat.server import address_lines, answered_names, is_local, listen, make_server
+from megatron_internvlx.chat.server import address_lines, listen, make_server
 from megatron_internvlx.chat.session import Chat
 from megatron_internvlx.commands.chat import main
 from tests.unit.chat.conftest import SAMPLING
