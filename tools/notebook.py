@@ -19,9 +19,10 @@ GUIDE, NOTEBOOK = ROOT / "docs" / "quickstart.md", ROOT / "examples" / "quicksta
 SETUP = """\
 # The commands of the environment, in the repository's folder.
 import os
+from pathlib import Path
 
 os.chdir("..")
-os.environ["PATH"] = os.path.abspath(".venv/bin") + os.pathsep + os.environ["PATH"]"""
+os.environ["PATH"] = os.pathsep.join((str(Path(".venv/bin").absolute()), os.environ["PATH"]))"""
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!\w+://)([^)]+)\)")
 

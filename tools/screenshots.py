@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Pictures of MLflow and TensorBoard in docs/assets: trains the demo twice, opens both in headless Chromium.
+"""Pictures in docs/assets, taken in headless Chromium. Nothing but this machine is reached.
 
-    python tools/screenshots.py --chromium /usr/bin/chromium
+    python tools/screenshots.py --chromium /usr/bin/chromium    # MLflow and TensorBoard, for docs/tracking.md
+    python tools/screenshots.py gallery --demo runs/demo        # what the commands draw, for docs/gallery.md
 
-The runs stay in --work and are not trained again if they are there. Nothing but this machine is reached.
+The first trains the demo twice and opens both; the runs stay in --work and are not trained again if they are there.
+The second draws from what `make demo` wrote, and trains nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +26,16 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+if __name__ == "__main__":  # works without an installed package too
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.gallery import add_options, draw_gallery
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = {"lr_1.5e-3": "1.5e-3", "lr_3e-4": "3e-4"}
@@ -126,14 +134,10 @@ class Page:
     scale: float = 1.0
 
 
-def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
-    """Write what a browser shows, in few colours.
-
-    Raises ValueError if the page is empty or the picture too large for the repository.
-    """
-    width, height = page.window
+def take(chromium: str, address: str, picture: Path, window: tuple[int, int]) -> None:
+    """Write what a browser shows of an address, in a window of this width and height in pixels."""
+    width, height = window
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "page.png"
         command = [
             *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
             # TensorBoard draws its lines in SVG then, which are in the picture for certain.
@@ -143,9 +147,20 @@ def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
                 f"--window-size={width},{height}",
                 f"--user-data-dir={folder}/profile",
             ),
-            *(f"--virtual-time-budget={PAGE_MS}", f"--screenshot={raw}", address + page.path),
+            *(f"--virtual-time-budget={PAGE_MS}", f"--screenshot={picture}", address),
         ]
         subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True)
+
+
+def photograph(chromium: str, address: str, page: Page, picture: Path) -> None:
+    """Write what a browser shows, in few colours.
+
+    Raises ValueError if the page is empty or the picture too large for the repository.
+    """
+    width, height = page.window
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "page.png"
+        take(chromium, address + page.path, raw, page.window)
         shown = Image.open(raw).convert("RGB").crop((0, 0, round(width * (1 - page.cut)), height))
     colours = shown.getcolors(1 << 24) or []
     if max(count for count, _ in colours) > 0.995 * shown.width * shown.height:
@@ -186,15 +201,30 @@ def mlflow_pages(work: Path) -> dict[str, Page]:
 
 
 def main() -> int:
-    """Train, photograph; returns the exit code."""
+    """Take the pictures of the guide to tracking, or those of the gallery; returns the exit code."""
+    gallery = sys.argv[1:2] == ["gallery"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "assets", help="for the pictures")
+    parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser")
+    if gallery:
+        add_options(parser)
+        options = parser.parse_args(sys.argv[2:])
+        try:
+            draw_gallery(options, partial(take, options.chromium), served, free_port)
+        except ValueError as error:
+            print(f"screenshots.py: {error}", file=sys.stderr)
+            return 2
+        return 0
     parser.add_argument(
         "--work", type=Path, default=REPOSITORY / "runs" / "tracking", help="for the two runs"
     )
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "assets", help="for the pictures")
-    parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser")
     parser.add_argument("--steps", type=int, default=160, help="of each run; default 160")
-    options = parser.parse_args()
+    photograph_tracking(parser.parse_args())
+    return 0
+
+
+def photograph_tracking(options: argparse.Namespace) -> None:
+    """Train, and photograph TensorBoard and MLflow."""
     options.work.mkdir(parents=True, exist_ok=True)
     train(options.work, options.steps)
     port = free_port()
@@ -207,7 +237,6 @@ def main() -> int:
     with served([*server, "--workers", "1", "--port", str(port)], port) as address:
         for name, page in mlflow_pages(options.work).items():
             photograph(options.chromium, address, page, options.out / name)
-    return 0
 
 
 if __name__ == "__main__":

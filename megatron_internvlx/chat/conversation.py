@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_internvlx.chat.pictures import ChatError, Picture
+from megatron_internvlx.chat.pictures import ChatError, Picture, expand_home
 from megatron_internvlx.data.conversation import IMAGE, IMG_END, IMG_START, Template
 from megatron_internvlx.files import atomic_path
 
@@ -57,10 +57,15 @@ class Conversation:
         self.waiting.clear()
 
     def undo(self) -> Turn:
-        """Take back the last question with its answer. Raises ChatError if there is none."""
+        """Take back the last question with its answer; its pictures wait for the next one.
+
+        Raises ChatError if there is none.
+        """
         if not self.turns:
             raise ChatError("nothing to take back: no question has been answered")
-        return self.turns.pop()
+        turn = self.turns.pop()
+        self.waiting[:0] = turn.pictures
+        return turn
 
 
 def check_text(text: str, what: str, template: Template) -> None:
@@ -96,7 +101,7 @@ def save_conversation(conversation: Conversation, path: Path) -> int:
 
     Pictures are named by their absolute paths. Raises ChatError.
     """
-    path = path.expanduser()
+    path = expand_home(path)
     if not conversation.turns:
         raise ChatError("nothing to save: no question has been answered")
     if not path.name or path.is_dir():
@@ -105,24 +110,33 @@ def save_conversation(conversation: Conversation, path: Path) -> int:
         raise ChatError("an answer is empty, from which nothing can be learnt; /undo takes it back")
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-        _check_records(path, before)
+        count = _check_records(path, before)
         record = _record(conversation)
         before = before if not before or before.endswith("\n") else before + "\n"
         with atomic_path(path) as partial:
             partial.write_text(before + json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ChatError(f"{error.filename or path}: {error.strerror}") from error
-    return before.count("\n") + 1
+    except UnicodeDecodeError as error:
+        raise ChatError(f"{path}: not UTF-8 text, so nothing is added; name another file") from error
+    return count + 1
 
 
-def _check_records(path: Path, text: str) -> None:
-    for number, line in enumerate(text.splitlines(), 1):
+def _check_records(path: Path, text: str) -> int:
+    """Number of records. Raises ChatError for a line that is none and not blank."""
+    count = 0
+    # Not `splitlines`: a record may have other line ends, such as U+2028, within its text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        count += 1
         try:
             fine = isinstance(json.loads(line), dict)
         except (ValueError, RecursionError):
             fine = False
         if not fine:
             raise ChatError(f"{path}:{number}: not a JSON record, so nothing is added; name another file")
+    return count
 
 
 def _record(conversation: Conversation) -> dict[str, Any]:

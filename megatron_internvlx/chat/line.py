@@ -6,12 +6,13 @@ managers copy `file://` addresses.
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from megatron_internvlx.chat.pictures import SUFFIXES, VIDEOS, ChatError
+from megatron_internvlx.chat.pictures import SUFFIXES, VIDEOS, ChatError, expand_home
 
 # Parts of a line: text in backticks, in quotes, or a word whose spaces may be escaped.
 _PARTS = re.compile(r"`[^`]*`|'[^']*'|\"[^\"]*\"|(?:\\.|[^\s\\])+|\\|\s+")
@@ -51,8 +52,8 @@ def split_line(line: str) -> Line:
 
 def split_paths(text: str) -> tuple[Path, ...]:
     """Paths of a command such as `/image`: several words are several paths, or one with spaces if it exists."""
-    whole = Path(text).expanduser()
-    if whole.is_file():
+    whole = expand_home(Path(text))
+    if _is_file(whole):
         return (whole,)
     words = [part for part in _PARTS.findall(text) if not part.isspace()]
     return tuple(_plain_path(_unquote(word)) for word in words)
@@ -67,20 +68,20 @@ def _path_at(parts: list[str], at: int) -> tuple[Path | None, int]:
         # The longest run of words that is a file: a path with spaces that nothing quotes.
         for end in range(len(parts), at + 1, -1):
             joined = "".join(parts[at:end])
-            if joined.lower().endswith(SUFFIXES) and Path(joined).expanduser().is_file():
-                return Path(joined).expanduser(), end - at
+            if joined.lower().endswith(SUFFIXES) and _is_file(expand_home(Path(joined))):
+                return expand_home(Path(joined)), end - at
     name = _unquote(part)
     if not name.lower().endswith((*SUFFIXES, *VIDEOS)):
         bare = name.rstrip("?!.,;:)")
         if not bare.lower().endswith((*SUFFIXES, *VIDEOS)) or part[0] in "'\"":
             return None, 1
         name = bare
-    if part[0] in "'\"" and not _plain_path(name).is_file() and "/" not in name:
+    if part[0] in "'\"" and not _is_file(_plain_path(name)) and "/" not in name:
         return None, 1  # words between quotes, such as a file name that is asked about
     if _WEB.match(name):
         raise ChatError(f"{name}: an address on the web; download the picture and give its path")
     path = _plain_path(name)
-    if not path.is_file():
+    if not _is_file(path):
         raise ChatError(f"{path}: no such file; if it is text and not a path, write it between backticks")
     return path, 1
 
@@ -95,4 +96,14 @@ def _plain_path(name: str) -> Path:
     """Path of a name that may be a `file://` address or begin with `~`."""
     if name.startswith("file://"):
         return Path(unquote(urlparse(name).path))
-    return Path(name).expanduser()
+    return expand_home(Path(name))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file; one that is too long for a name is none, such as a long sentence."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise

@@ -60,9 +60,17 @@ class Picture:
         return buffer.getvalue()
 
 
+def expand_home(path: Path) -> Path:
+    """Path with the home directory instead of `~` or `~name`. Raises ChatError if there is no such user."""
+    try:
+        return path.expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise ChatError(f"{path}: no user {path.parts[0][1:]} with a home directory") from error
+
+
 def read_picture(path: Path) -> Picture:
     """Read a picture file. Raises ChatError with the path and the remedy."""
-    path = path.expanduser()
+    path = expand_home(path)
     try:
         if not path.is_file():
             found = path.exists()

@@ -15,12 +15,27 @@ from megatron_internvlx.evaluation.generation import Sampling
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
+def plain_host(name: str) -> str:
+    """Name of a host as names are compared: in small letters, without the dot of a complete name."""
+    return name.lower().removesuffix(".")
+
+
 def is_local(host: str) -> bool:
     """Whether an address is reached from this machine only."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return plain_host(host) == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return False
+
+
+def answered_names(host: str) -> frozenset[str]:
+    """Names under which the page at an address may be asked for; empty: all, for an address that others reach."""
+    if not is_local(host):
+        return frozenset()
+    own = {plain_host(host)}
+    if ":" in host:  # also as browsers write it
+        own = {f"[{host.lower()}]", f"[{ipaddress.ip_address(host).compressed}]"}
+    return LOCAL_NAMES | own
 
 
 def serve(chat: Chat, sampling: Sampling, host: str, port: int, system: str | None = None) -> None:
@@ -39,21 +54,21 @@ def serve(chat: Chat, sampling: Sampling, host: str, port: int, system: str | No
     port = listening.getsockname()[1]
     print("\n".join([*chat.about.lines(), *address_lines(host, port)]), flush=True)
     try:
-        make_server(chat, sampling, system, local=is_local(host)).run([listening])
+        make_server(chat, sampling, system, host).run([listening])
     except KeyboardInterrupt:  # raised again by uvicorn after an orderly end
         pass
     finally:
         listening.close()
 
 
-def make_server(chat: Chat, sampling: Sampling, system: str | None = None, *, local: bool = True) -> Any:
+def make_server(chat: Chat, sampling: Sampling, system: str | None = None, host: str = "127.0.0.1") -> Any:
     """Create the uvicorn server; `run([socket])` serves.
 
     Args:
         chat: the loaded model.
         sampling: settings of answers.
         system: system text; None: that of the chat template.
-        local: whether only names of this machine are answered.
+        host: address that it listens at; at one of this machine only, other names of it are refused.
     """
     try:
         import uvicorn
@@ -61,7 +76,7 @@ def make_server(chat: Chat, sampling: Sampling, system: str | None = None, *, lo
         from megatron_internvlx.chat.web import make_app
     except ImportError as error:
         raise ValueError(f"--web needs {error.name}: pip install starlette uvicorn") from error
-    app = make_app(chat, sampling, system, LOCAL_NAMES if local else frozenset())
+    app = make_app(chat, sampling, system, answered_names(host))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="on", ws="none"
     )

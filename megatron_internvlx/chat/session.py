@@ -217,7 +217,8 @@ class Chat:
         # A mark in the answer would count as a picture when the conversation continues.
         turn.answer = self.generator.texts(new)[0].replace(IMAGE, "")
         conversation.turns.append(turn)
-        conversation.waiting.clear()
+        # Not all: one that came meanwhile waits for the next question.
+        del conversation.waiting[: len(turn.pictures)]
         figures = Figures(
             tiles,
             tiles * self.about.shallow_per_tile,

@@ -23,9 +23,10 @@ HELP = """\
 Type a question. Pictures are named by path, in the line or before it:
   What is this? ~/photos/cat.jpg        a path in the line; quotes for spaces
   /image PATH [PATH ...]                pictures for the next question
+  /drop                                 forget pictures that wait for a question
   /tiles                                how the last picture is cut
   /system [TEXT | default]              show or set the system text
-  /undo                                 take the last question back
+  /undo                                 take the last question back; its pictures wait
   /reset                                start anew
   /save FILE.jsonl                      add the conversation to a training file
   /help, /quit                          this text; end (or Ctrl-D)
@@ -62,7 +63,7 @@ class Terminal:
         self.mistakes = 0
         self._dim = interactive and self.out.isatty() and "NO_COLOR" not in os.environ
         self._commands: dict[str, Callable[[str], None]] = {
-            "image": self._image, "tiles": self._tiles, "system": self._system, "undo": self._undo,
+            "image": self._image, "drop": self._drop, "tiles": self._tiles, "system": self._system, "undo": self._undo,
             "reset": self._reset, "save": self._save, "help": self._help,
         }  # fmt: skip
 
@@ -84,9 +85,16 @@ class Terminal:
             else:
                 self._ask(line)
         except ChatError as error:
-            self.mistakes += 1
-            self._tell(str(error))
+            self._tell_mistake(str(error))
+        except OSError as error:
+            self._tell_mistake(f"{error.filename or line[:80]}: {error.strerror or error}")
+        except (RuntimeError, ValueError) as error:  # such as a text or a path that has no bytes in UTF-8
+            self._tell_mistake(f"this cannot be done: {type(error).__name__}: {error}")
         return True
+
+    def _tell_mistake(self, text: str) -> None:
+        self.mistakes += 1
+        self._tell(" ".join(text.splitlines()))
 
     def ask(self, question: str) -> Answer:
         """Answer a question about the waiting pictures, and print the answer. Raises ChatError."""
@@ -183,7 +191,16 @@ class Terminal:
 
     def _undo(self, _rest: str) -> None:
         turn = self.conversation.undo()
-        self._tell(f"taken back: {turn.question}")
+        count = len(turn.pictures)
+        kept = f" ({count} picture{'s' * (count > 1)} waiting again; /drop forgets them)" if count else ""
+        self._tell(f"taken back: {turn.question}{kept}")
+
+    def _drop(self, _rest: str) -> None:
+        count = len(self.conversation.waiting)
+        if not count:
+            raise ChatError("no picture waits for a question")
+        self.conversation.waiting.clear()
+        self._tell(f"{count} picture{'s' * (count > 1)} forgotten")
 
     def _reset(self, _rest: str) -> None:
         self.conversation.reset()
@@ -192,7 +209,11 @@ class Terminal:
     def _save(self, rest: str) -> None:
         if not rest:
             raise ChatError("/save needs the name of a file, such as /save chat.jsonl")
-        path = split_paths(rest)[0]
+        path, *more = split_paths(rest)
+        if more:
+            raise ChatError(
+                f"/save takes one file, not {1 + len(more)}; write a name with spaces between quotes"
+            )
         count = save_conversation(self.conversation, path)
         self._tell(f"{path}: {count} record{'s' * (count > 1)}")
 

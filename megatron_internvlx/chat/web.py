@@ -26,6 +26,7 @@ from starlette.routing import Route
 
 from megatron_internvlx.chat.conversation import Conversation, check_system
 from megatron_internvlx.chat.pictures import FILE_BYTES, ChatError, Picture, check_picture, describe_cut
+from megatron_internvlx.chat.server import plain_host
 from megatron_internvlx.chat.session import Chat
 from megatron_internvlx.evaluation.generation import Cut, Sampling
 
@@ -38,6 +39,8 @@ KEPT_BYTES = 512 << 20
 KEPT_CONVERSATIONS = 64
 MAX_PICTURES = 32
 """Pictures of a conversation."""
+QUESTION_BYTES = 1 << 20
+"""Largest request with a question, in bytes."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -123,16 +126,14 @@ class Server:
 
     async def add_picture(self, request: Request) -> Response:
         """Take an uploaded picture, the body of the request, for the next question."""
-        tab = self._idle(request)
+        self._with_room(request)
         name = Path(request.query_params.get("name", "")).name[:200] or "picture"
-        if len(tab.conversation.pictures()) >= MAX_PICTURES:
-            raise ChatError(f"a conversation has at most {MAX_PICTURES} pictures; start a new one")
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > FILE_BYTES:
-                raise ChatError(f"{name}: at most {FILE_BYTES >> 20} MiB are taken; save it smaller")
-        picture = await run_in_threadpool(check_picture, name, bytes(data))
+        data = await _body(
+            request, FILE_BYTES, f"{name}: at most {FILE_BYTES >> 20} MiB are taken; save it smaller"
+        )
+        picture = await run_in_threadpool(check_picture, name, data)
+        # Again: a question may have been asked, or other pictures taken, during the upload.
+        tab = self._with_room(request)
         tab.conversation.waiting.append(picture)
         self.tabs.trim()
         return JSONResponse(self._state(tab))
@@ -161,7 +162,6 @@ class Server:
         """Take the last question back; its pictures wait for the next one."""
         tab = self._idle(request)
         turn = tab.conversation.undo()
-        tab.conversation.waiting[:0] = turn.pictures
         return JSONResponse({**self._state(tab), "question": turn.question})
 
     async def stop(self, request: Request) -> Response:
@@ -171,9 +171,16 @@ class Server:
 
     async def ask(self, request: Request) -> Response:
         """Answer a question: lines of JSON with `text`, then one with `done`, or with `error`."""
+        self._idle(request)
+        body = await _body(
+            request,
+            QUESTION_BYTES,
+            f"the question is too long: more than {QUESTION_BYTES >> 20} MiB; shorten it",
+        )
+        # Again: another question may have come first. Nothing below waits until the conversation is busy.
         tab = self._idle(request)
         try:
-            asked = json.loads(await request.body())
+            asked = json.loads(body)
             question, system = str(asked["question"]), asked.get("system")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ChatError(f"the request cannot be read: {error}") from error
@@ -239,6 +246,13 @@ class Server:
             raise ChatError("an answer is being written; stop it, or wait for its end")
         return tab
 
+    def _with_room(self, request: Request) -> Tab:
+        """Conversation of a request that adds a picture. Raises ChatError if it is busy or full."""
+        tab = self._idle(request)
+        if len(tab.conversation.pictures()) >= MAX_PICTURES:
+            raise ChatError(f"a conversation has at most {MAX_PICTURES} pictures; start a new one")
+        return tab
+
     def _state(self, tab: Tab) -> dict[str, Any]:
         """Pictures of a conversation and their cuts, for the page."""
         cuts = self.chat.cuts(tab.conversation)
@@ -264,6 +278,16 @@ class Server:
         for tab in self.tabs.kept.values():
             tab.stopped.set()
         await asyncio.gather(*self._running, return_exceptions=True)
+
+
+async def _body(request: Request, most: int, refusal: str) -> bytes:
+    """Body of a request. Raises ChatError with the refusal as soon as it has more than `most` bytes."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > most:
+            raise ChatError(refusal)
+    return bytes(data)
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:
@@ -298,7 +322,7 @@ class _Guard:
 
     def _refusal(self, method: str, headers: dict[bytes, bytes]) -> str | None:
         name = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
-        if self.hosts and name not in self.hosts:
+        if self.hosts and plain_host(name) not in self.hosts:
             return f"this server is not called {name}; its names are {', '.join(sorted(self.hosts))}"
         if method not in ("GET", "HEAD") and HEADER.encode() not in headers:
             return f"the header {HEADER} is missing"
@@ -321,7 +345,7 @@ def make_app(
         chat: the loaded model.
         sampling: settings of answers; the page can change length and temperature.
         system: system text; None: that of the chat template.
-        hosts: names under which the page may be asked for; empty: all.
+        hosts: names under which the page may be asked for, as `plain_host` writes them; empty: all.
     """
     server = Server(chat, sampling, system)
 

@@ -105,12 +105,18 @@ def check_options(options: argparse.Namespace) -> None:
     if options.tokenizer_model and not options.tokenizer_model.is_dir():
         raise ValueError(f"--tokenizer-model {options.tokenizer_model}: no such directory")
     for path in options.image:
-        if not path.expanduser().is_file():
-            raise ValueError(
-                f"--image {path}: {'not a file' if path.expanduser().exists() else 'no such file'}"
-            )
+        _check_image(path)
     if options.keep and options.keep.exists():
         raise ValueError(f"--keep {options.keep}: exists already; choose another name")
+
+
+def _check_image(path: Path) -> None:
+    try:
+        full = path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"--image {path}: no user {path.parts[0][1:]} with a home directory") from error
+    if not full.is_file():
+        raise ValueError(f"--image {path}: {'not a file' if full.exists() else 'no such file'}")
 
 
 def _like_a_hub_name(model: Path) -> bool:
@@ -151,8 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace, chat: Chat, sampling: Sampling) -> int:
+    from megatron_internvlx.chat.conversation import check_system
     from megatron_internvlx.chat.server import serve
 
+    if options.system is not None:
+        check_system(options.system, chat.template)
     serve(chat, sampling, options.host, options.port, options.system)
     return DONE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.prepared import is_prepared, prepared_sets
@@ -24,7 +26,8 @@ def epoch_steps(data: DataSettings, global_batch_size: int) -> int:
     """
     assert data.epochs is not None
     records = epoch_records(data)
-    steps = int(data.epochs * records / global_batch_size)
+    # 0.29 * 100 / 29 is a little below 1.
+    steps = math.floor(data.epochs * records / global_batch_size + 1e-9)
     if not steps:
         raise ValueError(
             f"--epochs {data.epochs:g} of {records:,} records are less than one step: --global-batch-size is "

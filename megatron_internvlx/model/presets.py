@@ -97,8 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
     | _300M
     | _lvtc(48),
-    # Small enough for a laptop; the first is what `make demo` trains. One shallow token per tile holds all its patches
-    # side by side: from scratch, forms are then learnt in a third of the steps that four tokens take.
+    # Small enough for a laptop; the first is what `make demo` trains. One shallow token per tile: at the demo's
+    # learning rate forms are then learnt without the plateau that four tokens per tile show.
     "internvlx_demo": _qwen2((4, 128, 4, 2, 384), vocab=512)
     | {"vision_preset": "internvit_demo", "image_size": 112, "init_method_std": 0.06}
     | {"expand_layer": 2, "low_ratio": 0.125},

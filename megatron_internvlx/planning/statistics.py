@@ -174,8 +174,11 @@ def draw(stats: DataStats, path: Path, budget: Budget | None) -> None:
     """Draw the distributions and write them as a PNG."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    # Room between a label and the title below it.
+    spaced = ConstrainedLayoutEngine(hspace=0.08, wspace=0.04)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout=spaced)
     sizes, tiles, tokens, bars = axes.flat
     if len(stats.sizes):
         sizes.scatter(*stats.sizes.T, s=6, color=COLOURS["edge"], alpha=0.4, linewidths=0)
@@ -212,5 +215,7 @@ def _bars(axis: Any, stats: DataStats) -> None:
         axis.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=8)
     names = ["compute,\nLVTC off", "compute,\nLVTC on"] if base else []
     names += ["pack fill"] if next(iter(stats.policies.values())).fill else []
-    axis.set(title="Compute against InternVL (off, LVTC off), and pack fill", ylim=(0, 1.1))
+    compared = "Compute against InternVL (off, LVTC off)"
+    titles = {3: f"{compared}, and pack fill", 2: compared, 1: "Pack fill", 0: ""}
+    axis.set(title=titles[len(names)], ylim=(0, 1.1))
     axis.set_xticks(range(len(names)), names)

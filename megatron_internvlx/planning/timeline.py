@@ -11,6 +11,7 @@ _COLOURS = {
     "F": ("#9ecae1", "#4292c6", "#2171b5", "#08519c"),
     "B": ("#fdd0a2", "#fd8d3c", "#d94801", "#8c2d04"),
 }
+_PASSES = {"F": "forward", "B": "backward"}
 _NUMBERED = 16  # micro-batches up to which bars carry their number
 
 
@@ -20,6 +21,7 @@ def draw_timeline(plans: dict[str, PipelinePlan], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     ranks = max(plan.schedule.pipeline for plan in plans.values())
     figure, axes = pyplot.subplots(
@@ -28,6 +30,11 @@ def draw_timeline(plans: dict[str, PipelinePlan], path: str | Path) -> None:
     for axis, (name, plan) in zip(axes[:, 0], plans.items(), strict=True):
         _panel(axis, name, plan)
     axes[-1, 0].set_xlabel("milliseconds")
+    passes = [Patch(color=_COLOURS[key][0], label=label) for key, label in _PASSES.items()]
+    # Above the first panel, where no bar can be.
+    axes[0, 0].legend(
+        handles=passes, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

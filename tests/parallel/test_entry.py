@@ -146,12 +146,12 @@ def test_a_run_is_extended_with_another_schedule(
         "samples until the learning rate has decayed 16 -> 40; the arguments are used"
     )
     assert not [line for line in begun[0]["out"].splitlines() if line.startswith("learning-rate schedule")]
-    # The new schedule is in use, not only said: 3e-3 after 10 of 40 samples of warm-up, then a cosine to 7.5e-5.
+    # The new schedule is in use, not only said: 3e-3 after 10 of 40 samples of warm-up, then a cosine to 5e-5.
     lines = [re.search(r"step (\d).* lr (\S+)", line) for line in extended[-1]["out"].splitlines()]
     rates = {int(found[1]): float(found[2]) for found in lines if found}
     for step in (3, 4, 5):
         share = (8 * step - 10) / 30
-        wanted = 7.5e-5 + (3e-3 - 7.5e-5) * (math.cos(math.pi * share) + 1) / 2
+        wanted = 5e-5 + (3e-3 - 5e-5) * (math.cos(math.pi * share) + 1) / 2
         assert rates[step] == pytest.approx(wanted, rel=5e-3), step
 
 

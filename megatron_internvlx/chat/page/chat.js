@@ -10,6 +10,8 @@ let conversation = null; // its name at the server
 let state = { pictures: [], waiting: 0, turns: 0 };
 let busy = false;
 let uploads = Promise.resolve();
+let failed = null; // error of an upload since the last question
+let cancelled = false; // whether a question that waits for uploads was stopped
 
 async function call(path, options = {}) {
   let response;
@@ -121,6 +123,7 @@ async function attempt(action) {
 function addFiles(files) {
   const chosen = [...files];
   problem(null);
+  if (!busy) failed = null; // shown before, and now other files were chosen
   for (const file of chosen) {
     uploads = uploads.then(async () => {
       try {
@@ -129,6 +132,7 @@ function addFiles(files) {
         }
         update(await post(own(`pictures?name=${encodeURIComponent(file.name)}`), file));
       } catch (error) {
+        failed = error;
         problem(error);
       }
     });
@@ -196,13 +200,36 @@ function settings() {
   };
 }
 
+// Whether a question can be asked after all uploads; otherwise the user sees why, and may ask again.
+async function uploaded() {
+  let last;
+  do {
+    last = uploads;
+    await last;
+  } while (last !== uploads);
+  if (failed) problem(`${failed.message}; send again to ask without this picture`);
+  const ready = !failed && !cancelled && $("question").value.trim();
+  failed = null;
+  return ready;
+}
+
+function stop() {
+  cancelled = true;
+  return attempt(() => post(own("stop")));
+}
+
 async function ask() {
-  const question = $("question").value.trim();
-  if (busy || !question) return;
-  await uploads;
-  problem(null);
-  busy = true;
+  if (busy || !$("question").value.trim()) return;
+  busy = true; // at once, or a second Enter during an upload would ask twice
+  cancelled = false;
   show();
+  const question = await uploaded();
+  if (!question) {
+    busy = false;
+    show();
+    return;
+  }
+  problem(null);
   const first = state.pictures.length - state.waiting;
   const asked = addQuestion(question, state.pictures.slice(first), first);
   const answer = addAnswer();
@@ -258,6 +285,7 @@ async function undo() {
 
 async function start() {
   conversation = (await post("conversations")).id;
+  failed = null;
   document.querySelectorAll("article").forEach((block) => block.remove());
   update({ pictures: [], waiting: 0, turns: 0 });
   $("question").focus();
@@ -315,7 +343,7 @@ function listen() {
     addFiles($("files").files);
     $("files").value = "";
   });
-  $("stop").addEventListener("click", () => attempt(() => post(own("stop"))));
+  $("stop").addEventListener("click", stop);
   $("undo").addEventListener("click", () => attempt(undo));
   $("reset").addEventListener("click", () => attempt(start));
   $("settings-button").addEventListener("click", () => {
@@ -323,7 +351,7 @@ function listen() {
     $("settings-button").setAttribute("aria-expanded", String(!$("settings").hidden));
   });
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && busy) attempt(() => post(own("stop")));
+    if (event.key === "Escape" && busy) stop();
   });
   addEventListener("paste", pasted);
   listenToDrops();

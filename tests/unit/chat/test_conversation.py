@@ -14,7 +14,7 @@ from megatron_internvlx.chat.conversation import (
 )
 from megatron_internvlx.chat.pictures import ChatError, read_picture
 from megatron_internvlx.data.conversation import get_template
-from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.manifest import JsonlFile, Manifest
 from megatron_internvlx.data.sample import parse_record
 
 TEMPLATE = get_template("internvl2_5")
@@ -83,12 +83,27 @@ def test_nothing_is_lost_by_saving(tmp_path: Path) -> None:
     with pytest.raises(ChatError, match="an answer is empty"):
         save_conversation(Conversation(turns=[Turn("Hello", (), "")]), tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
+    notes.write_bytes(b"\xff\xfe")
+    with pytest.raises(ChatError, match="not UTF-8 text, so nothing is added"):
+        save_conversation(full, notes)
+    assert notes.read_bytes() == b"\xff\xfe"
 
 
-def test_taking_back() -> None:
-    conversation = Conversation("Be brief.", [Turn("Hello", (), "hi")])
+def test_line_ends_of_a_text_and_blank_lines_are_no_records(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    conversation = Conversation(turns=[Turn("one\u2028two\u0085three", (), "hi\x0c")])
+    assert save_conversation(conversation, file) == 1
+    file.write_text(file.read_text(encoding="utf-8") + "\n \n", encoding="utf-8")
+    assert save_conversation(conversation, file) == 2
+    assert len(JsonlFile(file, file.name)) == 2
+
+
+def test_taking_back(photo: Path) -> None:
+    picture = read_picture(photo)
+    conversation = Conversation("Be brief.", [Turn("Hello", (picture,), "hi")])
     assert conversation.undo().question == "Hello"
+    assert conversation.waiting == [picture]
     with pytest.raises(ChatError, match="nothing to take back"):
         conversation.undo()
     conversation.reset()
-    assert conversation.system == "Be brief."
+    assert (conversation.system, conversation.waiting) == ("Be brief.", [])

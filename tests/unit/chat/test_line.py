@@ -33,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("~/a.jpg", "", ["a.jpg"]),
         ("file://HOME/my%20cat.png", "", ["my cat.png"]),
         ("compare a.jpg and './my cat.png' closely", "compare and closely", ["a.jpg", "my cat.png"]),
+        (f"./a.jpg {'word ' * 60}and a.jpg", f"{'word ' * 60}and", ["a.jpg", "a.jpg"]),
         ("two  spaces stay", "two  spaces stay", []),
         ("does `b.jpg` sound like a picture?", "does `b.jpg` sound like a picture?", []),
         ("it is called 'b.jpg', is it?", "it is called 'b.jpg', is it?", []),
@@ -53,6 +54,8 @@ def test_lines(folder: Path, line: str, text: str, names: list[str]) -> None:
         ("What is b.jpg?", "b.jpg: no such file; if it is text"),
         ("'/nowhere/b.jpg' what?", "/nowhere/b.jpg: no such file"),
         ("https://example.org/b.jpg what?", "an address on the web"),
+        ("what is ~nouser/b.jpg", "~nouser/b.jpg: no user nouser with a home directory"),
+        (f"what is {'x' * 300}.jpg", "x.jpg: no such file"),
         ("what happens in clip.mp4", "clip.mp4: no such file"),
     ],
 )

@@ -4,6 +4,7 @@ A test that fails leaves a picture of its page in its folder of pytest.
 """
 
 import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.unit.chat.conftest import save_picture
 from tests.unit.chat.test_session import library_answer
 from tests.unit.chat.test_web import serving
 
+IS_UPLOAD = re.compile(r"/pictures\?name=")
 LIMIT = 120_000  # milliseconds; the machine may be busy
 DROP = """([kind, name, type, text]) => {
     const files = new DataTransfer();
@@ -127,12 +129,41 @@ def test_pictures_are_dropped_pasted_and_removed(page: Any, tmp_path: Path) -> N
     assert page.text_content("#waiting figcaption b") == "y.png"
 
 
+def test_a_question_waits_for_its_pictures(page: Any, photo: Path) -> None:
+    held: list[Any] = []
+    page.route(IS_UPLOAD, lambda route: held.append(route))
+    page.fill("#question", "What?")
+
+    def send_during_an_upload() -> None:
+        with page.expect_request(IS_UPLOAD):
+            page.set_input_files("#files", photo)
+        page.press("#question", "Enter")
+        page.press("#question", "Enter")
+        assert page.locator("article").count() == 0
+
+    send_during_an_upload()
+    page.click("#stop")
+    held.pop().continue_()
+    page.wait_for_selector("#send:visible")
+    assert page.input_value("#question") == "What?"
+    assert page.locator("article").count() == 0
+    send_during_an_upload()
+    held.pop().continue_()
+    count(page, ".figures", 1)
+    assert page.locator("article.question").count() == 1
+    assert page.locator(".question figure").count() == 2
+    assert page.locator("#problem").is_hidden()
+
+
 def test_mistakes_are_shown(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#files", tmp_path / "broken.png")
     page.wait_for_selector("#problem:visible")
     assert page.text_content("#problem") == "broken.png: not a picture that Pillow can read"
     page.fill("#question", "word " * 300)
+    page.press("#question", "Enter")
+    expect(page.locator("#problem")).to_contain_text("send again to ask without this picture", timeout=LIMIT)
+    assert page.locator("article").count() == 0
     page.press("#question", "Enter")
     expect(page.locator("#problem")).to_contain_text("too long for the model", timeout=LIMIT)
     assert page.locator("article").count() == 0

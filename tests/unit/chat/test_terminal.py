@@ -48,6 +48,9 @@ def test_commands(chat: Chat, photo: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "chat.jsonl").read_text())["image"] == [str(photo)]
     assert say("/system Be brief.") == "system text: Be brief.\n"
     assert say("/system default").endswith("(default)\n")
+    assert say("/undo").endswith("What is this? (1 picture waiting again; /drop forgets them)\n")
+    assert say("/drop") == "1 picture forgotten\n"
+    assert say("/drop") == "no picture waits for a question\n"
     assert say("/reset") == "a new conversation\n"
     assert say("/tiles").startswith("no picture yet")
     assert "/save FILE.jsonl" in say("/help")
@@ -60,11 +63,14 @@ def test_a_mistake_is_one_line_and_the_chat_continues(chat: Chat, tmp_path: Path
     it, out, err = make(chat)
     lines = [
         "/nothing", "/image", "/image none.png", "What is none.png?", "/save", "/undo", "/system <image>",
-        "word " * 300, "a <|im_end|> b", "Hello",
+        "word " * 300, "a <|im_end|> b", "~nouser/x.png", "/image ~no\0user", f"{'x' * 300}.png what?",
+        f"/{'x' * 300}", f"/image /{'x' * 300}.png", "file://[x.png", "/save ~nouser/a.jsonl", "Hello",
+        f"/save {tmp_path}/two words.jsonl", f"/save {tmp_path}/a\0b", f"/save {tmp_path}/{'x' * 300}",
     ]  # fmt: skip
     chat_by_lines(it, iter(lines))
     told = err.getvalue().splitlines()
     assert len(told) == it.mistakes == len(lines) - 1
+    assert not list(tmp_path.iterdir())
     assert told[0].startswith("/nothing: no such command; there are /image, ")
     assert "too long for the model" in told[7]
     assert len(it.conversation.turns) == 1
@@ -151,6 +157,11 @@ def test_one_question_of_an_export_and_of_its_checkpoint(
     (tmp_path / "temporary").mkdir()
     assert asked(capsys, exported.parent / "ck", *question) == expected + "\n"
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_picture_of_an_unknown_user(exported: Path, capsys) -> None:
+    assert main([str(exported), "--ask", "What?", "--image", "~nouser/x.png"]) == 2
+    assert "no user nouser with a home directory" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_its_tokenizer(exported: Path, tmp_path: Path, capsys) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from megatron_internvlx.chat import pictures, web
 from megatron_internvlx.chat.pictures import ChatError
-from megatron_internvlx.chat.server import address_lines, is_local, listen, make_server
+from megatron_internvlx.chat.server import address_lines, answered_names, is_local, listen, make_server
 from megatron_internvlx.chat.session import Chat
+from megatron_internvlx.commands.chat import main
 from tests.unit.chat.conftest import SAMPLING
 from tests.unit.chat.test_pictures import bomb
 
@@ -106,6 +107,7 @@ def test_questions_that_are_refused(port: int) -> None:
     assert "no text" in client.ask("  ")[0]["error"]
     assert "too long for the model" in client.ask("word " * 300)[0]["error"]
     assert "cannot be read" in client.own("POST", "ask", b"[")[1]["error"]
+    assert "too long" in client.own("POST", "ask", b"x" * (web.QUESTION_BYTES + 1))[1]["error"]
     assert client.own("POST", "undo")[1]["error"].startswith("nothing to take back")
     assert client.ask("Hello", max_new_tokens=1)[-1]["turns"] == 1
 
@@ -114,6 +116,7 @@ def test_other_sites_are_refused(port: int) -> None:
     client = Client(port)
     assert client.call("GET", "/about", Host="evil.example:80")[0] == 403
     assert client.call("GET", "/about", Host=f"localhost:{port}")[0] == 200
+    assert client.call("GET", "/about", Host=f"LOCALHOST.:{port}")[0] == 200
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/conversations")
     answer = connection.getresponse()
@@ -132,25 +135,62 @@ def test_a_model_that_fails_is_shown(port: int, chat: Chat, monkeypatch) -> None
 
 
 def test_a_browser_that_leaves_stops_its_answer(port: int, chat: Chat, monkeypatch) -> None:
-    begun, ended = threading.Event(), threading.Event()
+    slow = Slow(chat, monkeypatch)
+    client = Client(port)
+    with begin(client, "ask", HELLO) as browser:
+        browser.sendall(HELLO)
+        assert slow.begun.wait(60)
+        assert "stop it, or wait" in client.own("POST", "undo")[1]["error"]
+    assert slow.ended.wait(60)
 
-    def slow(_conversation: Any, _question: str, _sampling: Any, *, write: Any, stop: Any) -> None:
-        begun.set()
+
+def test_what_begins_before_a_question_and_ends_after_it_is_refused(
+    port: int, chat: Chat, photo: Path, monkeypatch
+) -> None:
+    slow = Slow(chat, monkeypatch)
+    client, picture = Client(port), photo.read_bytes()
+    with (
+        begin(client, "ask", HELLO) as first,
+        begin(client, "ask", HELLO) as second,
+        begin(client, "pictures?name=a.png", picture) as upload,
+    ):
+        upload.sendall(picture[:10])
+        assert client.own("GET", "pictures/0")[1]["error"] == "no such picture"  # all three have begun
+        first.sendall(HELLO)
+        assert slow.begun.wait(60)
+        for late, rest in ((second, HELLO), (upload, picture[10:])):
+            late.sendall(rest)
+            assert b"400 Bad Request" in late.recv(1000)
+    assert slow.ended.wait(60)
+    assert slow.count == 1
+
+
+class Slow:
+    """Replaces the model by one that writes until it is stopped."""
+
+    def __init__(self, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.ended, self.count = threading.Event(), threading.Event(), 0
+        monkeypatch.setattr(chat, "ask", self.ask)
+
+    def ask(self, _conversation: Any, _question: str, _sampling: Any, *, write: Any, stop: Any) -> None:
+        self.count += 1
+        self.begun.set()
         while not stop():
             write("word ")
             time.sleep(0.01)  # or the queue fills memory on a busy machine
-        ended.set()
+        self.ended.set()
         raise ChatError("stopped")
 
-    monkeypatch.setattr(chat, "ask", slow)
-    client = Client(port)
-    with socket.create_connection(("127.0.0.1", port)) as browser:
-        body = b'{"question": "Hello"}'
-        head = f"POST /conversations/{client.name}/ask HTTP/1.1\r\nHost: localhost\r\nX-Ivlx: 1\r\n"
-        browser.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        assert begun.wait(60)
-        assert "stop it, or wait" in client.own("POST", "undo")[1]["error"]
-    assert ended.wait(60)
+
+HELLO = b'{"question": "Hello"}'
+
+
+def begin(client: Client, path: str, body: bytes) -> socket.socket:
+    """Connection of a POST whose body is still to be sent."""
+    browser = socket.create_connection(("127.0.0.1", client.port))
+    head = f"POST /conversations/{client.name}/{path} HTTP/1.1\r\nHost: localhost\r\nX-Ivlx: 1\r\n"
+    browser.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+    return browser
 
 
 def test_old_conversations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +204,12 @@ def test_old_conversations_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> Non
         tabs.get(second)
 
 
+def test_a_system_text_is_checked_before_the_page_is_served(exported: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("megatron_internvlx.chat.server.serve", lambda *_: pytest.fail("served"))
+    assert main([str(exported), "--web", "--system", "<image>"]) == 2
+    assert "the system text contains <image>" in capsys.readouterr().err
+
+
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     with listen("127.0.0.1", 0) as taken:
         number = taken.getsockname()[1]
@@ -171,9 +217,11 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
             listen("127.0.0.1", number)
     with pytest.raises(ValueError, match=r"--host no\.such\.host\.invalid: not an address"):
         listen("no.such.host.invalid", 0)
-    assert [is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "node7")] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+    assert all(is_local(host) for host in ("127.0.0.1", "127.0.0.2", "localhost", "LOCALHOST.", "::1"))
+    assert not any(is_local(host) for host in ("0.0.0.0", "node7"))
+    assert answered_names("127.0.0.2") == {"127.0.0.1", "localhost", "[::1]", "127.0.0.2"}
+    assert "[0:0:0:0:0:0:0:1]" in answered_names("0:0:0:0:0:0:0:1")
+    assert not answered_names("0.0.0.0")
     monkeypatch.setenv("SSH_CONNECTION", "x")
     assert "ssh -L 7860:127.0.0.1:7860 " in address_lines("127.0.0.1", 7860)[1]
     assert "there is no password" in address_lines("0.0.0.0", 7860)[1]

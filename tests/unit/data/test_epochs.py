@@ -23,6 +23,14 @@ def test_steps(meta, epochs, batch, steps):
     assert epoch_steps(DataSettings(data=str(meta), epochs=epochs), batch) == steps
 
 
+def test_a_whole_number_of_steps_is_not_rounded_down(tmp_path):
+    disk = DiskSet(tmp_path)
+    disk.add("a", [record(None, f"{i}?", "Yes.") for i in range(100)])
+    disk.manifest()
+    assert 0.29 * 100 / 29 < 1
+    assert epoch_steps(DataSettings(data=str(tmp_path / "meta.json"), epochs=0.29), 29) == 1
+
+
 def test_both_loaders_count_alike(meta, tmp_path):
     prepare(meta, tmp_path / "out", PrepareSettings())
     with pytest.raises(ValueError, match="add --loader energon"):

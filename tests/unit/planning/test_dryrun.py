@@ -76,7 +76,7 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     )
     stated = re.search(r"(\d+) of 79 GiB", recipe.read_text())
     assert stated is not None
-    assert plan.fullest.total / dryrun.GIB + dryrun.RESERVE_GIB == pytest.approx(int(stated[1]), abs=1)
+    assert plan.fullest.total / dryrun.GIB + dryrun.RESERVE_GIB == pytest.approx(int(stated[1]), abs=0.5)
     # Matrix products over a vocabulary that 64 does not divide take several times as long.
     assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
