@@ -221,6 +221,7 @@ def test_force_deletes_nothing_that_the_owner_put_there(tmp_path, prepare):
     text = prepare(tmp_path, "--out", out, "--force", code=2)
     assert "notes.md, runs, which this command did not write" in text
     assert _contents(out) == before
+    assert not list(tmp_path.glob(".out*")), "refused before work starts"
     # What appears there while the command runs stays, too.
     (out / "notes.md").rename(tmp_path / "notes.md")
     (out / "runs").rmdir()
@@ -232,6 +233,7 @@ def test_force_deletes_nothing_that_the_owner_put_there(tmp_path, prepare):
 def test_changed_captions_and_new_images_are_noticed(tmp_path, prepare):
     out = tmp_path / "out"
     write_captions(tmp_path, items())
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
     for _ in range(2):
         text = prepare(tmp_path, "--out", out)
     assert "nothing to do" in text, "the directory in the folder changes the folder's time only"
