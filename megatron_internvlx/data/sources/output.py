@@ -83,8 +83,12 @@ def state_of(files: Iterable[Path]) -> str:
     """Digest (hexadecimal) of names, sizes and times of files, in the given order."""
     digest = hashlib.sha256()
     for path in files:
-        found = path.stat()
-        digest.update(os.fsencode(path.absolute()) + b"\0%d %d\n" % (found.st_size, found.st_mtime_ns))
+        try:
+            found = path.stat()
+            state = b"%d %d" % (found.st_size, found.st_mtime_ns)
+        except OSError:  # a link that leads nowhere costs its record alone
+            state = b"missing"
+        digest.update(os.fsencode(path.absolute()) + b"\0" + state + b"\n")
     return digest.hexdigest()
 
 

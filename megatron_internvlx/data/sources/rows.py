@@ -78,10 +78,10 @@ def choose_columns(names: Sequence[str], settings: ReadSettings, where: str) -> 
     if found["question"] is None and settings.question is None:
         rest = [name for name in names if name not in found.values()]
         meant = (name for name in rest if get_close_matches(_plain(name), USUAL["question"], 1, _MISTYPED))
-        if (likely := next(meant, None)) is not None:
+        if (asked := next(meant, None)) is not None:
             raise ValueError(
-                f"{where}: no column has a usual name of the question, and {likely!r} looks like one. If it is, name "
-                f"it: --question-column {likely}; if not, give one question for all: --question {DESCRIBE!r}"
+                f"{where}: no column has a usual name of the question, and {asked!r} looks like one. If it is, name "
+                f"it: --question-column {asked}; if not, give one question for all: --question {DESCRIBE!r}"
             )
     return Columns(found["image"], found["question"], found["answer"])
 

@@ -91,6 +91,50 @@ def test_recipe_gives_tiles_template_and_lengths():
 
 
 @pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("max_tiles: six", "max_tiles: 'six' must be a whole number"),
+        ("max_tiles: [6]", "max_tiles: [6] must be a whole number"),
+        ("image_size: 0", "image_size: 0 must be at least 1"),
+        ("seq_length: 12.5", "seq_length: 12.5 must be a whole number"),
+        ("high_ratio: half", "high_ratio: 'half' must be a number"),
+        ("packing: 'no'", "packing: 'no' must be true or false"),
+        ("rvtc: false", "rvtc: False must be one of off"),
+        ("vision_preset: [a]", "vision_preset: ['a'] must be a name"),
+    ],
+)
+def test_wrong_value_of_a_recipe_is_named(line, remedy, tmp_path, command):
+    (tmp_path / "r.yaml").write_text(line + "\n")
+    text = command(tmp_path, "--check", "--recipe", tmp_path / "r.yaml", code=2)
+    assert f"--recipe {tmp_path / 'r.yaml'}: {remedy}" in text
+
+
+def test_number_in_quotes_is_read_as_training_reads_it(tmp_path):
+    (tmp_path / "r.yaml").write_text("image_size: '224'\n")
+    options = prepare.parser().parse_args(["IN", "--recipe", str(tmp_path / "r.yaml")])
+    assert prepare.encoder_settings(options)[0].tile_size == 224
+
+
+def test_tokenizer_is_looked_for_before_the_data_is_read(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(prepare, "_open_sources", lambda options: pytest.fail("data was read"))
+    words = ("--out", tmp_path / "out", "--tokenizer-model", tmp_path / "none")
+    assert "no such directory" in command(tmp_path, *words, code=2)
+
+
+def test_tiles_of_a_set_count_under_its_own_limit(tmp_path, command):
+    (tmp_path / "p0.jpg").write_bytes(photo(0, 1800, 900))
+    write_messages(tmp_path, items(1))
+    meta = {"a": {"root": str(tmp_path), "annotation": "messages.jsonl"}}
+    counts = []
+    for limit in ({}, {"max_dynamic_patch": 1}):
+        (tmp_path / "meta.json").write_text(json.dumps({"a": {**meta["a"], **limit}}))
+        text = command(tmp_path / "meta.json", "--check")
+        counts.append(int(re.search(r"(\d+) tiles", text)[1]))
+    assert counts[0] > 2
+    assert counts[1] == 1
+
+
+@pytest.mark.parametrize(
     "recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_recipe_is_understood(recipe):

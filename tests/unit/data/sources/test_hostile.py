@@ -258,3 +258,31 @@ def test_splits_of_shards(tmp_path, prepare):
     assert "2 records" in prepare(tmp_path, "--check")
     source.rename(source.with_name("validation-00000-of-00001.parquet"))
     assert "name the files of one" in prepare(tmp_path, "--check", code=2)
+
+
+def test_half_a_surrogate_and_infinity_beside_a_record_are_dropped(tmp_path, prepare):
+    (tmp_path / "a.jpg").write_bytes(photo())
+    turns = '[{"from": "human", "value": "A?"}, {"from": "gpt", "value": "b"}]'
+    row = f'{{"image": "a.jpg", "id": "x\\ud83d", "k\\udc00": 1, "far": 1e999, "n": 3, "conversations": {turns}}}'
+    (tmp_path / "d.jsonl").write_text(row + "\n")
+    prepare(tmp_path / "d.jsonl", "--out", tmp_path / "out")
+    (line,) = (tmp_path / "out" / "train" / "d.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line).keys() == {"n", "source", "image", "conversations"}
+
+
+def test_file_name_that_is_not_utf8_costs_its_record(tmp_path, prepare):
+    for name in (b"caf\xe9", b"b"):
+        (tmp_path / os.fsdecode(name + b".jpg")).write_bytes(photo(len(name)))
+        (tmp_path / os.fsdecode(name + b".txt")).write_text("A thing.")
+    text = prepare(tmp_path, "--out", tmp_path / "out")
+    assert "1 records" in text
+    assert "bad_encoding: the name of its image's file is not UTF-8" in text
+
+
+def test_broken_picture_of_an_unchecked_set_is_a_sentence_on_the_page(tmp_path, prepare):
+    records = items(2)
+    records[1].data = photo(1, 600, 400)[:1500]
+    prepare(write_csv(tmp_path, records), "--out", tmp_path / "out", "--headers-only", "--validation", 0)
+    page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert "p1.jpg cannot be decoded, training will refuse it" in page
+    assert page.count("data:image/jpeg") == 1

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from megatron_internvlx.data.sources import output
-from tests.preparing import Item, items, photo, records_of, write_csv, write_messages, write_parquet
+from tests.preparing import (
+    Item,
+    items,
+    photo,
+    records_of,
+    write_captions,
+    write_csv,
+    write_messages,
+    write_parquet,
+)
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -200,3 +209,74 @@ def test_energon_form_is_read_after_a_move(tmp_path, prepare):
     (part,) = (moved / "energon").glob("*/records.jsonl")
     assert len(part.read_text().splitlines()) == 5
     assert (moved / "energon" / "broken.jsonl").read_text() == ""
+
+
+def test_force_deletes_nothing_that_the_owner_put_there(tmp_path, prepare):
+    write_csv(tmp_path, items())
+    out = tmp_path / "out"
+    prepare(tmp_path, "--out", out)
+    (out / "notes.md").write_text("mine")
+    (out / "runs").mkdir()
+    before = _contents(out)
+    text = prepare(tmp_path, "--out", out, "--force", code=2)
+    assert "notes.md, runs, which this command did not write" in text
+    assert _contents(out) == before
+    assert not list(tmp_path.glob(".out*")), "refused before work starts"
+    # What appears there while the command runs stays, too.
+    (out / "notes.md").rename(tmp_path / "notes.md")
+    (out / "runs").rmdir()
+    with pytest.raises(ValueError, match=r"late\.md"), output.working_directory(out):
+        (out / "late.md").write_text("mine")
+    assert (out / "late.md").read_text() == "mine"
+
+
+def test_changed_captions_and_new_images_are_noticed(tmp_path, prepare):
+    out = tmp_path / "out"
+    write_captions(tmp_path, items())
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    for _ in range(2):
+        text = prepare(tmp_path, "--out", out)
+    assert "nothing to do" in text, "the directory in the folder changes the folder's time only"
+    (tmp_path / "p1.txt").write_text("Another thing.")
+    assert "made from other files" in prepare(tmp_path, "--out", out, code=2)
+    prepare(tmp_path, "--out", out, "--force")
+    (tmp_path / "p8.jpg").write_bytes(photo(8))
+    assert "made from other files" in prepare(tmp_path, "--out", out, code=2)
+
+
+def test_late_refusal_keeps_the_images(tmp_path, prepare):
+    source = write_parquet(tmp_path, items())
+    assert "only 4 records" in prepare(source, "--out", tmp_path / "out", "--validation", 4, code=2)
+    assert len(list((tmp_path / ".out.partial" / "images").rglob("*.jpg"))) == 4
+    prepare(source, "--out", tmp_path / "out", "--validation", 1)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_killed_before_the_renaming_is_brought_to_its_end(tmp_path, prepare):
+    write_csv(tmp_path, items())
+    prepare(tmp_path, "--out", tmp_path / "out")
+    before = _contents(tmp_path / "out")
+    for lock in (False, True):
+        work = (tmp_path / "out").rename(tmp_path / ".out.partial")
+        if lock:
+            (work / ".lock").touch()
+        assert "nothing to do" in prepare(tmp_path, "--out", tmp_path / "out")
+        assert _contents(tmp_path / "out") == before
+        assert not list(tmp_path.glob(".out*"))
+
+
+def test_link_to_the_output_stays_a_link(tmp_path, prepare):
+    write_csv(tmp_path, items())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    prepare(tmp_path, "--out", tmp_path / "out")
+    prepare(tmp_path, "--out", tmp_path / "out", "--seed", 9, "--force")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "meta.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_splits_are_named(tmp_path, prepare):
+    source = write_parquet(tmp_path, items())
+    source.with_name("test-00000-of-00001.parquet").write_bytes(source.read_bytes())
+    assert "not read: 1 shards of other splits (test-00000-of-00001.parquet)" in prepare(tmp_path, "--check")
