@@ -57,8 +57,8 @@ def crops(count: int, seed: int) -> Iterator[tuple[Image.Image, tuple[str, str]]
     dice = random.Random(seed)
     sources = []
     for name, answers in PHOTOS.items():
-        with Image.open(find_photo(name)) as image:
-            sources.append((image.convert("RGB"), answers))
+        with Image.open(find_photo(name)) as photo:
+            sources.append((photo.convert("RGB"), answers))
     for number in range(count):
         image, answers = sources[number % len(sources)]
         width, height = (round(side * dice.uniform(0.6, 1)) for side in image.size)
