@@ -5,6 +5,7 @@ functions of `internvl/train/dataset.py`). The whole text is tokenized at once; 
 by their character offsets, so no token arithmetic can go wrong.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,8 +159,13 @@ def questions(template: str, conversations: Sequence[Mapping[str, Any]]) -> list
         if role == "human":
             asked = text
         elif text:
-            found.append(asked.replace(IMAGE, "").strip())
+            found.append(without_images(asked))
     return found
+
+
+def without_images(text: str) -> str:
+    """Text of a turn as a person reads it: without `<image>`, nor the `Image-1: ` that numbers several."""
+    return re.sub(rf"(?:Image-\d+: ?)?{re.escape(IMAGE)}\n?", "", text).strip()
 
 
 def render_prompt(

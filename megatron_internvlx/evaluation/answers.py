@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_internvlx.data.conversation import IMAGE
+from megatron_internvlx.data.conversation import IMAGE, without_images
 from megatron_internvlx.data.decode_pil import image_size, read_header
 from megatron_internvlx.data.manifest import Manifest, Record
 from megatron_internvlx.data.rejects import BadSample
@@ -66,7 +66,7 @@ def _record_questions(record: Record, template: str) -> Iterator[Question]:
             kind,
             tuple(paths[:seen]),
             prompt,
-            question.replace(IMAGE, "").strip(),
+            without_images(question),
             turn["value"],
         )
 

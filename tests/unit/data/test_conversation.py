@@ -11,6 +11,7 @@ from megatron_internvlx.data.conversation import (
     ReleasedQuirks,
     encode,
     render_prompt,
+    without_images,
 )
 from megatron_internvlx.data.rejects import BadSample
 from tests.unit.data.conftest import turns
@@ -216,3 +217,16 @@ def test_tokenizer_without_image_tokens_is_refused():
     )
     with pytest.raises(ValueError, match="no single token '<img>'"):
         encode(plain, "internvl2_5", turns("a", "A"), image_tokens=[], max_length=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<image>\nWhat?", "What?"),
+        ("Image-1: <image>\nImage-2: <image>\nWhich is larger?", "Which is larger?"),
+        ("What is in <image> and in <image>?", "What is in  and in ?"),
+        ("Is Image-1: larger?", "Is Image-1: larger?"),
+    ],
+)
+def test_questions_are_shown_without_their_images(text, shown):
+    assert without_images(text) == shown
