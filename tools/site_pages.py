@@ -67,11 +67,10 @@ def page_of_example(path: Path) -> tuple[str, str]:
 
 
 def modules(room: str) -> list[str]:
-    """Dotted names of a room's modules; of the files beside the rooms if `room` is empty."""
-    folder = ROOT / PACKAGE / room
-    paths = [path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
-    parts = [PACKAGE, room] if room else [PACKAGE]
-    return [".".join([*parts, path.stem]) for path in paths]
+    """Dotted names of a room's modules, folders in it included; of the files beside the rooms if `room` is empty."""
+    paths = (ROOT / PACKAGE / room).glob("**/*.py" if room else "*.py")
+    names = (path.relative_to(ROOT).with_suffix("") for path in sorted(paths) if path.stem != "__init__")
+    return [".".join(name.parts) for name in names]
 
 
 def api_pages() -> Iterator[tuple[str, str]]:

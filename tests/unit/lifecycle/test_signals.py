@@ -17,9 +17,10 @@ from megatron_internvlx.lifecycle import signals
 
 
 def delivery(records):
+    from collections import Counter
     from megatron_internvlx.data.order import _Delivery
 
-    return _Delivery(os.getpid(), [], 1, 0, (0, 0))
+    return _Delivery(os.getpid(), [], 1, 0, (0, 0), Counter())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_the_import_that_the_readme_shows_is_the_model_of_its_recipes() -> None:
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^(?:ivlx|python tools/convert_checkpoint.py) import (.*)$", text, re.M)
     given = convert.parser("import").parse_args(shlex.split(command))
-    recipes = set(re.findall(r"examples/recipes/\S+\.yaml", text))
+    recipes = set(re.findall(r"examples/recipes/internvlx_\S+\.yaml", text))
     assert len(recipes) == 2
     for recipe in recipes:
         model = preset(yaml.safe_load((ROOT / recipe).read_text())["model_preset"])

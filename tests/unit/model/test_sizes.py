@@ -25,7 +25,8 @@ def test_every_preset_has_sizes(name: str) -> None:
     assert sizes == model_sizes(Namespace(**flags))  # parsed arguments are read alike
     assert sizes.injection_layers[:1] == ((flags["expand_layer"],) if "expand_layer" in flags else ())
     assert sizes.shallow_layers == flags.get("expand_layer", 0)
-    assert sizes.entry_grid == (sizes.patches // 4 if sizes.lvtc else sizes.patches // 2)
+    shallow = flags.get("low_ratio", 0.25) if sizes.lvtc else 0.5
+    assert sizes.entry_grid == sizes.patches * shallow
     assert sizes.high_grid == sizes.patches // 2
     assert sizes.padded_vocab == sizes.vocab == flags["vocab_size"]
     assert (sizes.norm_tensors, sizes.gated, sizes.linear_bias, sizes.tied) == (1, True, False, False)
