@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_internvlx.data.conversation import (
-    IMAGE,
-    NO_QUIRKS,
-    ReleasedQuirks,
-    check_tokenizer,
-    encode,
-    get_template,
-)
+from megatron_internvlx.data.conversation import IMAGE, check_tokenizer, encode, get_template
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import Budget, Cost
 from megatron_internvlx.data.plan import FILLER, IGNORE
+from megatron_internvlx.data.quirks import NO_QUIRKS, ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample, blamed_on, printable
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
 

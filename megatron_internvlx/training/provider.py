@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_internvlx.config import DataSettings, TrainSettings, VisionSettings, settings_from
-from megatron_internvlx.data.conversation import ReleasedQuirks
 from megatron_internvlx.data.dali_pipeline import TilePipeline
 from megatron_internvlx.data.decode import TileDecoder, ranks_cut
 from megatron_internvlx.data.encoded import fallback_counts
@@ -26,6 +25,7 @@ from megatron_internvlx.data.order import ConversationDataset, batches, held_out
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prepared import is_prepared, prepared_sets
+from megatron_internvlx.data.quirks import ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample, RejectLog
 from megatron_internvlx.data.sample import EncoderSettings, SampleEncoder
 from megatron_internvlx.data.tokenizer import load_tokenizer

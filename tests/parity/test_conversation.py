@@ -10,13 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_internvlx.data.conversation import (
-    IGNORE_INDEX,
-    TEMPLATES,
-    ReleasedQuirks,
-    encode,
-    render_prompt,
-)
+from megatron_internvlx.data.conversation import IGNORE_INDEX, TEMPLATES, encode, render_prompt
+from megatron_internvlx.data.quirks import ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample
 
 DATA = Path(__file__).parents[1] / "golden" / "data"

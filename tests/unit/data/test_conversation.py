@@ -8,11 +8,11 @@ import pytest
 from megatron_internvlx.data.conversation import (
     IGNORE_INDEX,
     TEMPLATES,
-    ReleasedQuirks,
     encode,
     render_prompt,
     without_images,
 )
+from megatron_internvlx.data.quirks import ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample
 from tests.unit.data.conftest import turns
 

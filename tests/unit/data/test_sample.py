@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_internvlx.data.conversation import ReleasedQuirks
+from megatron_internvlx.data.quirks import ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import EncoderSettings
 from tests.unit.data.conftest import record, turns
