@@ -63,51 +63,53 @@ def words_of(command: registry.Command) -> Words:
     return Words(tuple(flags(it)), choices, tuple(folders))
 
 
-def bash_script() -> str:
-    """Script for bash 4 and later."""
-    names = " ".join([*(one.name for one in registry.COMMANDS), "help"])
+@dataclass(frozen=True)
+class Shell:
+    """Notation of a shell for what completes a command."""
+
+    words: str
+    """A list of words, which replace `{}`."""
+    folder: str
+    """Kind of a value that is a directory."""
+    first: str
+    """Condition under which the first argument is being written."""
+
+
+def _cases(shell: Shell) -> str:
+    """Branches of the script, one for each command: its options, and the values after one of them."""
     cases = []
     for command in registry.COMMANDS:
         words = words_of(command)
-        lines = [
+        cases += [
             f"    {command.name})",
-            f"      options='{' '.join(words.options)}'",
+            f"      options={shell.words.format(' '.join(words.options))}",
             '      case "$before" in',
         ]
         for option, values in words.choices.items():
             if option:
-                lines.append(f"        {option}) values='{' '.join(values)}' ;;")
+                cases.append(f"        {option}) values={shell.words.format(' '.join(values))} ;;")
         if words.folders:
-            lines.append(f"        {'|'.join(words.folders)}) kind=-d ;;")
-        lines.append("      esac")
+            cases.append(f"        {'|'.join(words.folders)}) kind={shell.folder} ;;")
+        cases.append("      esac")
         if first := words.choices.get(""):
-            lines.append(f"      [[ $COMP_CWORD == 2 && $current != -* ]] && values='{' '.join(first)}'")
-        cases += [*lines, "      ;;"]
-    return BASH.replace("@NAMES@", names).replace("@CASES@", "\n".join(cases))
+            cases.append(f"      [[ {shell.first} ]] && values={shell.words.format(' '.join(first))}")
+        cases.append("      ;;")
+    return "\n".join(cases)
+
+
+def bash_script() -> str:
+    """Script for bash 4 and later."""
+    names = " ".join([*(one.name for one in registry.COMMANDS), "help"])
+    shell = Shell(words="'{}'", folder="-d", first="$COMP_CWORD == 2 && $current != -*")
+    return BASH.replace("@NAMES@", names).replace("@CASES@", _cases(shell))
 
 
 def zsh_script() -> str:
     """Script for zsh, with the line of the list beside each command."""
     described = [f"{one.name}:{one.summary}".replace("'", "'\\''") for one in registry.COMMANDS]
     names = "\n".join(f"    '{text}'" for text in described)
-    cases = []
-    for command in registry.COMMANDS:
-        words = words_of(command)
-        lines = [
-            f"    {command.name})",
-            f"      options=({' '.join(words.options)})",
-            '      case "$before" in',
-        ]
-        for option, values in words.choices.items():
-            if option:
-                lines.append(f"        {option}) values=({' '.join(values)}) ;;")
-        if words.folders:
-            lines.append(f"        {'|'.join(words.folders)}) kind=/ ;;")
-        lines.append("      esac")
-        if first := words.choices.get(""):
-            lines.append(f"      [[ $CURRENT == 3 && $words[CURRENT] != -* ]] && values=({' '.join(first)})")
-        cases += [*lines, "      ;;"]
-    return ZSH.replace("@NAMES@", names).replace("@CASES@", "\n".join(cases))
+    shell = Shell(words="({})", folder="/", first="$CURRENT == 3 && $words[CURRENT] != -*")
+    return ZSH.replace("@NAMES@", names).replace("@CASES@", _cases(shell))
 
 
 BASH = """\
