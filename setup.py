@@ -61,6 +61,8 @@ EXTRAS = {
         "nbclient",  # runs the notebook of the quickstart
         "ipykernel",
     ],
+    # For an environment of its own: vLLM wants an older transformers (tools/vllm_env.sh).
+    "vllm": ["vllm>=0.32,<0.33"],
     "docs": [
         "mkdocs<2",
         "mkdocs-material",
@@ -79,7 +81,10 @@ setup(
     python_requires=">=3.12,<3.13",
     py_modules=["pretrain_vlm"],
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    entry_points={"console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"]},
+    entry_points={
+        "console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"],
+        "vllm.general_plugins": ["internvlx = megatron_internvlx.serving.plugin:register"],
+    },
     cmdclass={"build_py": BuildWithConstraints},
     include_package_data=True,
     package_data={"megatron_internvlx.chat": ["page/*"]},
