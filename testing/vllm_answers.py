@@ -30,7 +30,13 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0, "disable_log_stats": True}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 2048,
+    "seed": 0,
+    "disable_log_stats": True,
+}
 
 
 def watch_blocks(engine: Any) -> tuple[dict[str, list[int]], int, int]:
@@ -42,7 +48,9 @@ def watch_blocks(engine: Any) -> tuple[dict[str, list[int]], int, int]:
     def recorded(request: Any, *args: Any, **kwargs: Any) -> Any:
         found = allocate(request, *args, **kwargs)
         if found is not None:
-            record[request.request_id] = [len(group) for group in manager.get_blocks(request.request_id).blocks]
+            record[request.request_id] = [
+                len(group) for group in manager.get_blocks(request.request_id).blocks
+            ]
         return found
 
     manager.allocate_slots = recorded
@@ -70,7 +78,9 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         inputs = []
         for prompt in batch:
             images = [Image.open(path).convert("RGB") for path in prompt["images"]]
-            inputs.append({"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {}))
+            inputs.append(
+                {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
+            )
         record.clear()
         start = time.perf_counter()
         outputs = model.generate(inputs, sampling, use_tqdm=False)

@@ -106,6 +106,8 @@ def _export_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
     add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
+    add("--remote-code", action="store_true",
+        help="write our own code and names also without LVTC, which our plugin for vLLM takes")  # fmt: skip
     _add_common_arguments(it)
     return it
 
@@ -173,9 +175,9 @@ def run_export(options: argparse.Namespace) -> int:
 
     plan = export_checkpoint(
         options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
-        processes=options.processes, quiet=options.quiet,
+        remote_code=options.remote_code, processes=options.processes, quiet=options.quiet,
     )  # fmt: skip
-    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
+    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
     if problem := tokenizer_problem(options.hf):

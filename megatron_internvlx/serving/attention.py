@@ -41,7 +41,7 @@ class DeepAttention(Attention):
     """Attention over the rows that the scheduler counts, in a cache group of its own.
 
     Args:
-        part: which group of deep layers it is in; None: all layers are deep, and vLLM groups them.
+        part: which group of deep layers it is in; None: that of all layers.
         kwargs: those of vLLM's Attention.
     """
 
@@ -59,14 +59,22 @@ class ShallowAttention(Attention):
     """Attention over the rows of the shallow phase.
 
     Args:
-        part: which group of shallow layers it is in.
+        part: which group of shallow layers it is in; None: that of all layers, whose blocks it does not fill.
         low: placeholders of a tile that the layer runs.
         high: placeholders of a tile.
         kwargs: those of vLLM's Attention.
     """
 
     def __init__(
-        self, num_heads: int, head_size: int, scale: float, *, part: int, low: int, high: int, **kwargs: Any
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        *,
+        part: int | None,
+        low: int,
+        high: int,
+        **kwargs: Any,
     ) -> None:
         cache = kwargs.get("cache_config")
         kind = "auto" if cache is None else cache.cache_dtype
@@ -76,7 +84,10 @@ class ShallowAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> KVCacheSpec | None:
         """The cache of the layer."""
-        fields = _fields(super().get_kv_cache_spec(vllm_config))
+        spec = super().get_kv_cache_spec(vllm_config)
+        if self.part is None:
+            return spec
+        fields = _fields(spec)
         for name in ("sliding_window", "attention_chunk_size", "non_causal"):
             fields.pop(name)
         return ShallowSpec(**fields, part=self.part, low=self.low, high=self.high)
@@ -90,30 +101,36 @@ def enter_shallow(context: ForwardContext, layers: list[str], shallow: Shallow) 
     """Give the layers of these names the metadata of a step's shallow phase."""
     metadata: Any = context.attn_metadata
     slots: Any = context.slot_mapping
-    built: dict[int, tuple[Any, torch.Tensor]] = {}
+    changes = _changes(metadata[layers[0]].common, shallow)
+    built: dict[int, tuple[Any, torch.Tensor]] = {}  # by the metadata of a group, which its layers share
     for name in layers:
         old = metadata[name]
         if id(old) not in built:
-            built[id(old)] = _rebuild(old, shallow)
+            common, builder = old.common, old.builder
+            mapping = cache_slots(shallow, common.block_table_tensor, builder.kv_cache_spec.block_size)
+            new = common.replace(slot_mapping=mapping, **changes)
+            built[id(old)] = super(type(builder), builder).build(0, new), mapping
         metadata[name], slots[name] = built[id(old)]
 
 
-def _rebuild(old: Any, shallow: Shallow) -> tuple[Any, torch.Tensor]:
-    """Metadata and cache slots of one group."""
-    common, builder = old.common, old.builder
-    slots = cache_slots(shallow, common.block_table_tensor, builder.kv_cache_spec.block_size)
+def _changes(common: Any, shallow: Shallow) -> dict[str, Any]:
+    """Fields of the step's metadata that differ in the shallow phase and are the same for all groups."""
+    changes = {
+        "query_start_loc": shallow.starts,
+        "seq_lens": shallow.lengths,
+        "num_actual_tokens": len(shallow.positions),
+        "positions": shallow.positions,
+        "_num_computed_tokens_cache": None,
+        "_token_to_req_indices_cache": None,
+    }
+    if (
+        common.max_query_len == 1
+    ):  # one row per request: lengths of the deep phase are bounds, and no one waits
+        return changes
     starts, lengths = shallow.starts.cpu(), shallow.lengths.cpu()
-    new = common.replace(
-        query_start_loc=shallow.starts,
-        query_start_loc_cpu=starts,
-        seq_lens=shallow.lengths,
-        seq_lens_cpu_upper_bound=lengths,
-        num_actual_tokens=len(shallow.positions),
-        max_query_len=int((starts[1:] - starts[:-1]).max()),
-        max_seq_len=int(lengths.max()),
-        slot_mapping=slots,
-        positions=shallow.positions,
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
-    return super(type(builder), builder).build(0, new), slots
+    return changes | {
+        "query_start_loc_cpu": starts,
+        "seq_lens_cpu_upper_bound": lengths,
+        "max_query_len": int((starts[1:] - starts[:-1]).max()),
+        "max_seq_len": int(lengths.max()),
+    }

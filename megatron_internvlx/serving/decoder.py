@@ -34,9 +34,7 @@ class DecoderAttention(nn.Module):
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size, d, heads, groups, bias=config.family == "qwen2", prefix=f"{prefix}.qkv_proj"
         )
-        self.o_proj = RowParallelLinear(
-            heads * d, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
-        )
+        self.o_proj = RowParallelLinear(heads * d, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj")
         self.normed = config.family in ("qwen3", "qwen3_moe")
         if self.normed:
             self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
@@ -136,12 +134,13 @@ def caches_of(layers: int, shallow: int, low: int, high: int, cache_config: Any)
     if not shallow:
         return [_maker(DeepAttention, cache_config=cache_config)] * layers
     counts = layer_parts(shallow, layers - shallow)
-    first = [
-        _maker(ShallowAttention, cache_config=cache_config, part=part, low=low, high=high)
-        for part in split_layers(shallow, counts[0])
+    parts: tuple[Any, Any] = ([None] * shallow, [None] * (layers - shallow))
+    if counts is not None:
+        parts = split_layers(shallow, counts[0]), split_layers(layers - shallow, counts[1])
+    kept = {"cache_config": cache_config, "low": low, "high": high}
+    return [_maker(ShallowAttention, part=part, **kept) for part in parts[0]] + [
+        _maker(DeepAttention, part=part, cache_config=cache_config) for part in parts[1]
     ]
-    rest = split_layers(layers - shallow, counts[1])
-    return first + [_maker(DeepAttention, cache_config=cache_config, part=part) for part in rest]
 
 
 def _maker(kind: type[nn.Module], **fixed: Any) -> Any:

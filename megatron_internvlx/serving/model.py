@@ -100,7 +100,11 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         return [image.flatten(0, 1) for image in rows.split(counts)]
 
     def embed_input_ids(
-        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings [n, h]; with LVTC a tile's first p placeholders are its projected tokens.
 
@@ -116,10 +120,14 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         x = self.language_model.embed_input_ids(input_ids)
         rows = is_multimodal.nonzero()[:, 0].to(x.device)
         if len(rows) % self.high:
-            raise ValueError(f"{len(rows)} placeholders are scheduled, no multiple of the {self.high} of a tile")
+            raise ValueError(
+                f"{len(rows)} placeholders are scheduled, no multiple of the {self.high} of a tile"
+            )
         vision = self.config.vision_config
         length, width = 1 + self.config.patches**2, vision.hidden_size
-        packed = torch.cat(list(multimodal_embeddings)).view(-1, self.high, multimodal_embeddings[0].shape[-1])
+        packed = torch.cat(list(multimodal_embeddings)).view(
+            -1, self.high, multimodal_embeddings[0].shape[-1]
+        )
         self.features = packed.flatten(1)[:, : length * width].unflatten(1, (length, width))
         self.visual = rows.view(-1, self.high)
         first = getattr(self, self.entry)(self.features).flatten(0, 1)
@@ -158,7 +166,11 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         return model.norm(x)
 
     def _shallow(
-        self, x: torch.Tensor, positions: torch.Tensor, features: torch.Tensor | None, visual: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        features: torch.Tensor | None,
+        visual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings through the shallow layers and the expansion [n, h], and positions [n] in the deep phase."""
         context = get_forward_context()
@@ -167,11 +179,12 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
             return self._expand(self._run(x, positions[0]), features, visual), positions[0]
         common = metadata[self.shallow_names[0]].common
         scheduled = positions[:, : common.num_actual_tokens]
-        # Without images in the step every row is text.
-        kept = kept_rows(scheduled, self.low) if features is not None else torch.ones_like(scheduled[0], dtype=torch.bool)
+        kept = (
+            None if features is None else kept_rows(scheduled, self.low)
+        )  # without images every row is text
         shallow = shallow_step(scheduled, common.query_start_loc, kept)
         enter_shallow(context, self.shallow_names, shallow)
-        if features is None:
+        if kept is None:
             x = self._run(x, shallow.positions)
         else:
             at = kept.nonzero()[:, 0]
@@ -190,9 +203,13 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         """Rows [n, h], in which each tile's first p placeholders become q: upsampled, and projected features added."""
         if features is None or visual is None:
             return x
-        matrix = upsample_matrix(self.config.low_grid, self.config.high_grid, self.config.compression["upsample"])
+        matrix = upsample_matrix(
+            self.config.low_grid, self.config.high_grid, self.config.compression["upsample"]
+        )
         tiles = x[visual[:, : self.low]]
-        grown = torch.matmul(matrix.to(tiles), tiles) + self.lvtc_projectors[str(self.shallow)](features).to(x.dtype)
+        grown = torch.matmul(matrix.to(tiles), tiles) + self.lvtc_projectors[str(self.shallow)](features).to(
+            x.dtype
+        )
         return x.index_copy(0, visual.flatten(), grown.flatten(0, 1))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

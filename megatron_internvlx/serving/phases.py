@@ -16,6 +16,9 @@ import torch
 Spans = Sequence[tuple[int, int]]
 """(first row, placeholders) of the images of a request, in order; the placeholders of an image are adjacent."""
 
+MOST_GROUPS = 12
+"""With more cache groups, the block tables cost more than the empty rows that they save."""
+
 TEXT = -1
 """Place within a tile of a row that is no placeholder."""
 
@@ -79,23 +82,23 @@ class Shallow(NamedTuple):
     """int64 [s]: which request a row belongs to."""
 
 
-def shallow_step(positions: torch.Tensor, starts: torch.Tensor, kept: torch.Tensor) -> Shallow:
+def shallow_step(positions: torch.Tensor, starts: torch.Tensor, kept: torch.Tensor | None) -> Shallow:
     """The shallow phase of a step.
 
     Args:
         positions: int64 [3, n], those of `row_positions` and its continuation.
         starts: int32 [R + 1], first row of each request, and n. A request without rows has length 0.
-        kept: bool [n], see `kept_rows`.
+        kept: bool [n], see `kept_rows`; None: all rows, without asking the device.
     """
-    counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(dim=0)])
+    own = positions[0]
     ends = starts[1:].long()
-    row = torch.arange(len(kept), device=kept.device)
-    request = torch.searchsorted(ends, row, right=True)
-    last = positions[0][(ends - 1).clamp(min=0)] + 1
-    lengths = torch.where(starts[1:] > starts[:-1], last, torch.zeros_like(last))
-    return Shallow(
-        counts[starts.long()].to(starts.dtype), lengths.to(starts.dtype), positions[0][kept], request[kept]
-    )
+    request = torch.searchsorted(ends, torch.arange(len(own), device=own.device), right=True)
+    last = own[(ends - 1).clamp(min=0)] + 1
+    lengths = torch.where(starts[1:] > starts[:-1], last, torch.zeros_like(last)).to(starts.dtype)
+    if kept is None:
+        return Shallow(starts, lengths, own, request)
+    counts = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(dim=0)])
+    return Shallow(counts[starts.long()].to(starts.dtype), lengths, own[kept], request[kept])
 
 
 def cache_slots(shallow: Shallow, blocks: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -104,21 +107,32 @@ def cache_slots(shallow: Shallow, blocks: torch.Tensor, block_size: int) -> torc
     return block * block_size + shallow.positions % block_size
 
 
-def layer_parts(shallow: int, deep: int) -> tuple[int, int]:
+def layer_parts(shallow: int, deep: int) -> tuple[int, int] | None:
     """How many parts to hand to vLLM the cached layers of each phase in: (of `shallow`, of `deep` layers).
 
     vLLM makes blocks that are equally wide in layers for all parts, and leaves empty what a narrower part does not
-    fill. Each part costs a block table per request. A layer left empty is held for as bad as four more parts.
+    fill. Each part costs a block table per request. A layer left empty is held for as bad as four more parts. None:
+    more than `MOST_GROUPS` groups would be needed, so all layers share one, whose blocks shallow layers do not fill.
     """
 
     def cost(parts: tuple[int, int]) -> float:
-        sizes = [split_layers(layers, count).count(part) for layers, count in zip((shallow, deep), parts, strict=True)
-                 for part in range(count)]  # fmt: skip
+        sizes = part_sizes(shallow, deep, parts)
         width, groups = vllm_groups(sizes)
         return groups * width - sum(sizes) + groups / 4
 
     widths = range(1, max(shallow, deep) + 1)
-    return min({(-(-shallow // width), -(-deep // width)) for width in widths}, key=lambda parts: (cost(parts), parts))
+    found = {(-(-shallow // width), -(-deep // width)) for width in widths}
+    best = min(found, key=lambda parts: (cost(parts), parts))
+    return best if vllm_groups(part_sizes(shallow, deep, best))[1] <= MOST_GROUPS else None
+
+
+def part_sizes(shallow: int, deep: int, parts: tuple[int, int]) -> list[int]:
+    """Layers in each part, the shallow ones first."""
+    return [
+        split_layers(layers, count).count(part)
+        for layers, count in zip((shallow, deep), parts, strict=True)
+        for part in range(count)
+    ]
 
 
 def vllm_groups(sizes: Sequence[int]) -> tuple[int, int]:

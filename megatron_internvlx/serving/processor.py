@@ -64,7 +64,9 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
         """Marks of so many images."""
         return IMAGE * mm_counts.get("image", 0)
 
-    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any
+    ) -> dict[str, Any]:
         """So many images of the most tiles: as wide as these side by side."""
         processor = self.info.exported
         side = processor.tile_size
@@ -92,7 +94,9 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         tiles = [self.info.exported.tiles(image, hf_kwargs[LIMIT]) for image in hf_data["images"]]
-        return BatchFeature({"pixel_values": torch.cat(tiles), "tiles": torch.tensor([len(t) for t in tiles])})
+        return BatchFeature(
+            {"pixel_values": torch.cat(tiles), "tiles": torch.tensor([len(t) for t in tiles])}
+        )
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -126,7 +130,9 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
         before, *rest = text.split(mark)
         updates = mm_prompt_updates.get("image", [])
         if len(rest) != len(updates):
-            raise ValueError(f"{len(rest)} {mark} placeholders in a prompt, but {len(updates)} images are given")
+            raise ValueError(
+                f"{len(rest)} {mark} placeholders in a prompt, but {len(updates)} images are given"
+            )
         for (update,), after in zip(updates, rest, strict=True):
             before += START + CONTEXT * (len(update.content.full) - 2) + END + after
         tokens = tokenizer.encode(before, add_special_tokens=False)

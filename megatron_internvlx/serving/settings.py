@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from megatron_internvlx.hf.configuration_internvlx import InternVLXConfig
 
 _log = logging.getLogger("vllm.internvlx")
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _SCHEDULER = "megatron_internvlx.serving.cache.PhaseScheduler"
 
 
@@ -45,12 +47,20 @@ def problems(engine: Any) -> list[str]:
     if cache.cache_dtype != "auto":
         found.append(f"kv_cache_dtype {cache.cache_dtype}: not tested with these layers; leave it at auto")
     if engine.kv_transfer_config is not None:
-        found.append("kv_transfer_config: the shallow cache has other lengths than a connector takes; leave it out")
+        found.append(
+            "kv_transfer_config: the shallow cache has other lengths than a connector takes; leave it out"
+        )
     if model.hf_config.injection_layers:
         if engine.scheduler_config.disable_hybrid_kv_cache_manager:
-            found.append("disable_hybrid_kv_cache_manager: shallow layers have a cache of their own; leave it out")
+            found.append(
+                "disable_hybrid_kv_cache_manager: shallow layers have a cache of their own; leave it out"
+            )
         if parallel.decode_context_parallel_size > 1:
-            found.append("decode_context_parallel_size: shallow and deep rows divide differently; leave it at 1")
+            found.append(
+                "decode_context_parallel_size: shallow and deep rows divide differently; leave it at 1"
+            )
+        if os.environ.get(_RUNNER) == "1":
+            found.append(f"{_RUNNER}=1: shallow rows are chosen in the first runner's steps; leave it unset")
         scheduler = engine.scheduler_config.scheduler_cls
         if scheduler not in (None, _SCHEDULER):
             found.append(f"scheduler_cls {scheduler}: LVTC needs {_SCHEDULER}; leave it out")
@@ -74,7 +84,11 @@ class ServedSettings:
         found = problems(vllm_config)
         if found:
             raise ValueError("InternVL-X in vLLM does not run with\n  " + "\n  ".join(found))
-        model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
+        model, cache, scheduler = (
+            vllm_config.model_config,
+            vllm_config.cache_config,
+            vllm_config.scheduler_config,
+        )
         if not model.enforce_eager:
             _log.warning("enforce_eager is turned on: CUDA graphs and torch.compile are not supported")
             model.enforce_eager = True
@@ -82,10 +96,11 @@ class ServedSettings:
             return
         if cache.enable_prefix_caching:
             _log.warning(
-                "prefix caching is turned off: blocks of shallow layers are not where the prompt's hashes say; "
-                "enable_prefix_caching=False says it without this warning"
+                "enable_prefix_caching is turned off: shallow layers keep fewer rows than a prompt has, so that blocks "
+                "of equal prompts do not begin at equal rows; enable_prefix_caching=False avoids this message"
             )
             cache.enable_prefix_caching = False
+        os.environ[_RUNNER] = "0"
         scheduler.scheduler_cls = _SCHEDULER
         scheduler.async_scheduling = False
         scheduler.disable_chunked_mm_input = True  # an image is upsampled from all its rows together

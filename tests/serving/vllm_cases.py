@@ -21,8 +21,8 @@ from tests.converting import LLAMA3_ROPE, MOE, internvl, make_directory, with_lv
 
 TOKENS = 24  # of an answer
 BATCH = 4
-# vLLM's attention on the CPU has heads of 32 and more, so the tests' usual decoder is too narrow. Tiles of 8 x 8 patches
-# have 16 placeholders, 4 of them in the shallow layers.
+# vLLM's attention on the CPU has heads of 32 and more, so the tests' usual decoder is too narrow. Tiles of 8 x 8
+# patches have 16 placeholders, 4 of them in the shallow layers.
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 5,
     "max_position_embeddings": 2048,
@@ -51,25 +51,27 @@ class Case:
         return found if self.compression is None else with_lvtc(found, **self.compression)
 
 
-MLP, OFF = {"projector": "mlp"}, {"expand_layer": None, "inject_layers": None}
+OFF = {"expand_layer": None, "inject_layers": None}
+SECOND = {"expand_layer": 2, "inject_layers": [3]}
+QWEN2, INTERNLM2 = ("qwen2", "Qwen2ForCausalLM"), ("internlm2", "InternLM2ForCausalLM")
+LONG_ROPE = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
 CASES = {
-    "qwen2_pvtc": Case("qwen2", "Qwen2ForCausalLM", {"expand_layer": 2, "inject_layers": [3]}),
-    "internlm2_mlp": Case("internlm2", "InternLM2ForCausalLM", {**MLP, "expand_layer": 1, "inject_layers": [2, 4]}),
-    "internlm2_pvtc": Case("internlm2", "InternLM2ForCausalLM", {"expand_layer": 4, "inject_layers": None, "upsample": "nearest"}),
-    "qwen2_mlp": Case("qwen2", "Qwen2ForCausalLM", {**MLP, "expand_layer": 3, "inject_layers": [4]}),
-    "qwen2_pvtc_off": Case("qwen2", "Qwen2ForCausalLM", OFF),
-    "internlm2_pvtc_off": Case("internlm2", "InternLM2ForCausalLM", OFF),
-    "qwen3_moe": Case("qwen3_moe", "Qwen3MoeForCausalLM", {"expand_layer": 2, "inject_layers": [3]}, MOE, prompts=8),
-    "llama3": Case(
-        "llama", "LlamaForCausalLM", {"expand_layer": 2, "inject_layers": [3]}, {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
-        prompts=8,
+    "qwen2_pvtc": Case(*QWEN2, SECOND),
+    "qwen2_mlp": Case(*QWEN2, {"projector": "mlp", "expand_layer": 3, "inject_layers": [4]}),
+    "internlm2_pvtc": Case(*INTERNLM2, {"expand_layer": 4, "inject_layers": None, "upsample": "nearest"}),
+    "internlm2_mlp": Case(*INTERNLM2, {"projector": "mlp", "expand_layer": 1, "inject_layers": [2, 4]}),
+    "qwen2_pvtc_off": Case(*QWEN2, OFF),
+    "internlm2_pvtc_off": Case(*INTERNLM2, OFF),
+    "qwen2_mlp_off": Case(*QWEN2, {"projector": "mlp", **OFF}),
+    "internlm2_mlp_off": Case(*INTERNLM2, {"projector": "mlp", **OFF}),
+    "qwen2_tied": Case(*QWEN2, SECOND, {"tie_word_embeddings": True}, prompts=8),
+    "llama3": Case("llama", "LlamaForCausalLM", SECOND, LONG_ROPE, prompts=8),
+    "qwen3_moe": Case("qwen3_moe", "Qwen3MoeForCausalLM", SECOND, MOE, prompts=8),
+    # One shallow layer of 14 would make 14 cache groups of one layer, so all share one.
+    "qwen2_one_group": Case(
+        *QWEN2, {"expand_layer": 1, "inject_layers": None}, {"num_hidden_layers": 14}, prompts=8
     ),
-    "qwen2_tied": Case(
-        "qwen2", "Qwen2ForCausalLM", {"expand_layer": 2, "inject_layers": [3]}, {"tie_word_embeddings": True}, prompts=8
-    ),
-    "qwen2_released": Case("qwen2", "Qwen2ForCausalLM"),
-    "internlm2_released": Case("internlm2", "InternLM2ForCausalLM"),
-}  # fmt: skip
+}
 
 
 def export(root: Path, name: str) -> Path:
@@ -77,7 +79,8 @@ def export(root: Path, name: str) -> Path:
     config = CASES[name].config()
     source = make_directory(root / f"{name}.source", config, tokenizer=True, scale=2.0)
     import_checkpoint(source, root / f"{name}.ck", processes=1, quiet=True)
-    export_checkpoint(root / f"{name}.ck", root / name, processes=1, quiet=True)
+    remote_code = CASES[name].compression is not None
+    export_checkpoint(root / f"{name}.ck", root / name, remote_code=remote_code, processes=1, quiet=True)
     return root / name
 
 
@@ -107,7 +110,9 @@ def batches(template: str, pictures: list[str], count: int) -> list[list[dict[st
             asked[number % rounds].append({"type": "image"})
         talk = []
         for content in asked:
-            talk.append({"role": "user", "content": [*content, {"type": "text", "text": rng.choice(QUESTIONS)}]})
+            talk.append(
+                {"role": "user", "content": [*content, {"type": "text", "text": rng.choice(QUESTIONS)}]}
+            )
             talk.append({"role": "assistant", "content": "A cat, or two."})
         (text,), _ = render_jinja_template([talk[:-1]], chat_template=template, add_generation_prompt=True)
         prompts.append({"text": text, "images": images})
