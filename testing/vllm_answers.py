@@ -5,7 +5,7 @@ Runs in the environment of `tools/vllm_env.sh`, where neither Megatron nor pytes
     .venv-vllm/bin/python -m testing.vllm_answers JOBS.json ANSWERS.json
 
 JOBS is a list of objects: `directory`; `engine`, arguments of vLLM's LLM; `tokens`, new tokens per answer; `batches`, a
-list of lists of prompts, each with `text` and `images` (paths); `stop`, whether the model's stop tokens end an
+list of lists of prompts, each with `text` and `images` (paths); `chat`, whether `messages` are asked instead of `text`; `stop`, whether the model's stop tokens end an
 answer; `never`, token ids that no answer has.
 ANSWERS has an object for each: `answers`, token ids in the order of the prompts; `prompts`, their numbers of tokens;
 `seconds` of each batch; `blocks`, the most cache blocks of each prompt per cache group; `bytes_per_block`,
@@ -14,6 +14,7 @@ ANSWERS has an object for each: `answers`, token ids in the order of the prompts
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -59,9 +60,33 @@ def watch_blocks(engine: Any) -> tuple[dict[str, list[int]], int, int]:
     return record, size, config.kv_cache_groups[0].kv_cache_spec.block_size
 
 
+def as_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt for `LLM.generate`."""
+    from PIL import Image
+
+    images = [Image.open(path).convert("RGB") for path in prompt["images"]]
+    return {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
+
+
+def as_messages(prompt: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages for `LLM.chat`, in which the images are data URIs."""
+    paths = iter(prompt["images"])
+
+    def part(content: dict[str, str]) -> dict[str, Any]:
+        if content["type"] != "image":
+            return content
+        data = base64.b64encode(Path(next(paths)).read_bytes()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+    return [
+        {"role": turn["role"], "content": turn["content"] if isinstance(turn["content"], str)
+         else [part(content) for content in turn["content"]]}
+        for turn in prompt["messages"]
+    ]  # fmt: skip
+
+
 def ask(job: dict[str, Any]) -> dict[str, Any]:
     """Answers of one directory."""
-    from PIL import Image
     from vllm import LLM, SamplingParams
 
     try:
@@ -74,16 +99,12 @@ def ask(job: dict[str, Any]) -> dict[str, Any]:
         logit_bias=dict.fromkeys(job.get("never", []), -100.0),
     )  # fmt: skip
     answers, prompts, seconds, blocks = [], [], [], []
+    ask_model, form = (model.chat, as_messages) if job.get("chat") else (model.generate, as_prompt)
     for batch in job["batches"]:
-        inputs = []
-        for prompt in batch:
-            images = [Image.open(path).convert("RGB") for path in prompt["images"]]
-            inputs.append(
-                {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
-            )
+        inputs = [form(prompt) for prompt in batch]
         record.clear()
         start = time.perf_counter()
-        outputs = model.generate(inputs, sampling, use_tqdm=False)
+        outputs = ask_model(inputs, sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
         answers += [list(output.outputs[0].token_ids) for output in outputs]
         prompts += [len(output.prompt_token_ids) for output in outputs]

@@ -151,9 +151,7 @@ def export_checkpoint(
 
     Raises ConversionError; `directory` then does not exist.
     """
-    plan = plan_export(
-        load, like=like, dtype=dtype, max_shard_size=max_shard_size, remote_code=remote_code
-    )
+    plan = plan_export(load, like=like, dtype=dtype, max_shard_size=max_shard_size, remote_code=remote_code)
     if plan.layout == "internvlx":
         check_tokenizer(plan)
     by_file: dict[str, dict[str, TensorInfo]] = {}

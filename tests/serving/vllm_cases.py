@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import chat_template
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.evaluation.hf_model import load_model
-from tests.converting import LLAMA3_ROPE, MOE, internvl, make_directory, with_lvtc
+from tests.converting import LLAMA3_ROPE, MOE, TOKENIZER, internvl, make_directory, with_lvtc
 
 TOKENS = 24  # of an answer
 BATCH = 4
@@ -78,6 +79,8 @@ def export(root: Path, name: str) -> Path:
     """Write the directory of a case under `root`."""
     config = CASES[name].config()
     source = make_directory(root / f"{name}.source", config, tokenizer=True, scale=2.0)
+    if CASES[name].family == "internlm2":  # whose prompts begin with <s>
+        shutil.copytree(TOKENIZER.parent / "internlm2_fast", source, dirs_exist_ok=True)
     import_checkpoint(source, root / f"{name}.ck", processes=1, quiet=True)
     remote_code = CASES[name].compression is not None
     export_checkpoint(root / f"{name}.ck", root / name, remote_code=remote_code, processes=1, quiet=True)
@@ -115,7 +118,7 @@ def batches(template: str, pictures: list[str], count: int) -> list[list[dict[st
             )
             talk.append({"role": "assistant", "content": "A cat, or two."})
         (text,), _ = render_jinja_template([talk[:-1]], chat_template=template, add_generation_prompt=True)
-        prompts.append({"text": text, "images": images})
+        prompts.append({"text": text, "messages": talk[:-1], "images": images})
     return [prompts[start : start + BATCH] for start in range(0, count, BATCH)]
 
 
