@@ -25,7 +25,7 @@ BATCH = 4
 # vLLM's attention on the CPU has heads of 32 and more, so the tests' usual decoder is too narrow. Tiles of 8 x 8
 # patches have 16 placeholders, 4 of them in the shallow layers.
 SIZES: dict[str, Any] = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 5,
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 6,
     "max_position_embeddings": 2048,
 }  # fmt: skip
 QUESTIONS = ("What is this?", "How many?", "Colour of the left one?", "Why, and since when?", "Read it.")
@@ -131,9 +131,10 @@ def job(directory: Path, pictures: list[str], count: int, **engine: Any) -> dict
     }  # fmt: skip
 
 
-def expected(asked: dict[str, Any]) -> list[list[int]]:
-    """Greedy answers of transformers' `generate`, without an end."""
+def expected(asked: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts, and of the greedy answers of transformers' `generate`, without an end."""
     model, processor, _ = load_model(Path(asked["directory"]), torch.float32)
+    prompts: list[list[int]] = []
     answers: list[list[int]] = []
     for batch in asked["batches"]:
         images = [[Image.open(path) for path in prompt["images"]] for prompt in batch]
@@ -143,5 +144,10 @@ def expected(asked: dict[str, Any]) -> list[list[int]]:
                 **inputs, max_new_tokens=asked["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
                 suppress_tokens=asked["never"],
             )  # fmt: skip
-        answers += found[:, inputs["input_ids"].shape[1] :].tolist()
-    return answers
+        length = inputs["input_ids"].shape[1]
+        answers += found[:, length:].tolist()
+        prompts += [
+            row[mask.bool()].tolist()
+            for row, mask in zip(found[:, :length], inputs["attention_mask"], strict=True)
+        ]
+    return prompts, answers

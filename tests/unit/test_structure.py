@@ -38,6 +38,7 @@ ORDER = [
     ("lifecycle",),
     ("checkpoint",),
     ("evaluation",),
+    ("serving",),
     ("chat",),
     ("launch",),
     ("commands",),
