@@ -65,18 +65,11 @@ def refusal(message):
 
     `transformers serve` answers other errors of a processor with "500 Internal Server Error" only.
     """
-    web = sys.modules.get("starlette.exceptions")
-    if web is None:
+    answered = getattr(sys.modules.get("starlette.exceptions"), "HTTPException", None)
+    if answered is None:
         return ValueError(message)
-
-    class Refused(ValueError, web.HTTPException):
-        def __init__(self, text):
-            web.HTTPException.__init__(self, 400, text)
-
-        def __str__(self):
-            return self.detail
-
-    return Refused(message)
+    kind = type("Refused", (answered, ValueError), {"__str__": lambda self: self.detail})
+    return kind(400, message)
 
 
 def fetch_image(address):
