@@ -106,7 +106,7 @@ def _export_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
     add("--remote-code", action="store_true",
-        help="without LVTC too, write our names and code, which AutoModel and transformers serve run")  # fmt: skip
+        help="without LVTC too, write our names and code, which AutoModel, servers and our plugin for vLLM run")  # fmt: skip
     add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
     _add_common_arguments(it)
     return it
