@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_internvlx.checkpoint.end_token import add_stop_token
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
+from megatron_internvlx.checkpoint.remote_code import chat_template
+from megatron_internvlx.data.conversation import IMG_CONTEXT, get_template
 from tests.converting import internvl, make_directory, native, with_lvtc
 from tools.make_demo_data import make_demo_data
 
@@ -66,6 +69,10 @@ def random_export(root: Path, kind: str, tokenizer: Path) -> Path:
     source = make_directory(root / "source", config, scale=2.0)
     never_special(source, tokenizer)
     shutil.copytree(tokenizer, source, dirs_exist_ok=True)
+    if kind == "native":  # such a directory brings its template and its end of an answer
+        template = get_template("internvl2_5")
+        (source / "chat_template.jinja").write_text(chat_template(template, IMG_CONTEXT))
+        add_stop_token(source, template.end)
     import_checkpoint(source, root / "ck", processes=1, quiet=True)
     export_checkpoint(root / "ck", root / "hf", remote_code=kind == "mlp", processes=1, quiet=True)
     return root / "hf"
