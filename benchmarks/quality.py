@@ -8,10 +8,10 @@
 {MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds, trained by the demo's recipe, but
 for 250 steps instead of 400, on the demo's drawn data; answers are counted on its held-out questions, kind by kind:
 digits, words and counts need detail that colours do not. A run takes one core and two to three minutes of it; two
-processes with different `--only` use two cores. Each finished run is a line of results/quality_kinds.jsonl, with its commit and a digest of its recipe; runs
-that are there are not repeated, so it can be stopped and started again. A rule of RVTC that cuts every image of the
-data as another one does needs no run of its own: the same tiles and seed are the same run. Step times are taken at
-the end, all combinations in turns on the same 16 samples.
+processes with different `--only` use two cores. Each finished run is a line of results/quality_kinds.jsonl, with its
+commit and a digest of its recipe; runs that are there are not repeated, so it can be stopped and started again. A
+rule of RVTC that cuts every image of the data as another one does needs no run of its own: the same tiles and seed
+are the same run. Step times are taken at the end, all combinations in turns on the same 16 samples.
 """
 
 from __future__ import annotations
