@@ -1,8 +1,10 @@
 """The quality study: recipes of all combinations, and what its tables say about them."""
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks import quality, quality_report
+from benchmarks import quality, quality_report, quality_runs
 
 
 def run(projector, expansion, rvtc, fine, coarse, seed=1):
@@ -39,8 +41,8 @@ def test_report_has_a_line_per_combination(tmp_path):
 
 
 def test_every_combination_is_another_recipe():
-    recipes = [quality.recipe(key, 1, 20) for key in quality.COMBINATIONS]
-    assert len({quality.digest(settings) for settings in recipes}) == len(recipes) == 24
+    recipes = [quality_runs.recipe(key, 1, 20) for key in quality_runs.COMBINATIONS]
+    assert len({quality_runs.digest(settings) for settings in recipes}) == len(recipes) == 24
     assert {settings["expand_layer"] for settings in recipes} == {None, 1, 2, 3}
 
 
@@ -48,3 +50,20 @@ def test_visual_tokens_are_the_mean_of_the_layers():
     sizes = [(100, 100), (224, 112)]  # one tile; two and a thumbnail
     assert quality.compression(sizes, ("pvtc", "off", "edge")) == (2.0, 2 * 16)
     assert quality.compression(sizes, ("pvtc", "3L/4", "edge")) == (2.0, 2 * (0.75 * 1 + 0.25 * 16))
+
+
+def test_a_run_is_another_one_if_what_it_starts_from_is():
+    digests = [
+        quality.run_digest(PLAIN, 1, base_steps, steps) for base_steps, steps in ((6, 2), (7, 2), (6, 3))
+    ]
+    assert len(set(digests)) == 3
+
+
+def test_base_is_taken_without_its_projector_and_with_all_else(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    tensors = {"mlp1.0.weight": torch.ones(2), "vision_model.mlp1.weight": torch.ones(3)}
+    save_file(tensors, weights)
+    quality_runs.without_projector(weights)
+    assert list(load_file(weights)) == ["vision_model.mlp1.weight"]
+    with pytest.raises(AssertionError, match="has no mlp1"):
+        quality_runs.without_projector(weights)
