@@ -1,5 +1,7 @@
 """The quality study: recipes of all combinations, and what its tables say about them."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,11 +61,16 @@ def test_a_run_is_another_one_if_what_it_starts_from_is():
     assert len(set(digests)) == 3
 
 
-def test_base_is_taken_without_its_projector_and_with_all_else(tmp_path):
-    weights = tmp_path / "model.safetensors"
-    tensors = {"mlp1.0.weight": torch.ones(2), "vision_model.mlp1.weight": torch.ones(3)}
+def test_base_is_taken_without_its_projectors_and_with_all_else(tmp_path):
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = {
+        f"{name}.weight": torch.ones(2) for name in ("projector.q", "lvtc_projectors.2.q", "vision_model.q")
+    }
     save_file(tensors, weights)
-    quality_runs.without_projector(weights)
-    assert list(load_file(weights)) == ["vision_model.mlp1.weight"]
-    with pytest.raises(AssertionError, match="has no mlp1"):
-        quality_runs.without_projector(weights)
+    config.write_text(json.dumps({"compression": {"expand_layer": 2, "low_ratio": 0.25}}))
+    quality_runs.without_projectors(tmp_path)
+    assert list(load_file(weights)) == ["vision_model.q.weight"]
+    compression = json.loads(config.read_text())["compression"]
+    assert compression == {"expand_layer": None, "inject_layers": [], "low_ratio": 0.25}
+    with pytest.raises(AssertionError, match="has no projectors"):
+        quality_runs.without_projectors(tmp_path)
