@@ -190,10 +190,8 @@ def main() -> None:
     plot(runs, ms, tokens, same, RESULTS / f"{name}.png")
     lines = report_lines(runs, ms, tokens, same)
     size = demo_recipe()["global_batch_size"]
-    lines[0] = (
-        f"{steps} steps of {size} samples per run, from a model of {base_steps} steps with new projectors; one rank; {lines[0]}"
-    )
-    lines[0] += f"![plot]({name}.png)"
+    runs_text = f"{steps} steps of {size} samples per run, one rank, from a model of {base_steps} steps"
+    lines[0] = f"{runs_text} with new projectors; {lines[0]}![plot]({name}.png)"
     command_line = "python -m benchmarks.quality" + " --full" * chosen.full + " --report" * chosen.report
     write(name, "Quality against compression, by kind of question", command_line, lines)
 
