@@ -89,7 +89,8 @@ def trained_base(data: Path, work: Path, steps: int) -> Path:
     folder = work / f"base-{digest(settings)}"
     hf, done = folder / "hf", folder / "right.json"
     if not done.exists():
-        right = train(data, settings, "--save", str(folder / "checkpoints"))
+        save = ("--save", str(folder / "checkpoints"), "--save-interval", str(steps))
+        right = train(data, settings, *save)
         export = ("tools/convert_checkpoint.py", "export", "--load", str(folder / "checkpoints"), "--quiet")
         run_python(*export, "--hf", str(hf))
         without_projectors(hf)
