@@ -7,8 +7,8 @@
 
 {MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds on the demo's drawn data. As in the
 paper, all start from one trained vision encoder and decoder (the demo's, kept in runs/quality) with new projectors,
-and train 120 steps more by the demo's recipe; answers are counted on the held-out questions, kind by kind: digits,
-words and counts need detail that colours do not. A run takes one core and about two minutes of it; two processes with
+and train 80 steps more by the demo's recipe; answers are counted on the held-out questions, kind by kind: digits,
+words and counts need detail that colours do not. A run takes one core and about a minute of it; two processes with
 different `--only` use two cores, once the trained model is there. Each finished run is a line of
 results/quality_kinds.jsonl, with its commit and a digest of its recipes; runs that are there are not repeated, so it
 can be stopped and started again. A rule of RVTC that cuts every image of the data as another one does needs no run of
@@ -48,7 +48,7 @@ from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.model.presets import preset
 
 SEEDS = (1, 2, 3)
-BASE_STEPS, STEPS = 400, 120
+BASE_STEPS, STEPS = 400, 80
 WORK = ROOT / "runs" / "quality"
 TIMED = 16  # images per timed step
 
