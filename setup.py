@@ -47,6 +47,8 @@ REQUIRED = [
 EXTRAS = {
     # For machines with CUDA only: Megatron prefers Transformer Engine's optimizer, which has no CPU version.
     "gpu": ["transformer-engine[pytorch]>=2.8"],
+    # What `transformers serve` needs besides: OpenAI's types of requests, and placement on devices.
+    "serve": ["transformers[serving]"],
     "dev": [
         "pytest",
         "pytest-xdist",

@@ -105,6 +105,8 @@ def _export_parser() -> argparse.ArgumentParser:
         "(unset: CKPT/hf, or the tokenizer used in training)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
+    add("--remote-code", action="store_true",
+        help="without LVTC too, write our names and code, which AutoModel and transformers serve run")  # fmt: skip
     add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
     _add_common_arguments(it)
     return it
@@ -173,9 +175,10 @@ def run_export(options: argparse.Namespace) -> int:
 
     plan = export_checkpoint(
         options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
-        processes=options.processes, quiet=options.quiet,
+        remote_code=options.remote_code, processes=options.processes, quiet=options.quiet,
     )  # fmt: skip
-    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
+    lvtc = "LVTC" if plan.sizes.injection_layers else "no LVTC"
+    kinds = {"chat": "released InternVL layout", "internvlx": f"with remote code ({lvtc})"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
     if problem := tokenizer_problem(options.hf):
