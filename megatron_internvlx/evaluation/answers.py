@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class Question:
     """Answers that are compared with, if they differ from `expected`; several where annotators were asked."""
     metric: str = DEFAULT_METRIC
     """Name in `evaluation.metrics.METRICS`."""
+    turns: tuple[Mapping[str, Any], ...] = ()
+    """Turns before the answer, in InternVL's form, with the expected earlier answers."""
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -118,7 +120,8 @@ def _record_questions(record: Record, template: str, metric: str | None) -> Iter
         text = without_images(question)
         if fault := get_metric(metric).fault(own or (turn["value"],), text):
             raise BadSample(record.key, "bad_message", fault)
-        yield Question(record.key, kind, tuple(paths[:seen]), prompt, text, turn["value"], own, metric)
+        asked = tuple(turns[:number])
+        yield Question(record.key, kind, tuple(paths[:seen]), prompt, text, turn["value"], own, metric, asked)
 
 
 class Answerer:
