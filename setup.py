@@ -81,7 +81,11 @@ setup(
     python_requires=">=3.12,<3.13",
     py_modules=["pretrain_vlm"],
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    entry_points={"console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"]},
+    entry_points={
+        "console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"],
+        # Read by lmms-eval where it is installed (tools/eval_env.sh).
+        "lmms_eval.models": ["internvlx = megatron_internvlx.harness.lmms_eval_model:manifest"],
+    },
     cmdclass={"build_py": BuildWithConstraints},
     include_package_data=True,
     package_data={"megatron_internvlx.chat": ["page/*"]},

@@ -38,6 +38,7 @@ ORDER = [
     ("lifecycle",),
     ("checkpoint",),
     ("evaluation",),
+    ("harness",),
     ("chat",),
     ("launch",),
     ("commands",),
