@@ -63,6 +63,8 @@ EXTRAS = {
         "nbclient",  # runs the notebook of the quickstart
         "ipykernel",
     ],
+    # For an environment of its own: vLLM wants an older transformers (tools/vllm_env.sh).
+    "vllm": ["vllm>=0.32,<0.33"],
     "docs": [
         "mkdocs<2",
         "mkdocs-material",
@@ -85,6 +87,7 @@ setup(
         "console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"],
         # Read by lmms-eval where it is installed (tools/eval_env.sh).
         "lmms_eval.models": ["internvlx = megatron_internvlx.harness.lmms_eval_model:manifest"],
+        "vllm.general_plugins": ["internvlx = megatron_internvlx.serving.plugin:register"],
     },
     cmdclass={"build_py": BuildWithConstraints},
     include_package_data=True,

@@ -106,8 +106,10 @@ def _export_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
     add("--remote-code", action="store_true",
-        help="without LVTC too, write our names and code, which AutoModel and transformers serve run")  # fmt: skip
+        help="without LVTC too, write our names and code, for transformers serve and our vLLM plugin")  # fmt: skip
     add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
+    add("--remote-code", action="store_true",
+        help="write our own code and names also without LVTC, which our plugin for vLLM takes")  # fmt: skip
     _add_common_arguments(it)
     return it
 
