@@ -60,6 +60,7 @@ EXTRAS = {
         "uv",
         "nbclient",  # runs the notebook of the quickstart
         "ipykernel",
+        "peft",  # what others load our adapters with
     ],
     "docs": [
         "mkdocs<2",
