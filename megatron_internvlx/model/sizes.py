@@ -82,6 +82,10 @@ class ModelSizes:
     """Norms of queries and keys, one weight vector of `head_dim` each."""
     tied: bool = False
     """The output layer uses the embedding's weight."""
+    lora_rank: int = 0
+    """Rank of the adapters. 0: none."""
+    lora_targets: frozenset[str] = frozenset()
+    """Parts with adapters: decoder_attention, decoder_mlp, vision, projectors."""
 
     @property
     def lvtc(self) -> bool:
@@ -172,6 +176,18 @@ def model_sizes(arguments: Arguments) -> ModelSizes:
         qkv_bias=bool(get("add_qkv_bias")),
         qk_norm=bool(get("qk_layernorm")),
         tied=not get("untie_embeddings_and_output_weights"),
+        lora_rank=get("lora_rank") or 0,
+        lora_targets=adapted_parts(arguments),
+    )
+
+
+def adapted_parts(arguments: Arguments) -> frozenset[str]:
+    """Targets of the adapters that arguments ask for; empty without adapters."""
+    get = as_mapping(arguments).get
+    return (
+        frozenset(get("lora_targets") or ("decoder_attention", "decoder_mlp"))
+        if get("lora_rank")
+        else frozenset()
     )
 
 
