@@ -10,10 +10,11 @@ from unittest.mock import Mock
 import pytest
 
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.export_plan import plan_export, read_arguments
+from megatron_internvlx.checkpoint.export_plan import plan_export
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card
+from megatron_internvlx.checkpoint.sources import read_arguments
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from tests.converting import FAMILIES, Named, lvtc_config, make_directory
