@@ -100,11 +100,11 @@ class AdaptedWeight:
         if len(pairs) == count:
             drawn = self._initial_a(rank, seed)
             a = torch.stack([drawn[i] if pair is None else pair[0].float() for i, pair in enumerate(pairs)])
-            b = [
+            parts = [
                 torch.zeros(w, rank) if pair is None else pair[1].float()
                 for w, pair in zip(self.widths, pairs, strict=True)
             ]
-            return a, self.entry.op.to_ours(b)
+            return a, self.entry.op.to_ours(parts)
         (pair,) = pairs
         if pair is None:
             return self._initial_a(rank, seed), torch.zeros(rows, rank)

@@ -62,7 +62,8 @@ def find_side(
     if given is not None and not given.is_dir():
         raise ConversionError(f"--like {given}: no such directory")
     tokenizer = arguments.get("tokenizer_model")
-    beside = [place / SIDE for root in (load, base) if root is not None for place in (root, root.parent)]
+    roots = [load, *([base] if base is not None else [])]
+    beside = [*(root / SIDE for root in roots), *(root.parent / SIDE for root in roots)]
     for path in (given, *beside, Path(tokenizer) if tokenizer else None):
         if path is not None and path.is_dir():
             return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.merger import common_state
 from megatron_internvlx.checkpoint.peft_files import CONFIG, ROOT, WEIGHTS, loaded_table, module_of
 from megatron_internvlx.checkpoint.safetensors_io import TensorInfo, read_tensor, tensor_infos
-from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT
+from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT, base_fingerprint
 from megatron_internvlx.checkpoint.target import file_stamps, fingerprint, new_directory
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
@@ -44,6 +45,10 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
     "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,),
 }
 # Initialisations that change the base's weights, of which the adapter is then a part.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -108,7 +113,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
             f"{path}: init_lora_weights is {initial!r}, which changes the base's weights too; save the adapter with "
             "peft's path_initial_model_for_weight_conversion first"
         )
-    rank, alpha, dropout = found.get("r"), found.get("lora_alpha"), found.get("lora_dropout", 0.0)
+    rank, alpha, dropout = found.get("r"), found.get("lora_alpha", 0), found.get("lora_dropout", 0.0)
     if type(rank) is not int or not 1 <= rank <= 65_536:
         raise ConversionError(f"{path}: r is {rank!r}; it must be a whole number of at least 1")
     if not _is_number(alpha) or alpha <= 0 or not _is_number(dropout) or not 0 <= dropout < 1:
@@ -173,6 +178,12 @@ class PeftImport:
     infos: Mapping[str, TensorInfo]
 
     @property
+    def frozen(self) -> list[str]:
+        """Parts of the model in which nothing is trained: those that training must freeze with a flag."""
+        whole = {"vision" if entry.ours.startswith("vision_model.") else "projectors" for entry in self.whole}
+        return [part for part in ("vision", "projectors", "llm") if part not in whole | self.settings.parts]
+
+    @property
     def added(self) -> int:
         """Number of Hugging Face modules that get an adapter that adds zero."""
         return sum(len(weight.entry.theirs) for weight in self.weights) - len(self.given)
@@ -187,7 +198,9 @@ def plan_peft_import(directory: Path, base: Path) -> PeftImport:
     config, infos = read_peft_config(directory), _read_infos(directory)
     plan = plan_export(base)
     if plan.adapters:
-        raise ConversionError(f"--base {base}: it holds adapters itself; merge them first, with ivlx export --save")
+        raise ConversionError(
+            f"--base {base}: it holds adapters itself; merge them first, with ivlx export --save"
+        )
     entries = loaded_table(plan.sizes, plan.family, plan.layout)
     known = {module_of(name): weight for weight in _adaptable(plan, entries) for name in weight.entry.theirs}
     ranks = _module_ranks(directory, config, infos, known)
@@ -224,7 +237,9 @@ def _target(weight: AdaptedWeight) -> str:
 def _read_infos(directory: Path) -> dict[str, TensorInfo]:
     if not (directory / WEIGHTS).is_file():
         pickled = (directory / "adapter_model.bin").is_file()
-        hint = "only adapter_model.bin, a pickle; save it as safetensors with peft" if pickled else "no adapters"
+        hint = (
+            "only adapter_model.bin, a pickle; save it as safetensors with peft" if pickled else "no adapters"
+        )
         raise ConversionError(f"{directory}: no {WEIGHTS} ({hint})")
     infos = tensor_infos(directory, WEIGHTS)
     if not infos:
@@ -316,7 +331,9 @@ def _whole_entries(
         )
     whole = []
     for part in ("projectors", "vision"):
-        mine = [e for e in entries if (e.is_projector if part == "projectors" else e.ours.startswith("vision_"))]
+        mine = [
+            e for e in entries if (e.is_projector if part == "projectors" else e.ours.startswith("vision_"))
+        ]
         held = [name for entry in mine for name in entry.theirs if name in saved]
         if not held:
             continue
@@ -354,17 +371,23 @@ def import_peft(directory: Path, save: Path, base: Path, *, seed: int = 1234) ->
                     tuple(keys), place, count, tuple(tensor.shape), dtype, "__0_0.distcp", start, length
                 )
                 written.append(item)
-        write_metadata(folder, written, common_state(_arguments(plan, base), plan.base.family, 0))
+        common = common_state(_arguments(plan, base), plan.base.family, 0)
+        # Training reads from here on which base the adapters were trained, and how.
+        common["args"] = Namespace(**common["internvlx"]["arguments"])
+        write_metadata(folder, written, common)
         (target.partial / TRACKER).write_text(RELEASE)
     return plan
 
 
 def _arguments(plan: PeftImport, base: Path) -> dict[str, Any]:
-    """Arguments of the checkpoint: the base's, and those of the adapters."""
+    """Arguments of the checkpoint: the base's, those of the adapters, and no progress."""
     lora = {field.name: getattr(plan.settings, field.name) for field in fields(LoraSettings)}
+    progress = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
     return {
         **plan.base.arguments,
         **lora,
+        **dict.fromkeys(progress, 0),
+        **{f"freeze_{part}": part in plan.frozen for part in ("vision", "projectors", "llm")},
         BASE: str(base),
         BASE_FINGERPRINT: base_fingerprint(plan.base.folder),
     }
@@ -385,7 +408,9 @@ def _tensors(directory: Path, plan: PeftImport, seed: int) -> Any:
         pairs: list[Pair | None] = []
         for module in map(module_of, weight.entry.theirs):
             given = module in plan.given
-            pairs.append((read(f"{module}.lora_A.weight"), read(f"{module}.lora_B.weight")) if given else None)
+            pairs.append(
+                (read(f"{module}.lora_A.weight"), read(f"{module}.lora_B.weight")) if given else None
+            )
         made = weight.from_theirs(pairs, plan.settings.lora_rank or 0, seed)
         yield from zip(weight.names, (tensor.to(dtype) for tensor in made), strict=True)
     for entry in plan.whole:

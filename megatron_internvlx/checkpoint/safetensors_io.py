@@ -69,7 +69,9 @@ class WeightFiles:
         files = self._files(allow_pickle)
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in (self._pickle_infos(file) if self.pickled else tensor_infos(directory, file)).items():
+            for name, info in (
+                self._pickle_infos(file) if self.pickled else tensor_infos(directory, file)
+            ).items():
                 if name in self.tensors:
                     raise ConversionError(
                         f"{directory}: {name} is both in {self.tensors[name].file} and {file}"

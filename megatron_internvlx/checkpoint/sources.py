@@ -13,6 +13,7 @@ from megatron_internvlx.checkpoint.adapters import AdaptedWeight, adapted_weight
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.ops import our_shape
+from megatron_internvlx.checkpoint.target import fingerprint
 from megatron_internvlx.checkpoint.torch_dist import (
     CheckpointReader,
     StoredTensor,
@@ -134,14 +135,14 @@ class ModelWeights:
             return {}
         found = {}
         for weight in adapted_weights(sizes, entries, self.lora.targets):
-            places = []
+            places: list[Location] = []
             for name, shape in zip(weight.names, weight.shapes(self.lora.lora_rank), strict=True):
                 key, place = self.reader.find(name)
                 at = Location(str(self.folder), key, self.reader.tensors[key], place)
                 if at.shape != shape:
                     raise ConversionError(f"{self.folder}: {key} is {list(at.shape)}, expected {list(shape)}")
                 places.append(at)
-            found[weight.entry.ours] = StoredAdapter(weight, *places, self.lora.scale)
+            found[weight.entry.ours] = StoredAdapter(weight, places[0], places[1], self.lora.scale)
         return found
 
     def check_shape(self, entry: Entry) -> None:
@@ -154,6 +155,12 @@ class ModelWeights:
             raise ConversionError(
                 f"{stored.folder}: {stored.key} is {list(stored.shape)}, expected {list(wanted)} from its arguments"
             )
+
+
+def base_fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's tensors (for now of their names and shapes)."""
+    reader = CheckpointReader(folder)
+    return fingerprint({key: str((t.shape, t.dtype)) for key, t in reader.tensors.items()})
 
 
 def check_base(adapters: Path, base: Path, arguments: Mapping[str, Any]) -> None:

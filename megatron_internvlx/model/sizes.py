@@ -19,6 +19,7 @@ from megatron_internvlx.config import (
     grid_side,
     settings_from,
 )
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.recipe import similar
 
@@ -141,6 +142,7 @@ def model_sizes(arguments: Arguments) -> ModelSizes:
     arguments = as_mapping(arguments)
     get = arguments.get
     vision, compression = vision_config(arguments), settings_from(arguments, CompressionSettings)
+    lora = settings_from(arguments, LoraSettings)
     layers, hidden, heads = (arguments[n] for n in ("num_layers", "hidden_size", "num_attention_heads"))
     check_compression(compression, patches=vision.patches_per_side, num_layers=layers)
     high = grid_side(vision.patches_per_side, compression.high_ratio, "--high-ratio")
@@ -176,18 +178,8 @@ def model_sizes(arguments: Arguments) -> ModelSizes:
         qkv_bias=bool(get("add_qkv_bias")),
         qk_norm=bool(get("qk_layernorm")),
         tied=not get("untie_embeddings_and_output_weights"),
-        lora_rank=get("lora_rank") or 0,
-        lora_targets=adapted_parts(arguments),
-    )
-
-
-def adapted_parts(arguments: Arguments) -> frozenset[str]:
-    """Targets of the adapters that arguments ask for; empty without adapters."""
-    get = as_mapping(arguments).get
-    return (
-        frozenset(get("lora_targets") or ("decoder_attention", "decoder_mlp"))
-        if get("lora_rank")
-        else frozenset()
+        lora_rank=lora.lora_rank or 0,
+        lora_targets=frozenset(lora.targets),
     )
 
 

@@ -59,6 +59,7 @@ from operator import mul
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_internvlx.config import PVTC_MLP_RATIO, VisionSettings, settings_from
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import StageLayers
@@ -101,7 +102,7 @@ class MemoryModel:
         local = settings_from(args, Precision).transformer_impl == "local"
         backward = BackwardSettings.from_args(args)
         copies = local or settings_from(args, VisionSettings).vision_attention == "torch"
-        dropped = bool(getattr(args, "lora_dropout", 0.0))
+        dropped = settings_from(args, LoraSettings).lora_dropout > 0
         return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local, copies, dropped)
 
     @property

@@ -19,8 +19,9 @@ from typing import Literal
 
 from megatron_internvlx.config import PVTC_MLP_RATIO, TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.data.plan import PhasePlan, SequencePlan
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.internvit_config import InternViTConfig
-from megatron_internvlx.model.sizes import ModelSizes, adapted_parts
+from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.planning.adapters import (
     AdaptedLinear,
     decoder_attention,
@@ -42,10 +43,6 @@ Kind = Literal[
     "adapters",
     "mlp_adapters",
 ]
-OWNERS: dict[str, Owner] = {
-    "decoder_attention": "llm", "decoder_mlp": "llm", "vision": "vision", "projectors": "projectors",
-}  # fmt: skip
-"""Owner of each part that can have adapters."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,7 @@ class BackwardSettings:
     modules: frozenset[str] = frozenset()
     """Megatron's --recompute-modules of selective recompute; core_attn, mlp, moe and
     shared_experts hold matrix products, the others cost none."""
-    adapted: frozenset[Owner] = frozenset()
+    adapted: frozenset[str] = frozenset()
     """Parts with adapters: these are trained, and the part's own weights are not."""
 
     @classmethod
@@ -263,7 +260,7 @@ class BackwardSettings:
             settings_from(args, VisionSettings).vision_recompute,
             frozenset(_recomputed_layers(args, again)) if full else frozenset(),
             frozenset(again.recompute_modules or ["core_attn"]) if selective else frozenset(),
-            frozenset(OWNERS[target] for target in adapted_parts(args)),
+            settings_from(args, LoraSettings).parts,
         )
 
     def trains(self, owner: Owner) -> bool:
