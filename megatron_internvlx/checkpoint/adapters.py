@@ -125,7 +125,8 @@ class AdaptedWeight:
 
     def _initial_a(self, rank: int, seed: int) -> Tensor:
         shape = self.shapes(rank)[0]
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(self.names[0].encode()))
+        # torch uses 32 bits of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.names[0]}".encode()))
         return torch.empty(shape).uniform_(-(shape[2] ** -0.5), shape[2] ** -0.5, generator=generator)
 
 

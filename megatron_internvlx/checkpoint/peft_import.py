@@ -20,7 +20,7 @@ from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.merger import common_state
 from megatron_internvlx.checkpoint.peft_files import CONFIG, ROOT, WEIGHTS, loaded_table, module_of
 from megatron_internvlx.checkpoint.safetensors_io import TensorInfo, read_tensor, tensor_infos
-from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT, base_fingerprint
+from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT
 from megatron_internvlx.checkpoint.target import file_stamps, fingerprint, new_directory
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
@@ -29,6 +29,7 @@ from megatron_internvlx.checkpoint.torch_dist_write import (
     save_tensor,
     write_metadata,
 )
+from megatron_internvlx.lifecycle.base import base_fingerprint
 from megatron_internvlx.lora_settings import TARGETS, LoraSettings
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight")

@@ -13,7 +13,6 @@ from megatron_internvlx.checkpoint.adapters import AdaptedWeight, adapted_weight
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.ops import our_shape
-from megatron_internvlx.checkpoint.target import fingerprint
 from megatron_internvlx.checkpoint.torch_dist import (
     CheckpointReader,
     StoredTensor,
@@ -22,6 +21,7 @@ from megatron_internvlx.checkpoint.torch_dist import (
 )
 from megatron_internvlx.config import settings_from
 from megatron_internvlx.data.rvtc import stored_policy
+from megatron_internvlx.lifecycle.base import base_fingerprint
 from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.sizes import ModelSizes
 
@@ -157,15 +157,12 @@ class ModelWeights:
             )
 
 
-def base_fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's tensors (for now of their names and shapes)."""
-    reader = CheckpointReader(folder)
-    return fingerprint({key: str((t.shape, t.dtype)) for key, t in reader.tensors.items()})
-
-
 def check_base(adapters: Path, base: Path, arguments: Mapping[str, Any]) -> None:
     """Check that a base is the one on which adapters were trained. Raises ConversionError with both fingerprints."""
-    wanted, found = arguments.get(BASE_FINGERPRINT), base_fingerprint(base)
+    try:
+        wanted, found = arguments.get(BASE_FINGERPRINT), base_fingerprint(base)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     if wanted != found:
         raise ConversionError(
             f"{base} (fingerprint {found}) is not the base of the adapters in {adapters}, which is "
