@@ -1,7 +1,8 @@
 """Adapters in PEFT, in Megatron and merged: the same logits, for every family of decoders.
 
 Adapters are made by peft itself on an exported base, with random values, and imported. Measured worst differences of
-logits, fp32 (values up to 6): {NUMBERS}.
+logits, fp32 (values up to 4.5, which the adapters change by 2.6 to 5): PEFT after a round trip 3.5e-6, merged 4.6e-6,
+Megatron's own adapters 3.6e-6. Adapters under half their scale differ by 1.
 """
 
 import json
