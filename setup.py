@@ -62,6 +62,7 @@ EXTRAS = {
         "uv",
         "nbclient",  # runs the notebook of the quickstart
         "ipykernel",
+        "peft",  # what others load our adapters with
     ],
     # For an environment of its own: vLLM wants an older transformers (tools/vllm_env.sh).
     "vllm": ["vllm>=0.32,<0.33"],
