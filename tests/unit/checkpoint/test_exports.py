@@ -14,11 +14,12 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.export_plan import plan_export, read_arguments
+from megatron_internvlx.checkpoint.export_plan import plan_export
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card
+from megatron_internvlx.checkpoint.sources import read_arguments
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.evaluation.hf_model import load_model
