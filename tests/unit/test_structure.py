@@ -20,6 +20,7 @@ ORDER = [
         "refusals",
         "ranges",
         "config",
+        "lora_settings",
         "megatron_settings",
         "usage",
         "precision",
