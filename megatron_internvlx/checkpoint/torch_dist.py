@@ -114,6 +114,10 @@ class CheckpointReader:
         key, place = self.find(full_name)
         return read_stored(self.folder, self.tensors[key], place)
 
+    def holds(self, full_name: str) -> bool:
+        """Whether a tensor is in the checkpoint."""
+        return location(full_name)[0] in self.tensors or full_name in self.tensors
+
     def find(self, full_name: str) -> tuple[str, int | None]:
         """Find (key, index along the leading dimension or None) of a tensor. Raises ConversionError."""
         key, place = location(full_name)
