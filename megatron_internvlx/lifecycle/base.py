@@ -112,7 +112,7 @@ def check_base(args: argparse.Namespace) -> None:
             with; for a checkpoint of adapters where weights are expected, and the reverse.
     """
     lora, checkpoints = settings_from(args, LoraSettings), settings_from(args, CheckpointFiles)
-    source = resumed_checkpoint(args) or _folder(checkpoints.load)
+    source = resumed_checkpoint(args) or _folder(checkpoints.load, checkpoints.ckpt_step)
     made = _arguments_in(source)
     if lora.lora_rank is None:
         _refuse_adapters(checkpoints, source, made)
@@ -197,9 +197,11 @@ def _check_adapters(
         )
 
 
-def _folder(path: str | None) -> Path | None:
-    """Newest checkpoint in a directory that a flag names; None for none, and for a URL."""
-    return None if not path or is_url(path) else files.newest_checkpoint(Path(path))
+def _folder(path: str | None, step: int | None = None) -> Path | None:
+    """Checkpoint of a step, or the newest, in a directory that a flag names; None for none, and for a URL."""
+    if not path or is_url(path):
+        return None
+    return files.checkpoint_directory(Path(path), step) if step else files.newest_checkpoint(Path(path))
 
 
 def _arguments_in(checkpoint: Path | None) -> argparse.Namespace | None:
