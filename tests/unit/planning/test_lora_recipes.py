@@ -89,3 +89,10 @@ def test_adapters_on_the_projectors_of_8b(monkeypatch: pytest.MonkeyPatch) -> No
     assert needed(plan) == pytest.approx(stated(recipe, r"lora_78b_8gpu.yaml: (\d+) GiB"), abs=0.5)
     saved = 14 * trained_parameters(plan.model) / 1e9
     assert saved == pytest.approx(stated(recipe, r"checkpoints of (0\.\d) GB"), abs=0.05)
+
+
+def test_the_demo_learns_on_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dryrun.check(dry(monkeypatch, FOLDER / "lora_demo_cpu.yaml"))
+    assert plan.parallel.world_size == 2
+    # Adapters in four layers of the decoder, and projectors.
+    assert {part.name for part in plan.stages[0].state.parts if part.adapters} == {"decoder_adapters"}
