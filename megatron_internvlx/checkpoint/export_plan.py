@@ -99,6 +99,7 @@ def plan_export(
     like: Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
+    remote_code: bool = False,
 ) -> ExportPlan:
     """Determine layout, names, types and files of an export.
 
@@ -108,6 +109,7 @@ def plan_export(
         like: directory with a tokenizer and, if the model was imported, the original's files.
         dtype: type of all weights; None: that of the original, or else of training.
         max_shard_size: maximum size of a weight file in bytes.
+        remote_code: write our own names and the code to run them without LVTC too.
 
     Raises ConversionError.
     """
@@ -123,7 +125,7 @@ def plan_export(
         raise ConversionError(
             f"{folder}: its arguments do not describe a model of this project: {reason}"
         ) from error
-    layout = _layout(sizes, notes)
+    layout = "internvlx" if remote_code else _layout(sizes, notes)
     if side is not None and layout == notes.get("layout") != "internvlx":
         read_object(side / "config.json")
     entries = table(sizes, family, layout)
@@ -148,10 +150,15 @@ def plan_export(
 
 
 def _layout(sizes: ModelSizes, notes: Mapping[str, Any]) -> str:
-    """Layout of the export: internvlx with LVTC, the original's for a model with MLP projector, else chat."""
-    if sizes.injection_layers:
-        return "internvlx"
+    """Layout of the export.
+
+    internvlx with LVTC, or if the original had that layout without LVTC; else the original's for a model with MLP
+    projector; else chat.
+    """
     source = notes.get("layout", "chat")
+    without = source == "internvlx" and notes.get("arguments", {}).get("expand_layer") is None
+    if sizes.injection_layers or without:
+        return "internvlx"
     if source == "internvlx" or (source != "chat" and sizes.projector != "mlp"):
         return "chat"
     return source

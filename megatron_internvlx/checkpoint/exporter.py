@@ -167,6 +167,7 @@ def export_checkpoint(
     like: Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
+    remote_code: bool = False,
     processes: int = 2,
     quiet: bool = False,
 ) -> ExportPlan:
@@ -174,7 +175,9 @@ def export_checkpoint(
 
     Adapters are merged into their base's weights in fp32. Raises ConversionError; `directory` then does not exist.
     """
-    plan = plan_export(load, base=base, like=like, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_export(
+        load, base=base, like=like, dtype=dtype, max_shard_size=max_shard_size, remote_code=remote_code
+    )
     if plan.layout == "internvlx":
         check_tokenizer(plan)
     by_file: dict[str, dict[str, TensorInfo]] = {}

@@ -70,9 +70,11 @@ def run_export(options: argparse.Namespace) -> int:
 
     plan = export_checkpoint(
         options.load, options.hf, base=options.base, like=options.like, dtype=options.dtype,
-        max_shard_size=options.max_shard_size, processes=options.processes, quiet=options.quiet,
+        max_shard_size=options.max_shard_size, remote_code=options.remote_code, processes=options.processes,
+        quiet=options.quiet,
     )  # fmt: skip
-    kinds = {"chat": "released InternVL layout", "internvlx": "with remote code (LVTC)"}
+    lvtc = "LVTC" if plan.sizes.injection_layers else "no LVTC"
+    kinds = {"chat": "released InternVL layout", "internvlx": f"with remote code ({lvtc})"}
     total = sum(info.nbytes for info in plan.tensors.values())
     kind = kinds.get(plan.layout, "transformers' InternVL layout")
     if problem := tokenizer_problem(options.hf):

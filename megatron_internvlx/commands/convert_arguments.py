@@ -107,6 +107,8 @@ def _export_parser() -> argparse.ArgumentParser:
         "(unset: CKPT/hf, or the tokenizer used in training)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
+    add("--remote-code", action="store_true",
+        help="without LVTC too, write our names and code, for transformers serve and our vLLM plugin")  # fmt: skip
     add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
     _add_common_arguments(it)
     return it

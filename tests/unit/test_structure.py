@@ -39,6 +39,7 @@ ORDER = [
     ("lifecycle",),
     ("checkpoint",),
     ("evaluation",),
+    ("harness",),
     ("chat",),
     ("launch",),
     ("commands",),
