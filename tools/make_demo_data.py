@@ -142,8 +142,8 @@ def make_demo_data(
     The files are written to a temporary directory next to `out`, which is renamed at the end, so a killed run
     leaves no incomplete data set. Raises ValueError if `out` has other content.
     """
-    settings = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed, "vocab_size": vocab_size}
-    settings |= {"only": only} if only else {}
+    settings: dict[str, Any] = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed}
+    settings |= {"vocab_size": vocab_size, **({"only": only} if only else {})}
     found = _read_settings(out)
     if found == settings and not force:
         return False

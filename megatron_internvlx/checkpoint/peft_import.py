@@ -1,4 +1,4 @@
-"""Import a PEFT directory of adapters to a checkpoint from which training goes on, over a base in our format."""
+"""Import a PEFT directory of adapters to a checkpoint from which training continues, over a base in our format."""
 
 from __future__ import annotations
 
