@@ -36,7 +36,7 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What is used of an adapter_config.json."""
+    """Settings of an adapter_config.json."""
 
     rank: int
     alpha: float
