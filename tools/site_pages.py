@@ -36,6 +36,7 @@ ASSETS = ["benchmarks/results/*.png", "docs/*.png", "docs/assets/*.png", "CITATI
 ROOMS = [
     "platform", "data", "parallel", "model", "planning", "training", "reporting", "lifecycle", "checkpoint",
     "evaluation", "harness", "chat", "commands", "hf",
+    "evaluation", "serving", "chat", "commands", "hf",
 ]  # fmt: skip
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~)")
