@@ -47,6 +47,8 @@ REQUIRED = [
 EXTRAS = {
     # For machines with CUDA only: Megatron prefers Transformer Engine's optimizer, which has no CPU version.
     "gpu": ["transformer-engine[pytorch]>=2.8"],
+    # What `transformers serve` needs besides: OpenAI's types of requests, and placement on devices.
+    "serve": ["transformers[serving]"],
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -60,6 +62,7 @@ EXTRAS = {
         "uv",
         "nbclient",  # runs the notebook of the quickstart
         "ipykernel",
+        "peft",  # what others load our adapters with
     ],
     # For an environment of its own: vLLM wants an older transformers (tools/vllm_env.sh).
     "vllm": ["vllm>=0.32,<0.33"],
@@ -83,6 +86,8 @@ setup(
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     entry_points={
         "console_scripts": ["ivlx = megatron_internvlx.commands.ivlx:main"],
+        # Read by lmms-eval where it is installed (tools/eval_env.sh).
+        "lmms_eval.models": ["internvlx = megatron_internvlx.harness.lmms_eval_model:manifest"],
         "vllm.general_plugins": ["internvlx = megatron_internvlx.serving.plugin:register"],
     },
     cmdclass={"build_py": BuildWithConstraints},

@@ -1,26 +1,26 @@
 """Quality against compression at demo scale: accuracy of every kind of question and step time, and a plot.
 
     python -m benchmarks.quality                     # quick: two combinations, 20 steps, to see that it runs
-    python -m benchmarks.quality --full              # every combination, 250 steps, 3 seeds
+    python -m benchmarks.quality --full              # every combination, 3 seeds
     python -m benchmarks.quality --full --only pvtc  # those whose name contains the word
     python -m benchmarks.quality --full --report     # no training: times the steps, writes table and plot
 
-{MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds, trained by the demo's recipe, but
-for 250 steps instead of 400, on the demo's drawn data; answers are counted on its held-out questions, kind by kind:
-digits, words and counts need detail that colours do not. A run takes one core and two to three minutes of it; two
-processes with different `--only` use two cores. Each finished run is a line of results/quality_kinds.jsonl, with its commit and a digest of its recipe; runs
-that are there are not repeated, so it can be stopped and started again. A rule of RVTC that cuts every image of the
-data as another one does needs no run of its own: the same tiles and seed are the same run. Step times are taken at
-the end, all combinations in turns on the same 16 samples.
+{MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds on the demo's drawn data. As in the
+paper, all start from one trained vision encoder and decoder (the demo's, kept in runs/quality) with new projectors,
+and train 80 steps more by the demo's recipe; answers are counted on the held-out questions, kind by kind: digits,
+words and counts need detail that colours do not. A run takes one core and about a minute of it; two processes with
+different `--only` use two cores, once the trained model is there. Each finished run is a line of
+results/quality_kinds.jsonl, with its commit and a digest of its recipes; runs that are there are not repeated, so it
+can be stopped and started again. A rule of RVTC that cuts every image of the data as another one does needs no run of
+its own: the same tiles and seed are the same run. Step times are taken at the end, all combinations in turns on the
+same 16 samples.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,60 +32,25 @@ import yaml
 
 from benchmarks.common import RESULTS, ROOT, Worker, commit, interleaved, write
 from benchmarks.quality_report import EXPANSIONS, RULES, Combination, Run, of, plot, report_lines
+from benchmarks.quality_runs import (
+    BASE,
+    BASE_SEED,
+    COMBINATIONS,
+    demo_recipe,
+    digest,
+    recipe,
+    start_of,
+    train,
+    trained_base,
+)
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
 from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.model.presets import preset
-from megatron_internvlx.reporting.picture import accuracy_by_kind, read_predictions
 
-LAYERS = 4  # of the preset internvlx_demo
-COMBINATIONS: list[Combination] = list(itertools.product(("mlp", "pvtc"), EXPANSIONS, RULES))
 SEEDS = (1, 2, 3)
-STEPS = 250  # shorter than the demo's: where not every kind is learnt to the end, differences show
+BASE_STEPS, STEPS = 400, 80
+WORK = ROOT / "runs" / "quality"
 TIMED = 16  # images per timed step
-
-
-def demo_recipe() -> dict[str, Any]:
-    """Settings of `make demo`."""
-    return dict(yaml.safe_load((ROOT / "examples" / "demo" / "demo.yaml").read_text()))
-
-
-def recipe(combination: Combination, seed: int, steps: int) -> dict[str, Any]:
-    """The demo's recipe with this combination, on one rank."""
-    projector, expansion, rvtc = combination
-    quarters = EXPANSIONS[expansion]
-    return demo_recipe() | {
-        "pipeline_model_parallel_size": 1,
-        "projector": projector,
-        "expand_layer": quarters and quarters * LAYERS // 4,
-        "rvtc": rvtc,
-        "seed": seed,
-        "train_iters": steps,
-        "eval_interval": 10 * steps,  # only the one at the end
-        "save_interval": None,
-    }
-
-
-def train(data: Path, settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """One run in a process of its own: right and asked questions of every kind."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, answers = Path(folder) / "recipe.yaml", Path(folder) / "answers.jsonl"
-        path.write_text(yaml.safe_dump(settings))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-            "pretrain_vlm.py", "--recipe", str(path), "--data", str(data / "meta.json"),
-            "--valid-data", str(data / "meta_val.json"), "--tokenizer-model", str(data / "tokenizer"),
-            "--predictions-file", str(answers),
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"a run failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        return accuracy_by_kind(read_predictions(answers))
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """Names a recipe's content: a run of another recipe is another run."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def images_of(data: Path) -> list[tuple[int, int]]:
@@ -152,18 +117,26 @@ def read(path: Path) -> list[Run]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_missing(data: Path, log: Path, wanted: list[Combination], seeds: tuple[int, ...], steps: int) -> None:
+def run_digest(combination: Combination, seed: int, base_steps: int, steps: int) -> str:
+    """Names the recipes of a run: its own and that of what it starts from."""
+    return digest(recipe(BASE, BASE_SEED, base_steps), recipe(combination, seed, steps))
+
+
+def run_missing(
+    data: Path, log: Path, wanted: list[Combination], seeds: tuple[int, ...], base_steps: int, steps: int
+) -> None:
     """Train what is not in the log yet, seed by seed, so that an unfinished study covers all combinations."""
+    base = trained_base(data, WORK, base_steps)
     for seed, combination in itertools.product(seeds, wanted):
-        settings = recipe(combination, seed, steps)
+        name = run_digest(combination, seed, base_steps, steps)
         # Read anew each time: a second process may work on another part of the study.
-        if any(
-            (of(run), run["seed"], run["recipe"]) == (combination, seed, digest(settings))
-            for run in read(log)
-        ):
+        if any(run["recipe"] == name for run in read(log)):
             continue
+        start = start_of(base, combination, seed)
         line = dict(zip(("projector", "expansion", "rvtc"), combination, strict=True)) | {"seed": seed}
-        line |= {"kinds": train(data, settings), "recipe": digest(settings), "commit": commit()}
+        flags = ("--pretrained-checkpoint", str(start))
+        line |= {"kinds": train(data, recipe(combination, seed, steps), *flags)}
+        line |= {"recipe": name, "commit": commit()}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(line, flush=True)
@@ -174,12 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--full", action="store_true", help=f"every combination, {STEPS} steps")
+    parser.add_argument("--full", action="store_true", help="every combination, 3 seeds")
     parser.add_argument("--only", default="", help="combinations whose name contains this")
     parser.add_argument("--report", action="store_true", help="train nothing")
     chosen = parser.parse_args()
     name = "quality_kinds" if chosen.full else "quality_kinds-quick"
-    steps, seeds = (STEPS, SEEDS) if chosen.full else (20, SEEDS[:1])
+    base_steps, steps, seeds = (BASE_STEPS, STEPS, SEEDS) if chosen.full else (20, 20, SEEDS[:1])
     wanted = COMBINATIONS if chosen.full else [COMBINATIONS[0], COMBINATIONS[-2]]
     log = RESULTS / f"{name}.jsonl"
     RESULTS.mkdir(exist_ok=True)
@@ -191,8 +164,14 @@ def main() -> None:
         same = twins(sizes)
         distinct = list(dict.fromkeys((p, k, same[rule]) for p, k, rule in wanted))
         if not chosen.report:
-            run_missing(data, log, [key for key in distinct if chosen.only in " ".join(key)], seeds, steps)
-        runs = [run for run in read(log) if run["recipe"] == digest(recipe(of(run), run["seed"], steps))]
+            todo = [key for key in distinct if chosen.only in " ".join(key)]
+            run_missing(data, log, todo, seeds, base_steps, steps)
+        done = {(*of(run), run["seed"]): run for run in read(log)}
+        runs = [
+            run
+            for key, run in done.items()
+            if run["recipe"] == run_digest(key[:3], key[3], base_steps, steps)
+        ]
         missing = {(*key, seed) for key in distinct for seed in seeds} - {(*of(r), r["seed"]) for r in runs}
         if missing and not chosen.report:
             print(f"{len(missing)} runs are still to do; --report shows those that are there")
@@ -210,8 +189,9 @@ def main() -> None:
     tokens = {key: compression(sizes, key) for key in ms}
     plot(runs, ms, tokens, same, RESULTS / f"{name}.png")
     lines = report_lines(runs, ms, tokens, same)
-    lines[0] = f"{steps} steps of {demo_recipe()['global_batch_size']} samples per run, one rank; {lines[0]}"
-    lines[0] += f"![plot]({name}.png)"
+    size = demo_recipe()["global_batch_size"]
+    runs_text = f"{steps} steps of {size} samples per run, one rank, from a model of {base_steps} steps"
+    lines[0] = f"{runs_text} with new projectors; {lines[0]}![plot]({name}.png)"
     command_line = "python -m benchmarks.quality" + " --full" * chosen.full + " --report" * chosen.report
     write(name, "Quality against compression, by kind of question", command_line, lines)
 

@@ -31,9 +31,11 @@ from megatron_internvlx.config import (
     check_projector,
     check_static_budgets,
     settings_from,
+    untrained_parts,
 )
 from megatron_internvlx.data.epochs import epoch_steps
 from megatron_internvlx.data.rvtc import NAMES_VERSION
+from megatron_internvlx.lora_settings import LoraSettings, check_lora
 from megatron_internvlx.megatron_settings import Batches, Execution, ParallelSizes, Rotary, Schedule
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
@@ -152,7 +154,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_positions(settings_from(args, Rotary), batches.seq_length)
     _check_overlap(settings_from(args, Execution), sizes)
     train, data = settings_from(args, TrainSettings), settings_from(args, DataSettings)
-    precision = settings_from(args, Precision)
+    precision, fuses = settings_from(args, Precision), args.use_transformer_engine_op_fuser
+    check_lora(settings_from(args, LoraSettings), sizes.experts, sizes.hidden, fuses_operations=fuses)
     check_precision(
         precision,
         settings_from(args, DecoderWidths),
@@ -323,7 +326,8 @@ def _check_graph(
         # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
         "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
         "access; add --vision-attention torch or --freeze-vision)": (
-            not train.freeze_vision and settings_from(args, VisionSettings).vision_attention != "torch"
+            "vision" not in untrained_parts(train, settings_from(args, LoraSettings))
+            and settings_from(args, VisionSettings).vision_attention != "torch"
         ),
     }
     if asked := [what for what, on in refused.items() if on]:
@@ -335,7 +339,7 @@ def _check_graph(
 def _check_training(
     args: argparse.Namespace, train: TrainSettings, data: DataSettings, precision: Precision
 ) -> None:
-    if train.freeze_vision and train.freeze_llm and train.freeze_projectors:
+    if len(untrained_parts(train, settings_from(args, LoraSettings))) == 3:
         raise ValueError("--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train")
     if precision.bf16 and precision.fp16:
         raise ValueError("--bf16 and --fp16: set only one of them; --precision bf16 sets the first")

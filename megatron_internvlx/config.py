@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from megatron_internvlx.lora_settings import LoraSettings
+
 PVTC_HEADS = 16
 """Attention heads of PVTC, released."""
 PVTC_MLP_RATIO = 4
@@ -189,7 +191,21 @@ class RunSettings:
     """With --exit-signal-handler, a rank prints its stacks and exits if a step takes longer. 0: off."""
 
 
-SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, DataSettings, RunSettings)
+SETTINGS = (VisionSettings, CompressionSettings, TrainSettings, LoraSettings, DataSettings, RunSettings)
+
+
+def frozen_parts(train: TrainSettings, lora: LoraSettings) -> frozenset[str]:
+    """Parts of the model whose own weights are not trained: vision, projectors, llm.
+
+    A part with adapters is one of them, whether or not a --freeze flag names it.
+    """
+    flags = {"vision": train.freeze_vision, "projectors": train.freeze_projectors, "llm": train.freeze_llm}
+    return lora.parts | {part for part, frozen in flags.items() if frozen}
+
+
+def untrained_parts(train: TrainSettings, lora: LoraSettings) -> frozenset[str]:
+    """Parts of the model in which nothing is trained, adapters included: vision, projectors, llm."""
+    return frozen_parts(train, lora) - lora.parts
 
 
 def as_mapping(arguments: Arguments) -> Mapping[str, Any]:

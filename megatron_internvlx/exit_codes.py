@@ -13,7 +13,7 @@ TERMINATED = 143
 MEANINGS = {
     DONE: "done",
     FAILED: "an error of the program, or a negative result: `check` and `doctor` found something missing, `verify` a "
-    "difference above the tolerance, `scaling` a point that failed",
+    "difference above the tolerance, `check-export` an answer that differs, `scaling` a point that failed",
     MISTAKE: "wrong arguments, files or data: one message, and nothing was written",
     SAVE_FAILED: "the disk had no space for the last checkpoint; earlier ones are intact",
     AGAIN: "`lifecycle.resume` and `train.sbatch`: start the same run again, it continues",

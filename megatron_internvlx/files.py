@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 
 
 def iterations(save: Path) -> list[int]:
@@ -20,6 +23,56 @@ def iterations(save: Path) -> list[int]:
 def checkpoint_directory(save: Path, iteration: int) -> Path:
     """Directory in which Megatron saves the checkpoint of an iteration."""
     return save / f"iter_{iteration:07d}"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Directory of the checkpoint that Megatron loads from `folder`, an import or a run; None without one."""
+    try:
+        latest = (folder / TRACKER).read_text(errors="replace").strip()
+    except OSError:
+        return None
+    if latest != RELEASE and not latest.isdecimal():
+        return None
+    checkpoint = folder / RELEASE if latest == RELEASE else checkpoint_directory(folder, int(latest))
+    return checkpoint if checkpoint.is_dir() else None
+
+
+class FileWindow(io.RawIOBase):
+    """File object for a range of bytes of an open file; torch reads tensors from it without a copy.
+
+    Args:
+        file: the file, opened in binary mode.
+        start: first byte of the range.
+        length: number of its bytes.
+    """
+
+    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        """Whether it can be read: always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether `seek` works: always."""
+        return True
+
+    def tell(self) -> int:
+        """Position in the range, in bytes."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position in the range; returns it."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer from the present position on; returns the number of bytes."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(self._length - self._at, 0)]
+        got = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
+        self._at += got
+        return got
 
 
 @contextmanager

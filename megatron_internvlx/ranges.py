@@ -52,6 +52,10 @@ RANGES = _table(
     ("vision_drop_path projector_drop_path", Range(*_RATE, "the share that is dropped", "high")),
     ("expand_layer inject_layers", Range(0, 65_536, "a decoder layer, counted from 0")),
     ("low_ratio high_ratio", Range(*_RATE, "tokens per patch along a side", "low")),
+    # Adapters
+    ("lora_rank", Range(1, 65_536, "the rank of the adapters, such as 16")),
+    ("lora_alpha", Range(0, 1e6, "the scale of the adapters, such as 32", "low")),
+    ("lora_dropout", Range(*_RATE, "the share that is dropped", "high")),
     # Samples and packs
     ("shallow_seq_length seq_length max_position_embeddings", Range(1, _LARGE, "tokens")),
     ("max_tiles_per_pack min_tiles max_tiles", Range(1, 65_536, "tiles")),

@@ -23,6 +23,7 @@ EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall "
     "--qk-layernorm --moe-router-load-balancing-type"
 )
+LORA = "--lora-rank 3 --lora-alpha 9"
 STATIC = "--boundary static --seq-length 160 --shallow-seq-length 80 --max-tiles-per-pack 8 --max-tiles 4"
 
 
@@ -56,6 +57,13 @@ SETTINGS = {
     "bf16": Setting("--bf16", same_weights="lvtc", loose=True),
     "experts": Setting(f"{EXPERTS} none"),
     "balanced": Setting(f"{EXPERTS} aux_loss --moe-aux-loss-coeff 1e-2", same_weights="experts"),
+    # Of adapters; tests/parallel/test_lora.py has their layouts.
+    "adapters": Setting(f"{LORA} --freeze-vision"),
+    "adapters everywhere": Setting(f"{LORA} --lora-targets decoder_attention decoder_mlp vision projectors"),
+    "adapters of the decoder": Setting(f"{LORA} --freeze-vision --freeze-projectors"),
+    "adapters beside experts": Setting(
+        f"{EXPERTS} none {LORA} --freeze-vision --lora-targets decoder_attention"
+    ),
 }
 
 

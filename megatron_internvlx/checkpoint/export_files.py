@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_internvlx.checkpoint.checks import read_object
+from megatron_internvlx.checkpoint.end_token import SETTINGS, add_stop_token, token_text
 from megatron_internvlx.checkpoint.hf_write import chat_config, image_settings
 from megatron_internvlx.checkpoint.importer import NOTES
 from megatron_internvlx.checkpoint.remote_code import (
+    TEMPLATE_FILE,
     has_chat_template,
     model_card,
     write_chat_template,
@@ -18,6 +21,7 @@ from megatron_internvlx.checkpoint.remote_code import (
     write_remote_code,
 )
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, PICKLES
+from megatron_internvlx.data.conversation import Template, get_template
 
 if TYPE_CHECKING:
     from megatron_internvlx.checkpoint.export_plan import ExportPlan
@@ -53,6 +57,8 @@ def write_files(plan: ExportPlan, partial: Path) -> None:
     if not (same and _keeps_template(plan, partial)):
         write_chat_template(plan, partial)
     write_processor(plan, partial)
+    if plan.iteration or not same:
+        add_stop_token(partial, _template(plan).end)
     if (plan.iteration or not same) and not (partial / "README.md").exists():
         (partial / "README.md").write_text(model_card(plan, partial), encoding="utf-8")
 
@@ -71,7 +77,21 @@ def _keeps_template(plan: ExportPlan, partial: Path) -> bool:
     if original == ours and not has_chat_template(partial):
         return False
     named = original if plan.iteration else plan.notes.get("arguments", {}).get("conversation_template")
-    return named == ours
+    return named == ours and not (plan.iteration and _ends_with_eos(partial, _template(plan).end))
+
+
+def _template(plan: ExportPlan) -> Template:
+    return get_template(plan.arguments.get("conversation_template", "internvl2_5"))
+
+
+def _ends_with_eos(partial: Path, end: str) -> bool:
+    """Whether the directory's chat template writes the tokenizer's `eos_token`, and it is another one than `end`."""
+    files = (TEMPLATE_FILE, "chat_template.json", SETTINGS)
+    texts = [(partial / name).read_text(encoding="utf-8") for name in files if (partial / name).is_file()]
+    if not any(re.search(r'(?<!["\w])eos_token(?!["\w])', text) for text in texts):
+        return False
+    settings = read_object(partial / SETTINGS) if (partial / SETTINGS).is_file() else {}
+    return token_text(settings.get("eos_token")) != end
 
 
 def _keep_config(plan: ExportPlan, partial: Path, same_projector: bool) -> None:

@@ -15,14 +15,9 @@ from megatron_internvlx.checkpoint.families import FAMILIES
 from megatron_internvlx.checkpoint.hf_config import DTYPES, family_of
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE
 from megatron_internvlx.checkpoint.mapping import LAYOUTS, Entry, output_names, table
-from megatron_internvlx.checkpoint.ops import our_shape
-from megatron_internvlx.checkpoint.safetensors_io import (
-    SINGLE,
-    TensorInfo,
-)
+from megatron_internvlx.checkpoint.safetensors_io import SINGLE, TensorInfo
+from megatron_internvlx.checkpoint.sources import ModelWeights, StoredAdapter, with_present_rule
 from megatron_internvlx.checkpoint.target import group_by_size
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder
-from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 
 SHARD_BYTES = 5 * 10**9
@@ -48,41 +43,28 @@ class ExportPlan:
     tied_copy: str | None
     """Name of the stored copy of a tied output layer."""
     iteration: int
+    weights: ModelWeights
+    """Places of the stored tensors."""
+    adapters: Mapping[str, StoredAdapter]
+    """Adapters that the export merges, by our name of the weight."""
+    rounding: tuple[str, float] | None = None
+    """Of a finished export: weight in which rounding lost the largest share of an adapter's change, and the share."""
 
 
-def read_arguments(reader: CheckpointReader) -> tuple[dict[str, Any], str, int]:
-    """Read (arguments, family or "", iteration) of a checkpoint. Raises ConversionError."""
-    common = reader.common()
-    imported = common.get("internvlx")
-    if imported:
-        arguments = _with_present_rule(imported["arguments"], imported.get("rvtc_version"))
-        return arguments, imported["family"], 0
-    if common.get("args") is None:
-        raise ConversionError(f"{reader.folder}: it has no arguments, so its model is unknown")
-    arguments = dict(vars(common["args"]))
-    if "expand_layer" not in arguments:
-        raise ConversionError(f"{reader.folder}: not a checkpoint of this project (no InternVL-X settings)")
-    arguments = _with_present_rule(arguments, arguments.get("rvtc_version"))
-    return arguments, "", int(common.get("iteration", 0))
-
-
-def _with_present_rule(arguments: Mapping[str, Any], version: int | None) -> dict[str, Any]:
-    """Arguments with the present name of their RVTC rule; `version` is that of the names they were stored with."""
-    if "rvtc" not in arguments:
-        return dict(arguments)
-    return {**arguments, "rvtc": stored_policy(arguments["rvtc"], version)}
-
-
-def find_side(load: Path, arguments: Mapping[str, Any], given: Path | None) -> Path | None:
+def find_side(
+    load: Path, arguments: Mapping[str, Any], given: Path | None, base: Path | None = None
+) -> Path | None:
     """Find the directory with tokenizer and original config.json, or None.
 
-    Searched in this order: --like, next to the checkpoint, the tokenizer directory. Raises ConversionError if
-    --like does not exist.
+    Searched in this order: --like, next to the checkpoint, next to the base of its adapters, the tokenizer
+    directory. Raises ConversionError if --like does not exist.
     """
     if given is not None and not given.is_dir():
         raise ConversionError(f"--like {given}: no such directory")
     tokenizer = arguments.get("tokenizer_model")
-    for path in (given, load / SIDE, load.parent / SIDE, Path(tokenizer) if tokenizer else None):
+    roots = [load, *([base] if base is not None else [])]
+    beside = [*(root / SIDE for root in roots), *(root.parent / SIDE for root in roots)]
+    for path in (given, *beside, Path(tokenizer) if tokenizer else None):
         if path is not None and path.is_dir():
             return path
     return None
@@ -106,13 +88,14 @@ def read_notes(side: Path | None) -> dict[str, Any]:
                 f"{side / NOTES}: not written by an import ({entry!r}); remove it to export without it"
             )
     if "arguments" in notes:
-        notes["arguments"] = _with_present_rule(notes["arguments"], notes.get("rvtc_version"))
+        notes["arguments"] = with_present_rule(notes["arguments"], notes.get("rvtc_version"))
     return notes
 
 
 def plan_export(
     load: Path,
     *,
+    base: Path | None = None,
     like: Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
@@ -122,6 +105,7 @@ def plan_export(
 
     Args:
         load: checkpoint directory (the latest iteration is used) or the folder of one iteration.
+        base: checkpoint of the base of adapters; None: the one that the checkpoint of adapters names.
         like: directory with a tokenizer and, if the model was imported, the original's files.
         dtype: type of all weights; None: that of the original, or else of training.
         max_shard_size: maximum size of a weight file in bytes.
@@ -129,12 +113,11 @@ def plan_export(
 
     Raises ConversionError.
     """
-    folder = checkpoint_folder(load)
-    reader = CheckpointReader(folder)
-    arguments, family, iteration = read_arguments(reader)
-    side = find_side(load, arguments, like)
+    weights = ModelWeights(load, base)
+    folder, arguments = weights.folder, weights.model_arguments
+    side = find_side(load, arguments, like, weights.base_path)
     notes = read_notes(side)
-    family = family or notes.get("family") or family_of(arguments)
+    family = weights.family or notes.get("family") or family_of(arguments)
     try:
         sizes = model_sizes(arguments)
     except (KeyError, TypeError, ValueError) as error:
@@ -153,7 +136,7 @@ def plan_export(
     copy = notes.get("tied_copy") if original and sizes.tied else None
     infos: dict[str, TensorInfo] = {}
     for entry in entries:
-        _check_shape(reader, entry, sizes)
+        weights.check_shape(entry)
         for name, shape in zip(entry.theirs, entry.shapes, strict=True):
             kept = None if dtype else original.get(name, {}).get("dtype")
             infos[name] = TensorInfo("", shape, getattr(torch, kept or fallback))
@@ -161,19 +144,9 @@ def plan_export(
         infos[copy] = infos[output_names(family, layout)[1]]
     infos = _files(infos, original, max_shard_size)
     return ExportPlan(
-        folder,
-        arguments,
-        family,
-        layout,
-        sizes,
-        fallback,
-        tuple(entries),
-        infos,
-        side,
-        notes,
-        copy,
-        iteration,
-    )
+        folder, arguments, family, layout, sizes, fallback, tuple(entries), infos, side, notes, copy, weights.iteration,
+        weights, weights.adapters(sizes, entries),
+    )  # fmt: skip
 
 
 def _layout(sizes: ModelSizes, notes: Mapping[str, Any]) -> str:
@@ -198,20 +171,6 @@ def _model_dtype(original: Mapping[str, Any], arguments: Mapping[str, Any]) -> s
     return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
 
 
-def _check_shape(reader: CheckpointReader, entry: Entry, sizes: ModelSizes) -> None:
-    key, place = reader.find(entry.ours)
-    stored = reader.tensors[key].shape
-    stored = stored if place is None else stored[1:]
-    wanted = our_shape(entry.shapes)
-    vocabulary = entry.ours.endswith(("word_embeddings.weight", "output_layer.weight"))
-    # The vocabulary may be padded for the layout of training.
-    fits = stored[0] >= wanted[0] and stored[1:] == wanted[1:] if vocabulary else stored == wanted
-    if not fits:
-        raise ConversionError(
-            f"{reader.folder}: {key} is {list(stored)}, expected {list(wanted)} from its arguments"
-        )
-
-
 def _files(infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int) -> dict[str, TensorInfo]:
     """Assign a file to every tensor: the original's if all names are the same, else by size, in order."""
     kept = all(entry["file"].endswith(".safetensors") for entry in original.values())
@@ -225,6 +184,3 @@ def _files(infos: dict[str, TensorInfo], original: Mapping[str, Any], limit: int
         file = SINGLE if single else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         files |= {names[i]: file for i in group}
     return {name: TensorInfo(files[name], info.shape, info.dtype) for name, info in infos.items()}
-
-
-# ----------------------------------------------------------------------------------------- tensors

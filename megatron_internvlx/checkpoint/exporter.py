@@ -6,11 +6,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.checks import read_object
@@ -29,36 +30,44 @@ from megatron_internvlx.checkpoint.safetensors_io import (
     write_at,
     write_header,
 )
+from megatron_internvlx.checkpoint.sources import Location, StoredAdapter
 from megatron_internvlx.checkpoint.target import fingerprint, group_by_size, new_directory, run_units
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, StoredTensor
 
 UNIT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of our tensors: its table entry, its place, and the adapter to merge into it, if any."""
+
+    entry: Entry
+    stored: Location
+    adapter: StoredAdapter | None
 
 
 @dataclass(frozen=True)
 class Unit:
     """Group of tensors that one process reads, converts and writes."""
 
-    folder: str
     partial: str
-    items: tuple[tuple[Entry, StoredTensor, int | None], ...]
+    items: tuple[Item, ...]
     places: Mapping[str, tuple[str, int, str]]
     """File, position and type of each tensor by Hugging Face name."""
     copies: Mapping[str, str]
     """Tensors that are written twice: name -> name of the copy."""
 
 
-def write_unit(unit: Unit) -> int:
-    """Write the unit's tensors; returns their number."""
+def write_unit(unit: Unit) -> list[tuple[str, float]]:
+    """Write the unit's tensors; returns for each merged weight the share of its adapter's change that rounding lost."""
     torch.set_num_threads(1)
     writer = _UnitWriter(unit)
     try:
-        for entry, stored, place in unit.items:
-            if not writer.copy(entry, stored, place):
-                writer.convert(entry, stored, place)
+        for item in unit.items:
+            if not writer.copy(item):
+                writer.convert(item)
     finally:
         writer.close()
-    return writer.written
+    return writer.lost
 
 
 class _UnitWriter:
@@ -66,7 +75,7 @@ class _UnitWriter:
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
-        self.written = 0
+        self.lost: list[tuple[str, float]] = []
         self._descriptors: dict[str, int] = {}
 
     def close(self) -> None:
@@ -74,13 +83,13 @@ class _UnitWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def copy(self, entry: Entry, stored: StoredTensor, place: int | None) -> bool:
-        """Copy a tensor's bytes; returns False if its order or type must change."""
-        folder = Path(self.unit.folder)
+    def copy(self, item: Item) -> bool:
+        """Copy a tensor's bytes; returns False if its values, order or type must change."""
+        entry, stored = item.entry, item.stored.tensor
         types = {getattr(torch, self.unit.places[name][2]) for name in entry.theirs}
-        if not entry.op.keeps_order or types != {stored.dtype}:
+        if item.adapter is not None or not entry.op.keeps_order or types != {stored.dtype}:
             return False
-        runs = torch_dist.byte_ranges(folder, stored, place)
+        runs = torch_dist.byte_ranges(Path(item.stored.folder), stored, item.stored.place)
         if runs is None:
             return False
         begin = 0
@@ -96,13 +105,22 @@ class _UnitWriter:
             begin = end
         return True
 
-    def convert(self, entry: Entry, stored: StoredTensor, place: int | None) -> None:
-        """Read a tensor, convert its order and type, and write it."""
-        ours = torch_dist.read_stored(Path(self.unit.folder), stored, place)
-        for name, tensor in zip(entry.theirs, entry.op.to_theirs(ours), strict=True):
-            typed = tensor.to(getattr(torch, self.unit.places[name][2]))
+    def convert(self, item: Item) -> None:
+        """Read a tensor, merge its adapter, convert its order and type, and write it."""
+        entry, ours, change = item.entry, item.stored.read(), None
+        if item.adapter is not None:
+            change = item.adapter.change()
+            ours = ours.float() + change
+        exact = entry.op.to_theirs(ours)
+        typed = [
+            tensor.to(getattr(torch, self.unit.places[name][2]))
+            for name, tensor in zip(entry.theirs, exact, strict=True)
+        ]
+        for name, tensor in zip(entry.theirs, typed, strict=True):
             for descriptor, position in self._targets(name):
-                write_at(descriptor, tensor_bytes(typed), position)
+                write_at(descriptor, tensor_bytes(tensor), position)
+        if change is not None:
+            self.lost.append((entry.theirs[0], lost_share(exact, typed, change)))
 
     def _targets(self, name: str) -> Iterator[tuple[int, int]]:
         """Yield (file descriptor, position) of a tensor and of its copy, if any."""
@@ -110,12 +128,17 @@ class _UnitWriter:
             file, position, _ = self.unit.places[target]
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(Path(self.unit.partial) / file, os.O_WRONLY)
-            self.written += 1
             yield self._descriptors[file], position
 
 
+def lost_share(exact: Sequence[Tensor], rounded: Sequence[Tensor], change: Tensor) -> float:
+    """Share of a change of a weight that its rounding to another type lost, as a ratio of Frobenius norms."""
+    size = float(change.norm())
+    error = sum(float((r.float() - e).norm()) ** 2 for e, r in zip(exact, rounded, strict=True)) ** 0.5
+    return error / size if size else 0.0
+
+
 def _units(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> tuple[list[Unit], list[int]]:
-    reader = CheckpointReader(plan.folder)
     places = {
         name: (info.file, shards[info.file].offsets[name], str(info.dtype).removeprefix("torch."))
         for name, info in plan.tensors.items()
@@ -127,11 +150,11 @@ def _units(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> 
     for group in group_by_size(sizes, UNIT_BYTES):
         items = []
         for i in group:
-            key, place = reader.find(plan.entries[i].ours)
-            items.append((plan.entries[i], reader.tensors[key], place))
-        names = [n for entry, _, _ in items for n in entry.theirs]
+            ours = plan.entries[i].ours
+            items.append(Item(plan.entries[i], plan.weights.find(ours), plan.adapters.get(ours)))
+        names = [name for item in items for name in item.entry.theirs]
         mine = {n: places[n] for n in [*names, *(copies[n] for n in names if n in copies)]}
-        units.append(Unit(str(plan.folder), str(partial), tuple(items), mine, copies))
+        units.append(Unit(str(partial), tuple(items), mine, copies))
         totals.append(sum(sizes[i] for i in group))
     return units, totals
 
@@ -140,6 +163,7 @@ def export_checkpoint(
     load: Path,
     directory: Path,
     *,
+    base: Path | None = None,
     like: Path | None = None,
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
@@ -149,28 +173,35 @@ def export_checkpoint(
 ) -> ExportPlan:
     """Write a checkpoint to the Hugging Face directory `directory`; see `plan_export` for the arguments.
 
-    Raises ConversionError; `directory` then does not exist.
+    Adapters are merged into their base's weights in fp32. Raises ConversionError; `directory` then does not exist.
     """
-    plan = plan_export(load, like=like, dtype=dtype, max_shard_size=max_shard_size, remote_code=remote_code)
+    plan = plan_export(
+        load, base=base, like=like, dtype=dtype, max_shard_size=max_shard_size, remote_code=remote_code
+    )
     if plan.layout == "internvlx":
         check_tokenizer(plan)
     by_file: dict[str, dict[str, TensorInfo]] = {}
     for name, info in plan.tensors.items():
         by_file.setdefault(info.file, {})[name] = info
     shards = {file: plan_shard(file, tensors) for file, tensors in by_file.items()}
-    metadata = (plan.folder / ".metadata").stat()
-    mark = fingerprint(
-        "export", str(plan.folder), metadata.st_mtime_ns, {n: str(i) for n, i in plan.tensors.items()}
-    )
+    mark = fingerprint("export", plan.weights.stamps(), {n: str(i) for n, i in plan.tensors.items()})
     needed = sum(shard.size for shard in shards.values()) + (64 << 20)
     with new_directory(directory, mark, needed) as target:
         for shard in shards.values():
             write_header(target.partial, shard)
         units, sizes = _units(plan, target.partial, shards)
-        run_units(target, units, write_unit, sizes=sizes, processes=processes, title="export", quiet=quiet)
+        results = run_units(
+            target, units, write_unit, sizes=sizes, processes=processes, title="export", quiet=quiet
+        )
         _write_index(plan, target.partial, shards)
         write_files(plan, target.partial)
-    return plan
+    return replace(plan, rounding=worst_rounding(results))
+
+
+def worst_rounding(results: Mapping[int, Sequence[tuple[str, float]]]) -> tuple[str, float] | None:
+    """Weight in which rounding lost most of an adapter's change, and the share; None if nothing was merged."""
+    lost = [(name, share) for result in results.values() for name, share in result]
+    return max(lost, key=lambda item: item[1], default=None)
 
 
 def _write_index(plan: ExportPlan, partial: Path, shards: Mapping[str, ShardPlan]) -> None:

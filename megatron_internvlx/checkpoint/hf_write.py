@@ -122,6 +122,7 @@ def remote_code_config(
             "AutoModel": model,
             "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
+            "AutoModelForMultimodalLM": model,
             "AutoProcessor": "processing_internvlx.InternVLXProcessor",
         },
         "model_type": "internvlx",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_internvlx import hf
 from megatron_internvlx.checkpoint.checks import has_tokenizer, read_object
+from megatron_internvlx.checkpoint.end_token import GENERATION, pad_id, stop_ids, token_text, write_end_token
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
@@ -39,7 +40,8 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
     config = remote_code_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype, ids)
     write_json(partial / "config.json", config)
     write_json(partial / PROCESSOR, processor_config(plan))
-    write_json(partial / "generation_config.json", generation_config(ids))
+    write_json(partial / GENERATION, generation_config(ids))
+    write_end_token(partial, template.end)  # last: the ids above include the end token of before
     (partial / "README.md").write_text(model_card(plan, partial), encoding="utf-8")
 
 
@@ -104,19 +106,24 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def token_ids(directory: Path, template: Template) -> dict[str, Any]:
-    """Token ids for config.json. Raises ConversionError if the tokenizer is missing or has no image token."""
+    """Token ids for config.json: `eos_token_id` lists every id that ends an answer.
+
+    These are the template's end, the tokenizer's own, and those of generation_config.json, which in an export has the
+    original tokenizer's. Raises ConversionError if the tokenizer is missing or has no image token.
+    """
     tokenizer = load_tokenizer(directory)
     image = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
     end = tokenizer.convert_tokens_to_ids(template.end)
     if image is None or image == tokenizer.unk_token_id:
         raise ConversionError(f"{directory}: its tokenizer has no token {IMG_CONTEXT}")
     eos = [i for i in (end, tokenizer.eos_token_id) if i is not None and i != tokenizer.unk_token_id]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    eos += [i for i in stop_ids(directory) if i < len(tokenizer)]
+    pads = (tokenizer.pad_token_id, pad_id(directory), tokenizer.eos_token_id)
     return {
         "image_token_id": image,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": sorted(set(eos)),
-        "pad_token_id": pad,
+        "pad_token_id": next((i for i in pads if i is not None), None),
     }
 
 
@@ -230,6 +237,8 @@ inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tenso
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
+
+`transformers serve DIRECTORY --trust-remote-code` answers OpenAI's chat requests with it.
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
 them. Megatron-InternVL-X answers questions with them, too: `ivlx evaluate --hf DIRECTORY --data meta.json`.
@@ -272,12 +281,25 @@ def model_card(plan: ExportPlan, directory: Path) -> str:
         *injections,
         ("Tile grid", grid_rule(plan.arguments)),
         ("Chat template", get("conversation_template", "internvl2_5")),
+        *_describe_end(directory),
         ("Weights", f"{plan.dtype}, {sum(i.nbytes for i in plan.tensors.values()) / 1e6:.1f} MB"),
         ("Data", _describe_data(plan)),
         ("Training", _describe_training(plan)),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return f"{_CARD.format(summary=_summary(plan), usage=_usage(plan, directory))}| | |\n|---|---|\n{rows}\n"
+
+
+def _describe_end(directory: Path) -> list[tuple[str, str]]:
+    """Row about the token that ends an answer; none if the directory does not say it."""
+    settings = directory / "tokenizer_config.json"
+    token = token_text(read_object(settings).get("eos_token")) if settings.is_file() else ""
+    stops = ", ".join(map(str, sorted(stop_ids(directory))))
+    if not (token and stops):
+        return []
+    return [
+        ("End of an answer", f"`{token}`, the tokenizer's `eos_token`; generation stops at the ids {stops}")
+    ]
 
 
 def _usage(plan: ExportPlan, directory: Path) -> str:

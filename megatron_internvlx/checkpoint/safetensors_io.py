@@ -69,7 +69,9 @@ class WeightFiles:
         files = self._files(allow_pickle)
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in (self._pickle_infos(file) if self.pickled else self._infos(file)).items():
+            for name, info in (
+                self._pickle_infos(file) if self.pickled else tensor_infos(directory, file)
+            ).items():
                 if name in self.tensors:
                     raise ConversionError(
                         f"{directory}: {name} is both in {self.tensors[name].file} and {file}"
@@ -109,20 +111,6 @@ class WeightFiles:
         index = self.directory / PICKLES[1]
         return _indexed_files(index, read_object(index), ".bin") if index.is_file() else pickles
 
-    def _infos(self, file: str) -> dict[str, TensorInfo]:
-        with _open_safetensors(self.directory / file) as handle:
-            infos = {}
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                view = handle.get_slice(name)
-                dtype = _TYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise ConversionError(
-                        f"{self.directory / file}: {name} has type {view.get_dtype()}; only "
-                        f"{', '.join(_TYPES)} can be converted"
-                    )
-                infos[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
-            return infos
-
     def _pickle_infos(self, file: str) -> dict[str, TensorInfo]:
         tensors = _load_pickle(self.directory / file, "meta")
         return {name: TensorInfo(file, tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -136,6 +124,21 @@ class WeightFiles:
                 f"{self.directory / INDEX} lists {len(absent)} tensors that are not in its files: "
                 f"{', '.join(absent[:10])}"
             )
+
+
+def tensor_infos(directory: Path, file: str) -> dict[str, TensorInfo]:
+    """Tensors of a safetensors file by name. Raises ConversionError for a broken file and for unknown types."""
+    with _open_safetensors(directory / file) as handle:
+        infos = {}
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            view = handle.get_slice(name)
+            dtype = _TYPES.get(view.get_dtype())
+            if dtype is None:
+                raise ConversionError(
+                    f"{directory / file}: {name} has type {view.get_dtype()}; only {', '.join(_TYPES)} can be converted"
+                )
+            infos[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
+        return infos
 
 
 @contextmanager

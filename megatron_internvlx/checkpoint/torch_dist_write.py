@@ -18,11 +18,11 @@ from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, location
 def checkpoint_keys(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
     """All keys of a tensor in a checkpoint, and its index along the leading dimension or None.
 
-    In a model with experts the second norm of a layer gets two keys: a dense layer stores it with the following
+    In a model with experts the second norm of a decoder layer gets two keys: a dense layer stores it with the following
     linear layer, a layer with experts under its own name, and the tensor's name does not show the kind of layer.
     """
     key, place = location(full_name)
-    both = has_experts and ".pre_mlp_layernorm." in full_name
+    both = has_experts and place is None and ".pre_mlp_layernorm." in full_name
     return ([key, full_name] if both else [key]), place
 
 

@@ -45,7 +45,12 @@ def model_of(request: Request) -> tuple[dict[str, Any], list[Entry]]:
         return recipe_of(plan, Path(request.hf)), [s.entry for s in plan.sources]
     assert request.load is not None
     exported = plan_export(Path(request.load))
-    return exported.arguments, list(exported.entries)
+    if exported.adapters and request.gradients:
+        raise ConversionError(
+            f"--grads: {request.load} holds adapters, and the weights under them have no gradients; verify its merged "
+            "weights, which ivlx export --save writes"
+        )
+    return exported.weights.arguments, list(exported.entries)
 
 
 _ARCHITECTURE = (
@@ -56,7 +61,7 @@ _ARCHITECTURE = (
     "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax",
     "moe_token_dispatcher_type", "vision_preset", "image_size", "patch_size", "select_layer",
     "vision_overrides", "projector", "pixel_shuffle_version", "expand_layer", "inject_layers", "low_ratio",
-    "high_ratio", "upsample",
+    "high_ratio", "upsample", "lora_rank", "lora_alpha", "lora_targets", "lora_rslora",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from megatron_internvlx.checkpoint.importer import make_tensor, plan_import  # n
 from megatron_internvlx.checkpoint.request import GRADIENTS, RECIPE, Request  # noqa: E402
 from megatron_internvlx.checkpoint.safetensors_io import WeightFiles  # noqa: E402
 from megatron_internvlx.checkpoint.shards import full_tensors, load_full  # noqa: E402
-from megatron_internvlx.checkpoint.torch_dist import CheckpointReader, checkpoint_folder  # noqa: E402
+from megatron_internvlx.checkpoint.sources import ModelWeights  # noqa: E402
 from megatron_internvlx.config import VisionSettings, settings_from  # noqa: E402
 from megatron_internvlx.data.plan import build_plan  # noqa: E402
 from megatron_internvlx.megatron_settings import Batches, Parallelism  # noqa: E402
@@ -52,10 +52,10 @@ class ConvertedWeights(Mapping[str, Tensor]):
     """Mapping of full names to tensors, converted on access, so that no tensor is in memory twice."""
 
     def __init__(self, request: Request) -> None:
-        self._reader: CheckpointReader | None = None
+        self._stored: ModelWeights | None = None
         self._sources: dict[str, Any] = {}
         if request.load:
-            self._reader = CheckpointReader(checkpoint_folder(Path(request.load)))
+            self._stored = ModelWeights(Path(request.load))
             return
         assert request.hf is not None
         self._folder = Path(request.hf)
@@ -66,12 +66,12 @@ class ConvertedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         name = _GROUPED.sub(r".experts.local_experts.\2.\1", name)
-        if self._reader is not None:
-            return self._reader.read(name)
+        if self._stored is not None:
+            return self._stored.find(name).read()
         return make_tensor(self._folder, self._sources[name], self._pickled, 0)
 
     def __contains__(self, name: object) -> bool:
-        if self._reader is not None:
+        if self._stored is not None:
             return True  # reading a missing tensor raises an error
         return _GROUPED.sub(r".experts.local_experts.\2.\1", str(name)) in self._sources
 

@@ -11,154 +11,36 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import preload_workers
+from megatron_internvlx.commands.convert_arguments import COMPRESSION, PARSERS
 from megatron_internvlx.commands.help import CommandParser
-from megatron_internvlx.commands.values import float_in_range, int_in_range, parse_size
-from megatron_internvlx.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE
+from megatron_internvlx.exit_codes import INTERRUPTED, MISTAKE
 
-CONTINUES = "The result gets its name when it is complete; the same command continues one that was killed."
-EXITS = {
-    DONE: "done",
-    MISTAKE: "wrong arguments or files, with one message and no incomplete output",
-    INTERRUPTED: "Ctrl-C; the same command continues",
-}
+if TYPE_CHECKING:
+    from megatron_internvlx.checkpoint.export_plan import ExportPlan
 
 
 def parser(command: str = "") -> argparse.ArgumentParser:
     """Create the parser of `import`, `export` or `verify`; with "", one that names the three."""
-    if command in _PARSERS:
-        return _PARSERS[command]()
+    if command in PARSERS:
+        return PARSERS[command]()
     it = CommandParser("import|export|verify", "Convert checkpoints, and verify the result.")
-    it.add_argument("command", choices=tuple(_PARSERS))
+    it.add_argument("command", choices=tuple(PARSERS))
     return it
-
-
-def _add_common_arguments(it: argparse.ArgumentParser) -> None:
-    work = it.add_argument_group("Work")
-    work.add_argument(
-        "--processes", type=int_in_range(1), default=min(4, os.cpu_count() or 1),
-        help="number of processes: one per core, at most four",
-    )  # fmt: skip
-    work.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _import_parser() -> argparse.ArgumentParser:
-    it = CommandParser(
-        "import",
-        "Convert a Hugging Face directory to a checkpoint that training starts from, in any layout.",
-        about=f"{CONTINUES} CKPT/recipe.yaml has the model's arguments, and settings to fine-tune it.",
-        examples=(
-            "hf download OpenGVLab/InternVL2-8B --local-dir InternVL2-8B   # a hub's name is not a directory",
-            "ivlx import --hf InternVL2-8B --save imported --projector pvtc --expand-layer 10 \\",
-            "    --inject-layers 16 --init-missing                         # new compressors for an InternVL",
-        ),
-        exits=EXITS,
-    )
-    add = it.add_argument
-    add("--hf", type=Path, metavar="DIR", required=True, help="directory with config.json and weights")
-    add("--save", type=Path, metavar="CKPT", required=True, help="checkpoint directory to write")
-    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
-    add("--init-missing", action="store_true",
-        help="initialise projectors that are missing or of another kind in the directory, and list them")  # fmt: skip
-    add("--list-tensors", action="store_true",
-        help="list every tensor that was initialised or not taken over (also in CKPT/hf/conversion.json)")  # fmt: skip
-    add("--seed", type=int_in_range(0), default=1234, help="random seed of initialised tensors")
-    add = it.add_argument_group("Compression of the new model (unset: that of the directory)").add_argument
-    add("--projector", choices=("pvtc", "mlp"), help="projector of the visual tokens")
-    layer = int_in_range(0, 65_536)
-    add("--expand-layer", type=layer, help="LVTC: 0-based decoder layer of the expansion")
-    add("--inject-layers", type=layer, nargs="*", help="LVTC: further layers with a projection")
-    share = float_in_range(0, 1, above=True)
-    add("--low-ratio", type=share, help="side ratio of tokens to patches before the expansion")
-    add("--high-ratio", type=share, help="the same from the expansion on")
-    add("--upsample", choices=("bilinear", "nearest"), help="LVTC: enlargement of the grid of tokens")
-    _add_common_arguments(it)
-    return it
-
-
-def _export_parser() -> argparse.ArgumentParser:
-    it = CommandParser(
-        "export",
-        "Convert a checkpoint to a Hugging Face directory, for AutoModel, AutoProcessor and generate.",
-        about=CONTINUES,
-        examples=(
-            "ivlx export --load runs/demo/checkpoints --hf demo-model",
-            "ivlx export --load stage2/iter_0004000 --hf InternVL-X-8B --dtype bfloat16",
-        ),
-        exits=EXITS,
-    )
-    add = it.add_argument
-    add(
-        "--load",
-        type=Path,
-        metavar="CKPT",
-        required=True,
-        help="checkpoint directory, or one iteration's folder",
-    )
-    add("--hf", type=Path, metavar="DIR", required=True, help="directory to write")
-    add("--like", type=Path, metavar="DIR",
-        help="directory with a tokenizer and, after an import, the original's other files "
-        "(unset: CKPT/hf, or the tokenizer used in training)")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
-    add("--remote-code", action="store_true",
-        help="without LVTC too, write our names and code, which AutoModel and transformers serve run")  # fmt: skip
-    add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
-    _add_common_arguments(it)
-    return it
-
-
-def _verify_parser() -> argparse.ArgumentParser:
-    it = CommandParser(
-        "verify",
-        "Run the Megatron model on given inputs, and compare it with the expected outputs.",
-        examples=(
-            "ivlx verify --hf InternVL2-8B --inputs CASE.safetensors --out OUT.safetensors",
-            "ivlx verify --load imported --inputs CASE.safetensors --out OUT.safetensors \\",
-            "    --tensor-model-parallel-size 2 --grads",
-        ),
-        exits={DONE: "done", FAILED: "a difference above the tolerance", MISTAKE: EXITS[MISTAKE]},
-    )
-    source = it.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--hf", type=Path, metavar="DIR", help="Hugging Face directory, converted while loading"
-    )
-    source.add_argument("--load", type=Path, metavar="CKPT", help="checkpoint")
-    add = it.add_argument
-    add("--inputs", type=Path, metavar="FILE", required=True,
-        help="safetensors: pixel_values, input_ids, labels, attention_mask, image_flags, and expected values "
-        "(or CASE.outputs.safetensors and CASE.grads.safetensors next to CASE.inputs.safetensors)")  # fmt: skip
-    add("--out", type=Path, metavar="FILE", required=True, help="safetensors file to write")
-    add("--grads", action="store_true", help="compute gradients of the loss too, under Hugging Face names")
-    add("--tolerance", type=float_in_range(0), default=1e-4, help="largest absolute difference")
-    add(
-        "--image-token-id", type=int_in_range(0), help="id of the image placeholder (unset: found in the ids)"
-    )
-    add("--allow-pickle", action="store_true", help="read pytorch_model*.bin; trust their author")
-    add = it.add_argument_group("Layout").add_argument
-    for kind, name in (("tensor", "TP"), ("pipeline", "PP"), ("expert", "EP")):
-        add(f"--{kind}-model-parallel-size", type=int_in_range(1), default=1, help=f"{name}: number of ranks")
-    add("--pipeline-model-parallel-layout", help="Megatron's layout string, such as 'Et|ttL'")
-    add("--num-virtual-stages-per-pipeline-rank", type=int_in_range(1), help="model chunks per pipeline rank")
-    add("--sequence-parallel", action="store_true", help="split the rows between layers over the TP ranks")
-    add("--nproc", type=int_in_range(1), help="number of processes (unset: the fewest that the layout needs)")
-    return it
-
-
-_PARSERS = {"import": _import_parser, "export": _export_parser, "verify": _verify_parser}
 
 
 def run_import(options: argparse.Namespace) -> int:
     """Run the subcommand `import`; returns the exit code."""
+    if options.peft:
+        return _import_adapters(options)
     from megatron_internvlx.checkpoint.importer import import_checkpoint
     from megatron_internvlx.checkpoint.summary import import_summary
 
-    names = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
-    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    changes = {name: getattr(options, name) for name in COMPRESSION if getattr(options, name) is not None}
     plan = import_checkpoint(
         options.hf, options.save, changes=changes, init_missing=options.init_missing, allow_pickle=options.allow_pickle,
         seed=options.seed, processes=options.processes, quiet=options.quiet,
@@ -168,14 +50,28 @@ def run_import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import_adapters(options: argparse.Namespace) -> int:
+    from megatron_internvlx.checkpoint.peft_import import import_peft
+    from megatron_internvlx.checkpoint.peft_summary import peft_import_summary
+
+    plan = import_peft(options.peft, options.save, options.base, seed=options.seed)
+    print("\n".join(peft_import_summary(plan, options.save, options.base)))
+    return 0
+
+
 def run_export(options: argparse.Namespace) -> int:
     """Run the subcommand `export`; returns the exit code."""
+    if options.peft:
+        return _export_adapters(options)
+    if options.save:
+        return _merge(options)
     from megatron_internvlx.checkpoint.exporter import export_checkpoint
     from megatron_internvlx.checkpoint.remote_code import grid_rule, tokenizer_problem
 
     plan = export_checkpoint(
-        options.load, options.hf, like=options.like, dtype=options.dtype, max_shard_size=options.max_shard_size,
-        remote_code=options.remote_code, processes=options.processes, quiet=options.quiet,
+        options.load, options.hf, base=options.base, like=options.like, dtype=options.dtype,
+        max_shard_size=options.max_shard_size, remote_code=options.remote_code, processes=options.processes,
+        quiet=options.quiet,
     )  # fmt: skip
     lvtc = "LVTC" if plan.sizes.injection_layers else "no LVTC"
     kinds = {"chat": "released InternVL layout", "internvlx": f"with remote code ({lvtc})"}
@@ -188,7 +84,52 @@ def run_export(options: argparse.Namespace) -> int:
         )
     print(f"{options.hf}: {len(plan.tensors)} tensors, {total / 1e9:.2f} GB, {kind}")
     print(f"images are cut into {grid_rule(plan.arguments)}")
+    _print_rounding(plan)
     return 0
+
+
+def _export_adapters(options: argparse.Namespace) -> int:
+    from megatron_internvlx.checkpoint.peft_files import export_peft
+
+    made = export_peft(
+        options.load, options.peft, base=options.base, base_name=options.base_name, dtype=options.dtype
+    )
+    lora, saved = made.plan.weights.lora, ", ".join(made.saved)
+    print(
+        f"{options.peft}: adapters of rank {lora.lora_rank} on {made.modules} modules"
+        f"{f', and whole: {saved}' if saved else ''}, {made.size / 1e9:.3f} GB, for PEFT"
+    )
+    if not options.base_name:
+        print(
+            "adapter_config.json names no base: give --base-name, or load the exported base first, then the adapters"
+        )
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from megatron_internvlx.checkpoint.merger import merge_checkpoint
+
+    plan = merge_checkpoint(
+        options.load, options.save, base=options.base, processes=options.processes, quiet=options.quiet
+    )
+    print(
+        f"{options.save}: {len(plan.entries)} tensors, {len(plan.adapters)} with an adapter merged into them"
+    )
+    _print_rounding(plan)
+    print(
+        f"train on with --pretrained-checkpoint {options.save}, export with ivlx export --load {options.save}"
+    )
+    return 0
+
+
+def _print_rounding(plan: ExportPlan) -> None:
+    """Print what rounding lost of the adapters that were merged, if anything was."""
+    if plan.rounding is not None and plan.rounding[1] > 0:
+        name, share = plan.rounding
+        print(
+            f"merged in fp32, then rounded: that lost at most {share:.2%} of an adapter's change of a weight ({name}); "
+            "PEFT's adapters are not rounded, and with --dtype float32 nothing is"
+        )
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -244,10 +185,12 @@ def _report(differences: list, tolerance: float) -> int:
 
 def check_paths(options: argparse.Namespace) -> None:
     """Check, before PyTorch is loaded, that inputs exist and outputs do not. Raises ConversionError."""
-    made = {"import": "save", "export": "hf", "verify": "out"}[options.command]
-    target = getattr(options, made)
+    made = {"import": ("save",), "export": ("hf", "peft", "save"), "verify": ("out",)}[options.command]
+    target = next(path for path in (getattr(options, name) for name in made) if path)
     if os.path.lexists(target):
         raise ConversionError(f"{target} exists already; remove it, or choose another name")
+    if options.command != "verify":
+        _check_adapter_paths(options)
     if options.command != "export" and options.hf:
         check_model_directory("--hf", options.hf)
     if options.command != "import" and options.load and not options.load.is_dir():
@@ -260,11 +203,41 @@ def check_paths(options: argparse.Namespace) -> None:
         raise ConversionError(f"--like {options.like}: no such directory")
 
 
+def _check_adapter_paths(options: argparse.Namespace) -> None:
+    """Check the paths and options of adapters. Raises ConversionError."""
+    base, peft = options.base, options.peft
+    if base is not None and not base.is_dir():
+        raise ConversionError(
+            f"--base {base}: {'a file, not a directory' if base.exists() else 'no such directory'}"
+        )
+    if options.command == "export":
+        if options.base_name and not peft:
+            raise ConversionError("--base-name is for adapters: it needs --peft")
+        if options.dtype and options.save:
+            raise ConversionError(
+                "--dtype: a merged checkpoint has the types of its base; leave it out with --save"
+            )
+        return
+    if not peft:
+        if base is not None:
+            raise ConversionError(f"--base {base}: a whole model has no base; it belongs to --peft")
+        return
+    if base is None:
+        raise ConversionError(f"--peft {peft}: adapters need --base, the checkpoint of the model under them")
+    changed = [name for name in COMPRESSION if getattr(options, name) is not None]
+    if changed or options.init_missing or options.allow_pickle:
+        names = [*changed, *(name for name in ("init_missing", "allow_pickle") if getattr(options, name))]
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise ConversionError(f"{flags}: adapters have their base's model; leave it out with --peft")
+    if not (peft / "adapter_config.json").is_file():
+        raise ConversionError(f"--peft {peft}: no adapter_config.json in it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
-    if command not in _PARSERS:
+    if command not in PARSERS:
         parser().parse_args(words)
         return MISTAKE  # not reached: it has no such choice
     options = parser(command).parse_args(words[1:], argparse.Namespace(command=command))
@@ -277,7 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             loading = "PyTorch and Megatron" if command == "verify" else "PyTorch"
             print(f"ivlx {command}: loading {loading} ...", file=sys.stderr, flush=True)
         if argv is None and command != "verify" and options.processes > 1:
-            preload_workers(f"megatron_internvlx.checkpoint.{command}er")
+            merges = command == "export" and options.save
+            preload_workers(f"megatron_internvlx.checkpoint.{'merg' if merges else command}er")
         return run(options)
     except ConversionError as error:
         print(f"ivlx {command}: {error}", file=sys.stderr)

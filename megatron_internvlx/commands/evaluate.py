@@ -12,6 +12,7 @@ from megatron_internvlx.commands.help import CommandParser
 from megatron_internvlx.commands.values import Number
 from megatron_internvlx.config import settings_from
 from megatron_internvlx.data.rejects import BadSample
+from megatron_internvlx.evaluation.metrics import METRICS, metric_lines
 from megatron_internvlx.exit_codes import DONE, MISTAKE
 
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         examples=(
             "ivlx evaluate --hf demo-model --data runs/demo/data/meta_val.json --out evaluation",
             "ivlx evaluate --hf InternVL-X-8B --data meta_val.json --limit 100 --dtype bfloat16",
+            "ivlx evaluate --hf InternVL-X-8B --data docvqa_val.json --metric anls --dtype bfloat16",
         ),
     )
     count = Number(positive_int, "INT")
@@ -45,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--data", type=Path, metavar="FILE", required=True, help="InternVL meta.json of the questions")
     add("--out", type=Path, metavar="DIR", default=Path("evaluation"), help="directory to write")
+    add(
+        "--metric",
+        choices=tuple(METRICS),
+        help="metric of all answers (unset: the key metric of each record, or exact_match)",
+    )
     add("--batch-size", type=count, default=8, help="answers per batch")
     add("--max-new-tokens", type=count, default=64, help="tokens per answer")
     add("--limit", type=count, help="maximum number of records (unset: all)")
@@ -74,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISTAKE
     for name in ("exact_match", "anls", "relaxed_accuracy"):
         print(f"{name.replace('_', ' '):17} {100 * scores[name]:6.2f} %")
+    for line in metric_lines(scores):
+        print(line)
     for kind, (right, asked) in scores["by_kind"].items():
         print(f"  {kind:15} {right:5} of {asked}")
     print(f"{scores['answers']} answers in {options.out}")

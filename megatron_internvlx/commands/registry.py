@@ -47,6 +47,7 @@ COMMANDS = (
     Command("train", _TRAIN, "train from a recipe: on the CPU, or on all GPUs of this machine", "train"),
     Command("evaluate", _USE, "answers to the questions of a data set, scored, with a page to look at", "evaluate"),
     Command("export", _USE, "a checkpoint as a Hugging Face directory, for AutoModel and generate", "convert", True),
+    Command("check-export", _USE, "the same answers by evaluate, generate, a server and vLLM", "check_export"),
     Command("chat", _USE, "talk with a model about pictures, in the terminal or a local web page", "chat"),
     Command("verify", _USE, "outputs and gradients of the Megatron model against expected ones", "convert", True),
     Command("plan", _MANY, "the best split of the layers over pipeline stages, and the time of a step", "plan"),

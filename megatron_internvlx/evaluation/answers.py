@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ from megatron_internvlx.data.manifest import Manifest, Record
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.sample import parse_record
 from megatron_internvlx.evaluation.generation import Generator, Sampling, answer_prompt, cut_of, strip_turns
-from megatron_internvlx.evaluation.scores import anls, exact_match, relaxed_accuracy
+from megatron_internvlx.evaluation.metrics import DEFAULT_METRIC, RIGHT_FROM, get_metric, summarize_metrics
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
+
+ALWAYS = ("exact_match", "anls", "relaxed_accuracy")
+"""Metrics of every answer, whichever its question names."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,66 @@ class Question:
     """Conversation before the answer; earlier answers are the expected ones."""
     text: str
     expected: str
+    references: tuple[str, ...] = ()
+    """Answers that are compared with, if they differ from `expected`; several where annotators were asked."""
+    metric: str = DEFAULT_METRIC
+    """Name in `evaluation.metrics.METRICS`."""
+    turns: tuple[Mapping[str, Any], ...] = ()
+    """Turns before the answer, in InternVL's form, with the expected earlier answers."""
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Answers that a metric compares with, at least one."""
+        return self.references or (self.expected,)
 
 
-def questions(manifest: Manifest, template: str, limit: int | None = None) -> Iterator[Question]:
-    """Yield a question for every answer of every record, in the data set's order; at most `limit` records."""
+def questions(
+    manifest: Manifest, template: str, limit: int | None = None, metric: str | None = None
+) -> Iterator[Question]:
+    """Yield a question for every answer of every record, in the data set's order.
+
+    Args:
+        manifest: records of the data.
+        template: name of the model's chat template.
+        limit: number of records at most; None: all.
+        metric: metric of all questions; None: that of each record, or else exact match.
+
+    Raises BadSample for a record that cannot be asked or scored.
+    """
     for position in range(min(len(manifest), limit or len(manifest))):
-        yield from _record_questions(manifest.record(position), template)
+        yield from _record_questions(manifest.record(position), template, metric)
 
 
-def _record_questions(record: Record, template: str) -> Iterator[Question]:
+def _record_references(record: Record, answered: int) -> list[tuple[str, ...]]:
+    """References of each of `answered` answers: the record's `answers`, empty where it has none."""
+    given = record.data.get("answers")
+    if given is None:
+        return [()] * answered
+    if answered == 1 and isinstance(given, list) and all(isinstance(one, str) for one in given):
+        given = [given]
+    fine = isinstance(given, list) and all(
+        isinstance(own, list) and own and all(isinstance(one, str) for one in own) for own in given
+    )
+    if not fine or len(given) != answered:
+        raise BadSample(
+            record.key,
+            "bad_message",
+            f"'answers' must be a list of texts for one gpt turn, or a list of such lists, one for each of the "
+            f"{answered} gpt turns",
+        )
+    return [tuple(own) for own in given]
+
+
+def _record_metric(record: Record, metric: str | None) -> str:
+    """Name of the metric of a record; `metric` overrides its own."""
+    name = metric or record.data.get("metric") or DEFAULT_METRIC
+    try:
+        return get_metric(name).name
+    except (TypeError, ValueError) as error:
+        raise BadSample(record.key, "bad_message", str(error)) from error
+
+
+def _record_questions(record: Record, template: str, metric: str | None) -> Iterator[Question]:
     paths, turns = parse_record(record)
     for number, turn in enumerate(turns):
         if turn.get("from") not in ("system", "human", "gpt") or not isinstance(turn.get("value"), str):
@@ -52,23 +106,22 @@ def _record_questions(record: Record, template: str) -> Iterator[Question]:
             record.key, "placeholder_mismatch", f"{placeholders} {IMAGE} placeholders for {len(paths)} images"
         )
     kinds = record.data.get("kinds") or [record.data.get("kind", "")]
+    references = _record_references(record, sum(turn["from"] == "gpt" for turn in turns))
+    metric = _record_metric(record, metric)
     answered = 0
     for number, turn in enumerate(turns):
         if turn["from"] != "gpt":
             continue
-        kind = kinds[min(answered, len(kinds) - 1)]
+        kind, own = kinds[min(answered, len(kinds) - 1)], references[answered]
         answered += 1
         prompt = answer_prompt(template, turns[: number + 1], record.key)
         seen = sum(t["value"].count(IMAGE) for t in turns[:number])
         question = next((t["value"] for t in reversed(turns[:number]) if t["from"] == "human"), "")
-        yield Question(
-            record.key,
-            kind,
-            tuple(paths[:seen]),
-            prompt,
-            without_images(question),
-            turn["value"],
-        )
+        text = without_images(question)
+        if fault := get_metric(metric).fault(own or (turn["value"],), text):
+            raise BadSample(record.key, "bad_message", fault)
+        asked = tuple(turns[:number])
+        yield Question(record.key, kind, tuple(paths[:seen]), prompt, text, turn["value"], own, metric, asked)
 
 
 class Answerer:
@@ -83,6 +136,8 @@ class Answerer:
     def __init__(self, model: Any, processor: InternVLXProcessor, max_new_tokens: int) -> None:
         self.generator, self.processor = Generator(model, processor), processor
         self.sampling = Sampling(max_new_tokens)
+        self.tokens = 0
+        """Tokens generated so far, end tokens included."""
 
     def answer(self, batch: Sequence[Question]) -> list[str]:
         """Generate the answers of a batch. Raises BadSample with the path of an image that cannot be decoded."""
@@ -94,13 +149,17 @@ class Answerer:
                 with read_header(path) as image:
                     image.load()
             raise
-        return self.generator.texts(self.generator.generate(inputs, self.sampling))
+        new = self.generator.generate(inputs, self.sampling)
+        self.tokens += self.generator.count_tokens(new)
+        return self.generator.texts(new)
 
     def prediction_row(self, question: Question, given: str) -> dict[str, Any]:
         """Content of one line of the predictions file."""
         cut = None
         if question.images:
             cut = cut_of(self.processor, image_size(question.images[0]), len(question.images))
+        compared = question.compared
+        score = get_metric(question.metric).score(compared, given, question.text)
         return {
             "key": question.key,
             "kind": question.kind,
@@ -111,23 +170,25 @@ class Answerer:
             "rows": cut.rows if cut else 0,
             "thumbnail": bool(cut and cut.thumbnail),
             "expected": question.expected,
+            "references": list(compared),
             "given": given,
-            "correct": exact_match(question.expected, given),
-            "anls": anls(question.expected, given),
-            "relaxed": relaxed_accuracy(question.expected, given),
-        }
+            "metric": question.metric,
+            "score": score,
+            "correct": score >= RIGHT_FROM,
+        } | {name: get_metric(name).score(compared, given, question.text) for name in ALWAYS}
 
 
 def summarize_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean scores of all answers, and exact match by kind of question."""
+    """Mean scores of all answers, those of each metric that questions name, and right answers by kind of question."""
     count = max(1, len(rows))
-    kinds: dict[str, list[bool]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kinds.setdefault(row["kind"] or "other", []).append(row["correct"])
+        kinds.setdefault(row["kind"] or "other", []).append(row)
+    kinds = dict(sorted(kinds.items()))
     return {
         "answers": len(rows),
-        "exact_match": sum(row["correct"] for row in rows) / count,
-        "anls": sum(row["anls"] for row in rows) / count,
-        "relaxed_accuracy": sum(row["relaxed"] for row in rows) / count,
-        "by_kind": {kind: [sum(right), len(right)] for kind, right in sorted(kinds.items())},
+        **{name: sum(row[name] for row in rows) / count for name in ALWAYS},
+        "metrics": summarize_metrics(rows),
+        "by_kind": {kind: [sum(row["correct"] for row in own), len(own)] for kind, own in kinds.items()},
+        "score_by_kind": {kind: sum(row["score"] for row in own) / len(own) for kind, own in kinds.items()},
     }

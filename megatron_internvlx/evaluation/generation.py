@@ -149,6 +149,14 @@ class Generator:
         out = self.model.generate(**moved, **sampling.arguments(), **extra)
         return out[:, moved["input_ids"].shape[1] :]
 
+    def count_tokens(self, new: torch.Tensor) -> int:
+        """Number of generated tokens in [B, n], those of the answers' ends included, without padding."""
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        ended = torch.isin(new.cpu(), ends).cumsum(1)
+        # A row counts up to its first end token; the padding behind it may be an end token too.
+        return int((ended == 0).sum() + ended.any(1).sum())
+
     def texts(self, new: torch.Tensor) -> list[str]:
         """Texts of generated tokens [B, n], without special tokens and surrounding white space."""
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]

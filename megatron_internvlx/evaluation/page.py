@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megatron_internvlx.evaluation.metrics import metric_lines
+
 IMAGE_SIDE = 360  # pixels; images are embedded, so that the page is one file that can be shared
 
 _STYLE = """
@@ -46,8 +48,10 @@ def _card(row: Mapping[str, Any]) -> str:
     kind = "right" if row["correct"] else "wrong"
     pictures = "".join(_image_tag(path) for path in row["images"])
     grid = f"{row['cols']}x{row['rows']} tiles" + (" and thumbnail" if row["thumbnail"] else "")
-    facts = " · ".join(filter(None, [row["kind"], grid if row["images"] else "no image", row["key"]]))
-    expected = "" if row["correct"] else f"<div>expected: {html.escape(row['expected'])}</div>"
+    score = "" if row["score"] in (0, 1) else f"{row['metric']} {row['score']:.2f}"
+    facts = " · ".join(filter(None, [score, row["kind"], grid if row["images"] else "no image", row["key"]]))
+    wanted = " / ".join(dict.fromkeys(row["references"]))
+    expected = "" if row["score"] == 1 else f"<div>expected: {html.escape(wanted)}</div>"
     return (
         f'<div class="card {kind}">{pictures}<div class=q>{html.escape(row["question"])}</div>'
         f"<div class=g>{html.escape(row['given']) or '(nothing)'}</div>{expected}"
@@ -58,22 +62,25 @@ def _card(row: Mapping[str, Any]) -> str:
 def write_page(
     path: Path, title: str, scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], most: int = 300
 ) -> None:
-    """Write the page: scores, then at most `most` answers, wrong ones first."""
+    """Write the page: scores, then at most `most` answers, the lowest score first."""
     kinds = "".join(
-        f"<tr><td>{html.escape(kind)}</td><td>{right} of {asked}</td><td>{100 * right / asked:.1f} %</td></tr>"
+        f"<tr><td>{html.escape(kind)}</td><td>{right} of {asked}</td><td>{100 * right / asked:.1f} %</td>"
+        f"<td>{100 * scores['score_by_kind'][kind]:.1f} %</td></tr>"
         for kind, (right, asked) in scores["by_kind"].items()
     )
-    shown = sorted(rows, key=lambda row: row["correct"])[:most]
-    left_out = f", {len(rows) - len(shown)} right ones left out" if len(shown) < len(rows) else ""
+    shown = sorted(rows, key=lambda row: row["score"])[:most]
+    left_out = f", {len(rows) - len(shown)} of the best left out" if len(shown) < len(rows) else ""
     line = (
         f"{scores['answers']} answers: exact match {100 * scores['exact_match']:.1f} %, "
-        f"ANLS {100 * scores['anls']:.1f} %, relaxed accuracy {100 * scores['relaxed_accuracy']:.1f} %{left_out}"
+        f"ANLS {100 * scores['anls']:.1f} %, relaxed accuracy {100 * scores['relaxed_accuracy']:.1f} %; "
+        f"{scores['tokens_per_second']:.0f} tokens/s{left_out}"
     )
+    chosen = "".join(f"<p class=sub>{html.escape(text)}</p>" for text in metric_lines(scores))
     cards = "".join(_card(row) for row in shown)
     path.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p class=sub>{line}</p>"
-        f"<table><tr><th>kind</th><th>exact</th><th></th></tr>{kinds}</table>"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p class=sub>{line}</p>{chosen}"
+        f"<table><tr><th>kind</th><th>right</th><th></th><th>mean score</th></tr>{kinds}</table>"
         "<input type=checkbox id=w checked><label for=w> wrong</label>"
         "<input type=checkbox id=r checked><label for=r> right</label>"
         f"<div class=grid>{cards}</div></html>\n",

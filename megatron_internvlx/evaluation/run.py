@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -12,7 +15,7 @@ from tqdm import tqdm
 from megatron_internvlx import platform
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
-from megatron_internvlx.evaluation.answers import Answerer, questions, summarize_scores
+from megatron_internvlx.evaluation.answers import Answerer, Question, questions, summarize_scores
 from megatron_internvlx.evaluation.hf_model import load_model
 from megatron_internvlx.evaluation.page import write_page
 
@@ -39,6 +42,27 @@ class EvaluationSettings:
     """Number of answers on the page at most."""
     dtype: str
     """Type of the weights: a name in `torch`, such as `bfloat16`."""
+    metric: str | None = None
+    """Metric of all answers, a name in `evaluation.metrics`; None: that of each record, or else exact match."""
+
+
+def generate_answers(
+    answerer: Answerer, asked: Sequence[Question], batch_size: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Rows of the predictions file, and seconds of reading images, generating and scoring.
+
+    A bar shows progress and tokens per second.
+    """
+    rows: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    with tqdm(total=len(asked), desc="answers", unit="answer") as bar:
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            given = answerer.answer(batch)
+            rows += [answerer.prediction_row(*pair) for pair in zip(batch, given, strict=True)]
+            bar.set_postfix_str(f"{answerer.tokens / (time.monotonic() - begun):.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    return rows, time.monotonic() - begun
 
 
 def evaluate(settings: EvaluationSettings, manifest: Manifest) -> dict:
@@ -52,19 +76,18 @@ def evaluate(settings: EvaluationSettings, manifest: Manifest) -> dict:
     """
     model, processor, template = load_model(settings.hf, getattr(torch, settings.dtype))
     answerer = Answerer(model.to(platform.device()), processor, settings.max_new_tokens)
-    asked = list(questions(manifest, template, settings.limit))
+    asked = list(questions(manifest, template, settings.limit, settings.metric))
     if not asked:
         raise ValueError(f"{settings.data}: no record has an answer to compare with")
     for path in dict.fromkeys(path for question in asked for path in question.images):
         image_size(path)  # report a missing image before hours of generation
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for start in tqdm(range(0, len(asked), settings.batch_size), desc="answers", unit="batch"):
-        batch = asked[start : start + settings.batch_size]
-        rows += [
-            answerer.prediction_row(q, given) for q, given in zip(batch, answerer.answer(batch), strict=True)
-        ]
-    scores = summarize_scores(rows)
+    rows, seconds = generate_answers(answerer, asked, settings.batch_size)
+    scores = summarize_scores(rows) | {
+        "tokens": answerer.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(answerer.tokens / seconds, 3),
+    }
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     title = f"{settings.hf.resolve().name} on {settings.data.stem}"
     parts = [settings.out / f"{name}.partial" for name in RESULTS]

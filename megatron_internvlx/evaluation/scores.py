@@ -1,13 +1,16 @@
-"""Scores of generated answers, all between 0 and 1.
+"""Scores of a generated answer against one expected text, all between 0 and 1.
 
-Sources: ANLS of DocVQA (Biten et al. 2019, threshold 0.5), relaxed accuracy of ChartQA (Masry et al. 2022,
-5 % tolerance for numbers).
+Sources: ANLS of ST-VQA and DocVQA (Biten et al. 2019, threshold 0.5), relaxed accuracy of PlotQA and ChartQA (Methani
+et al. 2020, Masry et al. 2022; 5 % tolerance for numbers).
 """
 
 from __future__ import annotations
 
+import re
+
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[+-]?\d+)?%?", re.IGNORECASE)
 
 
 def normalize_text(text: str) -> str:
@@ -18,6 +21,14 @@ def normalize_text(text: str) -> str:
 def exact_match(expected: str, given: str) -> bool:
     """Whether both texts are equal, ignoring white space at the ends."""
     return expected.strip() == given.strip()
+
+
+def normalized_match(expected: str, given: str) -> bool:
+    """Whether both texts are equal in lower case, ignoring white space and full stops at the end.
+
+    For benchmarks with one short answer, such as GQA (Hudson and Manning 2019).
+    """
+    return normalize_text(expected).rstrip(". ") == normalize_text(given).rstrip(". ")
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -41,15 +52,21 @@ def anls(expected: str, given: str) -> float:
 
 def parse_number(text: str) -> float | None:
     """Value of a numeric text, which may have a percent sign and thousands separators; None if not a number."""
-    plain = text.strip().replace(",", "")
+    plain = text.strip()
+    if not _NUMBER.fullmatch(plain):
+        return None
+    plain = plain.replace(",", "")
     try:
         return float(plain[:-1]) / 100 if plain.endswith("%") else float(plain)
-    except ValueError:
+    except ValueError:  # nothing but a sign, a point or an exponent
         return None
 
 
 def relaxed_accuracy(expected: str, given: str) -> bool:
-    """Whether numbers differ by at most 5 %, or other texts are equal up to case and white space."""
+    """Whether numbers differ by at most 5 % of the expected one, or other texts are equal up to case and white space.
+
+    `12%` is 0.12, as in ChartQA's evaluation; 0 is met only by 0.
+    """
     a, b = parse_number(expected), parse_number(given)
     if a is None or b is None:
         return normalize_text(expected) == normalize_text(given)

@@ -1,6 +1,14 @@
 """Configuration of InternVL-X with layer-wise token compression (remote code of this directory)."""
 
 from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+MODEL_TYPE, MODEL_CLASS = "internvlx", "InternVLXForConditionalGeneration"
+
+# `transformers serve` looks in these tables of names, which have no entry for code of a directory, whether it can load
+# a model and whether the model takes images. With the name it loads the class that auto_map names.
+for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+    getattr(modeling_auto, _table, {}).setdefault(MODEL_TYPE, MODEL_CLASS)
 
 
 class InternVLXVisionConfig(PreTrainedConfig):
@@ -104,7 +112,7 @@ class InternVLXConfig(PreTrainedConfig):
     `rvtc`, the rule that limits the tiles of an image (edge, area or off); `rvtc_version` is that of the rules' names.
     """
 
-    model_type = "internvlx"
+    model_type = MODEL_TYPE
     sub_configs = {"vision_config": InternVLXVisionConfig, "llm_config": InternVLXTextConfig}  # noqa: RUF012
 
     def __init__(

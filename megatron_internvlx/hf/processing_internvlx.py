@@ -4,15 +4,21 @@ An image is stretched (bicubic, antialiased) to a grid of square tiles that fits
 ratio; the whole image as one more tile follows every grid but 1x1.
 """
 
+import base64
+import http.client
+import io
 import os
+import sys
+import urllib.request
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE, START, CONTEXT, END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
+SECONDS = 30  # that a server of images may take to answer
 
 
 def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="edge"):
@@ -54,6 +60,45 @@ def upright(image):
         return image
 
 
+def refusal(message):
+    """A ValueError; in a process that serves HTTP one that is answered with status 400 and the message.
+
+    `transformers serve` answers other errors of a processor with "500 Internal Server Error" only.
+    """
+    answered = getattr(sys.modules.get("starlette.exceptions"), "HTTPException", None)
+    if answered is None:
+        return ValueError(message)
+    kind = type("Refused", (answered, ValueError), {"__str__": lambda self: self.detail})
+    return kind(400, message)
+
+
+def fetch_image(address):
+    """The image at an http(s) address, or in a `data:` URI in base64, as OpenAI's chat requests have it.
+
+    It is upright, in RGB, and has no metadata. Raises ValueError if it cannot be read.
+    """
+    try:
+        if address.startswith("data:"):
+            content = base64.b64decode(address.partition(",")[2])
+        else:
+            request = urllib.request.Request(address, headers={"User-Agent": "InternVL-X"})
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                content = answer.read()
+        # An array, because metadata that a PNG has behind its pixels is known once these are read.
+        return Image.fromarray(np.asarray(upright(Image.open(io.BytesIO(content))).convert("RGB")))
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        http.client.HTTPException,
+        Image.DecompressionBombError,
+    ) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown, or it is no image" if unknown else error
+        shown = address if len(address) <= 80 else address[:77] + "..."
+        raise refusal(f"the image {shown} cannot be read: {reason}") from error
+
+
 class InternVLXProcessor(ProcessorMixin):
     """Text with `<image>` placeholders, and images, to model inputs.
 
@@ -92,8 +137,13 @@ class InternVLXProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
     def tiles(self, image, max_tiles=None):
-        """One image (PIL, or an array that PIL takes, or a path) to normalised tiles [t, 3, S, S]."""
-        if isinstance(image, str | os.PathLike):
+        """One image to normalised tiles [t, 3, S, S].
+
+        `image`: a PIL image, an array that PIL takes, a path, an http(s) address or a `data:` URI.
+        """
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            image = fetch_image(image)
+        elif isinstance(image, str | os.PathLike):
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
@@ -140,6 +190,8 @@ class InternVLXProcessor(ProcessorMixin):
                 before += START + CONTEXT * (self.tokens_per_tile * len(tiles)) + END + after
                 pixels.append(tiles)
             filled.append(before)
+        if kwargs.pop("videos", None) or kwargs.pop("audio", None):
+            raise refusal("the model takes images and text, no video and no audio")
         kwargs.pop("padding_side", None)
         data = dict(
             self.tokenizer(filled, padding=padding, padding_side="left", return_tensors="pt", **kwargs)
@@ -163,7 +215,7 @@ class InternVLXProcessor(ProcessorMixin):
             dealt = [list(images)] if len(counts) == 1 else []
         if [len(own) for own in dealt] != counts:
             given = [len(own) for own in dealt] or len(images)
-            raise ValueError(f"{counts} {IMAGE} placeholders per prompt, but images are {given}")
+            raise refusal(f"{counts} {IMAGE} placeholders per prompt, but images are {given}")
         return dealt
 
     def batch_decode(self, *args, **kwargs):

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from megatron_internvlx import files
 from megatron_internvlx.config import DataSettings, settings_from
 from megatron_internvlx.lifecycle import resume
+from megatron_internvlx.lifecycle.base import share_base
 from megatron_internvlx.lifecycle.lock import SaveLock
 from megatron_internvlx.lifecycle.setup import RunSetup
 from megatron_internvlx.lifecycle.signals import StopSignals
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Parallelism
 from megatron_internvlx.ranks import is_first_rank
 from megatron_internvlx.reporting.phases import START
@@ -75,6 +77,7 @@ class Continuation:
             self.stop.clock.restart()
         self.check_layout()
         self.check_length()
+        share_base(self.args)
         folder = self.setup.state_folder
         if folder is None:
             return
@@ -169,6 +172,7 @@ class Continuation:
     def _load(self, iteration: int) -> None:
         args = self.args
         args.load, args.ckpt_step = args.save, iteration
-        # These select the weights of the first start.
-        args.pretrained_checkpoint = None
+        # These select the weights of the first start, and the base of adapters at every start.
+        if settings_from(args, LoraSettings).lora_rank is None:
+            args.pretrained_checkpoint = None
         args.finetune = args.no_load_optim = args.no_load_rng = False

@@ -38,6 +38,8 @@ SHAPING = (
     "freeze_vision",
     "freeze_llm",
     "freeze_projectors",
+    "lora_rank",
+    "lora_targets",
     "use_distributed_optimizer",
 )
 _NAMES = {"padded_vocab_size": "vocabulary", "virtual_pipeline_model_parallel_size": "virtual stages"}

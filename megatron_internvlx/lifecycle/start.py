@@ -14,8 +14,6 @@ from megatron_internvlx.megatron_settings import CheckpointFiles, Loop
 from megatron_internvlx.paths import check_path, is_url
 from megatron_internvlx.ranks import is_first_rank
 
-RELEASE = "release"
-
 
 def check_start(checkpoints: CheckpointFiles, *, auto_resume: bool, freeze_llm: bool) -> None:
     """Check that weights named on the command line exist and that weights in `--save` are not ignored.
@@ -42,9 +40,9 @@ def check_start(checkpoints: CheckpointFiles, *, auto_resume: bool, freeze_llm: 
     if _loads_weights(checkpoints, auto_resume):
         return
     save = checkpoints.save
-    if save and (Path(save) / RELEASE).is_dir():
+    if save and (Path(save) / files.RELEASE).is_dir():
         raise ValueError(
-            f"--save {save} is an import ({RELEASE}/), and no flag loads its weights: give "
+            f"--save {save} is an import ({files.RELEASE}/), and no flag loads its weights: give "
             f"--pretrained-checkpoint {save}, and another directory as --save"
         )
     if freeze_llm:
@@ -83,6 +81,8 @@ def check_paths(args: argparse.Namespace) -> None:
     """Check, on the first rank, that input paths exist and that output paths can be written. Raises ValueError."""
     if not is_first_rank():
         return
+    from megatron_internvlx.lifecycle.base import check_base  # PyTorch takes seconds to import
+
     checkpoints, data = settings_from(args, CheckpointFiles), settings_from(args, DataSettings)
     named = {"--load": checkpoints.load, "--pretrained-checkpoint": checkpoints.pretrained_checkpoint}
     for flag, path in named.items():
@@ -92,6 +92,7 @@ def check_paths(args: argparse.Namespace) -> None:
         auto_resume=settings_from(args, RunSettings).auto_resume,
         freeze_llm=settings_from(args, TrainSettings).freeze_llm,
     )
+    check_base(args)
     folders = {"--save": checkpoints.save, "--tensorboard-dir": settings_from(args, Loop).tensorboard_dir}
     written = {"--report-file": data.report_file, "--predictions-file": data.predictions_file}
     folders |= {flag: str(Path(path).absolute().parent) for flag, path in written.items() if path}

@@ -19,6 +19,7 @@ from megatron_internvlx.config import (
     grid_side,
     settings_from,
 )
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.internvit_config import InternViTConfig, internvit_preset
 from megatron_internvlx.recipe import similar
 
@@ -82,6 +83,10 @@ class ModelSizes:
     """Norms of queries and keys, one weight vector of `head_dim` each."""
     tied: bool = False
     """The output layer uses the embedding's weight."""
+    lora_rank: int = 0
+    """Rank of the adapters. 0: none."""
+    lora_targets: frozenset[str] = frozenset()
+    """Parts with adapters: decoder_attention, decoder_mlp, vision, projectors."""
 
     @property
     def lvtc(self) -> bool:
@@ -137,6 +142,7 @@ def model_sizes(arguments: Arguments) -> ModelSizes:
     arguments = as_mapping(arguments)
     get = arguments.get
     vision, compression = vision_config(arguments), settings_from(arguments, CompressionSettings)
+    lora = settings_from(arguments, LoraSettings)
     layers, hidden, heads = (arguments[n] for n in ("num_layers", "hidden_size", "num_attention_heads"))
     check_compression(compression, patches=vision.patches_per_side, num_layers=layers)
     high = grid_side(vision.patches_per_side, compression.high_ratio, "--high-ratio")
@@ -172,6 +178,8 @@ def model_sizes(arguments: Arguments) -> ModelSizes:
         qkv_bias=bool(get("add_qkv_bias")),
         qk_norm=bool(get("qk_layernorm")),
         tied=not get("untie_embeddings_and_output_weights"),
+        lora_rank=lora.lora_rank or 0,
+        lora_targets=frozenset(lora.targets),
     )
 
 

@@ -44,6 +44,8 @@ Type x is that of activations. "if trained": where the weights get a gradient; "
 | before and after GELU | 2 [T, L, F] | x | MLP | `vision_layer` |
 | final norm; its output, if trained | [s, h]; [n, h] | as norms | output layer | `output` |
 | logits, their gradient in their place | [n, V] | x | loss | `output` |
+| adapters: rows between A and B, r of each projection | [S, 3r], [S, r], [S, 2r], [S, r] | x | adapter | `adapters` |
+| adapters: input after dropout, and its mask | [s, h], [S, q], [s, h], [S, f] | x, 1 byte | adapter | `adapters` |
 | rows that enter a recomputed layer | [s, h] | x | checkpoint | `layer_input` |
 | ViT features of recomputed layers, once | [T, L, c] | x | chunk | `carried_features` |
 """
@@ -57,9 +59,17 @@ from operator import mul
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_internvlx.config import PVTC_MLP_RATIO, VisionSettings, settings_from
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import StageLayers
+from megatron_internvlx.planning.adapters import (
+    AdaptedLinear,
+    decoder_attention,
+    decoder_mlp,
+    projector,
+    vision_layer,
+)
 from megatron_internvlx.planning.flops import BackwardSettings, PlanStats
 from megatron_internvlx.planning.memory import Layout, RankState, StateBytes, rank_state
 from megatron_internvlx.planning.simulate import Schedule, in_flight
@@ -78,6 +88,8 @@ class MemoryModel:
     """Megatron's local implementation instead of Transformer Engine."""
     vision_copies: bool = False
     """The vision encoder's attention may copy its output to join the heads: torch's, and any of `local`."""
+    dropped: bool = False
+    """Dropout on the adapters' inputs."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> MemoryModel:
@@ -90,7 +102,8 @@ class MemoryModel:
         local = settings_from(args, Precision).transformer_impl == "local"
         backward = BackwardSettings.from_args(args)
         copies = local or settings_from(args, VisionSettings).vision_attention == "torch"
-        return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local, copies)
+        dropped = settings_from(args, LoraSettings).lora_dropout > 0
+        return cls(model_sizes(args), layout, backward, StateBytes.from_args(args), local, copies, dropped)
 
     @property
     def width(self) -> int:
@@ -101,9 +114,9 @@ class MemoryModel:
         """Weights, gradients and optimizer state of one rank of pipeline stage `rank`."""
         return rank_state(self.sizes, self.layout, rank, self.per_parameter, self.backward)
 
-    def norm(self, elements: int, *, trained: bool) -> int:
-        """Bytes of a norm of the decoder and of the linear layer behind it."""
-        out = elements * self.width * trained
+    def norm(self, elements: int, *, trained: bool, adapted: bool = False) -> int:
+        """Bytes of a norm of the decoder and of the linear layer behind it, which may have an adapter."""
+        out = elements * self.width * (trained or adapted)
         if not self.local:
             return elements * self.width + out
         return 4 * elements + elements * self.width * trained + out
@@ -119,7 +132,10 @@ class MemoryModel:
     def decoder_layer(self, layer: int, stats: PlanStats) -> int:
         """Bytes of a decoder layer that is not recomputed, its injection included."""
         sizes, rows, trained = self.sizes, self.rows(layer, stats), self.backward.trains("llm")
-        norms = 2 * self.norm(self.rank_rows(rows) * sizes.hidden, trained=trained)
+        norms = sum(
+            self.norm(self.rank_rows(rows) * sizes.hidden, trained=trained, adapted=bool(linears))
+            for linears in (decoder_attention(sizes), decoder_mlp(sizes, layer))
+        )
         injected = layer in sizes.injection_layers
         injection = self.projector(sizes.high_grid, stats.projected_tiles) if injected else 0
         return norms + self.attention(rows) + self.mlp(layer, rows, trained) + injection
@@ -132,19 +148,30 @@ class MemoryModel:
         joined = q if self.local else 0
         cosines = 4 * sizes.head_dim if self.local else 0
         norms = self.norm(rows * (q + k), trained=False) if sizes.qk_norm else 0
-        return rows * (fused + rotated + output + joined + cosines) * self.width + norms
+        adapters = self.adapters(decoder_attention(sizes), rows)
+        return rows * (fused + rotated + output + joined + cosines) * self.width + norms + adapters
 
     def mlp(self, layer: int, rows: int, trained: bool) -> int:
         """Bytes of the MLP of a decoder layer, or of its experts with their router."""
         sizes, layout, modules = self.sizes, self.layout, self.backward.modules
         if layer not in sizes.expert_layers:
-            return 0 if "mlp" in modules else rows * self.gated(sizes.ffn // layout.tensor, trained)
+            linears = decoder_mlp(sizes, layer)
+            between = rows * self.gated(sizes.ffn // layout.tensor, trained or bool(linears))
+            return 0 if "mlp" in modules else between + self.adapters(linears, rows)
         if "moe" in modules:
             return 0
         moved = 2 * sizes.hidden * self.width
         routed = sizes.topk * (self.gated(sizes.expert_ffn // layout.expert_tensor, trained) + moved)
         shared = self.gated(sizes.shared_ffn // layout.tensor, trained)
         return rows * (routed + shared + 3 * sizes.experts * 4)
+
+    def adapters(self, linears: tuple[AdaptedLinear, ...], rows: int) -> int:
+        """Bytes that the adapters of layers with `rows` decoder rows, or tiles, keep besides their inputs."""
+        rank, t, bytes_ = self.sizes.lora_rank, self.layout.tensor, self.width
+        kept = sum(linear.per_tile * linear.kept(rank) for linear in linears) * bytes_
+        if self.dropped:  # a copy of the input instead of the input itself, and a mask
+            kept += sum(x.per_tile * x.inputs // (t if x.row_parallel else 1) for x in linears)
+        return rows * kept
 
     def gated(self, ffn: int, trained: bool) -> int:
         """Bytes per row between the two linear layers of an MLP, gated or not."""
@@ -156,23 +183,26 @@ class MemoryModel:
     def projector(self, grid: int, tiles: int) -> int:
         """Bytes of a projector of `tiles` tiles to `grid` x `grid` tokens each."""
         sizes, b = self.sizes, self.width
-        trained = self.backward.trains("projectors")
-        if not (trained or self.backward.trains("vision")):
+        linears = projector(sizes, grid)
+        trained = self.backward.trains("projectors") or bool(linears)
+        if not self.backward.reaches("projectors"):
             return 0
         h, c, share = sizes.hidden, sizes.vision.hidden_size, sizes.hidden // self.layout.tensor
         patches, cells = sizes.patches**2, grid * grid
         if sizes.projector == "mlp":
-            return tiles * b * (patches * c * (1 + trained) + cells * share * (1 + trained))
+            inside = b * (patches * c * (1 + trained) + cells * share * (1 + trained))
+            return tiles * inside + self.adapters(linears, tiles)
         windows = b * patches * c * (1 + 2 * trained)  # one input of two norms
         kv_proj, query_proj = b * patches * (share + h), b * cells * share
         keys = b * patches * (h * trained + 2 * share)
         queries = 2 * b * cells * h * (1 + trained)
         inside = b * cells * share * (1 + trained + PVTC_MLP_RATIO * (2 + trained))
-        return tiles * (windows + kv_proj + query_proj + 2 * (keys + queries + inside))
+        kept = windows + kv_proj + query_proj + 2 * (keys + queries + inside)
+        return tiles * kept + self.adapters(linears, tiles)
 
     def vision(self, tiles: int) -> int:
         """Bytes of the vision encoder for `tiles` tiles of this rank."""
-        if not self.backward.trains("vision"):
+        if not self.backward.reaches("vision"):
             return 0
         kept = self.width * tiles * self.sizes.features_per_tile  # a layer's input
         one = kept if self.backward.vision_recompute else self.vision_layer(tiles)
@@ -186,7 +216,8 @@ class MemoryModel:
         attention = (4 + (self.local or self.vision_copies)) * elements * b
         if vit.qk_normalization:
             attention += 2 * elements * b
-        return norms + attention + scales + 2 * rows * vit.ffn_hidden_size * b
+        inner = 2 * rows * vit.ffn_hidden_size * b
+        return norms + attention + scales + inner + self.adapters(vision_layer(self.sizes), tiles)
 
     def output(self, stats: PlanStats) -> int:
         """Bytes of the final norm, the logits and the loss of the rows that reach the output layer."""

@@ -143,7 +143,7 @@ def boundary_costs(
     costs = []
     for layer in range(sizes.layers + 1):
         rows, features = boundary_rows(sizes, stats, layer)
-        back = rows * sizes.hidden + (0 if settings.freeze_vision else features)
+        back = rows * sizes.hidden + (features if settings.reaches("vision") else 0)
         forward, backward = (
             machine.latency + 2 * elements / shards / machine.bandwidth
             for elements in (rows * sizes.hidden + features, back)

@@ -26,12 +26,13 @@ from megatron_internvlx.parallel.layout import carried_rows, layout_name
 from megatron_internvlx.planning.activations import MemoryModel, forward_bytes, rank_activations
 from megatron_internvlx.planning.costs import Machine, boundary_rows, costs_from_flops
 from megatron_internvlx.planning.epoch import Epoch
-from megatron_internvlx.planning.flops import Owner, PlanStats, forward_flops, training_flops
+from megatron_internvlx.planning.flops import PlanStats, forward_flops, training_flops
 from megatron_internvlx.planning.loading import Loading, loading, loading_figures
 from megatron_internvlx.planning.memory import RankState
 from megatron_internvlx.planning.parameters import parameters
 from megatron_internvlx.planning.search import PipelinePlan, evaluate
 from megatron_internvlx.planning.simulate import Schedule
+from megatron_internvlx.planning.trained import trained_lines, trained_parameters
 from megatron_internvlx.planning.workload import Workload
 from megatron_internvlx.precision import Precision
 
@@ -260,7 +261,7 @@ def _check_memory(plan: Plan) -> None:
     backward, layout = plan.model.backward, plan.model.layout
     unused = {
         "--recompute-granularity full": not backward.full_layers,
-        "--vision-recompute": not backward.vision_recompute and not backward.freeze_vision,
+        "--vision-recompute": not backward.vision_recompute and backward.reaches("vision"),
         "--use-distributed-optimizer": not plan.model.per_parameter.distributed,
     }
     remedies = [flag for flag, off in unused.items() if off]
@@ -280,8 +281,6 @@ def describe(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     layout, work, stats = plan.model.layout, plan.work, plan.stats
     counts = parameters(plan.model.sizes)
-    owners: tuple[Owner, ...] = ("vision", "projectors", "llm")
-    frozen = [owner for owner in owners if not plan.model.backward.trains(owner)]
     chunks = len(layout.stages[0])
     visual = stats.projected_tiles * plan.model.sizes.high_grid**2
     parallel = f"TP {layout.tensor}{' + SP' if layout.sequence_parallel else ''}, PP {layout.pipeline}"
@@ -290,8 +289,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"model        {sum(counts.values()) / 1e9:.3f} B parameters: "
         + ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in counts.items() if count),
-        f"trained      {'all' if not frozen else 'all but ' + ', '.join(frozen)}; {plan.precision.description}, "
-        f"{plan.precision.transformer_impl}",
+        *trained_lines(plan.model, f"{plan.precision.description}, {plan.precision.transformer_impl}"),
         f"layout       {plan.parallel.world_size} GPUs = {parallel}, DP {layout.data}",
         f"global batch {work.global_batch_size} = {work.micro_batch_size} per micro-batch x "
         f"DP {layout.data} x {plan.pipeline.schedule.micro_batches} micro-batches",
@@ -384,6 +382,7 @@ def figures(plan: Plan) -> dict[str, Any]:
     sizes, work = plan.model.sizes, plan.work
     return {
         "parameters": sum(parameters(sizes).values()),
+        "trainable_parameters": trained_parameters(plan.model),
         "world_size": plan.parallel.world_size,
         "data_parallel": plan.model.layout.data,
         "micro_batches": plan.pipeline.schedule.micro_batches,

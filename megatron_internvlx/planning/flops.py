@@ -13,18 +13,36 @@ FLOP counter and published figures do; "causal" counts the n*(n+1)/2 that the ma
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_internvlx.config import PVTC_MLP_RATIO, TrainSettings, VisionSettings, settings_from
 from megatron_internvlx.data.plan import PhasePlan, SequencePlan
+from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.sizes import ModelSizes
+from megatron_internvlx.planning.adapters import (
+    AdaptedLinear,
+    decoder_attention,
+    decoder_mlp,
+    projector,
+    vision_layer,
+)
 
 Attention = Literal["causal", "full"]
 Owner = Literal["vision", "projectors", "llm"]
-Kind = Literal["patches", "linear", "products", "mlp", "experts", "shared_experts", "upsample"]
+Kind = Literal[
+    "patches",
+    "linear",
+    "products",
+    "mlp",
+    "experts",
+    "shared_experts",
+    "upsample",
+    "adapters",
+    "mlp_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,8 @@ def forward_flops(sizes: ModelSizes, stats: PlanStats, attention: Attention = "c
     """Forward FLOPs of the micro-batches that `stats` counts."""
     tiles = stats.projected_tiles
     works = [*_vision(sizes.vision, stats.vision_tiles)]
+    linears = vision_layer(sizes) * sizes.vision.layers_run
+    works += _adapters(sizes, "vision", "vision", None, linears, stats.vision_tiles)
     works += _projector(sizes, sizes.entry_grid, "entry_projector", None, tiles)
     for layer in range(sizes.layers):
         if layer in sizes.injection_layers:
@@ -145,6 +165,7 @@ def _projector(sizes: ModelSizes, grid: int, part: str, layer: int | None, tiles
 
     The released class VisionProjector does the same products; tests/parity/test_flops.py counts them.
     """
+    yield from _adapters(sizes, part, "projectors", layer, projector(sizes, grid), tiles)
     h, c = sizes.hidden, sizes.vision.hidden_size
     patches, cells = sizes.patches**2, grid * grid
     shuffled = patches * c * h  # every patch enters a cell's shuffled channels once
@@ -158,6 +179,21 @@ def _projector(sizes: ModelSizes, grid: int, part: str, layer: int | None, tiles
     yield Work(part, "projectors", "products", layer, 2 * tiles * 2 * 2 * patches * h)
 
 
+def _adapters(
+    sizes: ModelSizes,
+    part: str,
+    owner: Owner,
+    layer: int | None,
+    linears: Iterable[AdaptedLinear],
+    count: int,
+    kind: Kind = "adapters",
+) -> Iterator[Work]:
+    """Products of the adapters of some linear layers for `count` decoder rows, or tiles."""
+    flops = sum(linear.per_tile * linear.flops(sizes.lora_rank) for linear in linears)
+    if flops:
+        yield Work(part, owner, kind, layer, count * flops)
+
+
 def _layer(sizes: ModelSizes, layer: int, stats: PlanStats, attention: Attention) -> Iterator[Work]:
     shallow = layer < sizes.shallow_layers
     phase = "shallow" if shallow else "deep"
@@ -168,6 +204,9 @@ def _layer(sizes: ModelSizes, layer: int, stats: PlanStats, attention: Attention
     h, queries, keys = sizes.hidden, sizes.query_width, sizes.key_width
     yield Work(f"{phase}_linear", "llm", "linear", layer, 2 * rows * h * 2 * (queries + keys))
     yield Work(f"{phase}_attention", "llm", "products", layer, pair_flops * queries)
+    part = f"{phase}_linear"
+    yield from _adapters(sizes, part, "llm", layer, decoder_attention(sizes), rows)
+    yield from _adapters(sizes, part, "llm", layer, decoder_mlp(sizes, layer), rows, "mlp_adapters")
     if layer not in sizes.expert_layers:
         yield Work(f"{phase}_linear", "llm", "mlp", layer, 2 * rows * sizes.matrices * h * sizes.ffn)
         return
@@ -206,6 +245,8 @@ class BackwardSettings:
     modules: frozenset[str] = frozenset()
     """Megatron's --recompute-modules of selective recompute; core_attn, mlp, moe and
     shared_experts hold matrix products, the others cost none."""
+    adapted: frozenset[str] = frozenset()
+    """Parts with adapters: these are trained, and the part's own weights are not."""
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> BackwardSettings:
@@ -219,21 +260,24 @@ class BackwardSettings:
             settings_from(args, VisionSettings).vision_recompute,
             frozenset(_recomputed_layers(args, again)) if full else frozenset(),
             frozenset(again.recompute_modules or ["core_attn"]) if selective else frozenset(),
+            settings_from(args, LoraSettings).parts,
         )
 
     def trains(self, owner: Owner) -> bool:
-        """Whether this part's weights get gradients."""
+        """Whether this part's own weights get gradients."""
+        if owner in self.adapted:
+            return False
         frozen = {"vision": self.freeze_vision, "projectors": self.freeze_projectors, "llm": self.freeze_llm}
         return not frozen[owner]
 
     def reaches(self, owner: Owner) -> bool:
-        """Whether gradients flow through this part: it, or something before it, is trained."""
+        """Whether gradients flow through this part: it, its adapters, or something before it, is trained."""
         before: dict[Owner, tuple[Owner, ...]] = {
             "vision": ("vision",),
             "projectors": ("vision", "projectors"),
             "llm": ("vision", "projectors", "llm"),
         }
-        return any(self.trains(part) for part in before[owner])
+        return any(self.trains(part) or part in self.adapted for part in before[owner])
 
 
 def _recomputed_layers(args: argparse.Namespace, again: Recomputation) -> Iterator[int]:
@@ -275,6 +319,8 @@ def training_flops(forward: FlopsByPart, settings: BackwardSettings) -> Training
     if gradients flow there, and once more for that of its weights, if they are trained. So a
     trained part costs 3x, a frozen one behind a trained one 2x, a frozen vision encoder 1x. The
     products of attention have two inputs to differentiate and no weights: 3x, frozen or not.
+    Adapters cost 3x. The layer where gradients end is counted like the others, although no
+    gradient of its input is needed.
     """
     model = [(work, work.flops * (1 + _backward(work, settings))) for work in forward.works]
     again = sum(_recomputed(work, settings) for work in forward.works)
@@ -288,13 +334,15 @@ def _backward(work: Work, settings: BackwardSettings) -> int:
         return 0
     if work.kind == "products":
         return 2
+    if work.kind in ("adapters", "mlp_adapters"):
+        return 2
     if work.kind == "upsample":  # its matrix is a constant
         return 1
     pixels = work.kind == "patches"  # need no gradient
     return int(settings.trains(work.owner)) + int(not pixels)
 
 
-_MODULE = {"mlp": "mlp", "experts": "moe", "shared_experts": "shared_experts"}
+_MODULE = {"mlp": "mlp", "mlp_adapters": "mlp", "experts": "moe", "shared_experts": "shared_experts"}
 
 
 def _recomputed(work: Work, settings: BackwardSettings) -> int:

@@ -16,6 +16,13 @@ from megatron_internvlx.config import settings_from
 from megatron_internvlx.megatron_settings import Parallelism
 from megatron_internvlx.model.sizes import ModelSizes
 from megatron_internvlx.parallel.layout import StageLayers, stage_layers
+from megatron_internvlx.planning.adapters import (
+    adapter_parameters,
+    decoder_attention,
+    decoder_mlp,
+    projector,
+    vision_layer,
+)
 from megatron_internvlx.planning.flops import BackwardSettings, Owner
 from megatron_internvlx.planning.parameters import (
     expert_parameters,
@@ -89,7 +96,7 @@ class Part:
     """Parameters of one rank that share an owner and a way of being spread."""
 
     name: str
-    """vision, entry_projector, embedding, layers, injections, experts, final_norm or output."""
+    """vision, entry_projector, embedding, layers, injections, experts, final_norm, output, or adapters of an owner."""
     owner: Owner
     count: int
     """Parameters on this rank."""
@@ -97,6 +104,8 @@ class Part:
     """Spread over the expert-parallel group: replicated over fewer data-parallel ranks."""
     used: int | None = None
     """Number of them that can get a gradient. None: all."""
+    adapters: bool = False
+    """They are adapters of the owner's weights, trained whatever is frozen."""
 
     @property
     def trainable(self) -> int:
@@ -135,7 +144,29 @@ def rank_parts(sizes: ModelSizes, layout: Layout, rank: int) -> list[Part]:
         parts.append(Part("final_norm", "llm", sizes.norm_tensors * sizes.hidden))
         if not sizes.tied or not first:
             parts.append(Part("output", "llm", sizes.padded_vocab // t * sizes.hidden))
+    parts += _adapter_parts(sizes, layers, injected, t, first)
     return [part for part in parts if part.count]
+
+
+def _adapter_parts(
+    sizes: ModelSizes, layers: list[int], injected: list[int], tensor: int, first: bool
+) -> list[Part]:
+    """Adapters on one rank of a stage with these decoder layers."""
+    rank, vit = sizes.lora_rank, sizes.vision
+    decoder = sum(
+        adapter_parameters((*decoder_attention(sizes), *decoder_mlp(sizes, layer)), rank, tensor)
+        for layer in layers
+    )
+    grids = [sizes.entry_grid] * first + [sizes.high_grid] * len(injected)
+    projectors = sum(adapter_parameters(projector(sizes, grid), rank, tensor) for grid in grids)
+    vision = adapter_parameters(vision_layer(sizes), rank) * first
+    return [
+        Part(
+            "vision_adapters", "vision", vit.num_layers * vision, used=vit.layers_run * vision, adapters=True
+        ),
+        Part("projector_adapters", "projectors", projectors, adapters=True),
+        Part("decoder_adapters", "llm", decoder, adapters=True),
+    ]
 
 
 @dataclass(frozen=True)
@@ -202,7 +233,7 @@ def rank_state(
 ) -> RankState:
     """Weights, gradients and optimizer state of one rank of pipeline stage `rank`."""
     parts = rank_parts(sizes, layout, rank)
-    trained = [part for part in parts if frozen.trains(part.owner)]
+    trained = [part for part in parts if part.adapters or frozen.trains(part.owner)]
     copied = sum(p.count for p in parts if p.name in ("layers", "experts"))
     shards = layout.data if per_parameter.distributed else 1
     expert_shards = layout.expert_data if per_parameter.distributed else 1

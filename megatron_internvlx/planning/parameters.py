@@ -5,14 +5,15 @@ from __future__ import annotations
 from megatron_internvlx.config import PVTC_MLP_RATIO
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.sizes import ModelSizes
+from megatron_internvlx.planning.adapters import all_adapters
 
 
 def parameters(sizes: ModelSizes) -> dict[str, int]:
     """Parameter counts of the whole model; the sum of the values is the model's.
 
     Keys: vision, entry_projector, injection_K per injection layer, embedding, shallow and deep
-    (decoder layers before and from the expansion on, injections not included), final_norm and
-    output (0 if tied).
+    (decoder layers before and from the expansion on, injections not included), final_norm,
+    output (0 if tied) and, if the model has any, adapters.
     """
     embedding, high = sizes.padded_vocab * sizes.hidden, projector_parameters(sizes, sizes.high_grid)
     layers = [layer_parameters(sizes, i) + expert_parameters(sizes, i) for i in range(sizes.layers)]
@@ -25,6 +26,7 @@ def parameters(sizes: ModelSizes) -> dict[str, int]:
         "deep": sum(layers[sizes.shallow_layers :]),
         "final_norm": sizes.norm_tensors * sizes.hidden,
         "output": 0 if sizes.tied else embedding,
+        **({"adapters": sum(all_adapters(sizes).values())} if sizes.lora_rank else {}),
     }
 
 

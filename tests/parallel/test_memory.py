@@ -36,6 +36,11 @@ LAYOUTS = {
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
         "--use-distributed-optimizer --bf16",
     ),
+    "adapters of the decoder, tensor and sequence, two stages": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --lora-rank 4 "
+        "--freeze-vision --use-distributed-optimizer --bf16",
+    ),
     "projectors only": (
         2,
         "--freeze-vision --freeze-llm --use-distributed-optimizer --tensor-model-parallel-size 2",

@@ -19,6 +19,7 @@ DONE = (
             "commands",
             "data",
             "evaluation",
+            "harness",
             "lifecycle",
             "model",
             "parallel",

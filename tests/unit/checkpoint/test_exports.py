@@ -1,6 +1,7 @@
 """What an export says about a model that was trained: its config.json and its model card."""
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,21 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_internvlx.checkpoint.export_files import write_files
-from megatron_internvlx.checkpoint.export_plan import plan_export, read_arguments
+from megatron_internvlx.checkpoint.export_plan import plan_export
+from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.hf_config import model_config, read_config
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import model_card
+from megatron_internvlx.checkpoint.sources import read_arguments
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
-from tests.converting import FAMILIES, Named, lvtc_config, make_directory
+from megatron_internvlx.evaluation.hf_model import load_model
+from tests.converting import FAMILIES, TOKENIZER, Named, differences, lvtc_config, make_directory
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +126,41 @@ def test_model_card_names_the_sets_of_a_prepared_directory(checkpoints, tmp_path
         replace(plan, arguments=plan.arguments | {"data": str(prepared)}, iteration=12), tmp_path
     )
     assert "| Data | prepared |" in card
+
+
+@pytest.mark.parametrize("kind", ["llama", "internvlx"])
+def test_remote_code_without_lvtc_gives_the_same_logits(tmp_path: Path, kind: str) -> None:
+    """Released names, MLP and PVTC with InternLM2, in a format that AutoModel loads; its import and export keep it."""
+    import_checkpoint(
+        make_directory(tmp_path / "hf", FAMILIES[kind], tokenizer=True), tmp_path / "ck", quiet=True
+    )
+    for source, out in (("ck", "code"), ("again", "code2")):
+        export_checkpoint(tmp_path / source, tmp_path / out, remote_code=source == "ck", quiet=True)
+        if source == "ck":
+            import_checkpoint(tmp_path / out, tmp_path / "again", quiet=True)
+    assert differences(tmp_path / "code", tmp_path / "code2") == []
+    released, processor, _ = load_model(tmp_path / "hf", torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "code2", trust_remote_code=True)
+    inputs = processor(text="<image>\na", images=[Image.new("RGB", (40, 20), "red")])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, released(**inputs).logits)
+
+
+def test_a_directory_of_an_earlier_version_still_loads(checkpoints, tmp_path: Path) -> None:
+    """Its tokenizer has an end of its own, which generation_config.json lists, and auto_map has one name less."""
+    export_checkpoint(checkpoints["lvtc"], tmp_path / "new", quiet=True)
+    old = Path(shutil.copytree(tmp_path / "new", tmp_path / "old"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(TOKENIZER / name, old / name)
+    config = json.loads((old / "config.json").read_text())
+    assert config["auto_map"].pop("AutoModelForMultimodalLM")
+    (old / "config.json").write_text(json.dumps(config))
+    for kind in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert type(kind.from_pretrained(old, trust_remote_code=True)).__name__ == config["architectures"][0]
+    models = [load_model(directory, torch.float32)[0] for directory in (tmp_path / "new", old)]
+    stops = [model.generation_config.eos_token_id for model in models]
+    assert stops[0] == stops[1] == config["eos_token_id"]
+    import_checkpoint(old, tmp_path / "again", quiet=True)
+    export_checkpoint(tmp_path / "again", tmp_path / "hf", quiet=True)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()

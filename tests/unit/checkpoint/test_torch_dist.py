@@ -12,7 +12,7 @@ from megatron_internvlx.checkpoint import torch_dist
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.safetensors_io import copy_bytes
 from megatron_internvlx.checkpoint.torch_dist import Piece, StoredTensor, byte_ranges, read_stored
-from megatron_internvlx.checkpoint.torch_dist_write import save_tensor
+from megatron_internvlx.checkpoint.torch_dist_write import checkpoint_keys, save_tensor
 
 WHOLE = torch.arange(6 * 5 * 4, dtype=torch.float32).view(6, 5, 4)
 
@@ -135,3 +135,13 @@ def test_an_index_of_torch_is_read_without_torchs_classes(tmp_path: Path) -> Non
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": Call()}))
     with pytest.raises(ConversionError, match="is not allowed in it"):
         torch_dist._load_metadata(tmp_path / ".metadata")
+
+
+def test_only_decoder_layers_store_their_second_norm_under_two_keys() -> None:
+    """Of a vision layer the second key would be a stacked tensor with one layer of many."""
+    norm = "language_model.decoder.layers.3.pre_mlp_layernorm.weight"
+    fused = "language_model.decoder.layers.3.mlp.linear_fc1.layer_norm_weight"
+    assert checkpoint_keys(norm, has_experts=True) == ([fused, norm], None)
+    assert checkpoint_keys(norm, has_experts=False) == ([fused], None)
+    vision = "vision_model.encoder.layers.{}pre_mlp_layernorm.weight"
+    assert checkpoint_keys(vision.format("1."), has_experts=True) == ([vision.format("")], 1)

@@ -2,20 +2,26 @@
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.commands.evaluate import main
 from megatron_internvlx.data.manifest import Manifest
+from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.evaluation import run
-from megatron_internvlx.evaluation.answers import questions
+from megatron_internvlx.evaluation.answers import Answerer, Question, questions, summarize_scores
+from megatron_internvlx.evaluation.generation import Generator
+from megatron_internvlx.evaluation.page import write_page
 from megatron_internvlx.evaluation.scores import anls, edit_distance, exact_match, relaxed_accuracy
 from megatron_internvlx.reporting.picture import read_predictions
 from tests.converting import FAMILIES, lvtc_config, make_directory
@@ -99,6 +105,9 @@ def test_the_tool(data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureF
     assert "And &lt;now&gt;?" in page
     scores = json.loads((out / "scores.json").read_text())
     assert scores["answers"] == 4
+    # Answers have 1 to 3 tokens.
+    assert 4 <= scores["tokens"] <= 12
+    assert scores["tokens_per_second"] == pytest.approx(scores["tokens"] / scores["seconds"], rel=1e-2)
     assert "exact match" in capsys.readouterr().out
     one_by_one = tmp_path / "single"
     command[command.index(str(out))] = str(one_by_one)
@@ -145,6 +154,78 @@ def test_kinds_of_a_conversation_are_those_of_its_answers(tmp_path: Path) -> Non
     (tmp_path / "meta.json").write_text(json.dumps({"d": {"root": "", "annotation": "d.jsonl"}}))
     found = questions(Manifest(tmp_path / "meta.json"), "internvl2_5")
     assert [question.kind for question in found] == ["shape", "colour", "colour"]
+
+
+def asked(tmp_path: Path, record: dict, metric: str | None = None) -> list[Question]:
+    """Questions of a data set of one record."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "meta.json").write_text(json.dumps({"d": {"root": "", "annotation": "d.jsonl"}}))
+    return list(questions(Manifest(tmp_path / "meta.json"), "internvl2_5", None, metric))
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_references_and_metric_of_a_record(tmp_path: Path) -> None:
+    record = {
+        "conversations": turns("What?", "cat"),
+        "answers": ["cat", "a cat", "dog"],
+        "metric": "vqa_accuracy",
+    }
+    (one,) = asked(tmp_path, record)
+    assert (one.expected, one.compared, one.metric) == ("cat", ("cat", "a cat", "dog"), "vqa_accuracy")
+    assert asked(tmp_path, record, "anls")[0].metric == "anls"
+    both = {"conversations": turns("What?", "cat", "And?", "2"), "answers": [["cat"], ["2", "two"]]}
+    assert [question.compared for question in asked(tmp_path, both)] == [("cat",), ("2", "two")]
+    assert asked(tmp_path, {"conversations": turns("What?", "cat")})[0].compared == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"answers": "cat"}, "'answers' must be a list of texts for one gpt turn"),
+        ({"answers": []}, "'answers' must be"),
+        ({"answers": [["cat"], ["dog"]]}, "one for each of the 1 gpt turns"),
+        ({"answers": ["cat", 2]}, "'answers' must be"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'; it must be one of exact_match"),
+        ({"metric": ["anls"]}, "d.jsonl:1: bad_message"),
+        ({"metric": "yes_no"}, "needs yes or no as the expected answer, found 'cat'"),
+    ],
+)
+def test_answers_that_cannot_be_scored(tmp_path: Path, keys: dict, message: str) -> None:
+    with pytest.raises(BadSample, match=re.escape(message)):
+        asked(tmp_path, {"conversations": turns("What?", "cat")} | keys)
+
+
+def test_scores_and_page_of_partly_right_answers(tmp_path: Path) -> None:
+    record = {"conversations": turns("What?", "cat"), "answers": ["cat"] * 2 + ["lynx"] * 8, "kind": "animal"}
+    (question,) = asked(tmp_path, record, "vqa_accuracy")
+    answerer = Answerer(None, None, 1)  # type: ignore[arg-type]  # the model is not asked
+    rows = [answerer.prediction_row(question, given) for given in ("lynx", "a cat", "dog")]
+    assert [row["score"] for row in rows] == pytest.approx([1.0, 0.6, 0.0])
+    assert [row["correct"] for row in rows] == [True, True, False]
+    scores = summarize_scores(rows) | {"tokens_per_second": 12.0}
+    assert scores["metrics"] == {"vqa_accuracy": {"answers": 3, "score": pytest.approx(1.6 / 3)}}
+    assert scores["by_kind"] == {"animal": [2, 3]}
+    assert scores["score_by_kind"] == {"animal": pytest.approx(1.6 / 3)}
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    write_page(tmp_path / "page.html", "title", scores, rows, most=2)
+    page = (tmp_path / "page.html").read_text()
+    assert page.index("dog") < page.index("a cat")
+    assert "expected: cat / lynx" in page
+    assert "vqa_accuracy 0.60" in page
+    assert "12 tokens/s, 1 of the best left out" in page
+
+
+@pytest.mark.parametrize(
+    ("ends", "count"),
+    [(7, 3 + 1 + 4), ([7, 9], 2 + 1 + 2), (None, 12)],
+)
+def test_tokens_are_counted_up_to_the_end_of_each_answer(ends: int | list[int] | None, count: int) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ends))
+    new = torch.tensor([[1, 9, 7, 7], [7, 0, 0, 0], [1, 9, 2, 3]])
+    assert Generator(model, None).count_tokens(new) == count  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

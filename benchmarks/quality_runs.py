@@ -1,0 +1,124 @@
+"""Runs of the quality study: one trained model, and from it a short training per combination and seed.
+
+As in the paper, a combination starts from a vision encoder and a decoder that are trained already, and its projectors
+are new. The trained ones are the demo's: without compression, a model of this size has not learnt the fine kinds
+after half as many steps again (digits 12 %, words 26 % after 600), so there would be nothing to lose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from benchmarks.common import ROOT
+from benchmarks.quality_report import EXPANSIONS, RULES, Combination
+from megatron_internvlx.reporting.picture import accuracy_by_kind, read_predictions
+
+LAYERS = 4  # of the preset internvlx_demo
+COMBINATIONS: list[Combination] = list(itertools.product(("mlp", "pvtc"), EXPANSIONS, RULES))
+BASE: Combination = ("pvtc", "L/2", "edge")
+"""The demo's; all combinations start from its vision encoder and decoder."""
+BASE_SEED = 1234
+PROJECTORS = ("projector.", "lvtc_projectors.")
+"""Beginnings of the names of an exported model's projectors."""
+
+
+def demo_recipe() -> dict[str, Any]:
+    """Settings of `make demo`."""
+    return dict(yaml.safe_load((ROOT / "examples" / "demo" / "demo.yaml").read_text()))
+
+
+def recipe(combination: Combination, seed: int, steps: int) -> dict[str, Any]:
+    """The demo's recipe with this combination, on one rank."""
+    projector, expansion, rvtc = combination
+    quarters = EXPANSIONS[expansion]
+    return demo_recipe() | {
+        "pipeline_model_parallel_size": 1,
+        "projector": projector,
+        "expand_layer": quarters and quarters * LAYERS // 4,
+        "rvtc": rvtc,
+        "seed": seed,
+        "train_iters": steps,
+        "eval_interval": 10 * steps,  # only the one at the end
+        "save_interval": None,
+    }
+
+
+def digest(*settings: dict[str, Any]) -> str:
+    """Names the content of recipes: a run of other recipes is another run."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def train(data: Path, settings: dict[str, Any], *flags: str) -> dict[str, tuple[int, int]]:
+    """One run in a process of its own: right and asked questions of every kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, answers = Path(folder) / "recipe.yaml", Path(folder) / "answers.jsonl"
+        path.write_text(yaml.safe_dump(settings))
+        run_python(
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+            "pretrain_vlm.py", "--recipe", str(path), "--data", str(data / "meta.json"),
+            "--valid-data", str(data / "meta_val.json"), "--tokenizer-model", str(data / "tokenizer"),
+            "--predictions-file", str(answers), *flags,
+        )  # fmt: skip
+        return accuracy_by_kind(read_predictions(answers))
+
+
+def run_python(*arguments: str) -> None:
+    """A Python process on one core. Raises RuntimeError with the end of its output if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def trained_base(data: Path, work: Path, steps: int) -> Path:
+    """Exported model of `steps` steps, without projectors; trained if `work` does not hold it yet."""
+    settings = recipe(BASE, BASE_SEED, steps)
+    folder = work / f"base-{digest(settings)}"
+    hf, done = folder / "hf", folder / "right.json"
+    if not done.exists():
+        save = ("--save", str(folder / "checkpoints"), "--save-interval", str(steps))
+        right = train(data, settings, *save)
+        export = ("tools/convert_checkpoint.py", "export", "--load", str(folder / "checkpoints"), "--quiet")
+        run_python(*export, "--hf", str(hf))
+        without_projectors(hf)
+        done.write_text(json.dumps(right))
+    return hf
+
+
+def without_projectors(hf: Path) -> None:
+    """Take projectors and LVTC out of an exported model; an import puts others in."""
+    weights, config = hf / "model.safetensors", hf / "config.json"
+    tensors = load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTORS)}
+    assert len(kept) < len(tensors), f"{weights} has no projectors"
+    save_file(kept, weights, metadata={"format": "pt"})
+    settings = json.loads(config.read_text())
+    settings["compression"] |= {"expand_layer": None, "inject_layers": []}
+    config.write_text(json.dumps(settings, indent=2))
+
+
+def start_of(base: Path, combination: Combination, seed: int) -> Path:
+    """Checkpoint of the base with this combination's projectors, initialised by `seed`."""
+    projector, expansion, _ = combination
+    folder = base.parent / f"{projector}-{expansion.replace('/', '_')}-{seed}"
+    if not (folder / "latest_checkpointed_iteration.txt").exists():
+        quarters = EXPANSIONS[expansion]
+        layer = () if quarters is None else ("--expand-layer", str(quarters * LAYERS // 4))
+        run_python(
+            "tools/convert_checkpoint.py", "import", "--hf", str(base), "--save", str(folder), "--projector",
+            projector, *layer, "--init-missing", "--seed", str(seed), "--quiet",
+        )  # fmt: skip
+    return folder

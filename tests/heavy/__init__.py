@@ -1,0 +1,1 @@
+"""Proofs of minutes, left out of `make test`: `make test-heavy`."""
