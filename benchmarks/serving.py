@@ -24,11 +24,11 @@ from PIL import Image
 from benchmarks.common import ROOT, table, write
 from megatron_internvlx.serving.phases import layer_parts, part_sizes, shallow_length, vllm_groups
 
-LAYERS, SHALLOW, HEADS, WIDTH = 12, 4, 4, 64
+LAYERS, SHALLOW, HEADS, WIDTH = 12, 4, 4, 32
 LOW, HIGH = 64, 256
 ROWS = 32  # of a block
-TOKENS = 64
-REQUESTS = 4
+TOKENS = 32
+REQUESTS = 2
 
 
 def make_model(folder: Path, tokenizer: Path, expand_layer: int | None) -> str:
@@ -44,7 +44,7 @@ def make_model(folder: Path, tokenizer: Path, expand_layer: int | None) -> str:
         "patch_size": 14, "image_size": 448, "initializer_factor": 0.1,
     }  # fmt: skip
     decoder = {
-        "family": "qwen2", "vocab_size": 512, "hidden_size": HEADS * 2 * WIDTH, "intermediate_size": 1536,
+        "family": "qwen2", "vocab_size": 512, "hidden_size": HEADS * 2 * WIDTH, "intermediate_size": 768,
         "num_hidden_layers": LAYERS, "num_attention_heads": 2 * HEADS, "num_key_value_heads": HEADS,
     }  # fmt: skip
     compression = {"projector": "pvtc", "expand_layer": expand_layer, "upsample": "bilinear"}
