@@ -32,6 +32,9 @@ COLOUR_QUESTION = "Colour of the {thing}?"
 HALF_QUESTION = "Colour of the {which} half?"
 TWO_IMAGES_QUESTION = "Background colour of the {which} image?"
 TEXT_QUESTION = "Say the word {word}."
+# Not among the demo's questions: for a data set of its own, to teach a trained model something new.
+NEXT_QUESTION = "Which digit comes next?"
+NEW_KINDS = ("next_digit",)
 
 # A short system turn takes the place of the template's own, which is ten times as long as a question and
 # would double the cost of a step on a CPU.
@@ -87,14 +90,18 @@ class SampleDrawer:
         seed: of the data set.
         split: `train`, or `val` with digits that are in no training picture.
         folder: directory for the pictures.
+        only: one of NEW_KINDS, of which all questions are then. None: the demo's questions.
     """
 
-    def __init__(self, seed: int, split: str, folder: Path) -> None:
+    def __init__(self, seed: int, split: str, folder: Path, only: str | None = None) -> None:
         self.seed, self.held_out, self.folder = f"{seed}/{split}", split == "val", folder
+        self.only = only
 
     def draw(self, index: int) -> dict[str, Any]:
         """Draw the pictures of a sample; returns its JSONL record."""
         rng = random.Random(f"{self.seed}/{index}")
+        if self.only:
+            return {"id": index, **self._next_digit(rng, f"{index:06d}", index)}
         cycle, place = divmod(index, len(CYCLE))
         form = CYCLE[place]
         number = cycle * CYCLE.count(form) + CYCLE[:place].count(form)
@@ -119,6 +126,14 @@ class SampleDrawer:
             **sizes,
             **_conversation(rounds, "<image>\n"),
         }
+
+    def _next_digit(self, rng: random.Random, stem: str, number: int) -> dict[str, Any]:
+        size = rng.randint(MIN_SIDE, TILE), rng.randint(MIN_SIDE, TILE)
+        picture = self._draw_thing(rng, "digit", size, "next_digit", number)
+        answer = str((int(picture.facts["digit"]) + 1) % 10)
+        name = self._save(rng, picture.image, stem)
+        sizes = {"width": picture.image.width, "height": picture.image.height}
+        return {"image": name, **sizes, **_conversation([("next_digit", NEXT_QUESTION, answer)], "<image>\n")}
 
     def _draw_thing(
         self, rng: random.Random, thing: str, size: tuple[int, int], form: str, number: int

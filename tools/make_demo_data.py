@@ -11,7 +11,8 @@ The directory it writes (all paths inside it are relative to it):
     demo_data.json              the settings; the tool overwrites only directories with this file
 
 The digits are scikit-learn's 1,797 real ones; those of held-out pictures are in no training picture. Two runs with
-the same settings write the same bytes.
+the same settings write the same bytes. With `--only next_digit` all questions are of a kind that the demo never asks,
+about digits, and the tokenizer is the demo's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if __name__ == "__main__":  # works without an installed package too
 
 from megatron_internvlx.commands.values import int_in_range
 from megatron_internvlx.data.conversation import TEMPLATES
-from tools.demo_questions import SYSTEM_TURN, SampleDrawer, all_questions, answer_words
+from tools.demo_questions import NEW_KINDS, SYSTEM_TURN, SampleDrawer, all_questions, answer_words
 
 # ------------------------------------------------------------------------------------------------ knobs
 
@@ -101,10 +102,10 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_split(root: Path, split: str, count: int, seed: int) -> None:
+def _write_split(root: Path, split: str, count: int, seed: int, only: str | None) -> None:
     folder = root / "images" / split
     folder.mkdir(parents=True)
-    drawer = SampleDrawer(seed, split, folder)
+    drawer = SampleDrawer(seed, split, folder, only)
     with (root / f"{split}.jsonl").open("w", encoding="utf-8") as out:
         for index in tqdm(range(count), desc=f"drawing {split}", disable=not sys.stderr.isatty()):
             record = drawer.draw(index)
@@ -133,13 +134,16 @@ def _read_settings(out: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def make_demo_data(out: Path, *, train: int, val: int, seed: int, vocab_size: int, force: bool) -> bool:
+def make_demo_data(
+    out: Path, *, train: int, val: int, seed: int, vocab_size: int, force: bool, only: str | None = None
+) -> bool:
     """Write the data set to `out`; returns False if a complete one with these settings exists.
 
     The files are written to a temporary directory next to `out`, which is renamed at the end, so a killed run
     leaves no incomplete data set. Raises ValueError if `out` has other content.
     """
-    settings = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed, "vocab_size": vocab_size}
+    settings: dict[str, Any] = {"version": FORMAT_VERSION, "train": train, "val": val, "seed": seed}
+    settings |= {"vocab_size": vocab_size, **({"only": only} if only else {})}
     found = _read_settings(out)
     if found == settings and not force:
         return False
@@ -149,7 +153,7 @@ def make_demo_data(out: Path, *, train: int, val: int, seed: int, vocab_size: in
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         for split, count in (("train", train), ("val", val)):
-            _write_split(work, split, count, seed)
+            _write_split(work, split, count, seed, only)
         make_tokenizer(work / "tokenizer", vocab_size)
         _write_json(work / MARK, settings)
         work.chmod(0o755)  # mkdtemp makes it private
@@ -177,6 +181,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int_in_range(1, 10_000_000),
         default=512,
         help="number of tokens, including special ones",
+    )
+    parser.add_argument(
+        "--only", choices=NEW_KINDS, help="ask only this new kind of question (unset: the demo's)"
     )
     parser.add_argument("--force", action="store_true", help="replace a directory made by this tool")
     args = parser.parse_args(argv)

@@ -75,7 +75,7 @@ class AdaptedWeight:
         return spread.flatten(1)
 
     def change(self, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-        """[rows, in] What the adapter adds to the weight, in fp32."""
+        """[rows, in] Change of the weight by the adapter, in fp32."""
         return scale * (self.blocks(lora_b.float()) @ lora_a.float().flatten(0, 1))
 
     def to_theirs(self, lora_a: Tensor, lora_b: Tensor) -> list[Pair]:

@@ -44,7 +44,7 @@ class ExportPlan:
     """Name of the stored copy of a tied output layer."""
     iteration: int
     weights: ModelWeights
-    """Where the tensors are stored."""
+    """Places of the stored tensors."""
     adapters: Mapping[str, StoredAdapter]
     """Adapters that the export merges, by our name of the weight."""
     rounding: tuple[str, float] | None = None

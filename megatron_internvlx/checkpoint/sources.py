@@ -63,7 +63,7 @@ class StoredAdapter:
         return self.lora_a.read(), self.lora_b.read()
 
     def change(self) -> Tensor:
-        """What it adds to the weight, in fp32."""
+        """Change of the weight by the adapter, in fp32."""
         return self.weight.change(*self.read(), self.scale)
 
 

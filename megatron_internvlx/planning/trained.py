@@ -1,4 +1,4 @@
-"""What a run trains of the model, and how large that makes its checkpoints."""
+"""Trained parameters of a run, and the size of the checkpoints that hold them."""
 
 from __future__ import annotations
 

@@ -6,21 +6,26 @@ Megatron's own adapters 3.6e-6. Adapters under half their scale differ by 1.
 """
 
 import json
+import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
+from megatron_internvlx.checkpoint.export_plan import plan_export
 from megatron_internvlx.checkpoint.exporter import export_checkpoint
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.merger import merge_checkpoint
-from megatron_internvlx.checkpoint.peft_files import export_peft
+from megatron_internvlx.checkpoint.peft_files import WEIGHTS, export_peft
 from megatron_internvlx.checkpoint.peft_import import import_peft
+from megatron_internvlx.checkpoint.peft_summary import lora_flags
 from megatron_internvlx.checkpoint.request import Layout, Request
+from megatron_internvlx.lora_settings import TARGETS
 from tests.converting import (
     INTERNLM2,
     LLAMA3_ROPE,
@@ -147,3 +152,67 @@ def test_one_adapter_everywhere(pool: Pool, tmp_path: Path, family: str) -> None
     export_checkpoint(tmp_path / "merged", tmp_path / "merged_again", processes=1, quiet=True)
     first, second = read_all(tmp_path / "merged_hf"), read_all(tmp_path / "merged_again")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def load_and_save_adapters(layout: list[str], base: str, lora: str, out: str, flags: list[str]) -> None:
+    """On a rank: training's own loading of base and imported adapters, and a checkpoint of the layout."""
+    from megatron_internvlx import platform
+
+    platform.setup()
+    import megatron.training.checkpointing as checkpointing
+    import megatron.training.training as training
+    from megatron.core.enums import ModelType
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_model
+
+    from megatron_internvlx import arguments
+    from megatron_internvlx.lifecycle.base import check_base, load_base_first
+    from megatron_internvlx.training.builder import ModelProvider
+
+    # The ranks of the pool are daemons, which may not start the process that Megatron writes from.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    saved, sys.argv = sys.argv, [
+        "load_and_save", "--recipe", f"{base}/recipe.yaml", "--pretrained-checkpoint", base, "--load", lora,
+        "--data", "none", "--train-iters", "1", "--lr", "1e-3", "--global-batch-size", "8", "--seq-length", "256",
+        "--save-interval", "1", "--save", out, "--no-save-optim", "--no-save-rng", *flags, *layout,
+    ]  # fmt: skip
+    try:
+        args = arguments.parse()
+    finally:
+        sys.argv = saved
+    initialize_megatron()
+    check_base(args)
+    model = get_model(ModelProvider(args), ModelType.encoder_or_decoder, wrap_with_ddp=False)
+    load_base_first(args)
+    training.load_checkpoint(model, None, None)
+    checkpointing.save_checkpoint(1, model, None, None, 0)
+
+
+def test_imported_adapters_go_through_training(pool: Pool, tmp_path: Path) -> None:
+    """All four targets, each rank with its share of them: what training saves is what was imported, bit for bit."""
+    source = make_directory(tmp_path / "source", with_lvtc(INTERNLM2), tokenizer=True)
+    import_checkpoint(source, tmp_path / "base", processes=1, quiet=True)
+    export_checkpoint(tmp_path / "base", tmp_path / "exported", processes=1, quiet=True)
+    everything = r"(?!.*lm_head).*(_proj|qkv|attn.proj|fc1|fc2|attn\.[qkv]|mlp\.w[123]|mlp[123]\.1)"
+    make_adapter(tmp_path / "exported", tmp_path / "adapter", target_modules=everything)
+    plan = import_peft(tmp_path / "adapter", tmp_path / "lora", tmp_path / "base")
+    assert plan.settings.lora_targets == list(TARGETS) and not plan.added
+    layout = [
+        *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
+    ]
+    places = (str(tmp_path / name) for name in ("base", "lora", "trained"))
+    pool.run(4, load_and_save_adapters, layout, *places, lora_flags(plan), timeout=300)
+    trained = plan_export(tmp_path / "trained").weights
+    names = [name for weight in plan.weights for name in weight.names]
+    assert sum(not key.endswith("_extra_state") for key in trained.reader.tensors) == len(
+        plan_export(tmp_path / "lora").weights.reader.tensors
+    )
+    imported = plan_export(tmp_path / "lora").weights
+    for name in names:
+        assert torch.equal(trained.find(name).read(), imported.find(name).read()), name
+    export_peft(tmp_path / "trained", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "again"))
+    for name in (n for n in first if n.endswith("lora_A.weight")):
+        # A fused matrix has rank 12 now; the product is the same.
+        other = name.replace("lora_A", "lora_B")
+        assert torch.allclose(second[other] @ second[name], first[other] @ first[name], atol=1e-5), name

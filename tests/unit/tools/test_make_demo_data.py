@@ -256,3 +256,19 @@ def test_bad_numbers_are_refused(tmp_path, bad):
 def test_unwritable_directory_is_one_line(capsys):
     assert demo.main(["--out", "/proc/data", "--train", "2", "--val", "2"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_new_kind_of_question_has_the_tokenizer_of_the_others(made, tmp_path):
+    """A trained model learns it with adapters: the answer is another digit than the one that it reads there."""
+    assert make(tmp_path / "next", "--train", "40", "--val", "20", "--only", "next_digit") == 0
+    for name, content in contents(made / "tokenizer").items():
+        assert (tmp_path / "next" / "tokenizer" / name).read_bytes() == content
+    rows = records(tmp_path / "next", "val")
+    assert {kind for row in rows for kind in row["kinds"]} == {"next_digit"}
+    assert Counter(answers(rows)) == dict.fromkeys("0123456789", 2)
+    assert demo_questions.NEXT_QUESTION not in demo_questions.all_questions()
+    (tmp_path / "images").mkdir()
+    drawer = demo_questions.SampleDrawer(0, "val", tmp_path / "images", "next_digit")
+    shown = demo_questions.deal("0/val/next_digit/digit", 3, demo_pictures.DIGITS)
+    assert answers([drawer.draw(3)]) == [str((int(shown) + 1) % 10)]
+    assert make(tmp_path / "next", "--train", "40", "--val", "20") == 2  # made with other settings
