@@ -7,7 +7,7 @@ Runs in the environment of `tools/vllm_env.sh`, where neither Megatron nor pytes
 JOBS is a list of objects: `directory`; `engine`, arguments of vLLM's LLM; `tokens`, new tokens per answer; `batches`, a
 list of lists of prompts, each with `text` and `images` (paths); `chat`, whether `messages` are asked instead of `text`;
 `stop`, whether the model's stop tokens end an answer; `never`, token ids that no answer has; `repeat` (in all or none):
-the engines are made together, and take so many turns of which the times count.
+the engines are made together, and take so many turns, in seconds of the processor, which others do not disturb.
 ANSWERS has an object for each: `answers`, token ids in the order of the prompts; `prompts`, theirs; `seconds` of each
 batch, or of the first batch at each turn, then with `first`, those of its first tokens; `blocks`, the most blocks of
 each prompt per cache group; `bytes_per_block`; `block_size`, in rows; or `refused`, the message of a ValueError.
@@ -107,9 +107,10 @@ class Engine:
         chat = self.job.get("chat")
         inputs = [as_messages(prompt) if chat else as_prompt(prompt) for prompt in batch]
         self.record.clear()
-        start = time.perf_counter()
+        clock = time.process_time if "repeat" in self.job else time.perf_counter
+        start = clock()
         outputs = (self.model.chat if chat else self.model.generate)(inputs, sampling, use_tqdm=False)
-        return outputs, time.perf_counter() - start
+        return outputs, clock() - start
 
     def answers(self) -> dict[str, Any]:
         """Answers to all batches."""

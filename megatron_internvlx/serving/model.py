@@ -183,9 +183,9 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
             return self._expand(self._run(x, positions[0]), features, visual), positions[0]
         common = metadata[self.shallow_names[0]].common
         scheduled = positions[:, : common.num_actual_tokens]
-        kept = (
-            None if features is None else kept_rows(scheduled, self.low)
-        )  # without images every row is text
+        # Without images every row is text, unless some are padding behind the scheduled ones.
+        whole = features is None and len(x) == common.num_actual_tokens
+        kept = None if whole else kept_rows(scheduled, self.low)
         shallow = shallow_step(scheduled, common.query_start_loc, kept)
         enter_shallow(context, self.shallow_names, shallow)
         if kept is None:

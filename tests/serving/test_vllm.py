@@ -1,8 +1,8 @@
 """Exports in vLLM give the tokens of transformers' `generate`, in fp32.
 
-One process of vLLM's environment (tools/vllm_env.sh) runs all engines: a minute or two. The random models never give
-the same token twice in a row, so that a wrong row, position or cache block changes an answer: with deep positions in
-the shallow layers 0 of 15 answers about images were the same, with the blocks of another cache group 0 of 20.
+One process of vLLM's environment (tools/vllm_env.sh) runs all engines: 80 s of a processor. The random models give
+another token nearly every time, so that a wrong row, position or length changes an answer. Planted mistakes:
+deep positions in the shallow layers left 0 of 15 answers about images the same, shallow lengths one too large 0 of 20.
 """
 
 import json
