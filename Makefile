@@ -3,6 +3,7 @@
 # make test       the suite                   make test-fast   without the slow and the parallel tests
 # make test-heavy  proofs of minutes: the quickstart's notebook, counted compilations
 # make test-slurm  jobs on a real SLURM of two nodes (root; tests/slurm/cluster.sh install)
+# make test-serving  exports in servers and evaluation harnesses, in environments that it makes; minutes
 # make test-gpu   the tests that need CUDA    make lint        ruff, mypy
 # make docs       the guides, the examples and the API as a site: site/index.html
 # make bench      the quick benchmarks
@@ -15,7 +16,7 @@ PYTHON := .venv/bin/python
 # environment that forbids them is overruled.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-fast test-heavy test-slurm test-gpu lint docs bench
+.PHONY: setup demo test test-fast test-heavy test-slurm test-gpu test-serving lint docs bench
 .DEFAULT_GOAL := setup
 
 ifneq ($(PYTHON),.venv/bin/python)
@@ -45,6 +46,17 @@ test-slurm: setup
 
 test-gpu: setup
 	@$(PYTHON) -m pytest -m gpu -rs tests/gpu
+
+# Servers and harnesses that need other versions than this project have environments of their own, which these
+# scripts make; where one cannot be made, its tests are skipped and say so.
+test-serving: .venv/.serve
+	@for script in tools/vllm_env.sh tools/eval_env.sh; do \
+	  [ ! -f $$script ] || bash $$script || echo "test-serving: $$script failed; its tests are LEFT OUT" >&2; done
+	@.venv/bin/python -m pytest -rs tests/serving
+
+.venv/.serve: .venv/.installed
+	@EXTRAS=dev,serve bash tools/setup_env.sh
+	@touch $@
 
 lint: setup
 	@$(PYTHON) -m ruff check .

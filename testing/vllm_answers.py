@@ -5,15 +5,17 @@ Runs in the environment of `tools/vllm_env.sh`, where neither Megatron nor pytes
     .venv-vllm/bin/python -m testing.vllm_answers JOBS.json ANSWERS.json
 
 JOBS is a list of objects: `directory`; `engine`, arguments of vLLM's LLM; `tokens`, new tokens per answer; `batches`, a
-list of lists of prompts, each with `text` and `images` (paths); `stop`, whether the model's stop tokens end an
-answer; `never`, token ids that no answer has.
-ANSWERS has an object for each: `answers`, token ids in the order of the prompts; `prompts`, their numbers of tokens;
-`seconds` of each batch; `blocks`, the most cache blocks of each prompt per cache group; `bytes_per_block`,
-`block_size`; or `refused`, the message of a ValueError.
+list of lists of prompts, each with `text` and `images` (paths); `chat`, whether `messages` are asked instead of `text`;
+`stop`, whether the model's stop tokens end an answer; `never`, token ids that no answer has; `repeat` (in all or none):
+the engines are made together, and take so many turns of which the times count.
+ANSWERS has an object for each: `answers`, token ids in the order of the prompts; `prompts`, theirs; `seconds` of each
+batch, or of the first batch at each turn, then with `first`, those of its first tokens; `blocks`, the most blocks of
+each prompt per cache group; `bytes_per_block`; `block_size`, in rows; or `refused`, the message of a ValueError.
 """
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -59,40 +61,91 @@ def watch_blocks(engine: Any) -> tuple[dict[str, list[int]], int, int]:
     return record, size, config.kv_cache_groups[0].kv_cache_spec.block_size
 
 
-def ask(job: dict[str, Any]) -> dict[str, Any]:
-    """Answers of one directory."""
+def as_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt for `LLM.generate`."""
     from PIL import Image
-    from vllm import LLM, SamplingParams
 
-    try:
-        model = LLM(job["directory"], **(ENGINE | job.get("engine", {})))
-    except ValueError as error:
-        return {"refused": str(error)}
-    record, size, rows = watch_blocks(model.llm_engine)
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job["tokens"], ignore_eos=not job.get("stop"), detokenize=False,
-        logit_bias=dict.fromkeys(job.get("never", []), -100.0),
-    )  # fmt: skip
-    answers, prompts, seconds, blocks = [], [], [], []
-    for batch in job["batches"]:
-        inputs = []
-        for prompt in batch:
-            images = [Image.open(path).convert("RGB") for path in prompt["images"]]
-            inputs.append(
-                {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
-            )
-        record.clear()
+    images = [Image.open(path).convert("RGB") for path in prompt["images"]]
+    return {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
+
+
+def as_messages(prompt: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages for `LLM.chat`, in which the images are data URIs."""
+    paths = iter(prompt["images"])
+
+    def part(content: dict[str, str]) -> dict[str, Any]:
+        if content["type"] != "image":
+            return content
+        data = base64.b64encode(Path(next(paths)).read_bytes()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+    return [
+        {"role": turn["role"], "content": turn["content"] if isinstance(turn["content"], str)
+         else [part(content) for content in turn["content"]]}
+        for turn in prompt["messages"]
+    ]  # fmt: skip
+
+
+class Engine:
+    """An engine for a job. Raises ValueError if vLLM or the plugin refuses it."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.job = job
+        self.model = LLM(job["directory"], **(ENGINE | job.get("engine", {})))
+        self.record, self.size, self.rows = watch_blocks(self.model.llm_engine)
+
+    def ask(self, batch: list[dict[str, Any]], tokens: int) -> tuple[list[Any], float]:
+        """vLLM's outputs for the prompts, of so many tokens each, and seconds."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=not self.job.get("stop"), detokenize=False,
+            logit_bias=dict.fromkeys(self.job.get("never", []), -100.0),
+        )  # fmt: skip
+        chat = self.job.get("chat")
+        inputs = [as_messages(prompt) if chat else as_prompt(prompt) for prompt in batch]
+        self.record.clear()
         start = time.perf_counter()
-        outputs = model.generate(inputs, sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
-        answers += [list(output.outputs[0].token_ids) for output in outputs]
-        prompts += [len(output.prompt_token_ids) for output in outputs]
-        numbered = sorted(record, key=lambda name: int(name.split("-")[0]))
-        blocks += [record[name] for name in numbered]
-    return {
-        "answers": answers, "prompts": prompts, "seconds": seconds, "blocks": blocks, "bytes_per_block": size,
-        "block_size": rows,
-    }  # fmt: skip
+        outputs = (self.model.chat if chat else self.model.generate)(inputs, sampling, use_tqdm=False)
+        return outputs, time.perf_counter() - start
+
+    def answers(self) -> dict[str, Any]:
+        """Answers to all batches."""
+        found: dict[str, Any] = {"answers": [], "prompts": [], "seconds": [], "blocks": []}
+        for batch in self.job["batches"]:
+            outputs, seconds = self.ask(batch, self.job["tokens"])
+            found["seconds"].append(seconds)
+            found["answers"] += [list(output.outputs[0].token_ids) for output in outputs]
+            found["prompts"] += [list(output.prompt_token_ids) for output in outputs]
+            numbered = sorted(self.record, key=lambda name: int(name.split("-")[0]))
+            found["blocks"] += [self.record[name] for name in numbered]
+        return found | {"bytes_per_block": self.size, "block_size": self.rows}
+
+
+def one_after_another(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of each job, by an engine that is gone before the next is made."""
+    found = []
+    for job in jobs:
+        try:
+            found.append(Engine(job).answers())
+        except ValueError as error:
+            found.append({"refused": str(error)})
+        gc.collect()
+    return found
+
+
+def in_turns(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers of engines that are all there, then times of the first batch, of which each engine has its turn."""
+    engines = [Engine(job) for job in jobs]
+    found = [engine.answers() | {"seconds": [], "first": []} for engine in engines]
+    for _ in range(jobs[0]["repeat"]):
+        for engine, answers in zip(engines, found, strict=True):
+            batch, tokens = engine.job["batches"][0], engine.job["tokens"]
+            answers["first"].append(engine.ask(batch, 1)[1])
+            answers["seconds"].append(engine.ask(batch, tokens)[1])
+    return found
 
 
 def main() -> None:
@@ -100,11 +153,8 @@ def main() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     source, target = map(Path, sys.argv[1:])
-    found = []
-    for job in json.loads(source.read_text()):
-        found.append(ask(job))
-        gc.collect()
-    target.write_text(json.dumps(found))
+    jobs = json.loads(source.read_text())
+    target.write_text(json.dumps(in_turns(jobs) if "repeat" in jobs[0] else one_after_another(jobs)))
 
 
 if __name__ == "__main__":

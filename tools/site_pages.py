@@ -35,7 +35,7 @@ ASSETS = ["benchmarks/results/*.png", "docs/*.png", "docs/assets/*.png", "CITATI
 # Rooms in the order of CONTRIBUTING's tour; the files beside them make a page of their own.
 ROOMS = [
     "platform", "data", "parallel", "model", "planning", "training", "reporting", "lifecycle", "checkpoint",
-    "evaluation", "harness", "chat", "commands", "hf",
+    "evaluation", "harness", "serving", "chat", "commands", "hf",
 ]  # fmt: skip
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~)")

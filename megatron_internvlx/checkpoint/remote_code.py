@@ -237,6 +237,8 @@ inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tenso
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
+
+`transformers serve DIRECTORY --trust-remote-code` answers OpenAI's chat requests with it.
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
 them. Megatron-InternVL-X answers questions with them, too: `ivlx evaluate --hf DIRECTORY --data meta.json`.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_internvlx import platform
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.files import FileWindow
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -279,33 +280,6 @@ def read_stored(folder: Path, stored: StoredTensor, place: int | None = None) ->
     return whole
 
 
-class _Window(io.RawIOBase):
-    """File object for a range of bytes of an open file; torch reads tensors from it without a copy."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(self._length - self._at, 0)]
-        got = os.preadv(self._file.fileno(), [view], self._start + self._at) if len(view) else 0
-        self._at += got
-        return got
-
-
 def _load_piece(folder: Path, piece: Piece, device: str = "cpu") -> Tensor:
     with (folder / piece.file).open("rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
@@ -314,7 +288,7 @@ def _load_piece(folder: Path, piece: Piece, device: str = "cpu") -> Tensor:
                 f"{folder / piece.file}: ends after {end} bytes, {piece.start + piece.length} expected"
             )
         try:
-            window = cast(IO[bytes], _Window(file, piece.start, piece.length))
+            window = cast(IO[bytes], FileWindow(file, piece.start, piece.length))
             return torch.load(window, map_location=device, weights_only=True)
         except Exception as error:  # a broken archive raises many types
             raise ConversionError(

@@ -63,7 +63,7 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """What one way answered, against the reference."""
+    """Answers of one way, compared with the reference's."""
 
     way: str
     asked: int = 0
@@ -73,7 +73,7 @@ class Row:
     tokens_per_second: float | None = None
     peak_bytes: int | None = None
     note: str = ""
-    """Why the way was not taken or failed, or what of it to know."""
+    """Reason why the way was not taken or failed, or a remark on it."""
     failed: bool = False
 
     @property
@@ -173,7 +173,7 @@ class ExportCheck:
                 return
 
     def reason_against(self, way: str) -> str:
-        """Why a way cannot be taken here, with the remedy; "" if it can."""
+        """Reason why a way cannot be taken here, with the remedy; "" if it can."""
         if way in ("generate", "serve") and self.kind == "internvl_chat":
             return (
                 "not possible: released names, for which transformers has no class; export with --remote-code"

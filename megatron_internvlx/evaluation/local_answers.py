@@ -28,7 +28,7 @@ PEAK_UNIT = 1024  # bytes; getrusage counts in KiB on Linux
 def answers_of_evaluate(job: dict[str, Any]) -> Iterator[tuple[str, list[int], int]]:
     """(text, token ids, tokens of the prompt) of each question, in batches, as `ivlx evaluate` generates them.
 
-    The first item comes when the model is loaded, and is no answer.
+    The first item comes when the model is loaded, and stands for nothing.
     """
     from megatron_internvlx.evaluation.generation import Generator, Sampling
     from megatron_internvlx.evaluation.hf_model import load_model

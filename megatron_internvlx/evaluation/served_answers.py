@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_internvlx.evaluation.chat_messages import with_data
 
-START_SECONDS = 300
+START_SECONDS = 600  # until a server answers; importing takes a minute and more on a busy machine
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
 REMEDY = "pip install 'megatron-internvlx[serve]'"
 

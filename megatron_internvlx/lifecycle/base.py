@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,15 @@ def _read_range(checkpoint: Path, info: Any, first: int, end: int, width: int) -
     return np.frombuffer(content, np.uint8).reshape(end - first, width)
 
 
+@dataclass(frozen=True)
+class AdapterBase:
+    """Base of a run's adapters, as stored in the arguments of their checkpoints."""
+
+    lora_base: str | None = None
+    """Directory, as it was given; None for a run without adapters."""
+    lora_base_fingerprint: str | None = None
+
+
 def check_base(args: argparse.Namespace) -> None:
     """Check weights and adapters that a run loads, and note name and fingerprint of the base in its arguments.
 
@@ -119,7 +131,7 @@ def check_base(args: argparse.Namespace) -> None:
         return
     base = checkpoints.pretrained_checkpoint
     if not base:
-        trained_on = getattr(made, "lora_base", None)
+        trained_on = _base_of(made).lora_base
         remedy = f"theirs is {trained_on}" if trained_on else "an import, or the --save of an earlier run"
         raise ValueError(
             f"--lora-rank {lora.lora_rank} needs --pretrained-checkpoint at every start, also to resume: the base's "
@@ -134,15 +146,17 @@ def check_base(args: argparse.Namespace) -> None:
             f"--save {checkpoints.save} is the base of the adapters, whose checkpoints would take its place: give "
             "another --save"
         )
-    if (other := getattr(_arguments_in(_folder(base)), "lora_base", None)) is not None:
+    if (other := _base_of(_arguments_in(_folder(base))).lora_base) is not None:
         raise ValueError(
             f"--pretrained-checkpoint {base} holds adapters of {other} and not weights: merge them into a checkpoint "
             f"first, or give --pretrained-checkpoint {other} and load the adapters with --load {base}"
         )
-    args.lora_base, args.lora_base_fingerprint = base, base_fingerprint(Path(base))
+    now = AdapterBase(base, base_fingerprint(Path(base)))
+    vars(args).update(asdict(now))
     if made is not None:
         assert source is not None
-        _check_adapters(args, lora, source, made)
+        _check_fingerprint(source, _base_of(made), now)
+        _check_settings(source, made, args)
 
 
 def _refuse_adapters(
@@ -151,31 +165,33 @@ def _refuse_adapters(
     """Raise ValueError if a run without LoRA is to load a checkpoint of adapters."""
     pretrained = _folder(checkpoints.pretrained_checkpoint)
     for folder, found in ((source, made), (pretrained, _arguments_in(pretrained))):
-        if (base := getattr(found, "lora_base", None)) is not None:
+        if (base := _base_of(found).lora_base) is not None:
             assert found is not None
+            rank = settings_from(found, LoraSettings).lora_rank
             raise ValueError(
-                f"{folder} holds adapters of {base} and not weights: continue with --lora-rank {found.lora_rank} "
+                f"{folder} holds adapters of {base} and not weights: continue with --lora-rank {rank} "
                 f"--pretrained-checkpoint {base}, or merge them into a checkpoint first"
             )
 
 
-def _check_adapters(
-    args: argparse.Namespace, lora: LoraSettings, source: Path, made: argparse.Namespace
-) -> None:
-    """Raise ValueError if the checkpoint `source` has no adapters that fit this run."""
-    stored = getattr(made, "lora_base_fingerprint", None)
-    if stored is None:
+def _check_fingerprint(source: Path, then: AdapterBase, now: AdapterBase) -> None:
+    """Raise ValueError if the checkpoint `source` has no adapters, or adapters of another base."""
+    if then.lora_base_fingerprint is None:
         raise ValueError(
             f"{source} holds whole weights and no adapters: give --pretrained-checkpoint {source.parent} instead, "
             "and another --save"
         )
-    if stored != args.lora_base_fingerprint:
+    if then.lora_base_fingerprint != now.lora_base_fingerprint:
         raise ValueError(
-            f"{source} holds adapters of another base: of {made.lora_base} with the fingerprint {stored}, and "
-            f"--pretrained-checkpoint {args.lora_base} has {args.lora_base_fingerprint}; give the directory that they "
-            "were trained on, wherever it is now"
+            f"{source} holds adapters of another base: of {then.lora_base} with the fingerprint "
+            f"{then.lora_base_fingerprint}, and --pretrained-checkpoint {now.lora_base} has "
+            f"{now.lora_base_fingerprint}; give the directory that they were trained on, wherever it is now"
         )
-    then = settings_from(made, LoraSettings)
+
+
+def _check_settings(source: Path, made: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Raise ValueError if the adapters in the checkpoint `source` were trained with other settings."""
+    then, lora = settings_from(made, LoraSettings), settings_from(args, LoraSettings)
     differing = [
         f"--{name.replace('_', '-')} {old} -> {new}"
         for name, old, new in (
@@ -195,6 +211,11 @@ def _check_adapters(
             f"{source} does not fit this run, checkpoint -> arguments: {', '.join(differing)}: give what its adapters "
             "were trained with"
         )
+
+
+def _base_of(made: argparse.Namespace | None) -> AdapterBase:
+    """Base noted in a checkpoint's arguments."""
+    return AdapterBase() if made is None else settings_from(made, AdapterBase)
 
 
 def _folder(path: str | None, step: int | None = None) -> Path | None:
@@ -218,9 +239,9 @@ def share_base(args: argparse.Namespace) -> None:
     """Give every rank rank 0's note about the base, and have Megatron load the base before the adapters."""
     if settings_from(args, LoraSettings).lora_rank is None:
         return
-    noted = [getattr(args, "lora_base", None), getattr(args, "lora_base_fingerprint", None)]
+    noted = [asdict(settings_from(args, AdapterBase))]
     dist.broadcast_object_list(noted, src=0)
-    args.lora_base, args.lora_base_fingerprint = noted
+    vars(args).update(noted[0])
     load_base_first(args)
 
 
@@ -240,18 +261,26 @@ def _load_both(
 
     from megatron_internvlx.model.lora import base_checkpoint
 
-    load, step, finetune, base = args.load, args.ckpt_step, args.finetune, args.pretrained_checkpoint
-    has_adapters = load is not None and (bool(step) or checkpoint_exists(load))
-    args.load = args.ckpt_step = (
-        None  # Megatron then loads weights from --pretrained-checkpoint, and nothing else
-    )
-    with base_checkpoint(unwrap_model(model)):
-        # Each of the two has a part of the parameters.
+    given = settings_from(args, CheckpointFiles)
+    assert given.pretrained_checkpoint, "the base of the adapters is not named"
+    has_adapters = given.load is not None and (bool(given.ckpt_step) or checkpoint_exists(given.load))
+    # Each of the two has a part of the parameters. Without --load Megatron takes weights from --pretrained-checkpoint,
+    # and nothing else.
+    with _changed(args, load=None, ckpt_step=None), base_checkpoint(unwrap_model(model)):
         begun = load_checkpoint(model, *parts, strict=False, **options)
-    args.load, args.ckpt_step = load, step
     if not has_adapters:
         return begun
-    args.finetune, args.pretrained_checkpoint = finetune, None
-    begun = load_checkpoint(model, *parts, strict=False, **options)
-    args.pretrained_checkpoint = base
-    return begun
+    vars(args).update(finetune=given.finetune)  # which Megatron has set
+    with _changed(args, pretrained_checkpoint=None):
+        return load_checkpoint(model, *parts, strict=False, **options)
+
+
+@contextmanager
+def _changed(args: argparse.Namespace, **values: Any) -> Iterator[None]:
+    """Arguments of Megatron with other values inside the block."""
+    kept = {name: vars(args)[name] for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(kept)

@@ -26,7 +26,7 @@ def shallow_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     """`backend` with metadata that remember what they were built from."""
     builder: Any = backend.get_builder_cls()
 
-    class ShallowBuilder(builder):  # type: ignore[misc]
+    class ShallowBuilder(builder):
         supports_update_block_table = False
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:

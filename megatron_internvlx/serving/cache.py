@@ -109,7 +109,7 @@ class DeepSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
         """Layers of one part only share a group."""
-        return KVCacheSpec.merge.__func__(cls, specs)  # type: ignore[attr-defined]
+        return KVCacheSpec.merge.__func__(cls, specs)
 
 
 class PhaseScheduler(Scheduler):

@@ -60,21 +60,22 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         self.shallow = injections[0] if injections else 0
         self.low, self.high = config.low_grid**2, config.high_grid**2
         self.entry = "projector" if config.compression["projector"] == "pvtc" else "mlp1"
-        with self._mark_tower_model(vllm_config, "image"):
+        marks: Any = self
+        with marks._mark_tower_model(vllm_config, "image"):
             self.vision_model = VisionModel(config.vision_config, config.select_layer)
             self.add_module(self.entry, make_projector(config, config.low_grid))
             self.lvtc_projectors = nn.ModuleDict(
                 {str(layer): make_projector(config, config.high_grid) for layer in injections}
             )
-        with self._mark_language_model(vllm_config):
+        with marks._mark_language_model(vllm_config):
             text = config.llm_config
             tied = config.tie_word_embeddings or text.tie_word_embeddings
             caches = caches_of(
                 text.num_hidden_layers, self.shallow, self.low, self.high, vllm_config.cache_config
             )
             self.language_model = Decoder(text, tied, maybe_prefix(prefix, "language_model"), caches)
-        layers = self.language_model.model.layers
-        self.shallow_names = [layer.self_attn.attn.layer_name for layer in layers[: self.shallow]]
+        layers: Any = self.language_model.model.layers[: self.shallow]
+        self.shallow_names: list[str] = [layer.self_attn.attn.layer_name for layer in layers]
         # Vision features of the step's images [T, L, c], and their rows [T, q].
         self.features: torch.Tensor | None = None
         self.visual: torch.Tensor | None = None
@@ -151,7 +152,10 @@ class InternVLXForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsM
         **_kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states [n, h] of a step's rows; `positions` [n], or [3, n] with LVTC."""
-        x = self.language_model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.language_model.embed_input_ids(input_ids)
+        x = inputs_embeds
         features, visual = self.features, self.visual
         self.features = self.visual = None
         model = self.language_model.model

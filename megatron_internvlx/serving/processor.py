@@ -26,6 +26,7 @@ from vllm.multimodal.processing import (
 )
 
 from megatron_internvlx.hf.processing_internvlx import CONTEXT, END, IMAGE, START, InternVLXProcessor
+from megatron_internvlx.serving.settings import with_start
 
 LIMIT = "tile_limit"
 """Setting of one prompt: tiles that each of its images may get, the thumbnail not counted."""
@@ -76,6 +77,11 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
     """Prompts with `<image>`, or `<IMG_CONTEXT>`, once per image, as the exported processor takes them."""
+
+    def __init__(self, info: ProcessingInfo, *args: Any, **kwargs: Any) -> None:
+        super().__init__(info, *args, **kwargs)
+        tokenizer = info.get_tokenizer()
+        tokenizer.chat_template = with_start(tokenizer, tokenizer.chat_template)
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process one prompt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from typing import Any
@@ -21,6 +22,18 @@ class ServedConfig(InternVLXConfig):
         super().__init__(*args, **kwargs)
         if self.injection_layers:
             self.mrope_section = [1, 1, 1]
+
+
+def with_start(tokenizer: Any, template: str | None) -> str | None:
+    """A chat template that begins with the token that `tokenizer` puts before a text, if it puts one.
+
+    Chats are tokenized without such a token in vLLM, and with it in training and in transformers.
+    """
+    start = tokenizer.bos_token
+    if not template or not start or tokenizer("")["input_ids"] != [tokenizer.bos_token_id]:
+        return template
+    begin = f"{{{{- {json.dumps(start)} }}}}"
+    return template if "bos_token" in template or template.startswith(begin) else begin + template
 
 
 def problems(engine: Any) -> list[str]:
@@ -72,7 +85,8 @@ class ServedSettings:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing."""
+        """Leave the code in the directory alone: the plugin has the same, and its chat template (see `with_start`)."""
+        model_config.trust_remote_code = False
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -24,7 +24,7 @@ CASES = [
     Case(2, "adapters", "pp=2 per_stage=2 full"),
     Case(4, "adapters", "tp=2 pp=2"),
     Case(4, "adapters everywhere", "tp=2 sp pp=2 selective"),
-    Case(4, "adapters everywhere", "tp=2 sp per_stage=2 pp=2 static"),
+    Case(4, "adapters everywhere", "tp=2 sp pp=2 per_stage=2 static full"),
     Case(2, "adapters of the decoder", "pp=2 layers=E|tttttttt,L full"),
     Case(4, "adapters of the decoder", "pp=2 zero overlap"),
     Case(4, "adapters beside experts", "tp=2 sp ep=2 etp=1"),

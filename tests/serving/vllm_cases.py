@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.remote_code import chat_template
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.evaluation.hf_model import load_model
-from tests.converting import LLAMA3_ROPE, MOE, internvl, make_directory, with_lvtc
+from tests.converting import LLAMA3_ROPE, MOE, TOKENIZER, internvl, make_directory, with_lvtc
 
 TOKENS = 24  # of an answer
 BATCH = 4
 # vLLM's attention on the CPU has heads of 32 and more, so the tests' usual decoder is too narrow. Tiles of 8 x 8
 # patches have 16 placeholders, 4 of them in the shallow layers.
 SIZES: dict[str, Any] = {
-    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 5,
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 6,
     "max_position_embeddings": 2048,
 }  # fmt: skip
 QUESTIONS = ("What is this?", "How many?", "Colour of the left one?", "Why, and since when?", "Read it.")
@@ -78,6 +79,8 @@ def export(root: Path, name: str) -> Path:
     """Write the directory of a case under `root`."""
     config = CASES[name].config()
     source = make_directory(root / f"{name}.source", config, tokenizer=True, scale=2.0)
+    if CASES[name].family == "internlm2":  # whose prompts begin with <s>
+        shutil.copytree(TOKENIZER.parent / "internlm2_fast", source, dirs_exist_ok=True)
     import_checkpoint(source, root / f"{name}.ck", processes=1, quiet=True)
     remote_code = CASES[name].compression is not None
     export_checkpoint(root / f"{name}.ck", root / name, remote_code=remote_code, processes=1, quiet=True)
@@ -115,7 +118,7 @@ def batches(template: str, pictures: list[str], count: int) -> list[list[dict[st
             )
             talk.append({"role": "assistant", "content": "A cat, or two."})
         (text,), _ = render_jinja_template([talk[:-1]], chat_template=template, add_generation_prompt=True)
-        prompts.append({"text": text, "images": images})
+        prompts.append({"text": text, "messages": talk[:-1], "images": images})
     return [prompts[start : start + BATCH] for start in range(0, count, BATCH)]
 
 
@@ -128,9 +131,10 @@ def job(directory: Path, pictures: list[str], count: int, **engine: Any) -> dict
     }  # fmt: skip
 
 
-def expected(asked: dict[str, Any]) -> list[list[int]]:
-    """Greedy answers of transformers' `generate`, without an end."""
+def expected(asked: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts, and of the greedy answers of transformers' `generate`, without an end."""
     model, processor, _ = load_model(Path(asked["directory"]), torch.float32)
+    prompts: list[list[int]] = []
     answers: list[list[int]] = []
     for batch in asked["batches"]:
         images = [[Image.open(path) for path in prompt["images"]] for prompt in batch]
@@ -140,5 +144,10 @@ def expected(asked: dict[str, Any]) -> list[list[int]]:
                 **inputs, max_new_tokens=asked["tokens"], do_sample=False, eos_token_id=None, pad_token_id=0,
                 suppress_tokens=asked["never"],
             )  # fmt: skip
-        answers += found[:, inputs["input_ids"].shape[1] :].tolist()
-    return answers
+        length = inputs["input_ids"].shape[1]
+        answers += found[:, length:].tolist()
+        prompts += [
+            row[mask.bool()].tolist()
+            for row, mask in zip(found[:, :length], inputs["attention_mask"], strict=True)
+        ]
+    return prompts, answers

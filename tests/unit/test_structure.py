@@ -40,6 +40,7 @@ ORDER = [
     ("checkpoint",),
     ("evaluation",),
     ("harness",),
+    ("serving",),
     ("chat",),
     ("launch",),
     ("commands",),

@@ -1,19 +1,24 @@
 """Base of adapters: its fingerprint, and which base and adapters are refused."""
 
+from tests.single import single  # noqa: F401  isort: skip  (sets Megatron up)
 import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.training import checkpointing
 
 from megatron_internvlx import files
 from megatron_internvlx.lifecycle import base as base_module
 from megatron_internvlx.lifecycle.base import base_fingerprint, check_base
+from megatron_internvlx.lifecycle.continuation import Continuation
+from megatron_internvlx.model import lora
 from tests.namespaces import parsed
 
 LORA = {"lora_rank": 4, "freeze_vision": True}
@@ -157,3 +162,48 @@ def test_a_named_step_is_the_one_that_is_checked(resume: Resume, tmp_path: Path,
     save_weights(tmp_path / "adapters", 9)
     with pytest.raises(ValueError, match="iter_0000003 does not fit"):
         resume({}, ckpt_step=3, lora_alpha=9.0, finetune=finetune)
+
+
+Loads = list[tuple[str | None, str | None, int | None, bool]]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Loads, Namespace, Any]]:
+    """Runs the loading of base and adapters; returns what Megatron was told each time, the arguments, the result."""
+
+    def go(**given: Any) -> tuple[Loads, Namespace, Any]:
+        args, seen = parsed(**LORA | {"pretrained_checkpoint": "base"} | given), Loads()
+
+        def load(model: list, *parts: Any, strict: bool) -> tuple[int, int]:
+            assert (model, parts, strict) == (["stage"], ("optimizer", "scheduler"), False)
+            seen.append((args.load, args.pretrained_checkpoint, args.ckpt_step, args.finetune))
+            args.finetune = args.finetune or args.load is None  # as Megatron does
+            return (0 if args.finetune else 7), 5
+
+        monkeypatch.setattr(checkpointing, "load_checkpoint", load)
+        monkeypatch.setattr(lora, "base_checkpoint", lambda stages: nullcontext())
+        return seen, args, base_module._load_both(args, ["stage"], "optimizer", "scheduler")  # type: ignore[list-item]
+
+    return go
+
+
+def test_the_base_is_loaded_first(loads: Callable[..., tuple[Loads, Namespace, Any]], tmp_path: Path) -> None:
+    (tmp_path / files.TRACKER).write_text("7")
+    run, none = str(tmp_path), str(tmp_path / "new")
+    for given in ({"load": None}, {"load": none}, {"load": none, "save": none}):
+        seen, args, result = loads(**given)
+        assert seen == [(None, "base", None, False)] and result == (0, 5)
+        assert (args.load, args.finetune) == (given["load"], True)
+    for finetune, step in ((False, None), (True, None), (False, 7)):
+        seen, args, result = loads(load=run, finetune=finetune, ckpt_step=step)
+        assert seen == [(None, "base", None, finetune), (run, None, step, finetune)]
+        assert result == (0 if finetune else 7, 5)
+        assert (args.load, args.pretrained_checkpoint, args.ckpt_step) == (run, "base", step)
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(4, "base"), (None, None)])
+def test_a_resumed_run_keeps_the_base_of_adapters(rank: int | None, kept: str | None) -> None:
+    run = Continuation.__new__(Continuation)
+    run.args = parsed(lora_rank=rank, pretrained_checkpoint="base", save="run")
+    run._load(7)
+    assert (run.args.load, run.args.ckpt_step, run.args.pretrained_checkpoint) == ("run", 7, kept)
