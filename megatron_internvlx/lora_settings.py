@@ -14,7 +14,11 @@ DEFAULT_TARGETS = ("decoder_attention", "decoder_mlp")
 
 @dataclass
 class LoraSettings:
-    """LoRA: small trained matrices beside frozen linear layers."""
+    """LoRA: small trained matrices beside frozen linear layers.
+
+    The weights of a part with adapters are frozen, whether or not a --freeze flag names it. Other parts are trained
+    whole unless a --freeze flag names them.
+    """
 
     lora_rank: int | None = None
     """Rank of the adapters that are trained instead of the weights beside them. Unset: no adapters."""

@@ -26,6 +26,7 @@ _TITLES = {
     "VisionSettings": "Vision encoder",
     "CompressionSettings": "Compression of visual tokens",
     "TrainSettings": "Model, precision and what is trained",
+    "LoraSettings": "Adapters (LoRA)",
     "DataSettings": "Data",
     "RunSettings": "Checks, resuming and tracking",
 }

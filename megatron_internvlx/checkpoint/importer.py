@@ -211,7 +211,8 @@ def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
     Norm weights are 1, biases 0, `cls_scale` standard normal, matrices uniform within 1/sqrt(columns).
     """
     shape = our_shape(entry.shapes)
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(entry.ours.encode()))
+    # torch's generator looks at 32 bits of a seed only.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {entry.ours}".encode()))
     leaf = entry.ours.split(".")
     if entry.ours.endswith("cls_scale"):
         value = torch.randn(shape, generator=generator)

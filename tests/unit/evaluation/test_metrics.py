@@ -178,6 +178,7 @@ def test_question_options() -> None:
         ("The answer should be option B, not A.", "B"),
         ("A is wrong, so the answer is B", "B"),
         ("The correct answer is A because it is red", "A"),
+        ("The answer is A. No, the answer is B.", "B"),
         ("I think B", "B"),
         ("It is B", "B"),
         ("Dark Blue.", "B"),

@@ -41,6 +41,7 @@ def human(*parts: str | Path) -> str:
     ("parts", "text"),
     [
         (("Hello",), "Hello"),
+        (("Hello", "there"), "Hello\nthere"),
         ((A, "What?"), "<image>\nWhat?"),
         (("What?", A), "What?\n<image>"),
         ((A, B, "Which?"), "Image-1: <image>\nImage-2: <image>\nWhich?"),
