@@ -49,6 +49,8 @@ class PeftConfig:
     """Only some layers have adapters."""
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    saved: tuple[str, ...] = ()
+    """Ends of the names of modules that were trained whole."""
 
     def scale(self, module: str, rank: int) -> float:
         """Factor of a module's adapter of this rank."""
@@ -62,6 +64,10 @@ class PeftConfig:
     def has_adapter(self, module: str) -> bool:
         """Whether the configuration names the module."""
         return _named(self.targets, module) and not _named(self.excluded, module)
+
+    def saves(self, weight: str) -> bool:
+        """Whether a weight belongs to a module that was trained whole."""
+        return any(f".{name}." in f".{weight}" for name in self.saved)
 
 
 def _pattern(patterns: Mapping[str, Any], module: str) -> str:
@@ -107,7 +113,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
     return PeftConfig(
         rank, alpha, dropout, bool(found.get("use_rslora")),
         _module_names(path, found, "target_modules"), _module_names(path, found, "exclude_modules"),
-        found.get("layers_to_transform") is not None, ranks, alphas,
+        found.get("layers_to_transform") is not None, ranks, alphas, _saved_modules(path, found),
     )  # fmt: skip
 
 
@@ -126,6 +132,11 @@ def _is_pattern(value: Any) -> bool:
         if not _is_number(number) or number <= 0:
             return False
     return True
+
+
+def _saved_modules(path: Path, found: Mapping[str, Any]) -> tuple[str, ...]:
+    names = _module_names(path, found, "modules_to_save")
+    return (names,) if isinstance(names, str) else names
 
 
 def _module_names(path: Path, found: Mapping[str, Any], key: str) -> str | tuple[str, ...]:

@@ -76,7 +76,7 @@ def plan_peft_import(directory: Path, base: Path) -> PeftImport:
     entries = loaded_table(plan.sizes, plan.family, plan.layout)
     known = {module_of(name): weight for weight in _adaptable(plan, entries) for name in weight.entry.theirs}
     ranks = _module_ranks(directory, config, infos, known)
-    whole = _whole_entries(directory, entries, infos)
+    whole = _whole_entries(directory, config, entries, infos)
     rank = _common_rank(directory, ranks, known)
     scales = {module: config.scale(module, r) for module, r in ranks.items()}
     first = next(iter(scales))
@@ -86,7 +86,8 @@ def plan_peft_import(directory: Path, base: Path) -> PeftImport:
             "the same alpha / rank"
         )
     used = {_target(known[module]) for module in ranks}
-    alpha = scales[first] * (rank**0.5 if config.rslora else rank)
+    # The way over the scale may leave 7.999999999999999 of 8, and training accepts only the value that the summary prints.
+    alpha = float(f"{scales[first] * (rank**0.5 if config.rslora else rank):.9g}")
     settings = LoraSettings(
         rank, alpha, config.dropout, [name for name in TARGETS if name in used], config.rslora
     )
@@ -186,11 +187,16 @@ def _common_rank(directory: Path, ranks: Mapping[str, int], known: Mapping[str, 
 
 
 def _whole_entries(
-    directory: Path, entries: Sequence[Entry], infos: Mapping[str, TensorInfo]
+    directory: Path, config: PeftConfig, entries: Sequence[Entry], infos: Mapping[str, TensorInfo]
 ) -> tuple[Entry, ...]:
     """Entries of the parts that were trained whole. Raises ConversionError if one is incomplete, or of the decoder."""
     saved = {n.removeprefix(ROOT): i for n, i in infos.items() if not _LORA.fullmatch(n.removeprefix(ROOT))}
     owners = {name: entry for entry in entries for name in entry.theirs}
+    if missing := sorted(name for name in owners if name not in saved and config.saves(name)):
+        raise ConversionError(
+            f"{directory / WEIGHTS}: {len(missing)} tensors of the modules_to_save in {CONFIG} are missing: "
+            f"{', '.join(missing[:5])}"
+        )
     wrong = [
         name for name in saved
         if name not in owners

@@ -11,7 +11,7 @@ from megatron_internvlx.checkpoint.peft_import import PeftImport
 def lora_flags(plan: PeftImport) -> list[str]:
     """Arguments with which training continues the adapters."""
     lora = plan.settings
-    words = ["--lora-rank", str(lora.lora_rank), "--lora-alpha", f"{lora.alpha:g}"]
+    words = ["--lora-rank", str(lora.lora_rank), "--lora-alpha", f"{lora.alpha:.9g}"]
     words += ["--lora-targets", *lora.targets]
     words += ["--lora-dropout", f"{lora.lora_dropout:g}"] if lora.lora_dropout else []
     words += ["--lora-rslora"] if lora.lora_rslora else []

@@ -17,8 +17,8 @@ from megatron_internvlx.checkpoint.exporter import export_checkpoint, lost_share
 from megatron_internvlx.checkpoint.importer import import_checkpoint
 from megatron_internvlx.checkpoint.merger import merge_checkpoint
 from megatron_internvlx.checkpoint.peft_files import CONFIG, ROOT, WEIGHTS, export_peft, unique_suffix
-from megatron_internvlx.checkpoint.peft_import import import_peft
-from megatron_internvlx.checkpoint.peft_summary import peft_import_summary
+from megatron_internvlx.checkpoint.peft_import import import_peft, plan_peft_import
+from megatron_internvlx.checkpoint.peft_summary import lora_flags, peft_import_summary
 from megatron_internvlx.checkpoint.sources import ModelWeights
 from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.commands import convert
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write_peft(base: Path, out: Path, targets: list[str], **settings: Any) -> None:
+def write_peft(base: Path, out: Path, targets: list[str], *, rank: int = RANK, **settings: Any) -> None:
     """A PEFT directory for a base: random adapters on the modules whose names end like this."""
     plan = plan_export(base)
     generator = torch.Generator().manual_seed(3)
@@ -47,11 +47,11 @@ def write_peft(base: Path, out: Path, targets: list[str], **settings: Any) -> No
         for name, (rows, inputs) in zip(weight.entry.theirs, weight.entry.shapes, strict=True):
             module = name.removesuffix(".weight")
             if module.endswith(tuple(targets)):
-                tensors[f"{ROOT}{module}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator)
-                tensors[f"{ROOT}{module}.lora_B.weight"] = 0.1 * torch.randn(rows, RANK, generator=generator)
+                tensors[f"{ROOT}{module}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+                tensors[f"{ROOT}{module}.lora_B.weight"] = 0.1 * torch.randn(rows, rank, generator=generator)
     out.mkdir()
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, **settings}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA, "target_modules": targets, **settings}
     (out / CONFIG).write_text(json.dumps(config))
 
 
@@ -163,6 +163,18 @@ def test_training_finds_what_it_checks(root: Path, tmp_path: Path) -> None:
     assert "--freeze-vision --freeze-projectors" in text and "--freeze-llm" not in text
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(15, 8.0), (32, 22.627417)])
+def test_printed_alpha_is_the_stored_one(root: Path, tmp_path: Path, rank: int, alpha: float) -> None:
+    """Of rsLoRA too, where the way over the scale leaves 7.999999999999999 of 8."""
+    targets = ["attention.wqkv", "attention.wo"]
+    write_peft(root / "chat", tmp_path / "peft", targets, rank=rank, lora_alpha=alpha, use_rslora=True)
+    import_peft(tmp_path / "peft", tmp_path / "lora", root / "chat")
+    export_peft(tmp_path / "lora", tmp_path / "out")
+    plan = plan_peft_import(tmp_path / "out", root / "chat")
+    flags = lora_flags(plan)
+    assert float(flags[flags.index("--lora-alpha") + 1]) == plan.settings.alpha
+
+
 Q0 = f"{ROOT}language_model.model.layers.0.self_attn.q_proj"
 HEAD = f"{ROOT}language_model.lm_head"
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -200,6 +212,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "part of a projector": (
         {"tensors": {f"{ROOT}projector.mlp1.1.weight": torch.ones(64, 512)}}, "is missing, expected",
     ),
+    "no projector saved whole": ({"modules_to_save": ["projector"]}, "modules_to_save .* missing: projector"),
+    "output layer saved whole": ({"modules_to_save": ["lm_head"]}, "modules_to_save .* missing: .*lm_head"),
     "foreign name": ({"tensors": {"model.x": torch.ones(1)}}, "names must begin with"),
 }  # fmt: skip
 

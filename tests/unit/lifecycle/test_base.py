@@ -53,6 +53,14 @@ def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
         assert base_fingerprint(other) != known
 
 
+def test_a_fingerprint_is_of_the_middle_too(tmp_path: Path) -> None:
+    """The middle half of a tensor that is larger than all samples together."""
+    weight = torch.arange(40_000.0).view(100, 400)
+    known = base_fingerprint(save_weights(tmp_path / "base", language_model__w=weight.clone()))
+    weight[25:75] += 1
+    assert base_fingerprint(save_weights(tmp_path / "other", language_model__w=weight)) != known
+
+
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint is in it"):
         base_fingerprint(tmp_path)
