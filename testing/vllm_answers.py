@@ -65,7 +65,7 @@ def as_prompt(prompt: dict[str, Any]) -> dict[str, Any]:
     """A prompt for `LLM.generate`."""
     from PIL import Image
 
-    images = [Image.open(path).convert("RGB") for path in prompt["images"]]
+    images = [Image.open(path) for path in prompt["images"]]
     return {"prompt": prompt["text"]} | ({"multi_modal_data": {"image": images}} if images else {})
 
 

@@ -166,18 +166,33 @@ def run_local(options: argparse.Namespace) -> int:
 
 def read_expected(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Answers of a predictions.jsonl to rows. Raises ValueError if it has other questions."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: no predictions.jsonl of ivlx evaluate: {error}") from error
+    if not all(isinstance(line, dict) and "given" in line for line in found):
+        raise ValueError(f"{path}: no predictions.jsonl of ivlx evaluate: a line has no answer ('given')")
     for number, row in enumerate(rows):
-        if number >= len(found) or [found[number][name] for name in ("key", "question")] != [
-            row["key"],
-            row["question"],
-        ]:
-            there = repr(found[number]["question"]) if number < len(found) else "nothing"
+        there = found[number] if number < len(found) else {}
+        if [there.get(name) for name in ("key", "question")] != [row["key"], row["question"]]:
+            what = repr(there["question"]) if "question" in there else "nothing"
             raise ValueError(
-                f"{path}: answer {number + 1} must be to {row['question']!r} of {row['key']}, found {there}; "
+                f"{path}: answer {number + 1} must be to {row['question']!r} of {row['key']}, found {what}; "
                 "run ivlx evaluate on the same data"
             )
     return [line["given"] for line in found[: len(rows)]]
+
+
+def check_task_options(options: argparse.Namespace) -> None:
+    """Refuse options that have no effect on the harness's own tasks. Raises ValueError."""
+    if not options.tasks:
+        return
+    unused = ["expect", "metric"] + (["limit"] if options.harness == "vlmevalkit" else [])
+    for name in unused:
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(
+                f"--{name} {value}: of no effect with --tasks in {options.harness}; leave it out"
+            )
 
 
 def run_tasks(options: argparse.Namespace, further: Sequence[str]) -> int:
@@ -217,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{' '.join(further)}: arguments after -- are for the harness's own command, with --tasks"
             )
+        check_task_options(options)
         if importlib.util.find_spec(MODULES[options.harness]) is None:
             raise ValueError(
                 f"{options.harness} is not installed here; bash tools/eval_env.sh makes .venv-eval, then: "

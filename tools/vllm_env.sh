@@ -34,4 +34,4 @@ install -e .
 "$target/bin/python" -c 'import vllm, megatron_internvlx.serving.plugin' >/dev/null ||
   fail "vLLM cannot be imported in $target"
 touch "$target/.installed"
-echo "vllm_env: done; $target/bin/vllm serve DIR --enforce-eager, or vllm.LLM in $target/bin/python"
+echo "vllm_env: done; $target/bin/python -m vllm.entrypoints.openai.api_server --model DIR --enforce-eager, or vllm.LLM"

@@ -11,6 +11,10 @@ from megatron_internvlx.evaluation.scores import normalize_text
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
 # "B", "(B)", "B.", "b) red", "**B**", "B - red"; not "A red car".
 _LEADING = re.compile(r"""^[\s(\["'`*]*([A-Za-z])(?=[\s"'`*\])]*$|[.):\],*]|\s+[-–—]\s)""")
+# "A, B", "(A) and (B)", "A or B"; not "A, I think".
+_SEVERAL = re.compile(
+    r"""^\W*([A-Za-z])\b\W*?(?:[,/;&]|\band\b|\bor\b)(?:\W|\band\b|\bor\b)*([A-Za-z])\b(?=\W*$|\W*?[,/;&.):\]]|\s+(?:and|or)\b)"""
+)
 # "The answer is B", "answer: (B)", "option B". A capital letter: "the answer is a car" names no option.
 _STATED = re.compile(
     r"""\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\b(?:\s+[a-z]+){0,2}[\s:=("'`*\[]+([A-Z])\b(?!['’])"""
@@ -85,6 +89,9 @@ def choice_letter(text: str, options: Mapping[str, str] | None = None) -> str | 
     def valid(letters: Sequence[str]) -> list[str]:
         return [letter.upper() for letter in letters if not options or letter.upper() in options]
 
+    several = _SEVERAL.match(text)
+    if several and len(set(valid(several.groups()))) > 1:
+        return None
     plain = normalize_text(text).rstrip(".")
     texts = {letter: normalize_text(option).rstrip(".") for letter, option in options.items()}
     occurring = [

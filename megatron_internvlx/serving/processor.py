@@ -6,6 +6,7 @@ by a hash of the image and of the processor's settings; so the limit of the prom
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -25,11 +27,30 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from megatron_internvlx.hf.processing_internvlx import CONTEXT, END, IMAGE, START, InternVLXProcessor
+from megatron_internvlx.hf.processing_internvlx import CONTEXT, END, IMAGE, START, InternVLXProcessor, upright
 from megatron_internvlx.serving.settings import with_start
 
 LIMIT = "tile_limit"
 """Setting of one prompt: tiles that each of its images may get, the thumbnail not counted."""
+
+
+def as_trained(item: Any) -> Any:
+    """An image as training decodes it: upright, alpha dropped, where vLLM would blend it with white."""
+    if isinstance(item, MediaWithBytes):
+        image = upright(Image.open(io.BytesIO(item.original_bytes))).convert("RGB")
+        return MediaWithBytes(image, item.original_bytes, item.io_config)
+    return upright(item).convert("RGB") if isinstance(item, Image.Image) else item
+
+
+class Parser(MultiModalDataParser):
+    """vLLM's parser of inputs, with images as in training."""
+
+    def _parse_image_data(self, data: Any) -> Any:
+        if isinstance(data, Image.Image | MediaWithBytes):
+            data = [data]
+        if isinstance(data, list | tuple):
+            data = [as_trained(item) for item in data]
+        return super()._parse_image_data(data)
 
 
 class ProcessingInfo(BaseProcessingInfo):
@@ -43,6 +64,10 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_hf_processor(self, **_kwargs: object) -> InternVLXProcessor:
         """The exported processor, without changes."""
         return self.exported
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        """The parser of images."""
+        return Parser(expected_hidden_size=self._get_expected_hidden_size())
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Images, as many as fit."""

@@ -80,6 +80,12 @@ def problems(engine: Any) -> list[str]:
     return found
 
 
+def image_rows(config: InternVLXConfig) -> int:
+    """Rows of an image with the most tiles, with the marks around it."""
+    tiles = config.max_dynamic_patch if config.dynamic_image_size else 1
+    return (tiles + (config.use_thumbnail and tiles > 1)) * config.high_grid**2 + 2
+
+
 class ServedSettings:
     """Checks and changes of an engine's settings, which vLLM calls once when an engine is made."""
 
@@ -114,6 +120,14 @@ class ServedSettings:
                 "of equal prompts do not begin at equal rows; enable_prefix_caching=False avoids this message"
             )
             cache.enable_prefix_caching = False
+        # vLLM's default for a server is 2048 on CPUs and on GPUs below 70 GiB: less than 12 tiles of 256 rows.
+        needed = image_rows(model.hf_config)
+        if scheduler.max_num_batched_tokens < needed:
+            _log.warning(
+                f"max_num_batched_tokens is raised from {scheduler.max_num_batched_tokens} to {needed}, the rows of "
+                "the largest image, which the model needs in one step"
+            )
+            scheduler.max_num_batched_tokens = needed
         os.environ[_RUNNER] = "0"
         scheduler.scheduler_cls = _SCHEDULER
         scheduler.async_scheduling = False

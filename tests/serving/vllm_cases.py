@@ -96,7 +96,10 @@ def draw_pictures(folder: Path, count: int = 8) -> list[str]:
         height, width = (int(side) for side in rng.integers(20, 110, 2))
         cells = rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)
         path = folder / f"{index}.png"
-        Image.fromarray(cells).resize((width, height)).save(path)
+        image = Image.fromarray(cells).resize((width, height))
+        if index % 2:  # alpha is dropped in training, and not blended with white
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path)
         paths.append(str(path))
     return paths
 

@@ -189,6 +189,9 @@ def test_exit_codes_and_the_file(root: Path, tmp_path: Path, monkeypatch, capsys
     assert len(capsys.readouterr().out.splitlines()) == 5
     results["generate"] = results["evaluate"]
     assert main(command) == 0
+    assert main([*command, "--ways", "generate"]) == 0
+    assert main([*command, "--ways", "generate", "vllm"]) == 1  # named, and not installed: nothing is shown
+    assert main(command) == 0
     found = json.loads((tmp_path / "check.json").read_text())
     assert [row["way"] for row in found["rows"]] == list(WAYS)
     assert found["answers"]["generate"] == ["a", "b", "c", "d"]

@@ -187,6 +187,14 @@ def test_question_options() -> None:
         ("A red car", "A"),  # by the option's text, not by the article
         ("A car", None),
         ("either A or B", None),
+        ("A or B", None),
+        ("A, B", None),
+        ("A, B, C", None),
+        ("A/B", None),
+        ("(A) and (B)", None),
+        ("A, A", "A"),
+        ("B, a nice one", "B"),
+        ("B, I think", "B"),
         ("D", None),
         ("", None),
         ("Ｂ", None),  # full width

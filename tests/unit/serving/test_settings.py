@@ -31,6 +31,7 @@ def engine(compression: dict[str, Any] = LVTC, experts: int = 0, **changes: Any)
             "disable_hybrid_kv_cache_manager": None,
             "scheduler_cls": None,
             "async_scheduling": True,
+            "max_num_batched_tokens": 4096,
         },
     }
     whole = dict.fromkeys(("lora_config", "speculative_config", "kv_transfer_config"))
@@ -84,6 +85,16 @@ def test_what_lvtc_needs(caplog: pytest.LogCaptureFixture) -> None:
     assert "enable_prefix_caching is turned off" in caplog.text
     assert "enforce_eager is turned on" in caplog.text
     ServedSettings.verify_and_update_config(settings)  # settings of the plugin's own are no reason to refuse
+
+
+def test_a_step_holds_the_largest_image(caplog: pytest.LogCaptureFixture) -> None:
+    settings = engine(scheduler__max_num_batched_tokens=2048)
+    ServedSettings.verify_and_update_config(settings)
+    assert settings.scheduler_config.max_num_batched_tokens == 13 * 256 + 2
+    assert "raised from 2048 to 3330" in caplog.text
+    settings = engine()
+    ServedSettings.verify_and_update_config(settings)
+    assert settings.scheduler_config.max_num_batched_tokens == 4096
 
 
 def test_one_phase_is_left_as_it_is() -> None:

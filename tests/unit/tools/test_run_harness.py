@@ -31,6 +31,11 @@ def test_a_harness_that_is_not_installed(tmp_path: Path, monkeypatch, capsys) ->
             ["--hf", "hf", "--data", "meta.json", "--", "--judge", "x"],
             "--judge x: arguments after -- are for",
         ),
+        (
+            ["--hf", "hf", "--tasks", "pope", "--expect", "a.jsonl"],
+            "--expect a.jsonl: of no effect with --tasks",
+        ),
+        (["--hf", "hf", "--tasks", "pope", "--metric", "anls"], "--metric anls: of no effect with --tasks"),
     ],
 )
 def test_mistakes(tmp_path: Path, monkeypatch, capsys, arguments: list[str], message: str) -> None:
@@ -43,11 +48,23 @@ def test_mistakes(tmp_path: Path, monkeypatch, capsys, arguments: list[str], mes
     assert message in capsys.readouterr().err
 
 
+def test_vlmevalkit_has_no_limit_for_its_tasks(tmp_path: Path, capsys) -> None:
+    command = ["vlmevalkit", "--hf", str(tmp_path), "--tasks", "POPE", "--limit", "3"]
+    assert run_harness.main(command) == 2
+    assert "--limit 3: of no effect with --tasks in vlmevalkit" in capsys.readouterr().err
+
+
 def test_expected_answers_must_be_to_the_same_questions(tmp_path: Path) -> None:
     fine = [row | {"given": "x"} for row in ROWS]
     assert run_harness.read_expected(write(tmp_path / "a", fine), ROWS[:1]) == ["x"]
     with pytest.raises(ValueError, match=r"answer 2 must be to 'Which\?' of d.jsonl:2, found nothing"):
         run_harness.read_expected(write(tmp_path / "b", fine[:1]), ROWS)
+    for number, rows in enumerate(([{"a": 1}], [1])):
+        with pytest.raises(ValueError, match="a line has no answer"):
+            run_harness.read_expected(write(tmp_path / f"d{number}", rows), ROWS)
+    (tmp_path / "e").write_text("answers")
+    with pytest.raises(ValueError, match=r"e: no predictions.jsonl"):
+        run_harness.read_expected(tmp_path / "e", ROWS)
     with pytest.raises(ValueError, match=r"answer 1 must be to 'What\?' of d.jsonl:1, found 'Which\?'"):
         run_harness.read_expected(write(tmp_path / "c", fine[::-1]), ROWS)
 
