@@ -86,7 +86,7 @@ def plan_peft_import(directory: Path, base: Path) -> PeftImport:
             "the same alpha / rank"
         )
     used = {_target(known[module]) for module in ranks}
-    # The way over the scale may leave 7.999999999999999 of 8, and training accepts only the value that the summary prints.
+    # The scale may leave 7.999999999999999 of 8, and training accepts only the value that the summary prints.
     alpha = float(f"{scales[first] * (rank**0.5 if config.rslora else rank):.9g}")
     settings = LoraSettings(
         rank, alpha, config.dropout, [name for name in TARGETS if name in used], config.rslora
