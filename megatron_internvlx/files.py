@@ -16,8 +16,8 @@ RELEASE = "release"
 
 def iterations(save: Path) -> list[int]:
     """Iterations that have a checkpoint directory, newest first, whether complete or not."""
-    found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in save.glob("iter_*"))
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    found = (step_of(path) for path in save.glob("iter_*"))
+    return sorted((step for step in found if step is not None), reverse=True)
 
 
 def checkpoint_directory(save: Path, iteration: int) -> Path:
@@ -35,6 +35,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
         return None
     checkpoint = folder / RELEASE if latest == RELEASE else checkpoint_directory(folder, int(latest))
     return checkpoint if checkpoint.is_dir() else None
+
+
+def step_of(checkpoint: Path | None) -> int | None:
+    """Step of a checkpoint's directory; None for an import's, and without one."""
+    match = re.fullmatch(r"iter_(\d{7,})", checkpoint.name) if checkpoint else None
+    return int(match[1]) if match else None
 
 
 class FileWindow(io.RawIOBase):

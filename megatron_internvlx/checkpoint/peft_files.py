@@ -70,6 +70,7 @@ def export_peft(
     base: Path | None = None,
     base_name: str | None = None,
     dtype: str | None = None,
+    remote_code: bool = False,
 ) -> PeftExport:
     """Write the adapters of a checkpoint to a PEFT directory.
 
@@ -79,10 +80,11 @@ def export_peft(
         base: checkpoint of the base; None: the one that the checkpoint names.
         base_name: `base_model_name_or_path`, the exported base's directory or its name on a hub. None: left open.
         dtype: type of the tensors; None: that of training.
+        remote_code: the base was exported so; see `plan_export`.
 
     Raises ConversionError; `directory` then does not exist.
     """
-    plan = plan_export(load, base=base, dtype=dtype)
+    plan = plan_export(load, base=base, dtype=dtype, remote_code=remote_code)
     if not plan.adapters:
         raise ConversionError(
             f"{plan.folder}: it has no adapters (--lora-rank was not set in its training); --hf exports it whole"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_internvlx import files
 from megatron_internvlx.checkpoint.adapters import AdaptedWeight, Pair, adapted_weights, target_of
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_plan import ExportPlan, plan_export
@@ -20,7 +21,7 @@ from megatron_internvlx.checkpoint.merger import common_state
 from megatron_internvlx.checkpoint.peft_config import PeftConfig, read_peft_config
 from megatron_internvlx.checkpoint.peft_files import CONFIG, ROOT, WEIGHTS, loaded_table, module_of
 from megatron_internvlx.checkpoint.safetensors_io import TensorInfo, read_tensor, tensor_infos
-from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT
+from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT, BASE_STEP
 from megatron_internvlx.checkpoint.target import file_stamps, fingerprint, new_directory
 from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
@@ -268,6 +269,7 @@ def _arguments(plan: PeftImport, base: Path) -> dict[str, Any]:
         **{f"freeze_{part}": part in plan.frozen for part in ("vision", "projectors", "llm")},
         BASE: str(base),
         BASE_FINGERPRINT: base_fingerprint(plan.base.folder),
+        BASE_STEP: files.step_of(plan.base.folder),
     }
 
 

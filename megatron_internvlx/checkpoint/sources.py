@@ -21,12 +21,12 @@ from megatron_internvlx.checkpoint.torch_dist import (
 )
 from megatron_internvlx.config import settings_from
 from megatron_internvlx.data.rvtc import stored_policy
-from megatron_internvlx.lifecycle.base import base_fingerprint
+from megatron_internvlx.lifecycle.base import base_checkpoint_of, base_fingerprint
 from megatron_internvlx.lora_settings import LoraSettings
 from megatron_internvlx.model.sizes import ModelSizes
 
-BASE, BASE_FINGERPRINT = "lora_base", "lora_base_fingerprint"
-"""Arguments of a checkpoint of adapters: path of its base as it was given, and what identifies it."""
+BASE, BASE_FINGERPRINT, BASE_STEP = "lora_base", "lora_base_fingerprint", "lora_base_step"
+"""Arguments of a checkpoint of adapters: path of its base as it was given, what identifies it, and its step."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class ModelWeights:
                 )
             return
         self.base_path = base or self._named_base()
-        self.base = CheckpointReader(checkpoint_folder(self.base_path))
+        kept = base_checkpoint_of(self.base_path, self.arguments.get(BASE_STEP))
+        self.base = CheckpointReader(checkpoint_folder(kept or self.base_path))
         check_base(self.folder, self.base.folder, self.arguments)
         self.family = self.family or read_arguments(self.base)[1]
 
@@ -104,7 +105,8 @@ class ModelWeights:
             )
         if not Path(name).is_dir():
             raise ConversionError(
-                f"{self.folder}: the base of its adapters, {name}, is not there; name its place with --base"
+                f"{self.folder}: the base of its adapters, {name}, is not there; ivlx export takes its place with "
+                "--base, and a merged export or checkpoint needs none"
             )
         return Path(name)
 
@@ -172,7 +174,7 @@ def check_base(adapters: Path, base: Path, arguments: Mapping[str, Any]) -> None
 
 def without_lora(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments without those of adapters."""
-    names = {field.name for field in fields(LoraSettings)} | {BASE, BASE_FINGERPRINT}
+    names = {field.name for field in fields(LoraSettings)} | {BASE, BASE_FINGERPRINT, BASE_STEP}
     return {name: value for name, value in arguments.items() if name not in names}
 
 

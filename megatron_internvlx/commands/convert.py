@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from megatron_internvlx.checkpoint.checks import check_model_directory
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.target import preload_workers
-from megatron_internvlx.commands.convert_arguments import COMPRESSION, PARSERS
+from megatron_internvlx.commands.convert_arguments import COMPRESSION, MAX_SHARD, PARSERS
 from megatron_internvlx.commands.help import CommandParser
+from megatron_internvlx.commands.values import parse_size
 from megatron_internvlx.exit_codes import INTERRUPTED, MISTAKE
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ def _export_adapters(options: argparse.Namespace) -> int:
     from megatron_internvlx.checkpoint.peft_files import export_peft
 
     made = export_peft(
-        options.load, options.peft, base=options.base, base_name=options.base_name, dtype=options.dtype
-    )
+        options.load, options.peft, base=options.base, base_name=options.base_name, dtype=options.dtype,
+        remote_code=options.remote_code,
+    )  # fmt: skip
     lora, saved = made.plan.weights.lora, ", ".join(made.saved)
     print(
         f"{options.peft}: adapters of rank {lora.lora_rank} on {made.modules} modules"
@@ -128,7 +130,7 @@ def _print_rounding(plan: ExportPlan) -> None:
         name, share = plan.rounding
         print(
             f"merged in fp32, then rounded: that lost at most {share:.2%} of an adapter's change of a weight ({name}); "
-            "PEFT's adapters are not rounded, and with --dtype float32 nothing is"
+            "PEFT's adapters are not rounded, nor is an export with --hf and --dtype float32"
         )
 
 
@@ -213,6 +215,16 @@ def _check_adapter_paths(options: argparse.Namespace) -> None:
     if options.command == "export":
         if options.base_name and not peft:
             raise ConversionError("--base-name is for adapters: it needs --peft")
+        ignored = {
+            "--like": options.like is not None,
+            "--max-shard-size": options.max_shard_size != parse_size(MAX_SHARD),
+            "--remote-code": options.remote_code and options.save is not None,
+        }
+        if not options.hf and any(ignored.values()):
+            flags = ", ".join(flag for flag, given in ignored.items() if given)
+            raise ConversionError(
+                f"{flags}: only a Hugging Face directory has that; leave it out without --hf"
+            )
         if options.dtype and options.save:
             raise ConversionError(
                 "--dtype: a merged checkpoint has the types of its base; leave it out with --save"

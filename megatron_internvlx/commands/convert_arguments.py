@@ -109,7 +109,7 @@ def _export_parser() -> argparse.ArgumentParser:
         help="type of the weights (unset: the original's, or that of training)")  # fmt: skip
     add("--remote-code", action="store_true",
         help="without LVTC too, write our names and code, for transformers serve and our vLLM plugin")  # fmt: skip
-    add("--max-shard-size", type=parse_size, metavar="SIZE", default="5GB", help="largest weight file")
+    add("--max-shard-size", type=parse_size, metavar="SIZE", default=MAX_SHARD, help="largest weight file")
     _add_common_arguments(it)
     return it
 
@@ -151,5 +151,7 @@ def _verify_parser() -> argparse.ArgumentParser:
     return it
 
 
+MAX_SHARD = "5GB"
+"""Largest weight file, as it is typed."""
 COMPRESSION = ("projector", "expand_layer", "inject_layers", "low_ratio", "high_ratio", "upsample")
 PARSERS = {"import": _import_parser, "export": _export_parser, "verify": _verify_parser}

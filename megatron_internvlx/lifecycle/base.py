@@ -114,6 +114,15 @@ class AdapterBase:
     lora_base: str | None = None
     """Directory, as it was given; None for a run without adapters."""
     lora_base_fingerprint: str | None = None
+    lora_base_step: int | None = None
+    """Its step, if it is a run's; None for an import. The base may have trained on since."""
+
+
+def base_checkpoint_of(base: Path, step: int | None) -> Path | None:
+    """Checkpoint in a base's directory: of the step on which adapters were trained if it is there, else the newest."""
+    if step is not None and (kept := files.checkpoint_directory(base, step)).is_dir():
+        return kept
+    return files.newest_checkpoint(base)
 
 
 def check_base(args: argparse.Namespace) -> None:
@@ -153,7 +162,8 @@ def check_base(args: argparse.Namespace) -> None:
             f"--pretrained-checkpoint {base} holds adapters of {other} and not weights: merge them into a checkpoint "
             f"first, or give --pretrained-checkpoint {other} and load the adapters with --load {base}"
         )
-    now = AdapterBase(base, base_fingerprint(Path(base)))
+    checkpoint = base_checkpoint_of(Path(base), _base_of(made).lora_base_step)
+    now = AdapterBase(base, base_fingerprint(checkpoint or Path(base)), files.step_of(checkpoint))
     vars(args).update(asdict(now))
     if made is not None:
         assert source is not None
@@ -188,6 +198,7 @@ def _check_fingerprint(source: Path, then: AdapterBase, now: AdapterBase) -> Non
             f"{source} holds adapters of another base: of {then.lora_base} with the fingerprint "
             f"{then.lora_base_fingerprint}, and --pretrained-checkpoint {now.lora_base} has "
             f"{now.lora_base_fingerprint}; give the directory that they were trained on, wherever it is now"
+            + (f", with its step {then.lora_base_step}" if then.lora_base_step is not None else "")
         )
 
 
@@ -268,7 +279,8 @@ def _load_both(
     has_adapters = given.load is not None and (bool(given.ckpt_step) or checkpoint_exists(given.load))
     # Each of the two has a part of the parameters. Without --load Megatron takes weights from --pretrained-checkpoint,
     # and nothing else.
-    with _changed(args, load=None, ckpt_step=None), base_checkpoint(unwrap_model(model)):
+    step = settings_from(args, AdapterBase).lora_base_step
+    with _changed(args, load=None, ckpt_step=step), base_checkpoint(unwrap_model(model)):
         begun = load_checkpoint(model, *parts, strict=False, **options)
     if not has_adapters:
         return begun

@@ -244,9 +244,8 @@ def _dropout_generator(name: str, linear: Any) -> str | None:
     """
     if _VISION_LAYER.match(name):
         return _TP_RNG
-    if ".projector." in f".{name}":
-        return get_data_parallel_rng_tracker_name()
-    if linear.sequence_parallel:  # Megatron's block has taken this rank's generator already
+    projector = ".projector." in f".{name}"
+    if linear.sequence_parallel and not projector:  # Megatron's block has taken this rank's generator already
         return None
     return _TP_RNG if is_row_parallel(linear) else get_data_parallel_rng_tracker_name()
 

@@ -100,6 +100,30 @@ def resume(tmp_path: Path, stored: dict[Path, Namespace]) -> Resume:
     return go
 
 
+def test_a_base_that_trained_on_is_taken_at_the_step_of_the_adapters(
+    tmp_path: Path, stored: dict[Path, Namespace]
+) -> None:
+    base = save_weights(tmp_path / "base", 5)
+    note = {
+        "lora_base": "elsewhere",
+        "lora_base_fingerprint": base_fingerprint(base),
+        "lora_base_step": 5,
+    }
+    save_weights(base, 9, projector__scale=torch.zeros(1, 2))
+    adapters = save_weights(tmp_path / "adapters", 3) / "iter_0000003"
+    stored[adapters] = parsed(**LORA | note)
+    paths = {"load": str(adapters.parent), "pretrained_checkpoint": str(base)}
+    args = parsed(**LORA | paths)
+    check_base(args)
+    assert (args.lora_base_step, args.lora_base_fingerprint) == (5, note["lora_base_fingerprint"])
+    fresh = parsed(**LORA | {"pretrained_checkpoint": str(base)})
+    check_base(fresh)
+    assert fresh.lora_base_step == 9
+    shutil.rmtree(base / "iter_0000005")
+    with pytest.raises(ValueError, match="wherever it is now, with its step 5"):
+        check_base(parsed(**LORA | paths))
+
+
 def test_the_same_base_elsewhere_is_taken(resume: Resume) -> None:
     resume({})
     resume({}, finetune=True)
