@@ -14,8 +14,9 @@ from megatron_internvlx.checkpoint.peft_files import CONFIG
 
 # Settings of PEFT that change what an adapter computes, with the values that ours computes.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "bias": ("none",),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "use_rslora": (False, True, None),
     "lora_bias": (False,),
     "fan_in_fan_out": (False,),
     "use_qalora": (False,),

@@ -242,6 +242,6 @@ def _card(plan: ExportPlan, config: dict[str, Any]) -> str:
         f"Rank {config['r']}, alpha {config['lora_alpha']:g}, {plan.iteration} steps of training. Modules that were "
         f"trained whole: {whole}.\n\n"
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
-        f'base = AutoModelForImageTextToText.from_pretrained("{Path(base).name}", trust_remote_code=True)\n'
+        f'base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)\n'
         'model = PeftModel.from_pretrained(base, "this directory")\n```\n'
     )

@@ -256,6 +256,11 @@ WRONG_COMMANDS = {
     "no adapters": (["import", "--peft", "{hf}", "--base", "{base}", "--save", "{new}"], "no adapter_config.json"),
     "no such base": (["export", "--load", "{base}", "--base", "{new}", "--hf", "{new}"], "no such directory"),
     "a name for nothing": (["export", "--load", "{base}", "--hf", "{new}", "--base-name", "x"], "it needs --peft"),
+    "options of a directory": (
+        ["export", "--load", "{base}", "--peft", "{new}", "--like", "{hf}", "--max-shard-size", "1GB"],
+        "--like, --max-shard-size: only a Hugging Face directory has that",
+    ),
+    "code of a merge": (["export", "--load", "{base}", "--save", "{new}", "--remote-code"], "--remote-code: only a Hug"),
     "types of a merge": (["export", "--load", "{base}", "--save", "{new}", "--dtype", "float32"], "types of its base"),
 }  # fmt: skip
 
