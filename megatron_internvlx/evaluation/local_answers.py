@@ -11,7 +11,7 @@ JOB has `way` (evaluate or generate), `hf`, `dtype`, `max_new_tokens`, `batch_si
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from megatron_internvlx import platform
-
-PEAK_UNIT = 1024  # bytes; getrusage counts in KiB on Linux
+from megatron_internvlx.evaluation.served_answers import peak_memory
 
 
 def answers_of_evaluate(job: dict[str, Any]) -> Iterator[tuple[str, list[int], int]]:
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "answer_tokens": sum(len(tokens) for _, tokens, _ in rows),
         "prompt_tokens": [length for _, _, length in rows],
         "seconds": time.perf_counter() - start,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT,
+        "peak_bytes": peak_memory(os.getpid()),
     }
     target.write_text(json.dumps(result), encoding="utf-8")
     return 0

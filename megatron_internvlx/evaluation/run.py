@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,22 +48,43 @@ class EvaluationSettings:
 
 
 def generate_answers(
-    answerer: Answerer, asked: Sequence[Question], batch_size: int
+    answerer: Answerer, asked: Sequence[Question], batch_size: int, unfinished: Path
 ) -> tuple[list[dict[str, Any]], float]:
     """Rows of the predictions file, and seconds of reading images, generating and scoring.
 
-    A bar shows progress and tokens per second.
+    A bar shows progress and tokens per second. The rows are written to `unfinished` batch by batch, so that an image
+    that cannot be read, or Ctrl-C, does not take hours of answers with it.
     """
     rows: list[dict[str, Any]] = []
     begun = time.monotonic()
-    with tqdm(total=len(asked), desc="answers", unit="answer") as bar:
+    with (
+        unfinished.open("w", encoding="utf-8") as file,
+        tqdm(total=len(asked), desc="answers", unit="answer") as bar,
+    ):
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
             given = answerer.answer(batch)
-            rows += [answerer.prediction_row(*pair) for pair in zip(batch, given, strict=True)]
+            new = [answerer.prediction_row(*pair) for pair in zip(batch, given, strict=True)]
+            file.write(lines_of(new))
+            file.flush()
+            rows += new
             bar.set_postfix_str(f"{answerer.tokens / (time.monotonic() - begun):.0f} tokens/s", refresh=False)
             bar.update(len(batch))
     return rows, time.monotonic() - begun
+
+
+def _name_unfinished(path: Path, asked: int) -> None:
+    """Say where the answers up to an error are; without any the file goes."""
+    count = path.read_text(encoding="utf-8").count("\n") if path.is_file() else 0
+    if count:
+        print(f"ivlx evaluate: {count} of {asked} answers are in {path}", file=sys.stderr)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lines_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def evaluate(settings: EvaluationSettings, manifest: Manifest) -> dict:
@@ -72,7 +94,7 @@ def evaluate(settings: EvaluationSettings, manifest: Manifest) -> dict:
         settings: model, directories and limits.
         manifest: records of the data.
 
-    Raises ValueError (ConversionError, BadSample).
+    Raises ValueError (ConversionError, BadSample). Answers up to an error are then in `predictions.jsonl.partial`.
     """
     model, processor, template = load_model(settings.hf, getattr(torch, settings.dtype))
     answerer = Answerer(model.to(platform.device()), processor, settings.max_new_tokens)
@@ -82,21 +104,23 @@ def evaluate(settings: EvaluationSettings, manifest: Manifest) -> dict:
     for path in dict.fromkeys(path for question in asked for path in question.images):
         image_size(path)  # report a missing image before hours of generation
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows, seconds = generate_answers(answerer, asked, settings.batch_size)
+    parts = [settings.out / f"{name}.partial" for name in RESULTS]
+    try:
+        rows, seconds = generate_answers(answerer, asked, settings.batch_size, parts[0])
+    except BaseException:
+        _name_unfinished(parts[0], len(asked))
+        raise
     scores = summarize_scores(rows) | {
         "tokens": answerer.tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(answerer.tokens / seconds, 3),
     }
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     title = f"{settings.hf.resolve().name} on {settings.data.stem}"
-    parts = [settings.out / f"{name}.partial" for name in RESULTS]
     try:
-        parts[0].write_text(lines, encoding="utf-8")
         parts[1].write_text(json.dumps(scores, indent=2) + "\n")
         write_page(parts[2], title, scores, rows, settings.page_limit)
     except OSError:
-        for part in parts:
+        for part in parts[1:]:
             part.unlink(missing_ok=True)
         raise
     for part in parts:

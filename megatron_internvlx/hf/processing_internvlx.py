@@ -19,6 +19,7 @@ from transformers import BatchFeature, ProcessorMixin
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE, START, CONTEXT, END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
 SECONDS = 30  # that a server of images may take to answer
+LARGEST = 64 << 20  # bytes of an image's file
 
 
 def tile_grid(width, height, tile_size=448, min_tiles=1, max_tiles=12, policy="edge"):
@@ -83,11 +84,14 @@ def fetch_image(address):
         else:
             request = urllib.request.Request(address, headers={"User-Agent": "InternVL-X"})
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                content = answer.read()
+                content = answer.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f"it has more than {LARGEST >> 20} MiB")
         # An array, because metadata that a PNG has behind its pixels is known once these are read.
         return Image.fromarray(np.asarray(upright(Image.open(io.BytesIO(content))).convert("RGB")))
     except (
         OSError,
+        RuntimeError,  # of the decoder of AVIF
         SyntaxError,
         ValueError,
         http.client.HTTPException,

@@ -260,7 +260,7 @@ WRONG_COMMANDS = {
         ["export", "--load", "{base}", "--peft", "{new}", "--like", "{hf}", "--max-shard-size", "1GB"],
         "--like, --max-shard-size: only a Hugging Face directory has that",
     ),
-    "code of a merge": (["export", "--load", "{base}", "--save", "{new}", "--remote-code"], "--remote-code: only a Hug"),
+    "code of a merge": (["export", "--load", "{base}", "--save", "{new}", "--remote-code"], "--remote-code: only a"),
     "types of a merge": (["export", "--load", "{base}", "--save", "{new}", "--dtype", "float32"], "types of its base"),
 }  # fmt: skip
 

@@ -134,7 +134,9 @@ def test_missing_images_are_told_before_answers_are_generated(data: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_no_half_page(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_answers_and_no_half_page(
+    data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     def full(path: Path, *_: Any) -> None:
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -144,7 +146,21 @@ def test_a_full_disk_leaves_no_half_page(data: Path, tmp_path: Path, capsys, mon
     command = ["--hf", str(hf), "--data", str(data), "--out", str(tmp_path / "out"), "--max-new-tokens", "1"]
     assert main(command) == 2
     assert "No space left" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    (left,) = (tmp_path / "out").iterdir()
+    assert left.name == "predictions.jsonl.partial" and len(left.read_text().splitlines()) == 4
+
+
+def test_a_broken_image_does_not_take_the_answers_before_it(data: Path, tmp_path: Path, capsys) -> None:
+    held = Path(shutil.copytree(data.parent, tmp_path / "data"))
+    lines = (held / "d.jsonl").read_text().splitlines()
+    (held / "d.jsonl").write_text("\n".join([lines[2], lines[1]]) + "\n")
+    (held / "b.png").write_bytes((held / "b.png").read_bytes()[:700])
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"], tokenizer=True)
+    out = tmp_path / "out"
+    command = ["--hf", str(hf), "--data", str(held / "meta.json"), "--out", str(out), "--max-new-tokens", "1"]
+    assert main([*command, "--batch-size", "1"]) == 2
+    assert f"1 of 2 answers are in {out}/predictions.jsonl.partial" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["predictions.jsonl.partial"]
 
 
 def test_kinds_of_a_conversation_are_those_of_its_answers(tmp_path: Path) -> None:
@@ -256,3 +272,4 @@ def test_records_that_cannot_be_asked(data: Path, tmp_path: Path, capsys, record
     command = ["--hf", str(hf), "--data", str(held / "meta.json"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

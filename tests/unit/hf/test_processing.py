@@ -17,6 +17,7 @@ from PIL import Image
 
 from megatron_internvlx.checkpoint.remote_code import chat_template, load_tokenizer
 from megatron_internvlx.data.conversation import get_template, render_prompt
+from megatron_internvlx.hf import processing_internvlx
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor, fetch_image
 from tests.converting import TOKENIZER
 
@@ -129,6 +130,15 @@ def test_unreadable_images(processor, pictures: Path, address: str) -> None:
         assert len(str(found.value)) < 300
     with pytest.raises(ValueError, match="no video and no audio"):
         processor(text="a", videos=[[1]])
+
+
+def test_a_file_that_is_too_large_is_refused(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (pictures / "clear.png").read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(content).decode()
+    assert fetch_image(address).width
+    monkeypatch.setattr(processing_internvlx, "LARGEST", len(content) - 1)
+    with pytest.raises(ValueError, match="it has more than 0 MiB"):
+        fetch_image(address)
 
 
 def test_a_server_answers_400_with_the_reason(processor, monkeypatch: pytest.MonkeyPatch) -> None:
