@@ -85,8 +85,8 @@ def fetch_image(address):
             request = urllib.request.Request(address, headers={"User-Agent": "InternVL-X"})
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 content = answer.read(LARGEST + 1)
-            if len(content) > LARGEST:
-                raise ValueError(f"it has more than {LARGEST >> 20} MiB")
+        if len(content) > LARGEST:
+            raise ValueError(f"it has more than {LARGEST >> 20} MiB")
         # An array, because metadata that a PNG has behind its pixels is known once these are read.
         return Image.fromarray(np.asarray(upright(Image.open(io.BytesIO(content))).convert("RGB")))
     except (
