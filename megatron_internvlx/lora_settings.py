@@ -1,5 +1,6 @@
 """Settings of LoRA adapters, and the parts of the model that they may be added to."""
 
+import re
 from dataclasses import dataclass
 
 TARGETS = {
@@ -9,7 +10,19 @@ TARGETS = {
     "projectors": "projectors",
 }
 """Names of --lora-targets, and the part of the model whose weights an adapter there freezes."""
+_DECODER, _VISION = r"language_model\.decoder\.layers\.\d+\.", r"vision_model\.encoder\.layers\.\d+\."
+_LAYERS = {
+    "decoder_attention": re.compile(rf"{_DECODER}self_attention\.linear_(qkv|proj)"),
+    "decoder_mlp": re.compile(rf"{_DECODER}mlp\.linear_fc[12]"),
+    "vision": re.compile(rf"{_VISION}(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])"),
+    "projectors": re.compile(r"(.*\.)?projector\.(.*\.)?linear(_\w+)?"),
+}
 DEFAULT_TARGETS = ("decoder_attention", "decoder_mlp")
+
+
+def target_of(layer: str) -> str | None:
+    """Name in --lora-targets of the adapter beside a linear layer, given its full name; None: it gets none."""
+    return next((target for target, names in _LAYERS.items() if names.fullmatch(layer)), None)
 
 
 @dataclass

@@ -7,8 +7,6 @@ row j of projection i gets scale * lora_b[j] . (lora_a[i] x).
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,25 +14,19 @@ import torch
 from torch import Tensor
 
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.checkpoint.initial import initial_matrix
 from megatron_internvlx.checkpoint.mapping import Entry
 from megatron_internvlx.checkpoint.ops import GateUp, Op, Same, SplitQKV
+from megatron_internvlx.lora_settings import target_of
 from megatron_internvlx.model.sizes import ModelSizes
-
-_DECODER, _VISION = r"language_model\.decoder\.layers\.\d+\.", r"vision_model\.encoder\.layers\.\d+\."
-_WEIGHTS = {
-    "decoder_attention": re.compile(rf"{_DECODER}self_attention\.linear_(qkv|proj)\.weight"),
-    "decoder_mlp": re.compile(rf"{_DECODER}mlp\.linear_fc[12]\.weight"),
-    "vision": re.compile(rf"{_VISION}(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight"),
-    "projectors": re.compile(r"(.*\.)?projector\.(.*\.)?linear(_\w+)?\.weight"),
-}
 
 Pair = tuple[Tensor, Tensor]
 """A [r, in] and B [rows, r] of one Hugging Face module."""
 
 
-def target_of(ours: str) -> str | None:
+def target_of_weight(ours: str) -> str | None:
     """Name in --lora-targets of the adapters on one of our weights; None for tensors that have none."""
-    return next((target for target, names in _WEIGHTS.items() if names.fullmatch(ours)), None)
+    return target_of(ours.removesuffix(".weight")) if ours.endswith(".weight") else None
 
 
 @dataclass(frozen=True)
@@ -124,10 +116,7 @@ class AdaptedWeight:
         return own
 
     def _initial_a(self, rank: int, seed: int) -> Tensor:
-        shape = self.shapes(rank)[0]
-        # torch uses 32 bits of a seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.names[0]}".encode()))
-        return torch.empty(shape).uniform_(-(shape[2] ** -0.5), shape[2] ** -0.5, generator=generator)
+        return initial_matrix(self.shapes(rank)[0], seed, self.names[0])
 
 
 def adapted_weights(
@@ -135,7 +124,7 @@ def adapted_weights(
 ) -> list[AdaptedWeight]:
     """Weights of a table that have an adapter under these --lora-targets, in its order."""
     chosen = set(targets)
-    return [_adapted(sizes, entry) for entry in entries if target_of(entry.ours) in chosen]
+    return [_adapted(sizes, entry) for entry in entries if target_of_weight(entry.ours) in chosen]
 
 
 def _adapted(sizes: ModelSizes, entry: Entry) -> AdaptedWeight:

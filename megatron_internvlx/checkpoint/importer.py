@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -27,6 +26,7 @@ from megatron_internvlx.checkpoint.hf_config import (
     read_config,
 )
 from megatron_internvlx.checkpoint.import_recipe import recipe_text
+from megatron_internvlx.checkpoint.initial import initial_matrix, named_generator
 from megatron_internvlx.checkpoint.mapping import Entry, output_names, table
 from megatron_internvlx.checkpoint.ops import our_shape
 from megatron_internvlx.checkpoint.safetensors_io import INDEX, WeightFiles, read_tensor
@@ -37,12 +37,12 @@ from megatron_internvlx.checkpoint.target import (
     new_directory,
     run_units,
 )
-from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
     WrittenTensor,
-    checkpoint_keys,
-    save_tensor,
-    write_metadata,
+    append_tensor,
+    common_state,
+    release_folder,
+    write_release,
 )
 from megatron_internvlx.config import CompressionSettings, check_projector, settings_from
 from megatron_internvlx.data.rvtc import NAMES_VERSION
@@ -211,17 +211,15 @@ def initial_value(entry: Entry, dtype: str, seed: int) -> Tensor:
     Norm weights are 1, biases 0, `cls_scale` standard normal, matrices uniform within 1/sqrt(columns).
     """
     shape = our_shape(entry.shapes)
-    # torch's generator looks at 32 bits of a seed only.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {entry.ours}".encode()))
     leaf = entry.ours.split(".")
     if entry.ours.endswith("cls_scale"):
-        value = torch.randn(shape, generator=generator)
+        value = torch.randn(shape, generator=named_generator(seed, entry.ours))
     elif leaf[-1] == "bias":
         value = torch.zeros(shape)
     elif len(shape) == 1:
         value = torch.ones(shape)
     else:
-        value = torch.empty(shape).uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
+        value = initial_matrix(shape, seed, entry.ours)
     return value.to(getattr(torch, dtype))
 
 
@@ -249,13 +247,10 @@ def write_unit(unit: Unit) -> list[dict[str, Any]]:
     with (Path(unit.folder) / name).open("wb", buffering=1 << 20) as file:
         for source in unit.sources:
             tensor = make_tensor(Path(unit.directory), source, unit.pickled, unit.seed)
-            keys, place = checkpoint_keys(source.entry.ours, unit.experts > 0)
-            start, length = save_tensor(file, tensor if place is None else tensor[None])
-            count = 0 if place is None else unit.experts if ".experts." in keys[0] else unit.vision_layers
-            item = WrittenTensor(
-                tuple(keys), place, count, tuple(tensor.shape), source.dtype, name, start, length
+            where = append_tensor(
+                file, name, source.entry.ours, tensor, experts=unit.experts, vision_layers=unit.vision_layers
             )
-            written.append(asdict(item))
+            written.append(asdict(where))
     return written
 
 
@@ -294,8 +289,7 @@ def import_checkpoint(
     mark = fingerprint("import", file_stamps(directory, ["config.json", *files]), plan.config.arguments, seed)
     needed = plan.nbytes + (64 << 20)
     with new_directory(save, mark, needed) as target:
-        folder = target.partial / RELEASE
-        folder.mkdir(exist_ok=True)
+        folder = release_folder(target.partial)
         groups = group_by_size([source.nbytes for source in plan.sources], UNIT_BYTES)
         units = [
             Unit(
@@ -312,26 +306,11 @@ def import_checkpoint(
             target, units, write_unit, sizes=sizes, processes=processes, title="import", quiet=quiet
         )
         written = [WrittenTensor(**item) for number in sorted(results) for item in results[number]]
-        write_metadata(folder, written, _common_state(plan))
-        (target.partial / TRACKER).write_text(RELEASE)
+        write_release(target.partial, written, common_state(plan.config.arguments, plan.config.family))
         write_side_files(directory, target.partial / SIDE, weights, plan)
         recipe = recipe_text(recipe_of(plan, save.resolve()), directory.resolve())
         (target.partial / RECIPE).write_text(recipe, encoding="utf-8")
     return plan
-
-
-def _common_state(plan: ImportPlan) -> dict[str, Any]:
-    """State besides tensors that Megatron and our export read."""
-    return {
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False},
-        "internvlx": {
-            "arguments": plan.config.arguments,
-            "family": plan.config.family,
-            "rvtc_version": NAMES_VERSION,
-        },
-    }
 
 
 def recipe_of(plan: ImportPlan, save: Path) -> dict[str, Any]:

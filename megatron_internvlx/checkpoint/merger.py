@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from megatron_internvlx.checkpoint.export_plan import ExportPlan, plan_export
 from megatron_internvlx.checkpoint.exporter import Item, lost_share, worst_rounding
 from megatron_internvlx.checkpoint.importer import NOTES, SIDE, UNIT_BYTES
 from megatron_internvlx.checkpoint.target import fingerprint, group_by_size, new_directory, run_units
-from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
     WrittenTensor,
-    checkpoint_keys,
-    save_tensor,
-    write_metadata,
+    append_tensor,
+    common_state,
+    release_folder,
+    write_release,
 )
-from megatron_internvlx.data.rvtc import NAMES_VERSION
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,10 @@ def write_unit(unit: MergeUnit) -> dict[str, Any]:
             typed = exact.to(getattr(torch, dtype))
             if change is not None:
                 lost.append((ours, lost_share([exact], [typed], change)))
-            keys, place = checkpoint_keys(ours, unit.experts > 0)
-            start, length = save_tensor(file, typed if place is None else typed[None])
-            count = 0 if place is None else unit.experts if ".experts." in keys[0] else unit.vision_layers
-            item_ = WrittenTensor(tuple(keys), place, count, tuple(typed.shape), dtype, name, start, length)
-            written.append(asdict(item_))
+            where = append_tensor(
+                file, name, ours, typed, experts=unit.experts, vision_layers=unit.vision_layers
+            )
+            written.append(asdict(where))
     return {"written": written, "lost": lost}
 
 
@@ -82,8 +79,7 @@ def merge_checkpoint(
     ]
     mark = fingerprint("merge", plan.weights.stamps())
     with new_directory(save, mark, sum(sizes) + (64 << 20)) as target:
-        folder = target.partial / RELEASE
-        folder.mkdir(exist_ok=True)
+        folder = release_folder(target.partial)
         units, totals = [], []
         for number, group in enumerate(group_by_size(sizes, UNIT_BYTES)):
             units.append(
@@ -97,30 +93,7 @@ def merge_checkpoint(
             target, units, write_unit, sizes=totals, processes=processes, title="merge", quiet=quiet
         )
         written = [WrittenTensor(**one) for number in sorted(results) for one in results[number]["written"]]
-        write_metadata(folder, written, common_state(plan.arguments, plan.family, plan.iteration))
-        (target.partial / TRACKER).write_text(RELEASE)
+        write_release(target.partial, written, common_state(plan.arguments, plan.family, plan.iteration))
         if plan.side is not None and (plan.side / NOTES).is_file():
             shutil.copytree(plan.side, target.partial / SIDE)
     return replace(plan, rounding=worst_rounding({n: r["lost"] for n, r in results.items()}))
-
-
-def common_state(arguments: Mapping[str, Any], family: str, iteration: int) -> dict[str, Any]:
-    """State besides tensors that Megatron and our export read: the model's arguments, of plain types only."""
-    plain = {name: value for name, value in arguments.items() if _is_plain(value)}
-    return {
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False},
-        "internvlx": {
-            "arguments": plain,
-            "family": family,
-            "rvtc_version": NAMES_VERSION,
-            "iteration": iteration,
-        },
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)

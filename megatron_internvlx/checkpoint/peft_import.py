@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from megatron_internvlx import files
-from megatron_internvlx.checkpoint.adapters import AdaptedWeight, Pair, adapted_weights, target_of
+from megatron_internvlx.checkpoint.adapters import AdaptedWeight, Pair, adapted_weights, target_of_weight
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.export_plan import ExportPlan, plan_export
 from megatron_internvlx.checkpoint.mapping import Entry
-from megatron_internvlx.checkpoint.merger import common_state
 from megatron_internvlx.checkpoint.peft_config import PeftConfig, read_peft_config
 from megatron_internvlx.checkpoint.peft_files import CONFIG, ROOT, WEIGHTS, loaded_table, module_of
 from megatron_internvlx.checkpoint.safetensors_io import TensorInfo, read_tensor, tensor_infos
 from megatron_internvlx.checkpoint.sources import BASE, BASE_FINGERPRINT, BASE_STEP
 from megatron_internvlx.checkpoint.target import file_stamps, fingerprint, new_directory
-from megatron_internvlx.checkpoint.torch_dist import RELEASE, TRACKER
 from megatron_internvlx.checkpoint.torch_dist_write import (
-    WrittenTensor,
-    checkpoint_keys,
-    save_tensor,
-    write_metadata,
+    append_tensor,
+    common_state,
+    release_folder,
+    write_release,
 )
 from megatron_internvlx.lifecycle.base import base_fingerprint
 from megatron_internvlx.lora_settings import TARGETS, LoraSettings
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+DATA = "__0_0.distcp"  # as Megatron names the file of the first rank
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _adaptable(plan: ExportPlan, entries: Sequence[Entry]) -> list[AdaptedWeight
 
 
 def _target(weight: AdaptedWeight) -> str:
-    target = target_of(weight.entry.ours)
+    target = target_of_weight(weight.entry.ours)
     assert target is not None
     return target
 
@@ -237,24 +237,15 @@ def import_peft(directory: Path, save: Path, base: Path, *, seed: int = 1234) ->
     needed = sum(info.nbytes for info in plan.infos.values()) * 3 + (64 << 20)
     mark = fingerprint("peft", file_stamps(directory, [CONFIG, WEIGHTS]), plan.base.weights.stamps(), seed)
     with new_directory(save, mark, needed) as target:
-        folder = target.partial / RELEASE
-        folder.mkdir(exist_ok=True)
         written = []
-        with (folder / "__0_0.distcp").open("wb", buffering=1 << 20) as file:
+        with (release_folder(target.partial) / DATA).open("wb", buffering=1 << 20) as file:
             for name, tensor in _tensors(directory, plan, seed):
-                keys, place = checkpoint_keys(name, has_experts=False)
-                start, length = save_tensor(file, tensor if place is None else tensor[None])
-                count = 0 if place is None else plan.base.sizes.vision.num_layers
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                item = WrittenTensor(
-                    tuple(keys), place, count, tuple(tensor.shape), dtype, "__0_0.distcp", start, length
-                )
-                written.append(item)
-        common = common_state(_arguments(plan, base), plan.base.family, 0)
+                layers = plan.base.sizes.vision.num_layers
+                written.append(append_tensor(file, DATA, name, tensor, experts=0, vision_layers=layers))
+        common = common_state(_arguments(plan, base), plan.base.family)
         # Training reads from here on which base the adapters were trained, and how.
         common["args"] = Namespace(**common["internvlx"]["arguments"])
-        write_metadata(folder, written, common)
-        (target.partial / TRACKER).write_text(RELEASE)
+        write_release(target.partial, written, common)
     return plan
 
 

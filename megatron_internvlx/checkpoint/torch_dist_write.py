@@ -12,7 +12,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, location
+from megatron_internvlx.checkpoint.torch_dist import COMMON_KEY, RELEASE, TRACKER, location
+from megatron_internvlx.data.rvtc import NAMES_VERSION
 
 
 def checkpoint_keys(full_name: str, has_experts: bool) -> tuple[list[str], int | None]:
@@ -71,6 +72,61 @@ class WrittenTensor:
     file: str
     start: int
     length: int
+
+
+def append_tensor(
+    file: Any, name: str, full_name: str, tensor: Tensor, *, experts: int, vision_layers: int
+) -> WrittenTensor:
+    """Append one of our tensors to a data file, as Megatron stores it; returns its position.
+
+    Args:
+        file: the data file, opened for writing.
+        name: its name in the checkpoint's folder.
+        full_name: of the tensor.
+        tensor: the tensor.
+        experts: experts of a layer; 0 for a dense model.
+        vision_layers: layers of the vision encoder, which are stacked.
+    """
+    keys, place = checkpoint_keys(full_name, experts > 0)
+    start, length = save_tensor(file, tensor if place is None else tensor[None])
+    count = 0 if place is None else experts if ".experts." in keys[0] else vision_layers
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return WrittenTensor(tuple(keys), place, count, tuple(tensor.shape), dtype, name, start, length)
+
+
+def common_state(arguments: Mapping[str, Any], family: str, iteration: int = 0) -> dict[str, Any]:
+    """State besides tensors that Megatron and our export read: the model's arguments, of plain types only."""
+    plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+    return {
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+        "internvlx": {
+            "arguments": plain,
+            "family": family,
+            "rvtc_version": NAMES_VERSION,
+            "iteration": iteration,
+        },
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def release_folder(directory: Path) -> Path:
+    """Make the folder for the data files of a checkpoint without a step; `write_release` completes it."""
+    folder = directory / RELEASE
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def write_release(directory: Path, written: Iterable[WrittenTensor], common: Mapping[str, Any]) -> None:
+    """Complete a directory whose `release_folder` has the data files; see `write_metadata`."""
+    write_metadata(directory / RELEASE, written, common)
+    (directory / TRACKER).write_text(RELEASE)
 
 
 def write_metadata(folder: Path, written: Iterable[WrittenTensor], common: Mapping[str, Any]) -> None:

@@ -34,19 +34,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_internvlx.lora_settings import LoraSettings
+from megatron_internvlx.lora_settings import LoraSettings, target_of
 from megatron_internvlx.model.internvlx import InternVLX
 
 MARK = ".adapter."
 """Part of the full name of every parameter of an adapter."""
 
-_DECODER, _VISION = r"language_model\.decoder\.layers\.\d+\.", r"vision_model\.encoder\.layers\.\d+\."
-_LAYERS = {
-    "decoder_attention": re.compile(rf"{_DECODER}self_attention\.linear_(qkv|proj)"),
-    "decoder_mlp": re.compile(rf"{_DECODER}mlp\.linear_fc[12]"),
-    "vision": re.compile(rf"{_VISION}(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])"),
-    "projectors": re.compile(r"(.*\.)?projector\.(.*\.)?linear(_\w+)?"),
-}
 _DECODER_LAYER = re.compile(r"^(language_model\.decoder\.layers\.)(\d+)")
 _VISION_LAYER = re.compile(r"^vision_model\.encoder\.layers\.\d+\.")
 _TP_RNG = "model-parallel-rng"
@@ -194,7 +187,7 @@ def add_adapters(stage: Any, settings: LoraSettings, *, seed: int = 1) -> None:
     if settings.lora_rank is None:
         return
     for name, linear in list(stage.named_modules()):
-        if not any(_LAYERS[target].fullmatch(name) for target in settings.targets):
+        if target_of(name) not in settings.targets:
             continue
         _add_adapter(stage, name, linear, settings, seed)
     _let_gradients_pass(stage, settings)

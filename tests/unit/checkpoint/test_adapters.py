@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_internvlx.checkpoint.adapters import AdaptedWeight, adapted_weights, target_of
+from megatron_internvlx.checkpoint.adapters import AdaptedWeight, adapted_weights, target_of_weight
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_config import model_config
 from megatron_internvlx.checkpoint.mapping import table
-from megatron_internvlx.lora_settings import TARGETS
+from megatron_internvlx.lora_settings import TARGETS, target_of
 from megatron_internvlx.model.sizes import model_sizes
 from tests.converting import FAMILIES, INTERNLM2, MARKS, Named, lvtc_config, native
 
@@ -89,14 +89,15 @@ def test_one_adapter_of_a_fused_matrix_is_shared_by_its_projections() -> None:
 
 
 def test_targets_are_those_of_training() -> None:
-    """Names of the table against the layers that training puts adapters on."""
-    from tests import single  # noqa: F401  # isort: skip  (sets Megatron up)
-    from megatron_internvlx.model.lora import _LAYERS
-
+    """Only weights of the layers beside which training puts adapters, and of all targets some."""
     for config in (lvtc_config(), INTERNLM2, native(), FAMILIES["qwen3_moe"]):
         marks = ["model."] if config["model_type"] == "internvl" else []
         ours = model_config(config, Named(*marks))
+        found = set()
         for entry in table(model_sizes(ours.arguments), ours.family, ours.layout):
             layer, _, leaf = entry.ours.rpartition(".")
-            there = next((t for t, names in _LAYERS.items() if names.fullmatch(layer)), None)
-            assert target_of(entry.ours) == (there if leaf == "weight" else None), entry.ours
+            there = target_of(layer)
+            found.add(there)
+            assert target_of_weight(entry.ours) == (there if leaf == "weight" else None), entry.ours
+        experts = {"decoder_mlp"} if "moe" in ours.family else set()
+        assert found - {None} == set(TARGETS) - experts

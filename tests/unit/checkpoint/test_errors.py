@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_internvlx.checkpoint import importer, target
+from megatron_internvlx.checkpoint import importer, target, torch_dist_write
 from megatron_internvlx.commands.convert import main
 from tests.converting import FAMILIES, differences, make_directory, read_all
 
@@ -107,7 +107,7 @@ def test_disk_full_on_the_way(hf: Path, tmp_path: Path, capsys, monkeypatch) -> 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(importer, "save_tensor", full)
+    monkeypatch.setattr(torch_dist_write, "save_tensor", full)
     assert "the disk is full" in refused(capsys, tmp_path)
 
 
