@@ -24,14 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
+from megatron_internvlx.evaluation import vllm_answers
+
+ENVIRONMENT = vllm_answers.ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,

@@ -132,7 +132,7 @@ def run_local(options: argparse.Namespace) -> int:
     """Ask local records, write and score the answers, and compare them; returns the exit code."""
     keep_offline(options.out)
     from megatron_internvlx.evaluation.answers import questions
-    from megatron_internvlx.harness.answering import conversation_template
+    from megatron_internvlx.evaluation.hf_model import conversation_template
     from megatron_internvlx.harness.local_task import local_rows, score_row
 
     template = conversation_template(options.hf)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx import platform
-from megatron_internvlx.checkpoint.hf_config import model_config, read_config
+from megatron_internvlx.checkpoint.hf_config import read_config
 from megatron_internvlx.checkpoint.remote_code import load_tokenizer
-from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.evaluation import vllm_answers
 from megatron_internvlx.evaluation.answers import Question, questions
 from megatron_internvlx.evaluation.chat_messages import messages_of, template_messages, with_data
+from megatron_internvlx.evaluation.hf_model import conversation_template
 from megatron_internvlx.evaluation.served_answers import (
     REMEDY,
     ServerError,
@@ -261,9 +261,8 @@ def check_export(settings: CheckSettings, manifest: Manifest, folder: Path) -> E
     Raises:
         ValueError: an export that cannot be loaded, or questions that cannot be asked.
     """
-    found = model_config(read_config(settings.hf), WeightFiles(settings.hf))
+    template = conversation_template(settings.hf)
     tokenizer = load_tokenizer(settings.hf)
-    template = found.arguments["conversation_template"]
     return ExportCheck(
         settings, prepare_questions(settings, manifest, template, tokenizer), tokenizer, folder
     )

@@ -30,6 +30,12 @@ from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
 from megatron_internvlx.model.sizes import model_sizes
 
 
+def conversation_template(directory: Path) -> str:
+    """Name of the chat template of an exported or released directory, without loading its weights."""
+    found = model_config(read_config(directory), WeightFiles(directory))
+    return found.arguments["conversation_template"]
+
+
 def load_model(directory: Path, dtype: torch.dtype) -> tuple[Any, InternVLXProcessor, str]:
     """Load (model in evaluation mode on the host, processor, name of the chat template).
 

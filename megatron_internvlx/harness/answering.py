@@ -11,8 +11,6 @@ import torch
 
 from megatron_internvlx import platform
 from megatron_internvlx.checkpoint.checks import check_model_directory
-from megatron_internvlx.checkpoint.hf_config import model_config, read_config
-from megatron_internvlx.checkpoint.safetensors_io import WeightFiles
 from megatron_internvlx.evaluation.generation import Generator, Sampling, answer_prompt
 from megatron_internvlx.evaluation.hf_model import load_model
 from megatron_internvlx.harness.messages import Message, training_turns
@@ -29,12 +27,6 @@ class Answer:
     text: str
     tokens: int
     """Tokens generated, the end token included."""
-
-
-def conversation_template(directory: Path) -> str:
-    """Name of the chat template of an exported or released directory, without loading its weights."""
-    found = model_config(read_config(directory), WeightFiles(directory))
-    return found.arguments["conversation_template"]
 
 
 def sampling_of(settings: Mapping[str, Any], max_new_tokens: int = MAX_NEW_TOKENS) -> Sampling:
