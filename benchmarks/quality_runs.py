@@ -38,14 +38,19 @@ def demo_recipe() -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / "examples" / "demo" / "demo.yaml").read_text()))
 
 
+def expand_layer(expansion: str) -> int | None:
+    """Value of --expand-layer for a name of `EXPANSIONS`; None: LVTC off."""
+    quarters = EXPANSIONS[expansion]
+    return None if quarters is None else quarters * LAYERS // 4
+
+
 def recipe(combination: Combination, seed: int, steps: int) -> dict[str, Any]:
     """The demo's recipe with this combination, on one rank."""
     projector, expansion, rvtc = combination
-    quarters = EXPANSIONS[expansion]
     return demo_recipe() | {
         "pipeline_model_parallel_size": 1,
         "projector": projector,
-        "expand_layer": quarters and quarters * LAYERS // 4,
+        "expand_layer": expand_layer(expansion),
         "rvtc": rvtc,
         "seed": seed,
         "train_iters": steps,
@@ -115,10 +120,10 @@ def start_of(base: Path, combination: Combination, seed: int) -> Path:
     projector, expansion, _ = combination
     folder = base.parent / f"{projector}-{expansion.replace('/', '_')}-{seed}"
     if not (folder / "latest_checkpointed_iteration.txt").exists():
-        quarters = EXPANSIONS[expansion]
-        layer = () if quarters is None else ("--expand-layer", str(quarters * LAYERS // 4))
+        layer = expand_layer(expansion)
+        lvtc = () if layer is None else ("--expand-layer", str(layer))
         run_python(
             "tools/convert_checkpoint.py", "import", "--hf", str(base), "--save", str(folder), "--projector",
-            projector, *layer, "--init-missing", "--seed", str(seed), "--quiet",
+            projector, *lvtc, "--init-missing", "--seed", str(seed), "--quiet",
         )  # fmt: skip
     return folder

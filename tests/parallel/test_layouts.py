@@ -17,7 +17,6 @@ from tests.boundary_table import rows
 from tests import layouts  # isort: skip  (sets Megatron up)
 from megatron_internvlx.model.pvtc import PVTC
 from megatron_internvlx.model.router import LossWeightedRouter
-from tests.distributed import Pool
 from tests.layout_cases import (
     ALWAYS,
     CASES,
@@ -40,11 +39,6 @@ KEEP = ("grads", "weights")  # as `Runner.difference`, whose references serve he
 
 def marked(case: Case) -> object:
     return pytest.param(case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def runner(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(pool, tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])

@@ -31,11 +31,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runner(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(pool, tmp_path_factory.mktemp("layouts"))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_step(runner: Runner, case: Case) -> None:
     """Loss, gradients of adapters and of parts trained whole, weights after the step; TP ranks agree."""

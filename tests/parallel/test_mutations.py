@@ -23,7 +23,6 @@ from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.parallel.boundary import BoundaryFormat
 from megatron_internvlx.parallel.device_plan import DevicePhase
 from megatron_internvlx.training import gradients
-from tests.distributed import Pool
 from tests.layout_cases import Case, Runner, expand
 
 Patch = Callable[[], Any]
@@ -131,11 +130,6 @@ def train_with(changes: list[str], *, error: Callable[[], Patch], **options: Any
     """`layouts.train` with an error applied in this rank."""
     with error():
         return layouts.train(changes, **options)
-
-
-@pytest.fixture(scope="module")
-def runner(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(pool, tmp_path_factory.mktemp("mutations"))
 
 
 @pytest.mark.slow
