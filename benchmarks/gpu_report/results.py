@@ -186,8 +186,14 @@ class Report:
 
     def _tests(self) -> list[str]:
         found = {name: row for name, row in self.results.items() if "tests" in row}
+        # Of a row that was ended too: it has these as they came.
+        parts = [
+            f"- `{name}`: {part} ({row.get('versions', '')}): {_one_line(answer)}"
+            for name, row in self.results.items()
+            for part, answer in row.get("parts", {}).items()
+        ]
         if not found:
-            return []
+            return parts
         rows: list[Sequence[str]] = [["file", "passed", "failed", "skipped", "s"]]
         for name, row in found.items():
             passed = row["tests"] - len(row["failed"]) - row["skipped"]
@@ -199,7 +205,7 @@ class Report:
             for name, row in found.items()
             for case, message in row["failed"].items()
         ]
-        return [*table(rows), *([""] if failures else []), *failures]
+        return [*table(rows), *([""] if failures or parts else []), *failures, *parts]
 
     def _failures(self) -> list[str]:
         return [

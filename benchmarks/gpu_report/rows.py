@@ -23,6 +23,7 @@ PACKS = [[(5, 900), (3, 1100)], [(4, 1000), (4, 1000)], [(6, 700), (2, 1300)], [
 WIDE_PACKS = [[(16, 1800), (0, 2200)], [(9, 2100), (7, 1900)]]
 """Two packs of 8,192 rows with 16 tiles, which FP8 in the vision encoder needs."""
 CURVE_STEPS, GRAPH_STEPS = 100, 50
+TESTS = 110  # seconds of a file of tests, which is ended after 1.6 times as many
 GRAPH = ("--cuda-graph-impl", "full_iteration")
 FROZEN = ("--freeze-vision",)
 TORCH_ATTENTION = ("--vision-attention", "torch")
@@ -133,7 +134,7 @@ def test_rows() -> list[Row]:
     """One row, which is one process, per file of tests/gpu."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     return [
-        Row(path.stem.replace("test_", "tests-", 1), "tests", 2, 110, settings={"file": _relative(path)})
+        Row(path.stem.replace("test_", "tests-", 1), "tests", 2, TESTS, settings={"file": _relative(path)})
         for path in files
     ]
 

@@ -175,6 +175,17 @@ def test_table_is_whole_after_every_part_and_read_again(tmp_path):
     assert [name for name in report.results if again.finished(name)] == ["plain-loop", "tests-x", "images"]
 
 
+def test_answers_of_parts_stay_when_their_row_is_ended(tmp_path):
+    """They came one by one, before pytest could write its report."""
+    report = Report(tmp_path, "command", "gpu_report-x", "abc")
+    report.add("tests-graph_parts", {"parts": {"split": "replays"}, "versions": "cudnn 91002"})
+    report.add("tests-graph_parts", {"parts": {"split": "replays", "mlp": "illegal\naccess"}})
+    report.add("tests-graph_parts", {"error": "ended after 176 s"})
+    text = (tmp_path / "gpu_report-x.md").read_text()
+    assert "- `tests-graph_parts`: split (cudnn 91002): replays" in text
+    assert "- `tests-graph_parts`: mlp (cudnn 91002): illegal access" in text
+
+
 def test_picture_shows_rows_with_a_profile(tmp_path):
     report = Report(tmp_path, "command", "gpu_report-x", "abc")
     assert report.draw() == "no picture: no row has a profile"
