@@ -91,11 +91,13 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The Markdown."""
         head = self.head
+        cudnn = sorted({str(row["cudnn"]) for row in self.results.values() if row.get("cudnn")})
         devices = sorted({row["device"] for row in self.results.values() if row.get("device")})
         yield f"# One GPU, {self.name.removeprefix('gpu_report-')}"
         yield ""
         yield f"`{head['command']}`, commit {head['commit']}, {head['versions']}; "
-        yield f"{', '.join(devices) or 'no device answered'}, {head['cores']} CPU cores; {head['started']}."
+        yield f"{', '.join(devices) or 'no device answered'}, cuDNN {', '.join(cudnn) or 'unknown'}, "
+        yield f"{head['cores']} CPU cores; {head['started']}."
         yield ""
         yield "Times are medians of unrecorded steps; kernels were recorded in two further steps of the same process."
         yield "Busy: time in which any kernel ran, over the unrecorded step. MFU counts useful work against the dense"

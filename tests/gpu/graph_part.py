@@ -7,7 +7,7 @@ first replay ended with an illegal memory access; each part separates one guess 
 | part | what fails if it fails |
 |---|---|
 | `attention, megatron` | cuDNN's fused backward, 1,025 keys, packed layout: with `layer, megatron` what was seen |
-| `..., 962 rows`, `..., 1157 rows`, `..., 1152 rows` | above 1,024 keys: 962 alone passes; no multiple of 128: 1,152 does |
+| `..., 962 rows`, `..., 1157 rows`, `..., 1152 rows` | above 1,024 keys: 962 alone passes; 128 must divide: 1,152 |
 | `attention, megatron, qk norm` | with it fails the kernel; without it the packed layout or its joined gradients |
 | `split` | `_SplitPacked` alone, without an attention |
 | `attention, torch`, `layer, torch` | torch's flash kernel, which `--vision-attention torch` counts on |
@@ -254,7 +254,11 @@ def replay(part: Part) -> None:
 
 def versions() -> dict[str, Any]:
     """What decides which kernels run."""
-    found: dict[str, Any] = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    cudnn = torch.backends.cudnn
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cudnn": cudnn.version() if cudnn.is_available() else None,
+    }
     try:
         found["transformer-engine"] = version("transformer-engine")
     except PackageNotFoundError:
