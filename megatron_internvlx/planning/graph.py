@@ -1,4 +1,4 @@
-"""What one CUDA graph per step can hold, and where deterministic attention has a limit; for checks of arguments."""
+"""Limits of one CUDA graph per step and of deterministic attention, for checks of arguments."""
 
 from __future__ import annotations
 
