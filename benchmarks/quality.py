@@ -6,13 +6,14 @@
     python -m benchmarks.quality --full --report     # no training: times the steps, writes table and plot
 
 {MLP, PVTC} x {LVTC off, k = L/4, L/2, 3L/4} x {RVTC off, edge, area} x 3 seeds on the demo's drawn data. As in the
-paper, all start from one trained vision encoder and decoder (the demo's, kept in runs/quality) with new projectors,
-and train 80 steps more by the demo's recipe; answers are counted on the held-out questions, kind by kind: digits,
-words and counts need detail that colours do not. A run takes one core and about a minute of it; two processes with
-different `--only` use two cores, once the trained model is there. Each finished run is a line of
-results/quality_kinds.jsonl, with its commit and a digest of its recipes; runs that are there are not repeated, so it
-can be stopped and started again. A rule of RVTC that cuts every image of the data as another one does needs no run of
-its own: the same tiles and seed are the same run. Step times are taken at the end, all combinations in turns on the
+paper, all start from one trained vision encoder and decoder with new projectors, and train on, here for 80 steps of
+the demo's recipe. What they start from is the demo's model, trained on without any compression (1,440 steps by two
+ranks, about 15 minutes of two cores, kept in runs/quality). Answers are counted on the held-out questions, kind by
+kind: digits, words and counts need detail that colours do not. A run takes one core and about a minute and a half of
+it; two processes with different `--only` use two cores, once the trained model is there. Each finished run is a line
+of results/quality_kinds.jsonl, with its commit and a digest of its recipes; runs that are there are not repeated, so
+it can be stopped and started again. A rule of RVTC that cuts every image of the data as another one does needs no run
+of its own: the same tiles and seed are the same run. Step times are taken at the end, all combinations in turns on the
 same 16 samples.
 """
 
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,11 @@ import yaml
 from benchmarks.common import RESULTS, ROOT, Worker, commit, interleaved, write
 from benchmarks.quality_report import EXPANSIONS, RULES, Combination, Run, of, plot, report_lines
 from benchmarks.quality_runs import (
-    BASE,
-    BASE_SEED,
     COMBINATIONS,
+    DEMO,
+    UNCOMPRESSED,
+    Stage,
+    base_recipes,
     demo_recipe,
     digest,
     recipe,
@@ -48,7 +52,9 @@ from megatron_internvlx.model.internvit_config import internvit_preset
 from megatron_internvlx.model.presets import preset
 
 SEEDS = (1, 2, 3)
-BASE_STEPS, STEPS = 400, 80
+BASE_STAGES = (Stage(DEMO, 400), Stage(UNCOMPRESSED, 1440))
+QUICK_STAGES = (Stage(DEMO, 20), Stage(UNCOMPRESSED, 20))
+STEPS = 80
 WORK = ROOT / "runs" / "quality"
 TIMED = 16  # images per timed step
 
@@ -117,23 +123,28 @@ def read(path: Path) -> list[Run]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_digest(combination: Combination, seed: int, base_steps: int, steps: int) -> str:
+def run_digest(combination: Combination, seed: int, stages: Sequence[Stage], steps: int) -> str:
     """Names the recipes of a run: its own and that of what it starts from."""
-    return digest(recipe(BASE, BASE_SEED, base_steps), recipe(combination, seed, steps))
+    return digest(*base_recipes(stages), recipe(combination, seed, steps))
 
 
 def run_missing(
-    data: Path, log: Path, wanted: list[Combination], seeds: tuple[int, ...], base_steps: int, steps: int
+    data: Path,
+    log: Path,
+    wanted: list[Combination],
+    seeds: tuple[int, ...],
+    stages: Sequence[Stage],
+    steps: int,
 ) -> None:
     """Train what is not in the log yet, seed by seed, so that an unfinished study covers all combinations."""
-    base = trained_base(data, WORK, base_steps)
+    base = trained_base(data, WORK, stages)
     for seed, combination in itertools.product(seeds, wanted):
-        name = run_digest(combination, seed, base_steps, steps)
+        name = run_digest(combination, seed, stages, steps)
         # Read anew each time: a second process may work on another part of the study.
         if any(run["recipe"] == name for run in read(log)):
             continue
         start = start_of(base, combination, seed)
-        line = dict(zip(("projector", "expansion", "rvtc"), combination, strict=True)) | {"seed": seed}
+        line: Run = dict(zip(("projector", "expansion", "rvtc"), combination, strict=True)) | {"seed": seed}
         flags = ("--pretrained-checkpoint", str(start))
         line |= {"kinds": train(data, recipe(combination, seed, steps), *flags)}
         line |= {"recipe": name, "commit": commit()}
@@ -152,7 +163,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     chosen = parser.parse_args()
     name = "quality_kinds" if chosen.full else "quality_kinds-quick"
-    base_steps, steps, seeds = (BASE_STEPS, STEPS, SEEDS) if chosen.full else (20, 20, SEEDS[:1])
+    stages, steps, seeds = (BASE_STAGES, STEPS, SEEDS) if chosen.full else (QUICK_STAGES, 20, SEEDS[:1])
     wanted = COMBINATIONS if chosen.full else [COMBINATIONS[0], COMBINATIONS[-2]]
     log = RESULTS / f"{name}.jsonl"
     RESULTS.mkdir(exist_ok=True)
@@ -165,12 +176,10 @@ def main() -> None:
         distinct = list(dict.fromkeys((p, k, same[rule]) for p, k, rule in wanted))
         if not chosen.report:
             todo = [key for key in distinct if chosen.only in " ".join(key)]
-            run_missing(data, log, todo, seeds, base_steps, steps)
+            run_missing(data, log, todo, seeds, stages, steps)
         done = {(*of(run), run["seed"]): run for run in read(log)}
         runs = [
-            run
-            for key, run in done.items()
-            if run["recipe"] == run_digest(key[:3], key[3], base_steps, steps)
+            run for key, run in done.items() if run["recipe"] == run_digest(key[:3], key[3], stages, steps)
         ]
         missing = {(*key, seed) for key in distinct for seed in seeds} - {(*of(r), r["seed"]) for r in runs}
         if missing and not chosen.report:
@@ -190,7 +199,8 @@ def main() -> None:
     plot(runs, ms, tokens, same, RESULTS / f"{name}.png")
     lines = report_lines(runs, ms, tokens, same)
     size = demo_recipe()["global_batch_size"]
-    runs_text = f"{steps} steps of {size} samples per run, one rank, from a model of {base_steps} steps"
+    before = " and ".join(f"{count} steps of {'/'.join(combination)}" for combination, count in stages)
+    runs_text = f"{steps} steps of {size} samples per run, one rank, from a model of {before}"
     lines[0] = f"{runs_text} with new projectors; {lines[0]}![plot]({name}.png)"
     command_line = "python -m benchmarks.quality" + " --full" * chosen.full + " --report" * chosen.report
     write(name, "Quality against compression, by kind of question", command_line, lines)

@@ -106,7 +106,7 @@ def effect_rows(runs: list[Run], ms: Mapping[Combination, float]) -> list[list[s
     changes = [("PVTC for MLP", 0, "mlp", "pvtc")]
     changes += [(f"LVTC {name}", 1, "off", name) for name in EXPANSIONS if name != "off"]
     changes += [(f"RVTC {rule}", 2, "off", rule) for rule in RULES if rule != "off"]
-    rows = [["change", "pairs", "fine kinds, points", "coarse kinds, points", "step time"]]
+    rows = [["change", "pairs", "fine kinds, points", "coarse kinds, points", "quality kept", "step time"]]
     by_key = {(*of(run), run["seed"]): run for run in runs}
     for name, at, without, with_ in changes:
         pairs = [
@@ -119,8 +119,10 @@ def effect_rows(runs: list[Run], ms: Mapping[Combination, float]) -> list[list[s
                 statistics.mean(share(b, kinds) - share(a, kinds) for a, b in pairs)
                 for kinds in (FINE, COARSE)
             ]
+            kept = statistics.mean(share_of_all(b) / share_of_all(a) for a, b in pairs)
             time = statistics.mean(ms[of(b)] / ms[of(a)] for a, b in pairs)
-            rows.append([name, str(len(pairs)), *(f"{gain:+.1f}" for gain in gains), f"{100 * time:.0f} %"])
+            shares = (f"{100 * kept:.1f} %", f"{100 * time:.0f} %")
+            rows.append([name, str(len(pairs)), *(f"{gain:+.1f}" for gain in gains), *shares])
     return rows
 
 

@@ -1,6 +1,7 @@
 """The quality study: recipes of all combinations, and what its tables say about them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ MS = {PLAIN: 100.0, SHALLOW: 60.0, CUT: 50.0}
 def test_effects_compare_the_same_runs_with_and_without():
     rows = {row[0]: row[1:] for row in quality_report.effect_rows(RUNS, MS)[1:]}
     assert rows == {
-        "LVTC L/2": ["1", "-20.0", "+0.0", "60 %"],
-        "RVTC edge": ["1", "+10.0", "-10.0", "50 %"],
+        "LVTC L/2": ["1", "-20.0", "+0.0", "98.0 %", "60 %"],
+        "RVTC edge": ["1", "+10.0", "-10.0", "90.8 %", "50 %"],
     }
 
 
@@ -55,22 +56,55 @@ def test_visual_tokens_are_the_mean_of_the_layers():
 
 
 def test_a_run_is_another_one_if_what_it_starts_from_is():
-    digests = [
-        quality.run_digest(PLAIN, 1, base_steps, steps) for base_steps, steps in ((6, 2), (7, 2), (6, 3))
-    ]
-    assert len(set(digests)) == 3
+    demo, plain = (quality.Stage(key, 6) for key in (quality.DEMO, quality.UNCOMPRESSED))
+    starts = ([demo], [plain], [demo, plain], [plain, demo], [demo, plain._replace(steps=7)])
+    digests = [quality.run_digest(PLAIN, 1, start, steps) for start in starts for steps in (2, 3)]
+    assert len(set(digests)) == len(digests) == 10
 
 
-def test_base_is_taken_without_its_projectors_and_with_all_else(tmp_path):
+def test_second_training_of_the_start_begins_with_the_first_and_new_projectors(tmp_path, monkeypatch):
+    trained, imported = [], []
+
+    def train(data, settings, *flags, ranks):
+        trained.append((settings["projector"], settings["train_iters"], flags))
+        return {"digit": (1, 2)}
+
+    def start_of(base, combination, seed):
+        imported.append((base, combination, seed))
+        return tmp_path / "start"
+
+    monkeypatch.setattr(quality_runs, "train", train)
+    monkeypatch.setattr(quality_runs, "start_of", start_of)
+    monkeypatch.setattr(
+        quality_runs, "run_python", lambda *arguments: Path(arguments[-1]).mkdir(parents=True)
+    )
+    monkeypatch.setattr(quality_runs, "without_projectors", lambda folder: None)
+    stages = (quality.Stage(quality.DEMO, 6), quality.Stage(quality.UNCOMPRESSED, 7))
+    hf = quality_runs.trained_base(tmp_path, tmp_path / "work", stages)
+    (first, steps, flags), (second, more_steps, more_flags) = trained
+    assert (first, steps, second, more_steps) == ("pvtc", 6, "mlp", 7)
+    assert "--pretrained-checkpoint" not in flags
+    assert more_flags[-2:] == ("--pretrained-checkpoint", str(tmp_path / "start"))
+    ((base, combination, seed),) = imported
+    assert (combination, seed) == (quality.UNCOMPRESSED, quality_runs.BASE_SEED) and base != hf
+    assert base == quality_runs.trained_base(tmp_path, tmp_path / "work", stages[:1])
+    assert len(trained) == 2, "what is there is trained again"
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "compression"),
+    [
+        (("projector.", "lvtc_projectors.2."), {"expand_layer": 2, "low_ratio": 0.25}),
+        (("mlp1.0.",), None),  # InternVL's own form, which a model without compression has
+    ],
+)
+def test_base_is_taken_without_its_projectors_and_with_all_else(tmp_path, prefixes, compression):
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    tensors = {
-        f"{name}.weight": torch.ones(2) for name in ("projector.q", "lvtc_projectors.2.q", "vision_model.q")
-    }
-    save_file(tensors, weights)
-    config.write_text(json.dumps({"compression": {"expand_layer": 2, "low_ratio": 0.25}}))
+    save_file({f"{name}q.weight": torch.ones(2) for name in (*prefixes, "vision_model.")}, weights)
+    config.write_text(json.dumps({"compression": compression} if compression else {}))
     quality_runs.without_projectors(tmp_path)
     assert list(load_file(weights)) == ["vision_model.q.weight"]
-    compression = json.loads(config.read_text())["compression"]
-    assert compression == {"expand_layer": None, "inject_layers": [], "low_ratio": 0.25}
+    kept = json.loads(config.read_text()).get("compression")
+    assert kept == (compression and {"expand_layer": None, "inject_layers": [], "low_ratio": 0.25})
     with pytest.raises(AssertionError, match="has no projectors"):
         quality_runs.without_projectors(tmp_path)
