@@ -25,7 +25,6 @@ from megatron_internvlx.config import (
     DataSettings,
     RunSettings,
     TrainSettings,
-    VisionSettings,
     check_decoding,
     check_packing,
     check_projector,
@@ -40,6 +39,7 @@ from megatron_internvlx.megatron_settings import Batches, Execution, ParallelSiz
 from megatron_internvlx.model.presets import preset
 from megatron_internvlx.model.sizes import ModelSizes, model_sizes
 from megatron_internvlx.parallel.layout import check_layout
+from megatron_internvlx.planning.graph import check_deterministic_attention, check_graph
 from megatron_internvlx.planning.split import settle_split
 from megatron_internvlx.precision import (
     DecoderWidths,
@@ -165,7 +165,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     )
     _check_static(sizes, train, data, batches, alignment=precision.row_alignment)
     _check_training(args, train, data, precision)
-    _check_graph(args, sizes, train, precision, batches, parallel)
+    check_graph(args, sizes)
+    check_deterministic_attention(args, sizes)
 
 
 def _settle_epochs(args: argparse.Namespace) -> None:
@@ -287,53 +288,6 @@ def _check_static(
         high_rows=sizes.high_grid**2,
         lvtc=sizes.lvtc,
     )
-
-
-def _check_graph(
-    args: argparse.Namespace,
-    sizes: ModelSizes,
-    train: TrainSettings,
-    precision: Precision,
-    batches: Batches,
-    parallel: ParallelSizes,
-) -> None:
-    """Check that one CUDA graph can hold a step, and switch off Megatron's check of each loss. Raises ValueError."""
-    kind = args.cuda_graph_impl
-    if kind == "none":
-        return
-    flag = f"--cuda-graph-impl {kind}"
-    if kind != "full_iteration":
-        raise ValueError(
-            f"{flag}: graphs of single layers are not made for layers of two lengths; use full_iteration with "
-            "--boundary static, or none"
-        )
-    refused = {
-        "--boundary variable (micro-batches of different shapes; use static)": train.boundary != "static",
-        "--transformer-impl local (no GPU kernels)": precision.transformer_impl == "local",
-        "--pipeline-model-parallel-size above 1 (messages between stages were never recorded)": (
-            parallel.pipeline_model_parallel_size > 1
-        ),
-        "--num-experts (tokens per expert are read on the host)": bool(sizes.experts),
-        "--fp16 (its loss scale changes on the host; use --bf16)": precision.fp16,
-        "--rampup-batch-size (a graph has as many micro-batches as it was recorded with)": bool(
-            batches.rampup_batch_size
-        ),
-        "--clip-grad 0 (the norm shows bad gradients, for which a graph has no other check)": not args.clip_grad,
-        "--cuda-graph-warmup-steps 0 (kernels are chosen and compiled in the first step)": (
-            args.cuda_graph_warmup_steps < 1
-        ),
-        "--timing-log-level above 0 (timers wait for the GPU)": args.timing_log_level > 0,
-        # Seen on an H100 with torch 2.11, Transformer Engine 2.20.2: benchmarks/results/gpu_parts-2026-11-26.md.
-        "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
-        "access; add --vision-attention torch or --freeze-vision)": (
-            "vision" not in untrained_parts(train, settings_from(args, LoraSettings))
-            and settings_from(args, VisionSettings).vision_attention != "torch"
-        ),
-    }
-    if asked := [what for what, on in refused.items() if on]:
-        raise ValueError(f"{flag} cannot go with {'; '.join(asked)}")
-    # It reads every loss on the host. `training/graph.py` checks each step as a whole instead.
-    args.check_for_nan_in_loss_and_grad = False
 
 
 def _check_training(

@@ -108,6 +108,8 @@ class Execution:
     """Part of a step that is replayed as a CUDA graph, or `none`."""
     tp_comm_overlap: bool = False
     """Tensor-parallel communication runs in pieces beside the matrix products."""
+    deterministic_mode: bool = False
+    """Two runs give the same bits."""
     distributed_backend: str = "nccl"
     """Library of collectives: `nccl` on GPUs, `gloo` on CPU."""
 

@@ -63,7 +63,15 @@ class Process:
         row = self.row
         if row.kind == "tests":
             files = [str(row.settings["file"]), "--junitxml", str(self.report)]
-            return [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rs", *files]
+            options = [
+                "-v",
+                "-m",
+                "gpu",
+                "-p",
+                "no:cacheprovider",
+                "-rs",
+            ]  # a line per test, for an ended one's log
+            return [sys.executable, "-u", "-m", "pytest", *options, *files]
         settings = {"kind": row.kind, "argv": list(row.argv), "packs": row.packs, **row.settings}
         return [sys.executable, "-m", "benchmarks.gpu_report.worker", json.dumps(settings)]
 

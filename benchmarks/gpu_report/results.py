@@ -91,11 +91,13 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The Markdown."""
         head = self.head
+        cudnn = sorted({str(row["cudnn"]) for row in self.results.values() if row.get("cudnn")})
         devices = sorted({row["device"] for row in self.results.values() if row.get("device")})
         yield f"# One GPU, {self.name.removeprefix('gpu_report-')}"
         yield ""
         yield f"`{head['command']}`, commit {head['commit']}, {head['versions']}; "
-        yield f"{', '.join(devices) or 'no device answered'}, {head['cores']} CPU cores; {head['started']}."
+        yield f"{', '.join(devices) or 'no device answered'}, cuDNN {', '.join(cudnn) or 'unknown'}, "
+        yield f"{head['cores']} CPU cores; {head['started']}."
         yield ""
         yield "Times are medians of unrecorded steps; kernels were recorded in two further steps of the same process."
         yield "Busy: time in which any kernel ran, over the unrecorded step. MFU counts useful work against the dense"
@@ -186,8 +188,14 @@ class Report:
 
     def _tests(self) -> list[str]:
         found = {name: row for name, row in self.results.items() if "tests" in row}
+        # Of a row that was ended too: it has these as they came.
+        parts = [
+            f"- `{name}`: {part} ({row.get('versions', '')}): {_one_line(answer)}"
+            for name, row in self.results.items()
+            for part, answer in row.get("parts", {}).items()
+        ]
         if not found:
-            return []
+            return parts
         rows: list[Sequence[str]] = [["file", "passed", "failed", "skipped", "s"]]
         for name, row in found.items():
             passed = row["tests"] - len(row["failed"]) - row["skipped"]
@@ -199,7 +207,7 @@ class Report:
             for name, row in found.items()
             for case, message in row["failed"].items()
         ]
-        return [*table(rows), *([""] if failures else []), *failures]
+        return [*table(rows), *([""] if failures or parts else []), *failures, *parts]
 
     def _failures(self) -> list[str]:
         return [

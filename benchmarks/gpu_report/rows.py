@@ -22,9 +22,14 @@ PACKS = [[(5, 900), (3, 1100)], [(4, 1000), (4, 1000)], [(6, 700), (2, 1300)], [
 """Four packs of two samples (tiles, text tokens) that fill the rows but for a few."""
 WIDE_PACKS = [[(16, 1800), (0, 2200)], [(9, 2100), (7, 1900)]]
 """Two packs of 8,192 rows with 16 tiles, which FP8 in the vision encoder needs."""
+EXACT_ROWS, EXACT_TILES, EXACT_SAMPLES = 1024, 2, 2
+EXACT_PACKS = [[(1, 250), (1, 250)], [(2, 300), (0, 200)], [(2, 480), (0, 20)], [(0, 500), (1, 220)]]
+"""Packs of the deterministic curves: on Hopper attention takes memory by samples x rows^2 (`planning/graph.py`)."""
 CURVE_STEPS, GRAPH_STEPS = 100, 50
+TESTS = 110  # seconds of a file of tests, which is ended after 1.6 times as many
 GRAPH = ("--cuda-graph-impl", "full_iteration")
 FROZEN = ("--freeze-vision",)
+EXACT = ("--deterministic-mode", "--max-samples-per-pack", str(EXACT_SAMPLES))
 TORCH_ATTENTION = ("--vision-attention", "torch")
 """What a graph needs to hold a trained vision encoder (docs/performance.md); rows without a graph or `-torch` have
 Transformer Engine's attention."""
@@ -68,15 +73,21 @@ class Row:
 
 
 def model_arguments(
-    preset: str, layers: int, precision: str, lvtc: bool, *, packs: int = 4, scale: int = 1
+    preset: str,
+    layers: int,
+    precision: str,
+    lvtc: bool,
+    *,
+    packs: int = 4,
+    deep: int = DEEP,
+    tiles: int = TILES,
 ) -> list[str]:
-    """Arguments of a stack with static budgets; `scale` times the rows and tiles of `PACKS` per pack."""
-    deep, tiles = scale * DEEP, scale * TILES
+    """Arguments of a stack with static budgets of so many deep rows and tiles per pack."""
     shallow = deep - tiles * SAVED if lvtc else deep
     words = f"""
     --model-preset {preset} --precision {precision} --transformer-impl transformer_engine
     --num-layers {layers} --seq-length {deep} --boundary static --packing --loader energon
-    --max-tiles-per-pack {tiles} --max-tiles 7
+    --max-tiles-per-pack {tiles} --max-tiles {min(tiles - 1, 7)}
     --shallow-seq-length {shallow} --micro-batch-size 1 --global-batch-size {packs}
     --tokenizer-model {TOKENIZER} --data none --lr 1e-4 --min-lr 1e-4
     --lr-decay-style constant --clip-grad 1.0 --train-iters 1000 --projector-drop-path 0
@@ -88,7 +99,7 @@ SHAPES = {"2b": ("internvlx_2b_released", 24), "8b": ("internvlx_8b_released", 4
 
 # Name, priority, estimated seconds, model, precision, LVTC, one CUDA graph per step, more arguments.
 STEPS: tuple[tuple[str, int, float, str, str, bool, bool], ...] = (
-    ("2b-bf16-graph", 1, 40, "2b", "bf16", True, True),
+    ("2b-bf16-graph", 0, 40, "2b", "bf16", True, True),
     ("2b-bf16-eager", 2, 45, "2b", "bf16", True, False),
     ("8b-bf16-graph", 3, 32, "8b", "bf16", True, True),
     ("8b-fp8-graph", 3, 32, "8b", "fp8_tensorwise", True, True),
@@ -133,7 +144,7 @@ def test_rows() -> list[Row]:
     """One row, which is one process, per file of tests/gpu."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     return [
-        Row(path.stem.replace("test_", "tests-", 1), "tests", 2, 110, settings={"file": _relative(path)})
+        Row(path.stem.replace("test_", "tests-", 1), "tests", 2, TESTS, settings={"file": _relative(path)})
         for path in files
     ]
 
@@ -155,8 +166,9 @@ def step_rows() -> list[Row]:
     frozen = (*model_arguments(*SHAPES["2b"], "bf16", True), *FROZEN)
     rows.append(Row("2b-bf16-graph-frozen", "step", 1, 40, (*frozen, *GRAPH)))
     rows.append(Row("2b-bf16-eager-frozen", "step", 2, 40, frozen))
-    argv = model_arguments(*SHAPES["8b"], "fp8_tensorwise", True, packs=2, scale=2)
+    argv = model_arguments(*SHAPES["8b"], "fp8_tensorwise", True, packs=2, deep=2 * DEEP, tiles=2 * TILES)
     argv += ["--fp8-parts", "decoder", "vision", "projectors", *GRAPH, *TORCH_ATTENTION]
+    argv += ["--vision-recompute"]  # 16 tiles a pack do not fit otherwise
     rows.append(Row("8b-fp8_everywhere-graph", "step", 9, 32, tuple(argv), WIDE_PACKS))
     return rows
 
@@ -165,13 +177,13 @@ def curve_rows() -> list[Row]:
     """Losses of 50 or 100 steps over the same packs; half of 2B's widths and 4 layers, so that all fit at once."""
     rows = []
     for name, priority, precision, graph, steps, exact in CURVES:
-        argv = model_arguments("internvlx_2b_released", 4, precision, True, packs=1)
+        sizes = {"deep": EXACT_ROWS, "tiles": EXACT_TILES} if exact else {}
+        argv = model_arguments("internvlx_2b_released", 4, precision, True, packs=1, **sizes)
         argv += [*CURVE_SIZE, "--vision-overrides", json.dumps({"num_layers": 4})]
-        argv += [*FROZEN, *(GRAPH if graph else ()), *(["--deterministic-mode"] if exact else [])]
+        argv += [*FROZEN, *(GRAPH if graph else ()), *(EXACT if exact else ())]
         environment = DETERMINISTIC if exact else {}
-        rows.append(
-            Row(name, "curve", priority, 100, tuple(argv), settings={"steps": steps}, environment=environment)
-        )
+        packs, settings = EXACT_PACKS if exact else PACKS, {"steps": steps}
+        rows.append(Row(name, "curve", priority, 100, tuple(argv), packs, settings, environment))
     return rows
 
 
@@ -245,8 +257,11 @@ _TINY_MORE = (
 
 
 def _tiny_arguments(argv: Sequence[str]) -> list[str]:
-    """The same flags with small values; FP8 and TE, which a CPU does not have, are bf16 and local modules."""
+    """The same flags with small values; FP8, TE and graphs, which a CPU does not have, go."""
     words = list(argv)
+    if GRAPH[0] in words:  # there is nothing to record on a CPU
+        at = words.index(GRAPH[0])
+        del words[at : at + len(GRAPH)]
     if "--fp8-parts" in words:
         at = words.index("--fp8-parts")
         del words[at : at + 4]

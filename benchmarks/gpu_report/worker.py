@@ -134,7 +134,9 @@ def _device() -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": name, "cuda": torch.version.cuda, "torch": torch.__version__}
+    # As loaded, which need not be the installed package; None without it.
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {"device": name, "cuda": torch.version.cuda, "torch": torch.__version__, "cudnn": cudnn}
 
 
 def _memory() -> dict[str, float]:

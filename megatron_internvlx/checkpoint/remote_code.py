@@ -228,12 +228,14 @@ tags: [internvl-x, visual-token-compression]
 
 {usage}
 """
-_GENERATE = """```python
+_GENERATE = """DIRECTORY is this directory, or its name on the Hugging Face hub.
+
+```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained(DIRECTORY{model_code})
-processor = AutoProcessor.from_pretrained(DIRECTORY{processor_code})
+model = AutoModelForImageTextToText.from_pretrained("DIRECTORY"{model_code})
+processor = AutoProcessor.from_pretrained("DIRECTORY"{processor_code})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")
@@ -245,13 +247,14 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 _RELEASED = """Tensors and `config.json` have the names of the released InternVL-X code, whose `InternVLChatModel` loads
 them. Megatron-InternVL-X answers questions with them, too: `ivlx evaluate --hf DIRECTORY --data meta.json`.
+DIRECTORY is this directory, or for `from_pretrained` its name on the Hugging Face hub.
 The processor makes the inputs, images cut as in training:
 
 ```python
 from PIL import Image
 from transformers import AutoProcessor
 
-processor = AutoProcessor.from_pretrained(DIRECTORY{processor_code})
+processor = AutoProcessor.from_pretrained("DIRECTORY"{processor_code})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[Image.open("picture.jpg")], text=prompt, return_tensors="pt")

@@ -25,6 +25,11 @@ def card_count() -> int:
     return torch.cuda.device_count()
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU, (9, 0) for Hopper; None without a GPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 def free_and_total_memory() -> tuple[int, int]:
     """Free and total memory of this process's GPU, in bytes."""
     return torch.cuda.mem_get_info()

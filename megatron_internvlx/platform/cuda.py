@@ -44,10 +44,11 @@ def _barriers_name_their_device() -> None:
     barrier = torch.distributed.barrier
 
     @functools.wraps(barrier)
-    def on_this_gpu(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        if device_ids is None and torch.distributed.get_backend(group) == "nccl":
+    def on_this_gpu(group: Any = None, async_op: bool = False, device_ids: Any = None, **more: Any) -> Any:
+        member = torch.distributed.get_rank(group) >= 0  # torch's barrier warns others, `get_backend` raises
+        if device_ids is None and member and torch.distributed.get_backend(group) == "nccl":
             device_ids = [torch.cuda.current_device()]
-        return barrier(group, async_op, device_ids)
+        return barrier(group, async_op, device_ids, **more)
 
     set_attributes(torch.distributed, barrier=on_this_gpu)
 

@@ -77,8 +77,8 @@ def _add_norm(
 def _add_norm_backward(
     g_y, g_out, x, branch, scale, keep, weight, mean, rstd, g_residual, g_branch, partial,
     rows, width, tiles, inverse_keep,
-    BRANCH: tl.constexpr, SCALE: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
-    PASSED: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr, SCALE: tl.constexpr, SCALE_WANTED: tl.constexpr, KEEP: tl.constexpr,
+    NORM: tl.constexpr, RMS: tl.constexpr, PASSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
@@ -118,12 +118,13 @@ def _add_norm_backward(
         if BRANCH:
             if KEEP:
                 g = g * (tl.load(keep + row % tiles).to(tl.float32) * inverse_keep)
-            if SCALE:
+            if SCALE_WANTED:  # a frozen scale's branch is not kept
                 sum_scale += g * tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            if SCALE:
                 g = g * s
             tl.store(g_branch + at, g.to(g_branch.dtype.element_ty), mask=inside)
     at = first * 3 * width + channel
-    if SCALE:
+    if SCALE_WANTED:
         tl.store(partial + at, sum_scale, mask=inside)
     if NORM:
         tl.store(partial + at + width, sum_weight, mask=inside)
@@ -269,8 +270,8 @@ def add_norm_backward(
     _add_norm_backward[(programs,)](
         g_y, g_out, x, branch, scale, keep, weight, mean, rstd, g_residual, g_branch, partial,
         rows, width, 1 if keep is None else keep.numel(), 1 / keep_rate,
-        BRANCH=branch_dtype is not None, SCALE=scale is not None, KEEP=keep is not None, NORM=norm, RMS=rms,
-        PASSED=g_out is not None, **_block(width),
+        BRANCH=branch_dtype is not None, SCALE=scale is not None, SCALE_WANTED=sums[0] is not None,
+        KEEP=keep is not None, NORM=norm, RMS=rms, PASSED=g_out is not None, **_block(width),
     )  # fmt: skip
     if summed:
         _sum_programs(partial, sums, add)

@@ -9,6 +9,28 @@ SIZE = {
     "hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": 512, "expand": 2,
 }  # fmt: skip
 MICRO_BATCHES = [[(1, 64), (2, 32)], [(0, 96), (3, 48)]]
+STILL = ("--projector-drop-path", "0")
+TORCH = ("--vision-attention", "torch")
+# Tiles of 448 pixels have 1,025 rows, which 128 does not divide; 32 x 32 patches, 64 shallow and 256 deep tokens.
+WIDE = (
+    "--image-size",
+    "448",
+    "--seq-length",
+    "4096",
+    "--shallow-seq-length",
+    "1024",
+    "--max-tiles-per-pack",
+    "16",
+)
+GRAPH_CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "frozen": ("bf16", ("--freeze-vision", *STILL), True),
+    "trained": ("bf16", (*TORCH, *STILL), True),
+    "trained, 1,025 rows": ("bf16", (*TORCH, *STILL, *WIDE), True),
+    "drop path": ("bf16", (*TORCH, "--projector-drop-path", "0.2", "--vision-drop-path", "0.2"), False),
+    "tensorwise": ("fp8_tensorwise", (*TORCH, *STILL), True),
+    "delayed": ("fp8_delayed", (*TORCH, *STILL), True),
+}
+"""Precision, arguments, and whether a graph draws the same numbers as steps without one (of drop path unknown)."""
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"
 
 

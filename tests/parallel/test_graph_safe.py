@@ -91,7 +91,15 @@ def nothing_from_the_host() -> Iterator[None]:
     def refused(*args: Any, **_: Any) -> torch.Tensor:
         raise AssertionError(f"an array of the host becomes a tensor within a step: {args}")
 
-    with mock.patch.multiple(torch, tensor=tensor, as_tensor=refused, from_numpy=refused):
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the host reads a tensor within a step")
+
+    # Of a tensor on the CPU these are no operations, which a recording would show.
+    reads = {"tolist": read, "numpy": read, "cpu": read}
+    with (
+        mock.patch.multiple(torch, tensor=tensor, as_tensor=refused, from_numpy=refused),
+        mock.patch.multiple(torch.Tensor, **reads),
+    ):
         yield
 
 
@@ -168,20 +176,21 @@ def unsafe(seen: dict[str, list[str]]) -> str:
 
 # The vision encoder's attention with which a graph can train it.
 TORCH = ["--vision-attention", "torch"]
+VISION = ["--vision-overrides", '{"qk_normalization": true, "drop_path_rate": 0.2}']
 LAYOUTS = {
-    "one": (1, ""),
-    "pp": (2, "pp=2"),
-    "tp": (2, "tp=2"),
-    "tp sp recompute": (2, "tp=2 sp full torch"),
+    "one": (1, "", ["--projector-drop-path", "0.3"]),
+    "one, mlp": (1, "", ["--projector", "mlp", *VISION]),
+    "pp": (2, "pp=2", []),
+    "tp": (2, "tp=2", []),
+    "tp sp recompute": (2, "tp=2 sp full", TORCH),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_pack_does_the_same(pool: Pool, layout: str) -> None:
     """On every stage and every tensor-parallel rank; the packs' contents are what differs."""
-    ranks, words = LAYOUTS[layout]
-    changes = expand(words.removesuffix(" torch")) + (TORCH if words.endswith(" torch") else [])
-    for seen in pool.run(ranks, record, changes):
+    ranks, words, more = LAYOUTS[layout]
+    for seen in pool.run(ranks, record, expand(words) + more):
         assert unsafe(seen) == ""
         assert min(len(operations) for operations in seen.values()) > 500
 
@@ -189,6 +198,16 @@ def test_every_pack_does_the_same(pool: Pool, layout: str) -> None:
 @pytest.mark.parametrize("mistake", ["count", "shape", "weight", "sync", "branch"])
 def test_a_mistake_is_seen(pool: Pool, mistake: str) -> None:
     assert unsafe(pool.run(1, partial(record, mistake=mistake), [])[0])
+
+
+def test_a_read_that_is_no_operation_is_seen(pool: Pool) -> None:
+    """In a step as anywhere in its context."""
+    with pytest.raises(Exception, match="the host reads a tensor within a step"):
+        pool.run(1, partial(record, mistake="tolist"), [])
+    for read in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+        read(torch.ones(1))
+        with nothing_from_the_host(), pytest.raises(AssertionError, match="the host reads a tensor"):
+            getattr(torch.ones(1), read.__name__)()
 
 
 def tiles_from_the_plan() -> Any:
@@ -231,6 +250,16 @@ def weight_read_back() -> Any:
     return mock.patch.object(ForwardStep, "loss", loss)
 
 
+def read_without_an_operation() -> Any:
+    """The loss's weights are read in a way that is no operation on the CPU."""
+
+    def loss(self: ForwardStep, plan: DevicePlan, training: bool, output: torch.Tensor) -> Any:
+        assert plan.loss_weights.tolist()
+        return LOSS(self, plan, training, output)
+
+    return mock.patch.object(ForwardStep, "loss", loss)
+
+
 def nothing_to_expand() -> Any:
     """A pack without tiles skips the upsampling."""
     expand_rows = LVTCInjection._expand
@@ -252,4 +281,5 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "weight": weight_on_the_host,
     "sync": weight_read_back,
     "branch": nothing_to_expand,
+    "tolist": read_without_an_operation,
 }

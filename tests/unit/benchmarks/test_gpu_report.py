@@ -60,6 +60,12 @@ def test_rows_are_picked_by_pattern():
         rows.pick(plan, ["3b"])
 
 
+def test_the_row_that_decides_about_graphs_is_timed_first():
+    """A trained encoder with torch's attention, which either replays or is lost as with Transformer Engine's."""
+    first = min((one for one in rows.all_rows() if not one.beside), key=lambda one: one.priority)
+    assert first.name == "2b-bf16-graph" and set(rows.TORCH_ATTENTION) < set(first.argv)
+
+
 def test_every_file_of_gpu_tests_is_a_row():
     files = {one.settings["file"] for one in rows.test_rows()}
     assert {"tests/gpu/test_production.py", "tests/gpu/test_transformer_engine.py"} <= files
@@ -159,20 +165,31 @@ def test_figures_follow_from_rows():
 
 def test_table_is_whole_after_every_part_and_read_again(tmp_path):
     report = Report(tmp_path, "command", "gpu_report-x", "abc")
-    report.add("plain-loop", {"device": "H100"})
+    report.add("plain-loop", {"device": "H100", "cudnn": 91002})
     report.add("plain-loop", {**measured(40)})
     report.add("8b-fp8-graph", {"error": "ValueError: a | b"})
     report.add("8b-fp8-graph", {"error": "its process ended", "took": 3.0})
     report.add("tests-x", {"tests": 3, "skipped": 1, "failed": {"test_a": "assert 1\n== 2"}, "took": 2.0})
     report.add("images", {"images": [{"path": "new", "images/s": 7000.0}], "took": 1.0})
     text = (tmp_path / "gpu_report-x.md").read_text()
-    assert "| plain-loop | 40 (40-40) | 100.0% | 10 |" in text
+    assert "| plain-loop | 40 (40-40) | 100.0% | 10 |" in text and ", cuDNN 91002, " in text
     assert "- `8b-fp8-graph`: ValueError: a \\| b" in text
     assert "| tests-x | 1 | 1 | 1 | 2.0 |" in text and "- `tests-x`: test_a: assert 1 == 2" in text
     assert "| new | 7,000.0 |" in text
     again = Report.read(tmp_path / "gpu_report-x.json")
     assert list(again.lines()) == list(report.lines())
     assert [name for name in report.results if again.finished(name)] == ["plain-loop", "tests-x", "images"]
+
+
+def test_answers_of_parts_stay_when_their_row_is_ended(tmp_path):
+    """They came one by one, before pytest could write its report."""
+    report = Report(tmp_path, "command", "gpu_report-x", "abc")
+    report.add("tests-graph_parts", {"parts": {"split": "replays"}, "versions": "cudnn 91002"})
+    report.add("tests-graph_parts", {"parts": {"split": "replays", "mlp": "illegal\naccess"}})
+    report.add("tests-graph_parts", {"error": "ended after 176 s"})
+    text = (tmp_path / "gpu_report-x.md").read_text()
+    assert "- `tests-graph_parts`: split (cudnn 91002): replays" in text
+    assert "- `tests-graph_parts`: mlp (cudnn 91002): illegal access" in text
 
 
 def test_picture_shows_rows_with_a_profile(tmp_path):

@@ -15,7 +15,8 @@ from megatron.training.arguments import parse_args  # noqa: E402
 
 from benchmarks.gpu_report import rows  # noqa: E402
 from megatron_internvlx import arguments  # noqa: E402
-from megatron_internvlx.planning import dryrun  # noqa: E402
+from megatron_internvlx.planning import dryrun, graph  # noqa: E402
+from megatron_internvlx.platform import cards  # noqa: E402
 
 STEPPED = [row for row in rows.all_rows() if row.argv]
 
@@ -35,16 +36,34 @@ def parsed(monkeypatch: pytest.MonkeyPatch):
     torch.use_deterministic_algorithms(False)  # as --deterministic-mode has it
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in STEPPED if not set(rows.GRAPH) & set(row.argv)], ids=lambda r: r.name
-)
+@pytest.mark.parametrize("row", STEPPED, ids=lambda row: row.name)
 def test_rows_have_valid_arguments_that_fit_the_gpu(parsed, monkeypatch, row: rows.Row) -> None:
     """With the memory that the dry run predicts for them, its reserve included."""
     for name, value in row.environment.items():
         monkeypatch.setenv(name, value)
     args = parsed(*row.argv, "--gpu-memory-gib", "79")
+    assert (args.cuda_graph_impl == "full_iteration") == ("graph" in row.name)
     arguments.validate(args)
     dryrun.check(copy.copy(args))
     tokens = [sum(tiles * 256 + text for tiles, text in pack) for pack in row.packs]
     assert max(tokens) <= args.seq_length < 1.25 * min(tokens)
     assert max(sum(tiles for tiles, _ in pack) for pack in row.packs) <= args.max_tiles_per_pack
+
+
+@pytest.mark.parametrize("row", STEPPED, ids=lambda row: row.name)
+def test_tiny_rows_have_arguments_that_a_cpu_takes(parsed, row: rows.Row) -> None:
+    small = rows.tiny(row)
+    args = parsed(*small.argv)
+    assert args.transformer_impl == "local" and args.cuda_graph_impl == "none"
+    assert max(sum(tiles for tiles, _ in pack) for pack in small.packs) <= args.max_tiles_per_pack
+
+
+@pytest.mark.parametrize("row", [row for row in STEPPED if "exact" in row.name], ids=lambda row: row.name)
+def test_deterministic_packs_fit_into_hoppers_attention(parsed, monkeypatch, row: rows.Row) -> None:
+    """Fused, and with a workspace for which there is room beside the other curves."""
+    monkeypatch.setattr(cards, "capability", lambda: graph.HOPPER)
+    args = parsed(*row.argv)
+    scores = graph.attention_scores(args.max_samples_per_pack, args.num_attention_heads, args.seq_length)
+    assert scores < graph.SCORES_LIMIT
+    assert scores * graph.WORKSPACE_PER_SCORE < 4e9
+    assert max(len(pack) for pack in row.packs) <= args.max_samples_per_pack

@@ -111,8 +111,8 @@ def test_the_code_of_the_card_runs(tmp_path: Path, monkeypatch, capsys, kind: st
     (code,) = re.findall(r"^```python\n(.+?)^```", (out / "README.md").read_text(), re.M | re.S)
     Image.new("RGB", (40, 20), "red").save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"DIRECTORY": str(out)}
-    exec(code, names)
+    names: dict[str, Any] = {}
+    exec(code.replace('"DIRECTORY"', repr(str(out))), names)
     assert type(names["processor"]).__name__ == "InternVLXProcessor"
     inputs = names["inputs"]
     # Two tiles of the wide picture and the whole of it, each of 4 tokens.
@@ -179,6 +179,6 @@ def test_a_model_from_scratch_has_template_and_card(checkpoints: Path, tmp_path:
     assert "| Visual tokens | 4 tokens per tile |" in card
     assert "| Chat template | Hermes-2 |" in card
     assert "LVTC" not in card
-    assert "AutoProcessor.from_pretrained(DIRECTORY, trust_remote_code=True)" in card
+    assert 'AutoProcessor.from_pretrained("DIRECTORY", trust_remote_code=True)' in card
     assert "AutoModel" not in card
     assert "not complete" not in card

@@ -5,11 +5,13 @@ Prints one line of JSON: the worst difference of each kernel, relative to the la
 
 import itertools
 import json
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from megatron_internvlx.platform import kernels_torch, kernels_triton
+from megatron_internvlx.platform import kernels, kernels_torch, kernels_triton
+from megatron_internvlx.platform.kernels import Norm
 
 S, T, C = 7, 3, 24
 
@@ -79,6 +81,37 @@ def add_norms(dtype: torch.dtype, worst: dict[str, float]) -> None:
         compare(f"add_norm_backward {dtype}", backward, worst)
 
 
+# Of residual, branch, scale, weight and bias those that want a gradient; the others are frozen.
+WANTED = ("branch", "residual", "residual branch", "branch scale", "branch weight bias", "scale weight")
+# Of weight, bias and scale those that there are.
+PARTS = ("weight bias scale", "weight scale", "weight bias", "scale")
+
+
+def frozen_parts(dtype: torch.dtype, worst: dict[str, float]) -> None:
+    """Through autograd, which hands the kernels only the tensors that it kept for the gradients that are wanted."""
+    made = {name: draw(S, T, C, dtype=dtype) for name in ("residual", "branch")}
+    made |= {name: draw(C, dtype=dtype) for name in ("scale", "weight", "bias")}
+    for wanted, parts in itertools.product(WANTED, PARTS):
+
+        def gradients(module, wanted=wanted, parts=parts):
+            inputs = {name: x.clone().requires_grad_(name in wanted.split()) for name, x in made.items()}
+            given = {
+                name: inputs[name] if name in parts.split() else None for name in ("scale", "weight", "bias")
+            }
+            rows, scale = (inputs["residual"], inputs["branch"]), given["scale"]
+            with mock.patch.object(kernels, "implementation", lambda _: module):
+                if given["weight"] is None:
+                    outputs = (kernels.add_branch(*rows, scale=scale),)
+                else:
+                    norm = Norm(given["weight"], given["bias"], 1e-6)
+                    outputs = kernels.add_branch_and_norm(*rows, norm, scale=scale)
+                if outputs[0].requires_grad:
+                    sum(out.float().square().sum() for out in outputs).backward()
+            return [x.grad for x in inputs.values() if x.grad is not None]
+
+        compare(f"frozen_parts {dtype}", gradients, worst)
+
+
 def others(dtype: torch.dtype, worst: dict[str, float]) -> None:
     gate, up, g = (draw(5, 300, dtype=dtype) for _ in range(3))
     compare(f"gated_silu {dtype}", lambda m: [m.gated_silu(gate, up)], worst)
@@ -130,6 +163,7 @@ def losses(dtype: torch.dtype, worst: dict[str, float]) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     found: dict[str, float] = {}
+    frozen_parts(torch.float32, found)
     for kind in (torch.float32, torch.bfloat16):
         add_norms(kind, found)
         others(kind, found)

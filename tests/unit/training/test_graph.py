@@ -1,17 +1,28 @@
 """What surrounds the recording of a step: kept buffers, counting, and the check of every step's numbers."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from tests.unit.parallel.plans import plan  # isort: skip  (sets Megatron up)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import training
+
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import Budget
-from megatron_internvlx.training.graph import BadNumbers, BatchBuffers, StepGraph, stop_at_bad_numbers
+from megatron_internvlx.training.graph import (
+    BadNumbers,
+    BatchBuffers,
+    StepGraph,
+    record_steps,
+    stop_at_bad_numbers,
+)
 from megatron_internvlx.training.step import ForwardStep
+from tests.single import single
 
 BUDGET = Budget(20, 40, 3)
 
@@ -70,6 +81,48 @@ def test_good_numbers_pass(norm: float | None) -> None:
     """Stages without a loss have none to check; a rank without parameters has no norm."""
     result = ({}, 0, False, False, 0, norm, 0, 0)
     assert stop_at_bad_numbers(lambda **_: result)(iteration=3) is result
+
+
+def megatron_step(monkeypatch: pytest.MonkeyPatch, *losses: float) -> Callable[[], tuple]:
+    """Megatron's own train_step, as its loop calls it, with a model and an optimizer that do nothing."""
+    single()
+    args = mock.MagicMock(
+        vision_pretraining=False, modelopt_enabled=False, qk_clip=False, empty_unused_memory_level=0
+    )
+    off = ("params", "activations", "tokens_per_expert", "wgrads", "dgrads")
+    args.configure_mock(
+        **{f"save_{name}_interval": None for name in off}, reuse_grad_buf_for_mxfp8_param_ag=False
+    )
+    args.configure_mock(log_num_zeros_in_grad=False, log_max_attention_logit=False)
+    rerun = mock.MagicMock()
+    rerun.should_run_forward_backward.side_effect = [True, False]
+    rerun.should_checkpoint_and_exit.return_value = (False, False, 0)
+    optimizer = mock.MagicMock(**{"step.return_value": (True, 1.0, None)})
+    chunk = mock.MagicMock(pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    stubs = {"get_args": args, "get_timers": mock.MagicMock(), "get_rerun_state_machine": rerun}
+    for name, value in (stubs | {"get_num_microbatches": len(losses)}).items():
+        monkeypatch.setattr(training, name, lambda value=value: value)
+    monkeypatch.setattr(training, "get_attr_wrapped_model", lambda model, name: getattr(model, name))
+    reports = [{"loss": torch.tensor([value, 1.0])} for value in losses]
+    passes = lambda **_: reports  # noqa: E731
+    scheduler = mock.MagicMock()
+    return lambda: training.train_step(
+        None, None, [chunk], optimizer, scheduler, None, passes, iteration=11, pg_collection=None
+    )
+
+
+def test_the_loop_s_own_step_names_a_bad_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one micro-batch among good ones, before the loop can log or save; asking twice wraps once."""
+    monkeypatch.setattr(training, "train_step", training.train_step)
+    monkeypatch.setattr(training, "FullCudaGraphWrapper", training.FullCudaGraphWrapper)
+    plain = training.train_step
+    record_steps()
+    assert training.FullCudaGraphWrapper is StepGraph and training.train_step.__wrapped__ is plain
+    record_steps()
+    assert training.train_step.__wrapped__ is plain
+    assert float(megatron_step(monkeypatch, 1.0, 3.0)()[0]["loss"]) == 2
+    with pytest.raises(BadNumbers, match=r"step 12: loss nan; nothing of this step is saved"):
+        megatron_step(monkeypatch, 1.0, math.nan)()
 
 
 def sizes(values: Iterator[MicroBatch]) -> set[tuple]:

@@ -1,0 +1,86 @@
+"""What one CUDA graph cannot hold, and the limit of deterministic attention, by arguments alone."""
+
+import argparse
+import importlib.util
+import sys
+
+import pytest
+
+from megatron_internvlx import platform
+
+platform.setup()
+
+from megatron.training.arguments import parse_args  # noqa: E402
+
+from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.planning import graph  # noqa: E402
+from megatron_internvlx.platform import cards  # noqa: E402
+from tests.golden_weights import GOLDEN  # noqa: E402
+
+STATIC = """--model-preset internvlx_tiny --data x --seq-length 4096 --lr 1e-3 --train-iters 1 --global-batch-size 1
+--transformer-impl transformer_engine --precision bf16 --packing --loader energon --boundary static --freeze-vision
+--max-tiles-per-pack 16 --shallow-seq-length 2048 --tokenizer-model""".split()  # noqa: SIM905
+STATIC.append(f"{GOLDEN}/data/tokenizers/qwen2_fast")
+RECORDED = ("--cuda-graph-impl", "full_iteration")
+EXACT = ("--deterministic-mode", "--max-samples-per-pack", "64")
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def check(*words: str) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *STATIC, *words])
+        args = parse_args(arguments.add_our_arguments)
+        arguments.check_arguments(args)
+        return args
+
+    return check
+
+
+def test_a_graph_has_transformer_engines_generators(checked) -> None:
+    """Megatron would switch them on with a warning; its check of each loss is off, our own is not."""
+    args = checked(*RECORDED)
+    assert args.te_rng_tracker and not args.check_for_nan_in_loss_and_grad
+    assert not checked().te_rng_tracker
+
+
+def test_an_evaluation_beside_a_graph_in_fp8_is_refused(checked, monkeypatch) -> None:
+    fp8 = ("--precision", "fp8_tensorwise", "--vocab-size", "512")
+    monkeypatch.setattr(
+        arguments, "check_precision", lambda *_, **__: None
+    )  # the tiny widths do not suit FP8
+    with pytest.raises(
+        ValueError, match=r"--valid-data in FP8 .*evaluate the checkpoints in a job of their own"
+    ):
+        checked(*RECORDED, *fp8, "--valid-data", "y")
+    checked(*RECORDED, *fp8)
+    checked(*RECORDED, "--valid-data", "y")
+    checked(*fp8, "--valid-data", "y")
+
+
+def test_scores_count_the_padding_as_a_sample() -> None:
+    assert graph.attention_scores(64, 8, 4096) == 65 * 8 * 4096**2
+    assert graph.attention_scores(1, 32, 4096) == graph.SCORES_LIMIT  # 8B: two segments of 4,096 rows
+
+
+def test_deterministic_static_packs_over_the_limit_are_refused_on_hopper(checked, monkeypatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.append(name))
+    monkeypatch.setattr(cards, "capability", lambda: graph.HOPPER)
+    with pytest.raises(
+        ValueError, match=r"\(64 samples \+ padding\) x 4 heads x 4096\^2 = 4.1 x 2\^30.*9 GB"
+    ) as error:
+        checked(*EXACT)
+    assert "set --max-samples-per-pack 14 or less, or install flash-attn" in str(error.value)
+    assert found == ["flash_attn"]
+    checked("--deterministic-mode", "--max-samples-per-pack", "14")
+    with pytest.raises(ValueError, match="set --max-samples-per-pack 14"):
+        checked("--deterministic-mode", "--max-samples-per-pack", "15")
+    checked("--max-samples-per-pack", "64")  # not deterministic
+    monkeypatch.setattr(cards, "capability", lambda: (10, 0))
+    checked(*EXACT)
+    monkeypatch.setattr(cards, "capability", lambda: graph.HOPPER)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    checked(*EXACT)
