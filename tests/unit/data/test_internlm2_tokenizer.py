@@ -113,7 +113,11 @@ def test_training_finds_what_it_needs(made):
     )
     text = "<|im_start|>user\nWas ist gr\u00fcn?<|im_end|>"
     encoded = tokenizer(text, return_offsets_mapping=True)
-    assert "".join(text[a:b] for a, b in dict.fromkeys(encoded.offset_mapping)) == text
+    covered = 0
+    for start, end in encoded.offset_mapping[1:]:
+        assert start <= covered, "characters of no token"
+        covered = max(covered, end)
+    assert covered == len(text)
     assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == "user\nWas ist gr\u00fcn?"
 
 
