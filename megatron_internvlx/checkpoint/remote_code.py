@@ -17,7 +17,9 @@ from megatron_internvlx.checkpoint.end_token import GENERATION, pad_id, stop_ids
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.checkpoint.hf_write import remote_code_config
 from megatron_internvlx.data.conversation import IMAGE, IMG_CONTEXT, Template, get_template
+from megatron_internvlx.data.internlm2_tokenizer import is_internlm2, write_fast_tokenizer
 from megatron_internvlx.data.rvtc import MEANINGS
+from megatron_internvlx.data.tokenizer import read_tokenizer
 from megatron_internvlx.model.sizes import ModelSizes
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ def write_remote_code(plan: ExportPlan, partial: Path) -> None:
     source = Path(hf.__file__).parent
     for path in sorted(source.glob("*_internvlx.py")):
         shutil.copyfile(path, partial / path.name)
+    if is_internlm2(partial):
+        write_fast_tokenizer(partial)
     template = write_chat_template(plan, partial)
     ids = token_ids(partial, template)
     config = remote_code_config(plan.arguments, plan.family, plan.sizes.tied, plan.dtype, ids)
@@ -84,18 +88,17 @@ def load_tokenizer(directory: Path) -> Any:
 
     Raises ConversionError if there is none, or if it needs code.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # no warning about the model type of config.json, which has remote code too
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return read_tokenizer(directory)
     except Exception as error:  # the type of error depends on the files of the directory
         if "custom code" in str(error):
             raise ConversionError(
-                f"{directory}: its tokenizer needs Python code, which is not run here; save it as tokenizer.json: "
-                "AutoTokenizer.from_pretrained(DIR, trust_remote_code=True).save_pretrained(NEW)"
+                f"{directory}: its tokenizer needs Python code, which is not run here (InternLM2's is read without); "
+                "save it as tokenizer.json"
             ) from error
         raise ConversionError(
             f"{directory}: the tokenizer cannot be loaded (set export's --like to a directory with one): "
