@@ -145,7 +145,7 @@ def _sentencepiece_model(path: Path) -> Any:
 def _normalizer(spec: Any) -> Any:
     from tokenizers import Regex, normalizers
 
-    steps = []
+    steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -158,7 +158,7 @@ def _normalizer(spec: Any) -> Any:
 def _decoder(dummy_prefix: bool) -> Any:
     from tokenizers import decoders
 
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)
 
 
