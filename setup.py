@@ -29,6 +29,7 @@ REQUIRED = [
     "tokenizers",
     "safetensors",
     "sentencepiece",
+    "protobuf",
     "tensorboard",
     "numpy",
     "pillow",

@@ -124,7 +124,7 @@ def merges_of(pieces: Iterable[Any]) -> list[tuple[str, str]]:
 
 def _sentencepiece_model(path: Path) -> Any:
     from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
 
     proto = ModelProto()
     try:
