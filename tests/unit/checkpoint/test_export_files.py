@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from megatron_internvlx.checkpoint.export_files import write_files
 from megatron_internvlx.checkpoint.export_plan import plan_export
@@ -18,6 +19,7 @@ from megatron_internvlx.checkpoint.remote_code import load_tokenizer, tokenizer_
 from megatron_internvlx.data.conversation import render_prompt
 from megatron_internvlx.hf.processing_internvlx import InternVLXProcessor
 from tests.converting import FAMILIES, TOKENIZER, lvtc_config, make_directory
+from tests.internlm2_files import directory_of, train
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 RENDERED = [{"from": "human", "value": "<image>\nWhat?"}]
@@ -182,3 +184,22 @@ def test_a_model_from_scratch_has_template_and_card(checkpoints: Path, tmp_path:
     assert 'AutoProcessor.from_pretrained("DIRECTORY", trust_remote_code=True)' in card
     assert "AutoModel" not in card
     assert "not complete" not in card
+
+
+def test_internlm2s_tokenizer_needs_no_code_in_an_export_that_has_ours(tmp_path: Path) -> None:
+    hf = make_directory(tmp_path / "hf", lvtc_config(), tokenizer=True)
+    for path in hf.glob("*token*"):
+        path.unlink()
+    for path in directory_of(tmp_path / "tokenizer", train(True, False)).iterdir():
+        shutil.copyfile(path, hf / path.name)
+    import_checkpoint(hf, tmp_path / "ck", processes=1, quiet=True)
+    export_checkpoint(tmp_path / "ck", tmp_path / "out", quiet=True)
+    assert (
+        not list((tmp_path / "out").glob("tokenization*")) and (tmp_path / "out" / "tokenizer.json").is_file()
+    )
+    text = "<|im_start|>user\n<IMG_CONTEXT> What?<|im_end|>"
+    before = load_tokenizer(tmp_path / "ck" / "hf")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert before(text).input_ids == after(text).input_ids
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["image_token_id"] == before.convert_tokens_to_ids("<IMG_CONTEXT>")

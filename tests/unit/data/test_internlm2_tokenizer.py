@@ -3,11 +3,10 @@
 import json
 import random
 import re
-from io import BytesIO
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
 from megatron_internvlx.data.conversation import check_tokenizer
 from megatron_internvlx.data.internlm2_tokenizer import (
@@ -16,50 +15,10 @@ from megatron_internvlx.data.internlm2_tokenizer import (
     write_fast_tokenizer,
 )
 from megatron_internvlx.data.tokenizer import load_tokenizer, read_tokenizer
+from tests.internlm2_files import ADDED, CORPUS, directory_of, train
 
-CORPUS = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
-ADDED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-FREE = "[UNUSED_TOKEN_1]"
 # Whether a space is put before each stretch, and whether surplus spaces go.
 KINDS = {"prefix": (True, False), "plain": (False, False), "collapsed": (True, True)}
-
-
-def train(prefix: bool, collapsed: bool, **options) -> bytes:
-    model = BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=model,
-        add_dummy_prefix=prefix,
-        remove_extra_whitespaces=collapsed,
-        normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True,
-        user_defined_symbols=[FREE, "[UNUSED_TOKEN_2]"],
-        num_threads=1,
-        minloglevel=2,
-        **{"model_type": "bpe", "vocab_size": 700, "byte_fallback": True} | options,
-    )
-    return model.getvalue()
-
-
-def directory_of(folder: Path, model: bytes) -> Path:
-    """A directory as the released ones: one added token has the id of a free piece, the others follow the pieces."""
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenization_internlm2.py").write_text("raise SystemExit('run')\n")
-    pieces = SentencePieceProcessor(model_proto=model)
-    ids = [pieces.piece_to_id(FREE), *range(len(pieces), len(pieces) + 4)]
-    added = dict(zip((0, 1, 2, *ids), ("<unk>", "<s>", "</s>", *ADDED), strict=True))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    settings = {
-        "tokenizer_class": "InternLM2Tokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
-        "added_tokens_decoder": {str(number): {"content": text} | flags for number, text in added.items()},
-        "additional_special_tokens": list(ADDED),
-        "eos_token": {"content": "<|im_end|>"} | flags,
-        "model_max_length": 8192,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="module", params=KINDS)
