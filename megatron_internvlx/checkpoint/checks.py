@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_internvlx.checkpoint.errors import ConversionError
+from megatron_internvlx.data.internlm2_tokenizer import is_internlm2
 from megatron_internvlx.data.rvtc import NAMES_VERSION
 
 # Sizes of a decoder or an encoder; required keys are checked where they are read.
@@ -45,6 +46,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has the files of a tokenizer, readable or not."""
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_is_code(directory: Path) -> bool:
+    """Whether a directory's tokenizer is Python code, which is not run, and not InternLM2's, which is read without.
+
+    Raises ConversionError if tokenizer_config.json is not a JSON object.
+    """
+    settings = directory / "tokenizer_config.json"
+    whole = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if whole or not settings.is_file() or is_internlm2(directory):
+        return False
+    named = read_object(settings).get("auto_map")
+    return isinstance(named, dict) and "AutoTokenizer" in named
 
 
 def check_model_directory(flag: str, directory: Path) -> None:

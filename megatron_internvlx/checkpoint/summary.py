@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_internvlx.checkpoint.checks import has_tokenizer
+from megatron_internvlx.checkpoint.checks import has_tokenizer, tokenizer_is_code
 from megatron_internvlx.checkpoint.importer import NOTES, RECIPE, SIDE, ImportPlan
 
 _INJECTION = re.compile(r"^language_model\.decoder\.layers\.(\d+)\.injection\.")
@@ -60,6 +60,11 @@ def import_summary(
         lines.append(
             "rvtc is off, as in the directory: images are cut by InternVL's rule. For RVTC, as in the released "
             f"InternVL-X, set rvtc: edge in {save / RECIPE}, or --rvtc edge"
+        )
+    if tokenizer_is_code(save / SIDE):
+        lines.append(
+            "the directory's tokenizer is Python code, which training does not run: set --tokenizer-model to a "
+            "directory with the same tokenizer as tokenizer.json"
         )
     lines.append(f"{save}: {len(plan.sources)} tensors, {plan.nbytes / 1e9:.2f} GB")
     lines += ["train with (meta.json lists the data, see docs/data.md):", f"  {training_command(save)}"]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_internvlx import arguments
+from megatron_internvlx.checkpoint.checks import tokenizer_is_code
 from megatron_internvlx.checkpoint.import_recipe import fine_tune_settings
 from megatron_internvlx.checkpoint.summary import count_by_part, model_part
 from megatron_internvlx.commands.convert import main
@@ -57,6 +58,19 @@ def test_a_directory_without_tokenizer_is_told(tmp_path: Path, capsys, monkeypat
     words = shlex.split(said[-1])
     assert words[-2:] == ["--tokenizer-model", "TOKENIZER_DIRECTORY"]
     parsed(monkeypatch, [*words[:-1], str(TOKENIZER)], save=str(tmp_path / "c k-trained"))
+
+
+@pytest.mark.parametrize(("name", "told"), [("TheirTokenizer", True), ("InternLM2Tokenizer", False)])
+def test_a_tokenizer_that_is_code_is_told(tmp_path: Path, capsys, name: str, told: bool) -> None:
+    """InternLM2's is read without its code."""
+    hf = make_directory(tmp_path / "hf", FAMILIES["llama"])
+    settings = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"theirs.{name}", None]}}
+    (hf / "tokenizer_config.json").write_text(json.dumps(settings))
+    (hf / "tokenizer.model").write_bytes(b"pieces")
+    assert main(["import", "--hf", str(hf), "--save", str(tmp_path / "ck")]) == 0
+    assert ("tokenizer is Python code, which training does not run" in capsys.readouterr().out) is told
+    (hf / "tokenizer.json").write_text("{}")
+    assert not tokenizer_is_code(hf)
 
 
 def test_every_setting_of_the_recipe_is_explained(tmp_path: Path, capsys) -> None:
