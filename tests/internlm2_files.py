@@ -4,7 +4,8 @@ import json
 from io import BytesIO
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 CORPUS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 ADDED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
@@ -29,13 +30,20 @@ def train(prefix: bool, collapsed: bool, **options) -> bytes:
     return model.getvalue()
 
 
+def with_piece(model: bytes, text: str, score: float = -900.0) -> bytes:
+    """The model with one more piece; InternLM2's has one of a NUL, which the trainer does not make."""
+    proto = ModelProto.FromString(model)
+    proto.pieces.add(piece=text, score=score)
+    return proto.SerializeToString()
+
+
 def directory_of(folder: Path, model: bytes) -> Path:
     """A directory as the released ones: one added token has the id of a free piece, the others follow the pieces."""
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model)
     (folder / "tokenization_internlm2.py").write_text("raise SystemExit('run')\n")
-    pieces = SentencePieceProcessor(model_proto=model)
-    ids = [pieces.piece_to_id(FREE), *range(len(pieces), len(pieces) + 4)]
+    pieces = [piece.piece for piece in ModelProto.FromString(model).pieces]
+    ids = [pieces.index(FREE), *range(len(pieces), len(pieces) + 4)]
     added = dict(zip((0, 1, 2, *ids), ("<unk>", "<s>", "</s>", *ADDED), strict=True))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {

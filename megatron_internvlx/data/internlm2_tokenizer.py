@@ -75,7 +75,8 @@ def internlm2_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec.add_dummy_prefix)
     tokenizer.add_tokens([added[number] for number in sorted(added)])
-    # Whole in the text before any merge, as SentencePiece has them.
+    # Whole in the text before any merge, as SentencePiece has them. Where it puts a space before a text, what follows
+    # such a piece begins with one here and not there; InternLM2's are free names such as [UNUSED_TOKEN_1].
     whole = [piece.piece for piece in pieces.values() if piece.type == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in whole])
     for number, token in added.items():
@@ -85,7 +86,7 @@ def internlm2_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
                 f"{directory / SETTINGS}: {token.content!r} has the id {number} there, but would get {found}"
             )
     tokenizer.post_processor = _ends(tokenizer, settings)
-    _check_probes(tokenizer, directory / MODEL)
+    _check_probes(tokenizer, proto.SerializeToString(), directory / MODEL)
     kept = ("model_max_length", "chat_template", "padding_side", "additional_special_tokens")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -103,6 +104,8 @@ def write_fast_tokenizer(directory: Path) -> None:
     internlm2_tokenizer(directory).save_pretrained(directory)
     path = directory / SETTINGS
     settings = _object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if "extra_special_tokens" in settings:  # its name before release 5, which reads both
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for replaced in (directory / MODEL, *directory.glob(CODE)):
         replaced.unlink()
@@ -137,8 +140,20 @@ def _sentencepiece_model(path: Path) -> Any:
         raise ValueError(
             f"{path}: InternLM2's model has bytes for unknown characters, and spaces before words"
         )
-    if any(piece.type == _UNUSED for piece in proto.pieces):
-        raise ValueError(f"{path} has pieces that are switched off, which InternLM2's has not")
+    for number, piece in enumerate(proto.pieces):
+        if "\0" in piece.piece:
+            # InternLM2's has a piece of one NUL, which SentencePiece leaves out or refuses, by its version. It keeps
+            # its id under a text that no merge makes; a NUL becomes its byte, as in SentencePiece 0.2.3.
+            piece.piece = f"\ue000NUL{number}"
+    normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+    for piece in proto.pieces:
+        text = piece.piece
+        if piece.type == _UNUSED and any(
+            text[:cut] in normal and text[cut:] in normal for cut in range(1, len(text))
+        ):
+            raise ValueError(
+                f"{path}: {text!r} is switched off but can be merged, which InternLM2's pieces cannot"
+            )
     return proto
 
 
@@ -192,14 +207,18 @@ def _added_tokens(settings: dict[str, Any], directory: Path) -> dict[int, AddedT
 
 
 def _special(settings: dict[str, Any], role: str) -> str:
-    token = settings.get(f"{role}_token", DEFAULTS[role])
+    """Text of a special token: the settings', or the class's where they have none or null."""
+    token = settings.get(f"{role}_token") or DEFAULTS[role]
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _check_probes(tokenizer: Tokenizer, model: Path) -> None:
+def _check_probes(tokenizer: Tokenizer, proto: bytes, model: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
-    original = SentencePieceProcessor(model_file=str(model))
+    try:
+        original = SentencePieceProcessor(model_proto=proto)
+    except RuntimeError as error:
+        raise ValueError(f"{model}: SentencePiece refuses it: {error}") from error
     for text in _PROBES:
         wanted, found = original.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
         if wanted != found:

@@ -15,7 +15,7 @@ from megatron_internvlx.data.internlm2_tokenizer import (
     write_fast_tokenizer,
 )
 from megatron_internvlx.data.tokenizer import load_tokenizer, read_tokenizer
-from tests.internlm2_files import ADDED, CORPUS, directory_of, train
+from tests.internlm2_files import ADDED, CORPUS, directory_of, train, with_piece
 
 # Whether a space is put before each stretch, and whether surplus spaces go.
 KINDS = {"prefix": (True, False), "plain": (False, False), "collapsed": (True, True)}
@@ -88,6 +88,8 @@ def test_files_without_code_are_the_same_tokenizer(made, tmp_path):
     write_fast_tokenizer(copy)
     assert sorted(path.name for path in copy.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     assert not is_internlm2(copy)
+    # transformers 4 fails at a list under its later name.
+    assert "extra_special_tokens" not in json.loads((copy / "tokenizer_config.json").read_text())
     before, after = read_tokenizer(made), read_tokenizer(copy)
     for text in texts(80):
         assert before(text).input_ids == after(text).input_ids
@@ -119,6 +121,10 @@ def test_merges_go_by_score_and_not_by_place():
             lambda d: (d / "tokenizer.model").write_bytes(train(True, False, byte_fallback=False)),
             "bytes for unknown characters",
         ),
+        (
+            lambda d: (d / "tokenizer.model").write_bytes(with_piece(train(True, False), "e")),
+            "SentencePiece refuses it",
+        ),
         (lambda d: settings_of(d, added_tokens_decoder=None), "`added_tokens_decoder` is missing or damaged"),
         (
             lambda d: settings_of(d, added_tokens_decoder={"9000": {"content": "<img>"}}),
@@ -145,6 +151,24 @@ def test_another_tokenizer_than_sentencepieces_is_refused(tmp_path, monkeypatch)
     )
     with pytest.raises(ValueError, match="instead of SentencePiece's"):
         load_tokenizer(str(directory))
+
+
+def test_a_piece_of_a_nul_keeps_its_id_and_is_not_made(tmp_path):
+    """As InternLM2's vocabulary has it; SentencePiece 0.2.3 writes a NUL as its byte."""
+    plain = train(False, False)
+    tokenizer = load_tokenizer(str(directory_of(tmp_path / "hf", with_piece(plain, "\0"))))
+    without = SentencePieceProcessor(model_proto=plain)
+    for text in ("a\0b", "\0", *texts(40)[1::5]):
+        assert tokenizer(text, add_special_tokens=False).input_ids == without.encode(text)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == len(without) + 1
+
+
+def test_a_special_token_of_null_is_the_classs(tmp_path):
+    directory = directory_of(tmp_path / "hf", train(True, False))
+    settings_of(directory, pad_token=None, unk_token=None)
+    tokenizer = load_tokenizer(str(directory))
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("</s>", "<unk>")
+    assert tokenizer("None of them").input_ids == reference(directory, "None of them")
 
 
 def test_others_are_left_to_transformers(tmp_path):
