@@ -1,8 +1,11 @@
 """What one CUDA graph cannot hold, and the limit of deterministic attention, by arguments alone."""
 
 import argparse
+import ast
 import importlib.util
+import inspect
 import sys
+import textwrap
 
 import pytest
 
@@ -17,7 +20,7 @@ from megatron_internvlx.planning import graph  # noqa: E402
 from megatron_internvlx.platform import cards  # noqa: E402
 from tests.golden_weights import GOLDEN  # noqa: E402
 
-STATIC = """--model-preset internvlx_tiny --data x --seq-length 4096 --lr 1e-3 --train-iters 1 --global-batch-size 1
+STATIC = """--model-preset internvlx_tiny --data x --seq-length 4096 --lr 1e-3 --train-iters 1 --global-batch-size 2
 --transformer-impl transformer_engine --precision bf16 --packing --loader energon --boundary static --freeze-vision
 --max-tiles-per-pack 16 --shallow-seq-length 2048 --tokenizer-model""".split()  # noqa: SIM905
 STATIC.append(f"{GOLDEN}/data/tokenizers/qwen2_fast")
@@ -25,14 +28,41 @@ RECORDED = ("--cuda-graph-impl", "full_iteration")
 EXACT = ("--deterministic-mode", "--max-samples-per-pack", "64")
 
 
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch):
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    """STATIC and more words on one rank, not checked yet."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *STATIC, *words])
+    return parse_args(arguments.add_our_arguments)
 
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch):
     def check(*words: str) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *STATIC, *words])
-        args = parse_args(arguments.add_our_arguments)
+        args = parsed(monkeypatch, *words)
+        arguments.check_arguments(args)
+        return args
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def recorded() -> argparse.Namespace:
+    """A command line that one graph can hold: parsed once, because Megatron's parser takes a while to make."""
+    with pytest.MonkeyPatch.context() as patch:
+        return parsed(patch, *RECORDED)
+
+
+@pytest.fixture
+def check_changed(recorded, monkeypatch: pytest.MonkeyPatch):
+    """Checks `recorded` with other values, by the names that they have after parsing."""
+    monkeypatch.setattr(
+        arguments, "check_precision", lambda *_, **__: None
+    )  # the tiny widths do not suit FP8
+
+    def check(**values: object) -> argparse.Namespace:
+        assert values.keys() <= vars(recorded).keys()
+        args = argparse.Namespace(**{**vars(recorded), **values})
         arguments.check_arguments(args)
         return args
 
@@ -46,18 +76,105 @@ def test_a_graph_has_transformer_engines_generators(checked) -> None:
     assert not checked().te_rng_tracker
 
 
-def test_an_evaluation_beside_a_graph_in_fp8_is_refused(checked, monkeypatch) -> None:
-    fp8 = ("--precision", "fp8_tensorwise", "--vocab-size", "512")
-    monkeypatch.setattr(
-        arguments, "check_precision", lambda *_, **__: None
-    )  # the tiny widths do not suit FP8
+EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+FP8 = {"fp8": "e4m3"}
+TRAINED = {"freeze_vision": False}
+# Values of arguments, and what the message says: which setting, why, and what to do where more than leaving it out is
+# possible. One for each entry of `check_graph`.
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "boundary": (
+        {"boundary": "variable"},
+        "--boundary variable (micro-batches of different shapes; use static)",
+    ),
+    "local": ({"transformer_impl": "local"}, "--transformer-impl local (no GPU kernels)"),
+    "pipeline": (
+        {"world_size": 2, "pipeline_model_parallel_size": 2},
+        "--pipeline-model-parallel-size above 1 (messages between stages were never recorded)",
+    ),
+    "experts": (EXPERTS, "--num-experts (tokens per expert are read on the host)"),
+    "fp16": ({"bf16": False, "fp16": True}, "--fp16 (its loss scale changes on the host; use --bf16)"),
+    "ramp-up": (
+        {"rampup_batch_size": [1, 1, 8]},
+        "--rampup-batch-size (a graph has as many micro-batches as it was recorded with)",
+    ),
+    "clipping": (
+        {"clip_grad": 0.0},
+        "--clip-grad 0 (the norm shows bad gradients, for which a graph has no other check)",
+    ),
+    "warm-up": (
+        {"cuda_graph_warmup_steps": 0},
+        "--cuda-graph-warmup-steps 0 (kernels are chosen and compiled in the first step)",
+    ),
+    "timers": ({"timing_log_level": 1}, "--timing-log-level above 0 (timers wait for the GPU)"),
+    "evaluation in FP8": (
+        {**FP8, "valid_data": "y"},
+        "--valid-data in FP8 (an evaluation frees FP8 weights that the graph has recorded; leave it out, and evaluate "
+        "the checkpoints in a job of their own)",
+    ),
+    "trained vision": (
+        TRAINED,
+        "a trained vision encoder with Transformer Engine's attention (the first replay ended with an illegal memory "
+        "access; add --vision-attention torch or --freeze-vision)",
+    ),
+}
+# What the table of docs/performance.md says runs in a graph.
+ALLOWED: dict[str, dict[str, object]] = {
+    "frozen vision": {},
+    "full recompute": {
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+        "vision_recompute": True,
+    },
+    "drop path": {"projector_drop_path": 0.1, "vision_drop_path": 0.1},
+    "distributed optimizer": {
+        "world_size": 2, "use_distributed_optimizer": True, "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "vision trained with torch's attention": {**TRAINED, "vision_attention": "torch"},
+    "FP8": FP8,
+    "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "tensor and sequence parallelism": {
+        "world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
+    },
+    "replicas": {"world_size": 2},
+    "validation": {"valid_data": "y"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_graph_is_refused(check_changed, name: str) -> None:
+    """For one reason and nothing else; without the graph the same arguments are valid."""
+    values, reason = REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        check_changed(**values)
+    assert str(error.value) == f"--cuda-graph-impl full_iteration cannot go with {reason}"
+    check_changed(**values, cuda_graph_impl="none")
+
+
+@pytest.mark.parametrize("kind", ["local", "transformer_engine"])
+def test_graphs_of_single_layers_are_refused(check_changed, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--cuda-graph-impl {kind}: .*; use full_iteration .*, or none$"):
+        check_changed(cuda_graph_impl=kind)
+
+
+def test_all_reasons_are_told_at_once(check_changed) -> None:
     with pytest.raises(
-        ValueError, match=r"--valid-data in FP8 .*evaluate the checkpoints in a job of their own"
+        ValueError, match=r"cannot go with --clip-grad 0 \(.*\); --timing-log-level above 0 \("
     ):
-        checked(*RECORDED, *fp8, "--valid-data", "y")
-    checked(*RECORDED, *fp8)
-    checked(*RECORDED, "--valid-data", "y")
-    checked(*fp8, "--valid-data", "y")
+        check_changed(clip_grad=0.0, timing_log_level=1)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_graph_holds_what_the_guide_says(check_changed, name: str) -> None:
+    assert check_changed(**ALLOWED[name]).te_rng_tracker
+
+
+def test_every_refusal_has_a_case() -> None:
+    """As many as the table in `check_graph` has entries; its first one, of the kind of graph, is apart."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(graph.check_graph)))
+    (table,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    assert {ast.literal_eval(key) for key in table.keys if key is not None} == {
+        reason for _, reason in REFUSED.values()
+    }
 
 
 def test_scores_count_the_padding_as_a_sample() -> None:
