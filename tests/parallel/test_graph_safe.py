@@ -5,12 +5,10 @@ recording of all operations, forward and backward, of packs as different as poss
 difference would be a graph that holds for the recorded packs only. Mistakes of every kind must be seen.
 """
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -20,7 +18,6 @@ from tests import layouts  # isort: skip  (sets Megatron up)
 import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_internvlx.data.plan import PlanSettings, build_plan
 from megatron_internvlx.model.internvlx import InternVLX
@@ -31,6 +28,7 @@ from megatron_internvlx.training.graph import BatchBuffers
 from megatron_internvlx.training.provider import plan_settings
 from megatron_internvlx.training.step import ForwardStep
 from tests.distributed import Pool
+from tests.graph_recorder import HostTensors, Recorder, nothing_from_the_host, unsafe
 from tests.layout_cases import STATIC, expand
 
 # Tiles of each sample of a pack; (number, tiles) are arguments of `layouts.sample`.
@@ -38,69 +36,6 @@ PACKS = {"no tiles, one sample": [0], "all tiles": [4, 4], "most samples": [0, 1
 
 # Megatron's check of every loss reads it on the host; `arguments.py` switches it off for a graph.
 SETTINGS = ("--global-batch-size", "2", "--no-check-for-nan-in-loss-and-grad")
-# Operations whose result the host waits for, or whose shape depends on values.
-READS = re.compile(
-    r"aten\.(_local_scalar_dense|nonzero|masked_select|_unique2|unique_dim|equal|is_nonzero)\b"
-)
-
-# Megatron compares states of the host's generator, which on CPU are tensors of the device.
-HOST_STATE = f"aten.all.default torch.bool[{len(torch.get_rng_state())}]"
-
-
-class Recorder(TorchDispatchMode):
-    """Notes every operation: its name, the shapes and types of its tensors, its other arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        shown = [describe(value) for value in (*args, *(kwargs or {}).items())]
-        self.seen.append(f"{function} {' '.join(shown)}")
-        return function(*args, **(kwargs or {}))
-
-
-def describe(value: Any) -> str:
-    """A tensor by its shape, type and strides; anything else by what it is."""
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}{list(value.stride())}"
-    if isinstance(value, list | tuple):
-        return f"[{' '.join(describe(part) for part in value)}]"
-    if isinstance(value, torch.Generator):
-        return "generator"
-    # Process groups and their options come as objects, which have addresses.
-    return (
-        repr(value)
-        if isinstance(value, int | float | str | bool | torch.dtype | None)
-        else type(value).__name__
-    )
-
-
-@contextmanager
-def nothing_from_the_host() -> Iterator[None]:
-    """Fails where a tensor is made of numbers of the host, for the device: a graph cannot copy from ordinary memory.
-
-    On the CPU the device is the host, and no operation tells.
-    """
-    make = torch.tensor
-
-    def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
-        assert kwargs.get("device") is None, f"torch.tensor{args} is copied to the device within a step"
-        return make(*args, **kwargs)
-
-    def refused(*args: Any, **_: Any) -> torch.Tensor:
-        raise AssertionError(f"an array of the host becomes a tensor within a step: {args}")
-
-    def read(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the host reads a tensor within a step")
-
-    # Of a tensor on the CPU these are no operations, which a recording would show.
-    reads = {"tolist": read, "numpy": read, "cpu": read}
-    with (
-        mock.patch.multiple(torch, tensor=tensor, as_tensor=refused, from_numpy=refused),
-        mock.patch.multiple(torch.Tensor, **reads),
-    ):
-        yield
 
 
 def pack(tiles: list[int], settings: PlanSettings) -> HostBatch:
@@ -132,7 +67,12 @@ def record(changes: list[str], mistake: str | None = None) -> dict[str, list[str
 
 def _record(changes: list[str], *, told: bool) -> dict[str, list[str]]:
     """`told`: the step sees the plan on the host, which it does not where a graph is recorded."""
-    run = layouts.Run(changes, Packs)
+    host = HostTensors()
+    with host.noted():
+        return _recorded_steps(layouts.Run(changes, Packs), host, told=told)
+
+
+def _recorded_steps(run: layouts.Run, host: HostTensors, *, told: bool) -> dict[str, list[str]]:
     kept, passes = BatchBuffers(), get_forward_backward_func()
     iterator = run.data(None)[0]
     seen = {}
@@ -142,7 +82,7 @@ def _record(changes: list[str], *, told: bool) -> dict[str, list[str]]:
         batches = [next(iterator) for _ in range(2)] if told else kept.fill(iterator, run.step, 2)
         for chunk in run.model:
             chunk.zero_grad_buffer()
-        with Recorder() as recorder, nothing_from_the_host():
+        with Recorder(host) as recorder, nothing_from_the_host(warm=name == "warm"):
             passes(
                 forward_step_func=run.step,
                 data_iterator=iter(batches),
@@ -157,21 +97,6 @@ def _record(changes: list[str], *, told: bool) -> dict[str, list[str]]:
         seen[name] = recorder.seen
     del seen["warm"]  # its step makes tables and buffers that stay
     return seen
-
-
-def unsafe(seen: dict[str, list[str]]) -> str:
-    """What a graph of one pack would do wrong for another, or cannot do at all; "" if nothing."""
-    first, *others = seen.values()
-    for before, name in pairwise(first):
-        if READS.search(name) and not before.startswith(HOST_STATE):
-            return f"the host reads the device: {name}"
-    for other in others:
-        for ours, theirs in zip(first, other, strict=False):
-            if ours != theirs:
-                return f"{ours} | {theirs}"
-        if len(first) != len(other):
-            return f"{len(first)} operations | {len(other)}"
-    return ""
 
 
 # The vision encoder's attention with which a graph can train it.
@@ -200,14 +125,13 @@ def test_a_mistake_is_seen(pool: Pool, mistake: str) -> None:
     assert unsafe(pool.run(1, partial(record, mistake=mistake), [])[0])
 
 
-def test_a_read_that_is_no_operation_is_seen(pool: Pool) -> None:
-    """In a step as anywhere in its context."""
-    with pytest.raises(Exception, match="the host reads a tensor within a step"):
-        pool.run(1, partial(record, mistake="tolist"), [])
-    for read in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
-        read(torch.ones(1))
-        with nothing_from_the_host(), pytest.raises(AssertionError, match="the host reads a tensor"):
-            getattr(torch.ones(1), read.__name__)()
+@pytest.mark.parametrize("mistake", ["tolist", "to", "copy"])
+def test_a_mistake_that_is_no_operation_is_seen(pool: Pool, mistake: str) -> None:
+    """On the CPU; on a GPU each waits for the device."""
+    with pytest.raises(
+        Exception, match=r"(read|moved|copy) .*host within a step|the host reads .*within a step"
+    ):
+        pool.run(1, partial(record, mistake=mistake), [])
 
 
 def tiles_from_the_plan() -> Any:
@@ -260,6 +184,26 @@ def read_without_an_operation() -> Any:
     return mock.patch.object(ForwardStep, "loss", loss)
 
 
+def moved_to_the_host() -> Any:
+    """The loss's weights are read by another word for `.cpu()`."""
+
+    def loss(self: ForwardStep, plan: DevicePlan, training: bool, output: torch.Tensor) -> Any:
+        assert len(plan.loss_weights.to(device="cpu"))
+        return LOSS(self, plan, training, output)
+
+    return mock.patch.object(ForwardStep, "loss", loss)
+
+
+def copied_to_the_host() -> Any:
+    """The loss's weights go to a buffer of the host."""
+
+    def loss(self: ForwardStep, plan: DevicePlan, training: bool, output: torch.Tensor) -> Any:
+        torch.empty(plan.loss_weights.shape).copy_(plan.loss_weights, non_blocking=True)
+        return LOSS(self, plan, training, output)
+
+    return mock.patch.object(ForwardStep, "loss", loss)
+
+
 def nothing_to_expand() -> Any:
     """A pack without tiles skips the upsampling."""
     expand_rows = LVTCInjection._expand
@@ -282,4 +226,6 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "sync": weight_read_back,
     "branch": nothing_to_expand,
     "tolist": read_without_an_operation,
+    "to": moved_to_the_host,
+    "copy": copied_to_the_host,
 }

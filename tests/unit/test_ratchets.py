@@ -17,7 +17,10 @@ NAMESPACE_READS = 60
 
 DEVICE_CALL = re.compile(r"torch\.cuda\.|\.cuda\(|device\s*=\s*[\"']cuda|torch\.device\([\"']cuda")
 # Values of the device: each waits until it has done all that was asked of it.
-READS_DEVICE = re.compile(r"\.(item|tolist|nonzero|cpu|numpy)\(|torch\.nonzero\(|torch\.unique\(")
+READS_DEVICE = re.compile(
+    r"\.(item|tolist|nonzero|cpu|numpy)\(|torch\.nonzero\(|torch\.unique\("
+    r"|\.to\([^)]*?(device\s*=\s*)?(torch\.device\()?[\"']cpu"
+)
 # Where a read is no wait: values that are on the host anyway, or code outside the training step.
 READS_ALLOWED = {
     "megatron_internvlx/parallel/batch.py": "plans are host tensors, exchanged over gloo",
@@ -97,7 +100,10 @@ def test_namespace_is_read_where_arguments_are_parsed() -> None:
 def test_patterns_find_what_they_are_for(pattern: re.Pattern[str]) -> None:
     examples = {
         DEVICE_CALL: ["x.cuda()", "torch.cuda.synchronize()", "torch.zeros(1, device='cuda')"],
-        READS_DEVICE: ["count.item()", "mask.nonzero()", "lengths.tolist()"],
+        READS_DEVICE: [
+            *("count.item()", "mask.nonzero()", "lengths.tolist()", "x.cpu()", "x.to('cpu')"),
+            *('x.to(device="cpu")', "x.to(torch.device('cpu'))", "x.to(torch.float32, device='cpu')"),
+        ],
         NAMESPACE_READ: ["x = args.seq_length", "if self.args.fp8:"],
         MACHINE: ["open('/" + "home/me/data')", "cd /" + "root/x"],
         REGISTRY: ["--index-url" + "=https://x", "https://py" + "pi.org/simple"],
