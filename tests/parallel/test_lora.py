@@ -13,25 +13,12 @@ from megatron_internvlx.checkpoint.torch_dist import CheckpointReader
 from megatron_internvlx.lifecycle.base import base_fingerprint
 from megatron_internvlx.model.lora import MARK
 from tests.distributed import Pool
-from tests.layout_cases import Case, Runner, expand, relative
+from tests.layout_cases import ADAPTER_CASES, Case, Runner, expand, relative
 from tests.parallel.test_faults import EVERY, STEPS, check, resume_after_kills, undisturbed
 from tools import make_demo_data
 
-# Measured: gradients 1e-6, elements 2e-6 at most, PP 2 and VPP bit-equal; LIMITS of the other layouts hold here too.
-# Without the sums of replicated adapters' gradients, or with those of another projection, 0.1 and more.
-CASES = [
-    Case(2, "adapters", "tp=2"),
-    Case(2, "adapters", "pp=2 per_stage=2 full"),
-    Case(4, "adapters", "tp=2 pp=2"),
-    Case(4, "adapters everywhere", "tp=2 sp pp=2 selective"),
-    Case(4, "adapters everywhere", "tp=2 sp pp=2 per_stage=2 static full"),
-    Case(2, "adapters of the decoder", "pp=2 layers=E|tttttttt,L full"),
-    Case(4, "adapters of the decoder", "pp=2 zero overlap"),
-    Case(4, "adapters beside experts", "tp=2 sp ep=2 etp=1"),
-]
 
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.name)
 def test_one_step(runner: Runner, case: Case) -> None:
     """Loss, gradients of adapters and of parts trained whole, weights after the step; TP ranks agree."""
     assert not runner.difference(case).exceeded()
