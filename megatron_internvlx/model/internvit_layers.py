@@ -84,11 +84,11 @@ class InternViTSelfAttention(SelfAttention):
         if self.q_norm is None or self.k_norm is None:
             attended = attend_packed(self.core_attention, qkv_STN3D)
         else:
-            q_STND, k_STND, v_STND = kernels.split_packed(qkv_STN3D, -2)
+            q_STND, k_STND, v_STND = kernels.cut_packed(qkv_STN3D, -2)
             q_STC, _ = kernels.norm_and_pass(q_STND.flatten(2), self.q_norm())
             k_STC, _ = kernels.norm_and_pass(k_STND.flatten(2), self.k_norm())
-            apart = q_STC.view(q_STND.shape), k_STC.view(k_STND.shape), v_STND.contiguous()
-            attended = self.core_attention(*apart, None, attn_mask_type=self.attn_mask_type)
+            qkv = q_STC.view(q_STND.shape), k_STC.view(k_STND.shape), v_STND
+            attended = self.core_attention(*qkv, None, attn_mask_type=self.attn_mask_type)
         return self.linear_proj(attended)[0], None
 
 

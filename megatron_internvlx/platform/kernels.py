@@ -103,7 +103,12 @@ def twin_norm(x: Tensor, a: Norm, b: Norm) -> tuple[tuple[Tensor, Tensor], tuple
 
 def split_packed(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
     """Views of `packed` along `dim`, which disappears; their gradients are joined without a copy if they lie so."""
-    return _SplitPacked.apply(packed, dim)
+    return _SplitPacked.apply(packed, dim, False)
+
+
+def cut_packed(packed: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """`split_packed` into contiguous tensors, by one copy for all; one more joins their gradients."""
+    return _SplitPacked.apply(packed, dim, True)
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, targets_n: Tensor, group: ProcessGroup) -> Tensor:
@@ -244,10 +249,11 @@ class _TwinNorm(torch.autograd.Function):
 
 class _SplitPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed, dim):
+    def forward(ctx: Any, packed, dim, copied):
         ctx.dim = dim % packed.dim()
         ctx.shape, ctx.stride = packed.shape, packed.stride()
-        return tuple(packed.select(ctx.dim, i) for i in range(packed.shape[ctx.dim]))
+        parts = packed.movedim(ctx.dim, 0).contiguous() if copied else packed.movedim(ctx.dim, 0)
+        return tuple(parts.select(0, i) for i in range(len(parts)))
 
     @staticmethod
     def backward(ctx: Any, *gradients):
@@ -261,8 +267,8 @@ class _SplitPacked(torch.autograd.Function):
             for i, g in enumerate(gradients)
         )
         if together:
-            return first.as_strided(ctx.shape, ctx.stride), None
-        return torch.stack(gradients, ctx.dim), None
+            return first.as_strided(ctx.shape, ctx.stride), None, None
+        return torch.stack(gradients, ctx.dim), None, None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

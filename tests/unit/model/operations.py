@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_internvlx.model import norm
-from megatron_internvlx.model.attention import PackedDotProductAttention
+from megatron_internvlx.model.attention import GraphSafeAttention, PackedDotProductAttention
 
 NO_KERNEL = (
     "empty",
@@ -102,8 +102,13 @@ def accumulate(model: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _packed_gradients(mode: Operations, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Attention whose gradients are slices of one buffer if its inputs are, as Transformer Engine's."""
+def _packed_gradients(
+    mode: Operations, function: Callable[..., Tensor], joins: bool
+) -> Callable[..., Tensor]:
+    """Attention whose gradients are slices of one buffer if its inputs are and it `joins`; else a buffer each.
+
+    Transformer Engine's joins, torch's does not.
+    """
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -111,14 +116,16 @@ def _packed_gradients(mode: Operations, function: Callable[..., Tensor]) -> Call
             with mode.one("attention"), torch.enable_grad():
                 ctx.own = [x.detach().requires_grad_() for x in qkv]
                 ctx.out = function(*ctx.own)
-            ctx.packed = len({x.untyped_storage().data_ptr() for x in qkv}) == 1
+            ctx.packed = joins and len({x.untyped_storage().data_ptr() for x in qkv}) == 1
             return ctx.out.detach()
 
         @staticmethod
         def backward(ctx: Any, gradient):
             with mode.one("attention_backward"):
                 found = torch.autograd.grad(ctx.out, ctx.own, gradient)
-                return tuple(torch.stack(found, -2).unbind(-2)) if ctx.packed else found
+                return (
+                    torch.stack(found, -2).unbind(-2) if ctx.packed else tuple(x.contiguous() for x in found)
+                )
 
     return Attention.apply
 
@@ -169,7 +176,8 @@ def as_on_a_gpu(fused_accumulation: bool) -> Iterator[Operations]:
         def function(q, k, v):
             return attend(self, q, k, v, mask, packed_seq_params=packed_seq_params, **kwargs)
 
-        return _packed_gradients(mode, function)(query, key, value)
+        joins = not isinstance(self, GraphSafeAttention)
+        return _packed_gradients(mode, function, joins)(query, key, value)
 
     def rotary(x, *args, **kwargs):
         return mode.fused("rope", lambda y: rotate(y, *args, **kwargs))(x)

@@ -5,6 +5,9 @@ tiny widths. `MAIN` is what the same count gave before the kernels were fused (c
 separate biases and LayerScale, q, k, v joined from copies, Megatron's loss, all weight gradients added afterwards.
 """
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,9 +16,11 @@ import numpy as np
 from megatron.core.tensor_parallel import layers
 
 from megatron_internvlx.data.plan import IGNORE
+from megatron_internvlx.model.internvit import InternViT, internvit_transformer_config
 from megatron_internvlx.model.internvit_config import InternViTConfig
 from megatron_internvlx.model.internvlx import InternVLX
 from megatron_internvlx.platform import kernels
+from tests.single import decoder_config, single
 from tests.whole_model import micro_batch, plan_for, whole_model
 
 VISION = InternViTConfig(
@@ -23,6 +28,13 @@ VISION = InternViTConfig(
 )
 MAIN = {"vision": 1284, "projector": 165, "whole": 2714}
 NOW = {"vision": 636, "projector": 99, "whole": 1746}
+# Of other vision encoders: fields of the config, `--vision-attention`, and operations.
+LIKE_6B = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
+ENCODERS = {
+    "torch's attention": ({}, "torch", 660),
+    "RMS norm of tokens, queries and keys": (LIKE_6B, "megatron", 756),
+    "both": (LIKE_6B, "torch", 756),
+}
 
 
 def build(**more: object) -> InternVLX:
@@ -77,6 +89,30 @@ def count(fused: bool = True) -> dict[str, int]:
 def test_operations_stay_as_few_as_they_are() -> None:
     """Whoever needs fewer lowers `NOW`; more is a fusion lost."""
     assert count() == NOW
+
+
+def count_encoder(fields: dict[str, object], attention: str) -> Counter[str]:
+    """Operations of the vision encoder alone by name, forward and backward, and accumulation of gradients."""
+    single()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_grad_accum_fusion_available", True)
+        parent = decoder_config(gradient_accumulation_fusion=True)
+        vision = replace(VISION, **fields)
+        encoder = InternViT(vision, internvit_transformer_config(vision, parent), attention=attention)
+    accumulate(encoder.train())
+    with as_on_a_gpu(fused_accumulation=True) as mode:
+        tiles = torch.randn(2, 3, 32, 32)
+        with mode:
+            out = encoder(tiles)
+            out.backward(out.detach())
+    return mode.counts
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_other_encoders_take_as_few_as_they_do(name: str) -> None:
+    fields, attention, operations = ENCODERS[name]
+    found = count_encoder(fields, attention)
+    assert found.total() == operations, found
 
 
 def test_they_fell_by_what_was_asked() -> None:

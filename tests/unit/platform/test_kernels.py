@@ -54,6 +54,7 @@ CASES = {
         (rows(), draw(C), draw(C)),
     ),
     "split": (lambda x: kernels.split_packed(x, -2), (draw(S, C, 3, 2),)),
+    "cut": (lambda x: kernels.cut_packed(x, -2), (draw(S, C, 3, 2),)),
 }  # fmt: skip
 
 
@@ -114,6 +115,12 @@ def test_packed_gradients_are_joined_without_a_copy() -> None:
         out.sum().backward()
         assert torch.equal(packed.grad, seen[0])
         assert (handed[0].data_ptr() == seen[0].data_ptr()) == together
+
+
+def test_cut_parts_are_contiguous_and_have_the_same_values() -> None:
+    packed = draw(S, T, 2, 3, 4)
+    for part, view in zip(kernels.cut_packed(packed, -2), kernels.split_packed(packed, -2), strict=True):
+        assert part.is_contiguous() and not view.is_contiguous() and torch.equal(part, view)
 
 
 def test_attention_of_transformer_engine_is_recognized() -> None:
