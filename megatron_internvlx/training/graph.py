@@ -51,6 +51,8 @@ class StepGraph(FullCudaGraphWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.buffers = BatchBuffers()
+        self.difference: float | None = None
+        """Largest relative difference of the first replay from the step without a graph."""
 
     def data_read(
         self, data_iterator: Any, model: Any, training: bool, num_microbatches: int
@@ -76,10 +78,10 @@ class StepGraph(FullCudaGraphWrapper):
                 self.buffers.fill(incoming)
                 reports, result = run(), f"not compared with steps without it: {self.first_replay.skipped}"
             else:
-                reports, difference = self._compared(incoming, kwargs, run)
+                reports, self.difference = self._compared(incoming, kwargs, run)
                 result = (
                     "its first replay gives the losses and gradient norms of the step without it (largest "
-                    f"difference {difference:.1e})"
+                    f"difference {self.difference:.1e})"
                 )
         except RuntimeError as error:
             error.add_note(f"while a CUDA graph of the step was recorded and replayed; {REMEDY}")

@@ -30,7 +30,7 @@ class GraphDiffers(RuntimeError):
 
 @dataclass(frozen=True)
 class FirstReplay:
-    """How the first replay is compared.
+    """Rule of the comparison of the first replay.
 
     Args:
         limit: largest relative difference of a micro-batch's loss, or of the norm of a gradient buffer.
