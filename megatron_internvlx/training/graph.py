@@ -20,7 +20,7 @@ from megatron_internvlx.megatron_settings import Execution
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.platform.cuda import replace_step
 from megatron_internvlx.precision import Precision
-from megatron_internvlx.training.replay import REMEDY, FirstReplay, compared
+from megatron_internvlx.training.replay import REMEDY, FirstReplay, GraphDiffers, compared
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -83,6 +83,8 @@ class StepGraph(FullCudaGraphWrapper):
                     "its first replay gives the losses and gradient norms of the step without it (largest "
                     f"difference {self.difference:.1e})"
                 )
+        except GraphDiffers:
+            raise
         except RuntimeError as error:
             error.add_note(f"while a CUDA graph of the step was recorded and replayed; {REMEDY}")
             raise
