@@ -79,7 +79,10 @@ def _recorded_steps(run: layouts.Run, host: HostTensors, *, told: bool) -> dict[
     for chunk in run.model:
         chunk.train()
     for name in ("warm", *PACKS):
-        batches = [next(iterator) for _ in range(2)] if told else kept.fill(iterator, run.step, 2)
+        batches = [next(iterator) for _ in range(2)]
+        if not told:
+            kept.fill(batches)
+            batches = kept.batches
         for chunk in run.model:
             chunk.zero_grad_buffer()
         with Recorder(host) as recorder, nothing_from_the_host(warm=name == "warm"):

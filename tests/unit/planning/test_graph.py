@@ -29,10 +29,12 @@ EXACT = ("--deterministic-mode", "--max-samples-per-pack", "64")
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
-    """STATIC and more words on one rank, not checked yet."""
+    """STATIC and more words on one rank, not checked yet; "no=WORD" takes a word away."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *STATIC, *words])
+    given = [word for word in STATIC if f"no={word}" not in words]
+    given += [word for word in words if not word.startswith("no=")]
+    monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *given])
     return parse_args(arguments.add_our_arguments)
 
 
@@ -80,7 +82,7 @@ EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 FP8 = {"fp8": "e4m3"}
 TRAINED = {"freeze_vision": False}
 # Values of arguments, and what the message says: which setting, why, and what to do where more than leaving it out is
-# possible. One for each entry of `check_graph`.
+# possible. One for each entry of `check_graph`; those that depend on more than one value are tested below.
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "boundary": (
         {"boundary": "variable"},
@@ -122,7 +124,7 @@ ALLOWED: dict[str, dict[str, object]] = {
     "frozen vision": {},
     "full recompute": {
         "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
-        "vision_recompute": True,
+        "projector_drop_path": 0.0, "vision_recompute": True,
     },
     "drop path": {"projector_drop_path": 0.1, "vision_drop_path": 0.1},
     "distributed optimizer": {
@@ -169,12 +171,12 @@ def test_a_graph_holds_what_the_guide_says(check_changed, name: str) -> None:
 
 
 def test_every_refusal_has_a_case() -> None:
-    """As many as the table in `check_graph` has entries; its first one, of the kind of graph, is apart."""
+    """As the table in `check_graph` has entries."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(graph.check_graph)))
     (table,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
-    assert {ast.literal_eval(key) for key in table.keys if key is not None} == {
-        reason for _, reason in REFUSED.values()
-    }
+    reasons = {ast.literal_eval(key) for key in table.keys if key is not None}
+    of_the_environment = {reason for reason in reasons if reason.startswith("NCCL_")}  # tested below
+    assert reasons - of_the_environment == {reason for _, reason in REFUSED.values()}
 
 
 def test_scores_count_the_padding_as_a_sample() -> None:
@@ -201,3 +203,53 @@ def test_deterministic_static_packs_over_the_limit_are_refused_on_hopper(checked
     monkeypatch.setattr(cards, "capability", lambda: graph.HOPPER)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     checked(*EXACT)
+
+
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+ADAPTERS = ("--lora-rank", "2", "--lora-alpha", "4", "--lora-dropout", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (FULL, "--projector-drop-path 0.1"),  # of the injections, which is the default
+        ((*FULL, "--projector-drop-path", "0", "--hidden-dropout", "0.2"), "--hidden-dropout 0.2"),
+        (("--recompute-granularity", "selective", "--attention-dropout", "0.1"), "--attention-dropout 0.1"),
+        (("--recompute-granularity", "selective", *ADAPTERS), "--lora-dropout 0.1"),
+        (("--vision-recompute", "--vision-drop-path", "0.1"), "--vision-drop-path 0.1"),
+    ],
+    ids=str,
+)
+def test_recomputation_of_random_drops_is_refused_in_a_graph(
+    checked, words: tuple[str, ...], named: str
+) -> None:
+    """Its generators are not set back, so the gradients would be those of another forward pass."""
+    trained = ("no=--freeze-vision", "--vision-attention", "torch") if "--vision-recompute" in words else ()
+    with pytest.raises(
+        ValueError, match=rf"drops at random \({named}: other numbers would be drawn the second"
+    ):
+        checked(*RECORDED, *trained, *words)
+    checked(*trained, *words)
+
+
+def test_recomputation_of_what_is_not_random_is_recorded(checked) -> None:
+    still = ("--projector-drop-path", "0")
+    checked(*RECORDED, *FULL, *still)
+    checked(*RECORDED, "--hidden-dropout", "0.1")
+    checked(
+        *RECORDED, "--recompute-granularity", "selective", "--hidden-dropout", "0.1"
+    )  # outside of core_attn
+    checked(*RECORDED, "--vision-recompute", "--vision-drop-path", "0.1")  # frozen: it has no backward pass
+
+
+@pytest.mark.parametrize("name", graph.ALLOCATOR_VARIABLES)
+def test_nccl_registers_nothing_in_memory_that_moves(checked, monkeypatch, name: str) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    checked(*RECORDED)  # training sets it to 0
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    with pytest.raises(ValueError, match="NCCL_GRAPH_REGISTER above 0 with expandable_segments:True"):
+        checked(*RECORDED)
+    checked()
+    monkeypatch.setenv(name, "expandable_segments:False")
+    checked(*RECORDED)
