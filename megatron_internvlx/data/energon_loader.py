@@ -305,11 +305,13 @@ def _start_worker(first: Any, worker_id: int) -> None:
 
 
 def _present_names(state: LoaderState) -> dict[str, Any]:
-    """Settings of a saved state, its RVTC rule by its present name."""
-    rule = state.made_with.get("rvtc")
-    return (
-        state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
-    )
+    """Settings of a saved state, its RVTC rule by its present name, without a budget that it did not have yet."""
+    saved = dict(state.made_with)
+    if (rule := saved.get("rvtc")) is not None:
+        saved["rvtc"] = stored_policy(rule, state.version)
+    if saved.get("budget") is not None:
+        saved["budget"] = {"supervised": None, **saved["budget"]}
+    return saved
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -255,6 +255,12 @@ def test_a_state_of_other_settings_is_refused_with_both_values(prepared, loader)
         loader(prepared).restore(state)
     loader(prepared).restore(replace(state, version=1))
     state.made_with = kept
+    # Before there was a budget of supervised tokens a position did not have one; to set it changes the packs.
+    old = {name: value for name, value in kept["budget"].items() if name != "supervised"}
+    loader(prepared).restore(replace(state, made_with=kept | {"budget": old}))
+    set_now = kept | {"budget": kept["budget"] | {"supervised": 90}}
+    with pytest.raises(ValueError, match=r"budget: .*'supervised': 90.* -> .*'supervised': None"):
+        loader(prepared).restore(replace(state, made_with=set_now))
     with pytest.raises(ValueError, match="has started"):
         batches.restore(state)
 
