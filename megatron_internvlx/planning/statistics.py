@@ -133,7 +133,7 @@ class Proposal:
 
     most: int
     more: float
-    """Share of packs that it takes more."""
+    """Share of packs that it takes more; below 0 where the packing happens to succeed with fewer."""
     over: float
     """Share of samples that are over it by themselves: cut after their last whole answer that fits, or refused."""
 
@@ -173,7 +173,7 @@ def supervised_line(policy: PolicyStats, budget: Budget) -> str:
         return f"{line}; a budget of their own would be almost as large as the shallow one"
     return (
         f"{line}; --boundary static with --max-supervised-tokens-per-pack {found.most} pads to {found.most:,} rows "
-        f"instead of {budget.shallow:,}, takes {found.more:.1%} more packs and cuts or refuses {found.over:.2%} of the "
+        f"instead of {budget.shallow:,}, takes {max(found.more, 0):.1%} more packs and cuts or refuses {found.over:.2%} of the "
         "samples"
     )
 
