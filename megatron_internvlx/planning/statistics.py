@@ -173,8 +173,8 @@ def supervised_line(policy: PolicyStats, budget: Budget) -> str:
         return f"{line}; a budget of their own would be almost as large as the shallow one"
     return (
         f"{line}; --boundary static with --max-supervised-tokens-per-pack {found.most} pads to {found.most:,} rows "
-        f"instead of {budget.shallow:,}, takes {max(found.more, 0):.1%} more packs and cuts or refuses {found.over:.2%} of the "
-        "samples"
+        f"instead of {budget.shallow:,}, takes {max(found.more, 0):.1%} more packs and cuts or refuses "
+        f"{found.over:.2%} of the samples"
     )
 
 
