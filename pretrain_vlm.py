@@ -55,6 +55,7 @@ def train() -> int:
     from megatron_internvlx.megatron_settings import Execution, Progress
     from megatron_internvlx.parallel.groups import MegatronGroups
     from megatron_internvlx.planning import dryrun
+    from megatron_internvlx.precision import Precision
     from megatron_internvlx.reporting.log import TrainingLog
     from megatron_internvlx.reporting.tracking import Trackers
     from megatron_internvlx.training.builder import ModelProvider
@@ -82,8 +83,7 @@ def train() -> int:
     outcome = Outcome(setup, stop, trackers.close, lock)
     saves = GuardedSaves(setup, outcome.failed, saved=log.saved).install()
     watch(Progress(args), setup, stop, step, saves, outcome.failed)
-    if settings_from(args, Execution).cuda_graph_impl != "none":
-        record_steps()
+    record_steps(settings_from(args, Execution), settings_from(args, Precision))
     communicator = boundary_communicator(data)
     START.enter("groups")
     try:

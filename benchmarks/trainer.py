@@ -25,14 +25,18 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_internvlx import arguments  # noqa: E402
+from megatron_internvlx.config import settings_from  # noqa: E402
 from megatron_internvlx.data.plan import IGNORE, build_plan  # noqa: E402
+from megatron_internvlx.megatron_settings import Execution  # noqa: E402
 from megatron_internvlx.parallel.batch import HostBatch  # noqa: E402
 from megatron_internvlx.parallel.groups import MegatronGroups  # noqa: E402
 from megatron_internvlx.planning.metrics import StepMeter  # noqa: E402
+from megatron_internvlx.precision import Precision  # noqa: E402
 from megatron_internvlx.training.builder import ModelProvider  # noqa: E402
 from megatron_internvlx.training.graph import StepGraph  # noqa: E402
 from megatron_internvlx.training.pipeline import boundary_communicator  # noqa: E402
 from megatron_internvlx.training.provider import DataProvider, plan_settings  # noqa: E402
+from megatron_internvlx.training.replay import FirstReplay  # noqa: E402
 from megatron_internvlx.training.step import ForwardStep  # noqa: E402
 
 Sample = tuple[int, int]
@@ -116,9 +120,16 @@ class Trainer:
         self.passes = get_forward_backward_func()
         if args.cuda_graph_impl != "none":
             self.passes = StepGraph(self.passes, cuda_graph_warmup_steps=args.cuda_graph_warmup_steps)
+            how = settings_from(args, Execution), settings_from(args, Precision)
+            self.passes.first_replay = FirstReplay.of(*how)
         self.steps = 0
         for chunk in self.model:
             chunk.train()
+
+    @property
+    def replay_difference(self) -> float | None:
+        """Largest relative difference of a graph's first replay; None before it, and without a graph."""
+        return getattr(self.passes, "difference", None)
 
     def step(self) -> dict[str, float]:
         """One training step: seconds, loss, and model FLOPs of this rank's replica, all and useful ones."""

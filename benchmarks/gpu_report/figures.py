@@ -92,6 +92,11 @@ def _memory(results: Results) -> str:
     return f"{min(found):.2f} to {max(found):.2f}" if found else ""
 
 
+def _replays(results: Results) -> str:
+    found = [row["replay_difference"] for row in results.values() if row.get("replay_difference") is not None]
+    return f"{_difference(max(found))} ({len(found)} rows)" if found else ""
+
+
 # Figure, measured at commit 12e0e59 on 2026-11-26, goal, and how it follows from the rows.
 FIGURES: tuple[tuple[str, str, str, Callable[[Results], str]], ...] = (
     ("2B whole, bf16, graph: MFU", "18.4 % (eager)", "45 %",
@@ -119,5 +124,6 @@ FIGURES: tuple[tuple[str, str, str, Callable[[Results], str]], ...] = (
      lambda r: _difference(largest_difference(r, "curve-bf16-graph", "curve-bf16"))),
     ("the same, deterministic mode", "", "equal to the bit",
      lambda r: _difference(largest_difference(r, "curve-exact-graph", "curve-exact-eager"))),
+    ("first replay of a graph against the step without it, largest of all rows", "", "rounding", _replays),
     ("peak memory over the dry run's (without its reserve), all rows", "", "", _memory),
 )  # fmt: skip

@@ -61,6 +61,7 @@ def _steps() -> Callable[[dict[str, Any]], None]:
         send(_predicted(trainer.args))
         last = _timed(row, trainer.step)
         send({"flops": last["flops"], "useful_flops": last["useful_flops"], **_memory()})
+        send({"replay_difference": trainer.replay_difference})
         send(_profile(row, trainer.step))
 
     return measure
@@ -96,7 +97,7 @@ def _curve() -> Callable[[dict[str, Any]], None]:
             losses.append(trainer.step()["loss"])
             if number % 10 == 0 or number == row["steps"]:
                 send({"losses": losses})
-        send(_memory())
+        send({"replay_difference": trainer.replay_difference, **_memory()})
 
     return measure
 

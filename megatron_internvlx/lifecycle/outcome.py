@@ -55,7 +55,7 @@ class Outcome:
             self.failed(str(mistake), quiet=True)
         else:
             cause = first_failure(error)
-            self.failed(f"{type(cause).__name__}: {cause}")
+            self.failed("; ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])]))
 
     def failed(self, reason: str, *, unsaved: int | None = None, quiet: bool = False) -> None:
         """Record the failure of this rank, with its number and host: that shows a bad node.

@@ -1,6 +1,6 @@
 """Random numbers on CPU: reproducible under recomputation and resuming, equal in a tensor-parallel group.
 
-Seen on megatron-core 0.19.2 / torch 2.13.0.
+`keep_random_state` serves on GPUs as well. Seen on megatron-core 0.19.2 / torch 2.13.0.
 """
 
 import contextlib
@@ -11,6 +11,31 @@ from typing import Any
 
 import torch
 import torch.utils.data.dataloader as dataloader
+
+
+def keep_random_state() -> Callable[[], None]:
+    """Copy the state of every generator that a training step draws from; returns a function that sets them back.
+
+    Megatron's tracker has states of bytes, or generators when steps are recorded as CUDA graphs. The functions with
+    which it copies itself for recomputation keep those generators, whose positions move on.
+    """
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    positions = {
+        name: state.get_state() for name, state in states.items() if isinstance(state, torch.Generator)
+    }
+    of_cpu, of_device = torch.get_rng_state(), torch.cuda.get_rng_state()
+
+    def set_back() -> None:
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state(of_device)
+        for name, position in positions.items():
+            states[name].set_state(position)
+        tracker.set_states(dict(states))
+
+    return set_back
 
 
 class _Generators:

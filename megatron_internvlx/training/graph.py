@@ -3,20 +3,24 @@
 Megatron records its forward-backward function after a few steps and replays it. A graph reads the same addresses
 each time, so each step's micro-batches are copied into fixed buffers. It runs no Python, so micro-batches are counted
 when they are copied, and the divisor of the gradients is summed on the device (`gradients.WeightSum`). The optimizer
-and the evaluation run without a graph.
+and the evaluation run without a graph. The first replay is compared with the step without the graph (`replay.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+from megatron.training.utils import print_rank_0
 
+from megatron_internvlx.megatron_settings import Execution
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.platform.cuda import replace_step
+from megatron_internvlx.precision import Precision
+from megatron_internvlx.training.replay import REMEDY, FirstReplay, GraphDiffers, compared
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -30,39 +34,83 @@ class BatchBuffers:
     def __init__(self) -> None:
         self.batches: list[MicroBatch] = []
 
-    def fill(self, iterator: Iterator[MicroBatch], step: ForwardStep, count: int) -> list[MicroBatch]:
-        """Copy the next `count` micro-batches, which `step` counts, into the buffers, always the same objects."""
-        for number in range(count):
-            batch = step.next_batch(iterator, counted=True)
+    def fill(self, incoming: Iterable[MicroBatch]) -> None:
+        """Copy a step's micro-batches into the buffers, always the same objects."""
+        for number, batch in enumerate(incoming):
             if number < len(self.batches):
                 self.batches[number].overwrite(batch)
             else:
                 self.batches.append(batch.clone())
-        return self.batches[:count]
 
 
 class StepGraph(FullCudaGraphWrapper):
     """Megatron's recorder of the forward-backward function, for our micro-batches; evaluation is not recorded."""
 
+    first_replay = FirstReplay()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.buffers = BatchBuffers()
-        self._step: ForwardStep | None = None
+        self.difference: float | None = None
+        """Largest relative difference of the first replay from the step without a graph."""
 
     def data_read(
         self, data_iterator: Any, model: Any, training: bool, num_microbatches: int
     ) -> list[Iterator[MicroBatch]]:
-        """Fill the buffers, and return the schedule's iterator over them."""
-        iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        assert self._step is not None
-        return [iter(self.buffers.fill(iterator, self._step, num_microbatches))]
+        """Return the schedule's iterator over the buffers, which `__call__` has filled."""
+        return [iter(self.buffers.batches)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Record or replay one step; returns the schedule's reports, in tensors that the next step overwrites."""
         if kwargs["forward_only"]:
             return self.forward_backward_func(*args, **kwargs)
-        self._step = kwargs["forward_step_func"]
+        incoming = _taken(kwargs["data_iterator"], kwargs["forward_step_func"], kwargs["num_microbatches"])
+        if self.curr_iter("training") == self.cuda_graph_warmup_steps:
+            return self._record([batch.clone() for batch in incoming], kwargs)
+        self.buffers.fill(incoming)
         return super().__call__(*args, **kwargs)
+
+    def _record(self, incoming: list[MicroBatch], kwargs: dict[str, Any]) -> Any:
+        """Record the graph and replay it on these micro-batches; returns the replay's reports."""
+        run = functools.partial(super().__call__, **kwargs)
+        try:
+            if self.first_replay.skipped is not None:
+                self.buffers.fill(incoming)
+                reports, result = run(), f"not compared with steps without it: {self.first_replay.skipped}"
+            else:
+                reports, self.difference = self._compared(incoming, kwargs, run)
+                result = (
+                    "its first replay gives the losses and gradient norms of the step without it (largest "
+                    f"difference {self.difference:.1e})"
+                )
+        except GraphDiffers:
+            raise
+        except RuntimeError as error:
+            error.add_note(f"while a CUDA graph of the step was recorded and replayed; {REMEDY}")
+            raise
+        print_rank_0(f"CUDA graph of {len(incoming)} micro-batches recorded; {result}")
+        return reports
+
+    def _compared(
+        self, incoming: list[MicroBatch], kwargs: dict[str, Any], run: Callable[[], Any]
+    ) -> tuple[Any, float]:
+        """Record from the step before, whose micro-batches are in the buffers, and replay with these."""
+
+        def plain() -> Any:
+            return self.forward_backward_func(**kwargs | {"data_iterator": [iter(incoming)]})
+
+        def replay() -> Any:
+            self.buffers.fill(incoming)
+            return run()
+
+        return compared(self.first_replay, kwargs["model"], plain, run, replay)
+
+
+def _taken(data_iterator: Any, step: ForwardStep, count: int) -> Iterator[MicroBatch]:
+    """Take the next `count` micro-batches, which `step` counts."""
+    iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+    for _ in range(count):
+        yield step.next_batch(iterator, counted=True)
 
 
 def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -94,6 +142,9 @@ def stop_at_bad_numbers(train_step: Callable[..., tuple]) -> Callable[..., tuple
     return checked
 
 
-def record_steps() -> None:
-    """Make Megatron's loop use our graph and stop at bad numbers; for --cuda-graph-impl full_iteration."""
+def record_steps(execution: Execution, precision: Precision) -> None:
+    """Make Megatron's loop use our graph and stop at bad numbers, where steps are to be recorded."""
+    if execution.cuda_graph_impl == "none":
+        return
+    StepGraph.first_replay = FirstReplay.of(execution, precision)
     replace_step(StepGraph, stop_at_bad_numbers)

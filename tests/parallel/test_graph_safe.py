@@ -139,7 +139,10 @@ def _record(changes: list[str], *, told: bool) -> dict[str, list[str]]:
     for chunk in run.model:
         chunk.train()
     for name in ("warm", *PACKS):
-        batches = [next(iterator) for _ in range(2)] if told else kept.fill(iterator, run.step, 2)
+        batches = [next(iterator) for _ in range(2)]
+        if not told:
+            kept.fill(batches)
+            batches = kept.batches
         for chunk in run.model:
             chunk.zero_grad_buffer()
         with Recorder() as recorder, nothing_from_the_host():

@@ -149,9 +149,10 @@ def test_figures_follow_from_rows():
         "2b-bf16-graph": measured(
             50, useful_flops=989.4e12 * 0.05 * 0.4, flops=100.0, peak_gib=11, predicted_gib=10
         ),
-        "2b-bf16-graph-no-lvtc": measured(59, flops=120.0),
+        "2b-bf16-graph-no-lvtc": measured(59, flops=120.0, replay_difference=2e-5),
         "curve-bf16": {"losses": [2.0, 1.0, 0.5]},
-        "curve-bf16-graph": {"losses": [2.0, 1.01]},
+        "curve-bf16-graph": {"losses": [2.0, 1.01], "replay_difference": 0.0},
+        "curve-exact-eager": {"replay_difference": None},
     }
     found = {name: value(results) for name, _, _, value in figures.FIGURES}
     assert found["2B whole, bf16, graph: MFU"] == "40.0%"
@@ -160,6 +161,8 @@ def test_figures_follow_from_rows():
     assert found["LVTC off over on, 2B: measured of predicted"] == "1.180 of 1.200, 90% of the gain"
     assert found["losses of 50 steps, graph against eager"] == "1.0e-02"
     assert found["eager over graph, 2B bf16"] == ""
+    replays = "first replay of a graph against the step without it, largest of all rows"
+    assert found[replays] == "2.0e-05 (2 rows)"
     assert figures.useful_share({**results["2b-bf16-graph"], "device": "CPU"}, False) is None
 
 

@@ -81,6 +81,10 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
     assert args.packing and args.loader == "energon"
+    # Others are refused, or wait for a card: the table of docs/performance.md, "One CUDA graph per step".
+    recordable = args.pipeline_model_parallel_size == 1 and not args.num_experts
+    graph = args.cuda_graph_impl == "full_iteration"
+    assert graph == bool(recordable and args.freeze_vision and not args.fp8)
 
 
 def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, capsys):

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from tests.unit.parallel.plans import plan  # isort: skip  (sets Megatron up)
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 
+from megatron_internvlx.megatron_settings import Execution
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.parallel.boundary import Budget
+from megatron_internvlx.precision import Precision
+from megatron_internvlx.training import graph as graph_module
 from megatron_internvlx.training.graph import (
     BadNumbers,
     BatchBuffers,
@@ -21,10 +25,12 @@ from megatron_internvlx.training.graph import (
     record_steps,
     stop_at_bad_numbers,
 )
+from megatron_internvlx.training.replay import FirstReplay
 from megatron_internvlx.training.step import ForwardStep
 from tests.single import single
 
 BUDGET = Budget(20, 40, 3)
+PRECISION = Precision(True, False, None, "delayed", False, False, "transformer_engine", 1, False)
 
 
 def batch(*tiles: int) -> MicroBatch:
@@ -33,20 +39,17 @@ def batch(*tiles: int) -> MicroBatch:
 
 
 def test_buffers_stay_and_contents_change() -> None:
-    """The n-th micro-batch of every step is at the same place; it is counted once, when it comes."""
-    kept, step = BatchBuffers(), ForwardStep()
-    first = kept.fill(iter([batch(1), batch(2, 1)]), step, 2)
-    places = [part.data_ptr() for kept_one in first for part in (kept_one.plan.flat, kept_one.tiles)]
+    """The n-th micro-batch of every step is at the same place."""
+    kept = BatchBuffers()
+    kept.fill([batch(1), batch(2, 1)])
+    places = [part.data_ptr() for kept_one in kept.batches for part in (kept_one.plan.flat, kept_one.tiles)]
     incoming = [batch(0), batch(1, 1)]
-    second = kept.fill(iter(incoming), step, 2)
-    assert [part.data_ptr() for one in second for part in (one.plan.flat, one.tiles)] == places
-    for ours, theirs in zip(second, incoming, strict=True):
+    kept.fill(incoming)
+    assert [part.data_ptr() for one in kept.batches for part in (one.plan.flat, one.tiles)] == places
+    for ours, theirs in zip(kept.batches, incoming, strict=True):
         assert torch.equal(ours.plan.flat, theirs.plan.flat) and torch.equal(ours.tiles, theirs.tiles)
         assert torch.equal(ours.plan.deep.cu_seqlens, theirs.plan.deep.cu_seqlens)
         assert ours.plan.host is None
-    assert step.take().tiles == 1 + 3 + 0 + 2
-    step.next_batch(iter(second), counted=True)
-    assert step.take().tiles == 0
 
 
 def test_a_buffer_is_of_static_plans() -> None:
@@ -55,16 +58,57 @@ def test_a_buffer_is_of_static_plans() -> None:
 
 
 def test_evaluation_is_not_recorded() -> None:
-    """Its iterator goes to the schedule as it is; in training the buffers do."""
+    """Its iterator goes to the schedule as it is; in training the buffers do, and count when they are filled."""
     seen: list[object] = []
-    graph = StepGraph(lambda **given: seen.append(given["data_iterator"]), cuda_graph_warmup_steps=9)
-    data = iter([batch(1)])
-    common = {"model": [None], "num_microbatches": 1, "seq_length": 1, "forward_step_func": ForwardStep()}
-    graph(data_iterator=data, forward_only=True, **common)
-    assert seen == [data]
-    graph(data_iterator=data, forward_only=False, **common)
+    step = ForwardStep()
+
+    def schedule(**given: object) -> None:
+        seen.append(given["data_iterator"])
+        if isinstance(given["data_iterator"], list):
+            step.next_batch(iter(graph.buffers.batches), counted=True)  # of a buffer: not once more
+
+    graph = StepGraph(schedule, cuda_graph_warmup_steps=9)
+    data = iter([batch(1), batch(2, 1), batch(3)])
+    common = {"model": [None], "seq_length": 1, "forward_step_func": step}
+    graph(data_iterator=data, forward_only=True, num_microbatches=2, **common)
+    assert seen == [data] and step.take().tiles == 0
+    graph(data_iterator=data, forward_only=False, num_microbatches=2, **common)
     assert isinstance(seen[1], list) and next(seen[1][0]) is graph.buffers.batches[0]
+    assert step.take().tiles == 1 + 3
+    assert next(data).plan.host.num_tiles == 3  # two of them were taken
     graph.reset_cuda_graph()
+
+
+def test_a_graph_that_is_not_compared_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FP8's delayed scales it is recorded from the step's own micro-batches, in one pass."""
+    said, passes = [], []
+    monkeypatch.setattr(StepGraph, "first_replay", FirstReplay(skipped="because"))
+    monkeypatch.setattr(graph_module, "print_rank_0", said.append)
+    monkeypatch.setattr(
+        FullCudaGraphWrapper, "__call__", lambda self, **given: passes.append(given) or "reports"
+    )
+    graph = StepGraph(None, cuda_graph_warmup_steps=0)
+    graph.buffers.fill([batch(2)])
+    given = {"data_iterator": iter([batch(1)]), "forward_only": False, "num_microbatches": 1, "model": []}
+    assert graph(**given, forward_step_func=ForwardStep()) == "reports"
+    assert len(passes) == len(graph.buffers.batches) == 1
+    assert said == ["CUDA graph of 1 micro-batches recorded; not compared with steps without it: because"]
+
+
+def test_an_error_of_the_recording_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, **given: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(StepGraph, "first_replay", FirstReplay(skipped="because"))
+    monkeypatch.setattr(FullCudaGraphWrapper, "__call__", broken)
+    given = {"data_iterator": iter([batch(1)]), "forward_only": False, "num_microbatches": 1, "model": []}
+    graph = StepGraph(None, cuda_graph_warmup_steps=0)
+    graph.buffers.fill([batch(2)])
+    with pytest.raises(RuntimeError, match="illegal memory") as error:
+        graph(**given, forward_step_func=ForwardStep())
+    assert error.value.__notes__ == [
+        "while a CUDA graph of the step was recorded and replayed; --cuda-graph-impl none trains without it"
+    ]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
@@ -116,9 +160,14 @@ def test_the_loop_s_own_step_names_a_bad_loss(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training, "train_step", training.train_step)
     monkeypatch.setattr(training, "FullCudaGraphWrapper", training.FullCudaGraphWrapper)
     plain = training.train_step
-    record_steps()
+    record_steps(Execution(None, "none"), PRECISION)
+    assert training.train_step is plain
+    monkeypatch.setattr(StepGraph, "first_replay", FirstReplay())
+    how = Execution(None, "full_iteration", deterministic_mode=True), PRECISION
+    record_steps(*how)
+    assert StepGraph.first_replay.limit == 0
     assert training.FullCudaGraphWrapper is StepGraph and training.train_step.__wrapped__ is plain
-    record_steps()
+    record_steps(*how)
     assert training.train_step.__wrapped__ is plain
     assert float(megatron_step(monkeypatch, 1.0, 3.0)()[0]["loss"]) == 2
     with pytest.raises(BadNumbers, match=r"step 12: loss nan; nothing of this step is saved"):
