@@ -301,9 +301,8 @@ def pack_plan(plan: SequencePlan) -> Int32:
 
 def unpack_plan(flat: Int32) -> SequencePlan:
     """Rebuild the plan that `pack_plan` flattened; a longer buffer is allowed."""
-    num_tiles, capacity, lvtc, encoded, segment_capacity, *cells, supervised = (
-        int(x) for x in flat[:_HEADER]
-    )
+    header = (int(x) for x in flat[:_HEADER])
+    num_tiles, capacity, lvtc, encoded, segment_capacity, low, high, supervised = header
     count = 14 if lvtc else 10
     sizes = flat[_HEADER : _HEADER + count]
     ends = _HEADER + count + np.cumsum(sizes)
@@ -332,6 +331,7 @@ def unpack_plan(flat: Int32) -> SequencePlan:
         samples,
         ids,
         encoded,
-        *cells,
-        supervised_budget=supervised or None,
+        low,
+        high,
+        supervised or None,
     )
