@@ -68,6 +68,14 @@ class Batches:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Probabilities of Megatron's dropout in the decoder."""
+
+    hidden_dropout: float
+    attention_dropout: float
+
+
+@dataclass(frozen=True)
 class CheckpointFiles:
     """Directories and URLs that a run reads weights from and saves them to; None where not given."""
 

@@ -55,7 +55,10 @@ class Outcome:
             self.failed(str(mistake), quiet=True)
         else:
             cause = first_failure(error)
-            self.failed("; ".join([f"{type(cause).__name__}: {cause}", *getattr(cause, "__notes__", [])]))
+            first, _, more = f"{type(cause).__name__}: {cause}".partition(
+                "\n"
+            )  # only the first line is printed
+            self.failed("\n".join(["; ".join([first, *getattr(cause, "__notes__", [])]), more]).rstrip())
 
     def failed(self, reason: str, *, unsaved: int | None = None, quiet: bool = False) -> None:
         """Record the failure of this rank, with its number and host: that shows a bad node.

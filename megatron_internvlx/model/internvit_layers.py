@@ -130,7 +130,7 @@ class LayerScaleDropPath(nn.Module):
 
 
 def _rng_of_this_rank() -> AbstractContextManager:
-    """Generator of this tensor-parallel rank, which full recompute restores like the default one.
+    """Generator of this tensor-parallel rank, which full recompute restores like the default one (not in a graph).
 
     Tensor-parallel ranks encode different tiles, and different numbers of them: draws from the default
     generator would leave it in different states, and the decoder needs it equal on these ranks.

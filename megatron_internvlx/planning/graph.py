@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 
 from megatron_internvlx.config import (
+    CompressionSettings,
     DataSettings,
     TrainSettings,
     VisionSettings,
@@ -13,14 +15,16 @@ from megatron_internvlx.config import (
     untrained_parts,
 )
 from megatron_internvlx.lora_settings import LoraSettings
-from megatron_internvlx.megatron_settings import Batches, Execution, ParallelSizes
+from megatron_internvlx.megatron_settings import Batches, Dropout, Execution, ParallelSizes
 from megatron_internvlx.model.sizes import ModelSizes
+from megatron_internvlx.planning.flops import Recomputation
 from megatron_internvlx.platform import cards
 from megatron_internvlx.precision import Precision
 
 HOPPER = (9, 0)
 SCORES_LIMIT = 1 << 30
 """Scores from which Transformer Engine 2.20 takes no deterministic fused attention for packs on Hopper."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 WORKSPACE_PER_SCORE = 128
 """Bytes that cuDNN's deterministic backward pass asks for, as Transformer Engine's source has it."""
 
@@ -68,12 +72,51 @@ def check_graph(args: argparse.Namespace, sizes: ModelSizes) -> None:
             "vision" not in untrained_parts(train, settings_from(args, LoraSettings))
             and settings_from(args, VisionSettings).vision_attention != "torch"
         ),
+        # Megatron 0.19.2 asserts it of its other kinds of graphs ("illegal memory access"), not of this one.
+        "NCCL_GRAPH_REGISTER above 0 with expandable_segments:True (NCCL would keep addresses that move; leave the "
+        "first out, and training sets it to 0)": registers_moving_memory(),
     }
+    if repeated := drawn_again(args):
+        # Generators of graphs are objects, of which Megatron 0.19.2 and Transformer Engine 2.20 keep references, not
+        # positions: the second forward pass would go on where the first has ended.
+        refused[
+            f"recomputation of what drops at random ({', '.join(repeated)}: other numbers would be drawn the second "
+            "time; set them to 0, or recompute nothing)"
+        ] = True
     if asked := [what for what, on in refused.items() if on]:
         raise ValueError(f"{flag} cannot go with {'; '.join(asked)}")
     # It reads every loss on the host. `training/graph.py` checks each step as a whole instead.
     args.check_for_nan_in_loss_and_grad = False
     args.te_rng_tracker = True  # Megatron would do it, with a warning
+
+
+def drawn_again(args: argparse.Namespace) -> list[str]:
+    """List the probabilities above 0 of what is dropped at random within recomputed layers, by their flags."""
+    granularity, dropout = (
+        settings_from(args, Recomputation).recompute_granularity,
+        settings_from(args, Dropout),
+    )
+    compression, vision = settings_from(args, CompressionSettings), settings_from(args, VisionSettings)
+    lora = settings_from(args, LoraSettings)
+    trained = "vision" not in untrained_parts(settings_from(args, TrainSettings), lora)
+    whole = granularity == "full"
+    inside = {
+        "--hidden-dropout": (dropout.hidden_dropout, whole),
+        "--attention-dropout": (dropout.attention_dropout, granularity is not None),
+        "--lora-dropout": (lora.lora_dropout, bool(lora.lora_rank) and granularity is not None),
+        # Injections belong to their layers; the first projection is never recomputed.
+        "--projector-drop-path": (compression.projector_drop_path, whole and compression.lvtc),
+        "--vision-drop-path": (vision.vision_drop_path, vision.vision_recompute and trained),
+    }
+    return [f"{flag} {value:g}" for flag, (value, recomputed) in inside.items() if value > 0 and recomputed]
+
+
+def registers_moving_memory() -> bool:
+    """Whether NCCL is asked to register a graph's buffers in memory that the allocator maps anew."""
+    registers = os.environ.get("NCCL_GRAPH_REGISTER", "0") not in ("", "0")
+    return registers and any(
+        "expandable_segments:true" in os.environ.get(name, "").lower() for name in ALLOCATOR_VARIABLES
+    )
 
 
 def attention_scores(samples: int, heads: int, rows: int) -> int:

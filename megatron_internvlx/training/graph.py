@@ -8,19 +8,23 @@ and the evaluation run without a graph. The first replay is compared with the st
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.training.utils import print_rank_0
 
+from megatron_internvlx import platform
 from megatron_internvlx.megatron_settings import Execution
 from megatron_internvlx.parallel.batch import MicroBatch
 from megatron_internvlx.platform.cuda import replace_step
 from megatron_internvlx.precision import Precision
-from megatron_internvlx.training.replay import REMEDY, FirstReplay, GraphDiffers, compared
+from megatron_internvlx.training.replay import REMEDY, FirstReplay, GraphDiffers, compared, gather_again
 from megatron_internvlx.training.step import ForwardStep
 
 
@@ -73,21 +77,20 @@ class StepGraph(FullCudaGraphWrapper):
     def _record(self, incoming: list[MicroBatch], kwargs: dict[str, Any]) -> Any:
         """Record the graph and replay it on these micro-batches; returns the replay's reports."""
         run = functools.partial(super().__call__, **kwargs)
+        gather_again(kwargs["model"])
         try:
-            if self.first_replay.skipped is not None:
-                self.buffers.fill(incoming)
-                reports, result = run(), f"not compared with steps without it: {self.first_replay.skipped}"
-            else:
+            if self.first_replay.skipped is None:
                 reports, self.difference = self._compared(incoming, kwargs, run)
-                result = (
-                    "its first replay gives the losses and gradient norms of the step without it (largest "
-                    f"difference {self.difference:.1e})"
-                )
+            else:
+                self.buffers.fill(incoming)
+                reports = run()
+                platform.synchronize()  # errors of kernels are raised late
         except GraphDiffers:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             error.add_note(f"while a CUDA graph of the step was recorded and replayed; {REMEDY}")
             raise
+        result = self.first_replay.describe(self.difference)
         print_rank_0(f"CUDA graph of {len(incoming)} micro-batches recorded; {result}")
         return reports
 
@@ -101,7 +104,9 @@ class StepGraph(FullCudaGraphWrapper):
 
         def replay() -> Any:
             self.buffers.fill(incoming)
-            return run()
+            reports = run()
+            kwargs["forward_step_func"].doing = f"waiting for the first replay of a CUDA graph; {REMEDY}"
+            return reports
 
         return compared(self.first_replay, kwargs["model"], plain, run, replay)
 
@@ -147,4 +152,18 @@ def record_steps(execution: Execution, precision: Precision) -> None:
     if execution.cuda_graph_impl == "none":
         return
     StepGraph.first_replay = FirstReplay.of(execution, precision)
+    # Buffers that NCCL registers for a graph end in illegal accesses with expandable segments (Megatron refuses the
+    # pair for its other graphs), and have hung several nodes without. NCCL reads it when its first group is made.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    atexit.unregister(release_graph)
+    atexit.register(release_graph)
     replace_step(StepGraph, stop_at_bad_numbers)
+
+
+def release_graph() -> None:
+    """Destroy the recorded graph: NCCL waits at the end of a process for every graph that holds its kernels."""
+    graphs = FullCudaGraphWrapper.cuda_graph
+    recorded, graphs["training"] = graphs["training"], None
+    if recorded is not None:
+        with suppress(RuntimeError):  # after an error of CUDA nothing can be destroyed
+            recorded.reset()

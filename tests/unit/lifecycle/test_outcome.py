@@ -55,13 +55,15 @@ def test_a_failure_after_an_earlier_start_was_stopped(started, tmp_path, begun):
 
 
 def test_what_an_error_notes_is_recorded_with_it(started, tmp_path):
-    """A remedy that only the traceback shows is lost among those of all ranks."""
+    """A remedy that only the traceback shows is lost among those of all ranks; the first line is printed."""
     run, _ = started()
     begin(tmp_path)
-    error = RuntimeError("an illegal memory access")
+    error = RuntimeError("an illegal memory access\nCUDA kernel errors may come late")
     error.add_note("do this")
     run.crashed(error, None)
-    assert RunState.read(tmp_path).reason.endswith("RuntimeError: an illegal memory access; do this")
+    first, second = RunState.read(tmp_path).reason.splitlines()
+    assert first.endswith("RuntimeError: an illegal memory access; do this")
+    assert second == "CUDA kernel errors may come late"
 
 
 def test_no_rank_of_a_node_goes_before_it_is_known(started, tmp_path, monkeypatch):

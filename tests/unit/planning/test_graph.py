@@ -31,7 +31,9 @@ def checked(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
 
     def check(*words: str) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *STATIC, *words])
+        given = [word for word in STATIC if f"no={word}" not in words]
+        given += [word for word in words if not word.startswith("no=")]
+        monkeypatch.setattr(sys, "argv", ["pretrain_vlm.py", *given])
         args = parse_args(arguments.add_our_arguments)
         arguments.check_arguments(args)
         return args
@@ -84,3 +86,53 @@ def test_deterministic_static_packs_over_the_limit_are_refused_on_hopper(checked
     monkeypatch.setattr(cards, "capability", lambda: graph.HOPPER)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     checked(*EXACT)
+
+
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+ADAPTERS = ("--lora-rank", "2", "--lora-alpha", "4", "--lora-dropout", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (FULL, "--projector-drop-path 0.1"),  # of the injections, which is the default
+        ((*FULL, "--projector-drop-path", "0", "--hidden-dropout", "0.2"), "--hidden-dropout 0.2"),
+        (("--recompute-granularity", "selective", "--attention-dropout", "0.1"), "--attention-dropout 0.1"),
+        (("--recompute-granularity", "selective", *ADAPTERS), "--lora-dropout 0.1"),
+        (("--vision-recompute", "--vision-drop-path", "0.1"), "--vision-drop-path 0.1"),
+    ],
+    ids=str,
+)
+def test_recomputation_of_random_drops_is_refused_in_a_graph(
+    checked, words: tuple[str, ...], named: str
+) -> None:
+    """Its generators are not set back, so the gradients would be those of another forward pass."""
+    trained = ("no=--freeze-vision", "--vision-attention", "torch") if "--vision-recompute" in words else ()
+    with pytest.raises(
+        ValueError, match=rf"drops at random \({named}: other numbers would be drawn the second"
+    ):
+        checked(*RECORDED, *trained, *words)
+    checked(*trained, *words)
+
+
+def test_recomputation_of_what_is_not_random_is_recorded(checked) -> None:
+    still = ("--projector-drop-path", "0")
+    checked(*RECORDED, *FULL, *still)
+    checked(*RECORDED, "--hidden-dropout", "0.1")
+    checked(
+        *RECORDED, "--recompute-granularity", "selective", "--hidden-dropout", "0.1"
+    )  # outside of core_attn
+    checked(*RECORDED, "--vision-recompute", "--vision-drop-path", "0.1")  # frozen: it has no backward pass
+
+
+@pytest.mark.parametrize("name", graph.ALLOCATOR_VARIABLES)
+def test_nccl_registers_nothing_in_memory_that_moves(checked, monkeypatch, name: str) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    checked(*RECORDED)  # training sets it to 0
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    with pytest.raises(ValueError, match="NCCL_GRAPH_REGISTER above 0 with expandable_segments:True"):
+        checked(*RECORDED)
+    checked()
+    monkeypatch.setenv(name, "expandable_segments:False")
+    checked(*RECORDED)

@@ -1,6 +1,7 @@
 """What surrounds the recording of a step: kept buffers, counting, and the check of every step's numbers."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -23,6 +24,7 @@ from megatron_internvlx.training.graph import (
     BatchBuffers,
     StepGraph,
     record_steps,
+    release_graph,
     stop_at_bad_numbers,
 )
 from megatron_internvlx.training.replay import FirstReplay
@@ -163,15 +165,30 @@ def test_the_loop_s_own_step_names_a_bad_loss(monkeypatch: pytest.MonkeyPatch) -
     record_steps(Execution(None, "none"), PRECISION)
     assert training.train_step is plain
     monkeypatch.setattr(StepGraph, "first_replay", FirstReplay())
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    kept = mock.Mock()
+    monkeypatch.setattr(graph_module, "atexit", kept)
     how = Execution(None, "full_iteration", deterministic_mode=True), PRECISION
     record_steps(*how)
-    assert StepGraph.first_replay.limit == 0
+    assert StepGraph.first_replay.exact
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
     assert training.FullCudaGraphWrapper is StepGraph and training.train_step.__wrapped__ is plain
     record_steps(*how)
     assert training.train_step.__wrapped__ is plain
     assert float(megatron_step(monkeypatch, 1.0, 3.0)()[0]["loss"]) == 2
     with pytest.raises(BadNumbers, match=r"step 12: loss nan; nothing of this step is saved"):
         megatron_step(monkeypatch, 1.0, math.nan)()
+    kept.register.assert_called_with(release_graph)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_graph_is_destroyed_before_the_process_ends(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """NCCL waits for it; after an error of CUDA nothing can be destroyed, and nothing else fails for it."""
+    recorded = mock.Mock(**{"reset.side_effect": RuntimeError("CUDA error") if broken else None})
+    monkeypatch.setitem(FullCudaGraphWrapper.cuda_graph, "training", recorded)
+    release_graph()
+    release_graph()
+    assert recorded.reset.call_count == 1 and FullCudaGraphWrapper.cuda_graph["training"] is None
 
 
 def sizes(values: Iterator[MicroBatch]) -> set[tuple]:
