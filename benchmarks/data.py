@@ -111,7 +111,8 @@ def long_tailed(count: int, seed: int, budget: Budget) -> np.ndarray:
     rng = np.random.default_rng(seed)
     text = np.clip(rng.lognormal(5.3, 1.0, count), 16, 4000).astype(int) + 20
     tiles = np.where(rng.random(count) < 0.2, 0, np.clip(rng.geometric(0.18, count), 1, 13))
-    return np.minimum(np.stack([text + tiles * 64, text + tiles * 256, tiles], 1), budget.limits())
+    costs = np.stack([text + tiles * 64, text + tiles * 256, tiles, np.zeros_like(tiles)], 1)
+    return np.minimum(costs, budget.limits())
 
 
 def time_packing() -> Iterator[str]:

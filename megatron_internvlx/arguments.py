@@ -29,6 +29,7 @@ from megatron_internvlx.config import (
     check_packing,
     check_projector,
     check_static_budgets,
+    check_supervised_budget,
     settings_from,
     untrained_parts,
 )
@@ -273,21 +274,23 @@ def _check_positions(rotary: Rotary, seq_length: int) -> None:
 def _check_static(
     sizes: ModelSizes, train: TrainSettings, data: DataSettings, batches: Batches, *, alignment: int
 ) -> None:
-    if train.boundary != "static":
-        return
-    check_static_budgets(
-        train,
-        deep=batches.seq_length,
-        alignment=alignment,
-        samples=max(
-            1 if data.packing else batches.micro_batch_size,
-            (batches.eval_micro_batch_size or batches.micro_batch_size) if data.valid_data else 1,
-        ),
-        sample_tiles=1 if data.static_image_size else data.image_tiles,
-        low_rows=sizes.low_grid**2,
-        high_rows=sizes.high_grid**2,
-        lvtc=sizes.lvtc,
+    samples = max(
+        1 if data.packing else batches.micro_batch_size,
+        (batches.eval_micro_batch_size or batches.micro_batch_size) if data.valid_data else 1,
     )
+    if train.boundary == "static":
+        check_static_budgets(
+            train,
+            deep=batches.seq_length,
+            alignment=alignment,
+            samples=samples,
+            sample_tiles=1 if data.static_image_size else data.image_tiles,
+            low_rows=sizes.low_grid**2,
+            high_rows=sizes.high_grid**2,
+            lvtc=sizes.lvtc,
+        )
+    entry_rows = (sizes.lvtc and train.shallow_seq_length) or batches.seq_length
+    check_supervised_budget(train, entry_rows=entry_rows, samples=samples)
 
 
 def _check_training(

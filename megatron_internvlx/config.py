@@ -104,6 +104,8 @@ class TrainSettings:
     """Static boundaries and packing: tiles per micro-batch at most."""
     max_samples_per_pack: int = 64
     """Static boundaries and packing: samples per micro-batch at most; attention's time grows with it a little."""
+    max_supervised_tokens_per_pack: int | None = None
+    """Static boundaries: supervised tokens per micro-batch at most. Unset: as many as rows that enter layer 0."""
 
 
 @dataclass
@@ -346,6 +348,29 @@ def check_static_budgets(
         raise ValueError(
             f"--shallow-seq-length {shallow} is more than --seq-length {deep}: the shallow phase has fewer "
             "rows than the deep one"
+        )
+
+
+def check_supervised_budget(train: TrainSettings, *, entry_rows: int, samples: int) -> None:
+    """Check the number of supervised tokens to which static boundaries pad every micro-batch.
+
+    Args:
+        train: the settings that hold it.
+        entry_rows: budget of rows that enter layer 0.
+        samples: number per micro-batch; each sample has an equal share.
+    """
+    most = train.max_supervised_tokens_per_pack
+    if most is None:
+        return
+    flag = f"--max-supervised-tokens-per-pack {most}"
+    if train.boundary != "static":
+        raise ValueError(
+            f"{flag} needs --boundary static; with variable boundaries only supervised rows are computed: remove it"
+        )
+    if not samples <= most <= entry_rows:
+        raise ValueError(
+            f"{flag} must be at least {samples} (samples of a micro-batch) and at most {entry_rows}, the rows that "
+            "enter layer 0, text among them; unset it is as many"
         )
 
 

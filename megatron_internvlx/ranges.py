@@ -60,6 +60,7 @@ RANGES = _table(
     ("shallow_seq_length seq_length max_position_embeddings", Range(1, _LARGE, "tokens")),
     ("max_tiles_per_pack min_tiles max_tiles", Range(1, 65_536, "tiles")),
     ("max_samples_per_pack", Range(1, 65_536, "samples")),
+    ("max_supervised_tokens_per_pack", Range(1, _LARGE, "tokens with a loss; unset for all rows")),
     ("pack_buffer", Range(1, _LARGE, "samples of a loader process among which packs are chosen")),
     ("shuffle_buffer", Range(0, _LARGE, "samples of a loader process from which one is drawn")),
     ("loader_workers num_workers", Range(0, 4096, "processes, 0: none of their own")),

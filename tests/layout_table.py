@@ -42,8 +42,8 @@ without and with the load-balancing loss.
 Layout words: tp, pp, ep, etp: sizes, the last two of the experts (data parallelism fills the ranks); sp:
 sequence parallel; per_stage: layers per virtual stage, which makes the schedule interleaved; layers:
 explicit layout of virtual stages (E embedding and vision encoder, t decoder layer, L loss); static:
-fixed budgets; full, selective, moe (experts): recompute; zero: distributed optimizer; overlap: overlapped reduction and
-gather; batched, flush: Megatron's other communication modes.
+fixed budgets; few: one of supervised tokens among them; full, selective, moe (experts): recompute; zero: distributed
+optimizer; overlap: overlapped reduction and gather; batched, flush: Megatron's other communication modes.
 
 | setting | layout | ranks | loss | norm | gradient | element | weight |
 |---|---|---|---|---|---|---|---|"""

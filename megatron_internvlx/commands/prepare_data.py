@@ -83,6 +83,9 @@ def _stats_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=int_in_range(1), help="packing budget of deep tokens")
     parser.add_argument("--shallow-seq-length", type=int_in_range(1), help="packing budget of shallow tokens")
     parser.add_argument("--max-tiles-per-pack", type=int_in_range(1, 65_536), help="packing budget of tiles")
+    parser.add_argument(
+        "--max-supervised-tokens-per-pack", type=int_in_range(1), help="packing budget of tokens with a loss"
+    )
     return parser
 
 
@@ -100,8 +103,12 @@ def run_stats(argv: Sequence[str]) -> None:
         )
     if options.samples < 1:
         raise ValueError(f"--samples {options.samples}: must be at least 1")
-    if not options.seq_length and (options.shallow_seq_length or options.max_tiles_per_pack):
-        raise ValueError("--shallow-seq-length and --max-tiles-per-pack need --seq-length, the deep budget")
+    most = options.max_supervised_tokens_per_pack
+    if not options.seq_length and (options.shallow_seq_length or options.max_tiles_per_pack or most):
+        raise ValueError(
+            "--shallow-seq-length, --max-tiles-per-pack and --max-supervised-tokens-per-pack need --seq-length, the "
+            "deep budget"
+        )
     patches = options.image_size // options.patch_size
     low = grid_side(patches, options.low_ratio, "--low-ratio")
     high = grid_side(patches, options.high_ratio, "--high-ratio")
@@ -116,7 +123,10 @@ def run_stats(argv: Sequence[str]) -> None:
     budget = None
     if options.seq_length:
         budget = Budget(
-            options.shallow_seq_length or options.seq_length, options.seq_length, options.max_tiles_per_pack
+            options.shallow_seq_length or options.seq_length,
+            options.seq_length,
+            options.max_tiles_per_pack,
+            supervised=most,
         )
         for name, rows, tile in (
             ("--seq-length", budget.deep, high**2),

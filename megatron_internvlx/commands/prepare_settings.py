@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 1 << 19
 """Longest text without a recipe: 64 characters for each of 8,192 tokens, as training has it."""
 _SIZES = ("image_size", "max_tiles", "min_tiles")
-_OPTIONAL_SIZES = ("patch_size", "seq_length", "shallow_seq_length", "max_tiles_per_pack", "expand_layer")
+_OPTIONAL_SIZES = (
+    *(
+        "patch_size",
+        "seq_length",
+        "shallow_seq_length",
+        "max_tiles_per_pack",
+        "max_supervised_tokens_per_pack",
+    ),
+    "expand_layer",
+)
 _RATIOS = ("low_ratio", "high_ratio")
 _SWITCHES = ("packing", "no_thumbnail", "static_image_size")
 
@@ -90,7 +99,12 @@ def encoder_settings(options: Namespace) -> tuple[EncoderSettings, int]:
     length = given.get("seq_length")
     budget = None
     if length is not None and given["packing"]:
-        budget = Budget(given.get("shallow_seq_length") or length, length, given.get("max_tiles_per_pack"))
+        budget = Budget(
+            given.get("shallow_seq_length") or length,
+            length,
+            given.get("max_tiles_per_pack"),
+            supervised=given.get("max_supervised_tokens_per_pack"),
+        )
     settings = EncoderSettings(
         template=given["conversation_template"],
         tile_size=given["image_size"],

@@ -293,11 +293,26 @@ def _lengths_differ(
 
 
 def _kept_length(
-    labels: np.ndarray, last: np.ndarray, is_visual: np.ndarray, limit: int, partial: bool, key: str
+    labels: np.ndarray,
+    last: np.ndarray,
+    is_visual: np.ndarray,
+    limits: tuple[int | None, int | None],
+    partial: bool,
+    key: str,
 ) -> int:
-    """Number of tokens to keep of a sample above `limit`. Raises BadSample if an image or every answer is cut."""
+    """Number of tokens to keep of a sample under `limits` of all and of supervised tokens, None for no limit.
+
+    Raises BadSample if an image or every answer is cut.
+    """
     total, num_visual = len(labels), int(is_visual.sum())
-    remedy = "raise the sequence length, or lower max_tiles or the tokens per tile"
+    limit, most = total if limits[0] is None else limits[0], limits[1]
+    name, remedy = "", "raise the sequence length, or lower max_tiles or the tokens per tile"
+    supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    if most is not None and len(supervised) > most and supervised[most] < limit:
+        limit, name = int(supervised[most]), f" ({len(supervised)} supervised tokens, of which {most} fit)"
+        remedy = "raise --max-supervised-tokens-per-pack or split the record"
+    if total <= limit:
+        return total
     ends = np.flatnonzero(last[:limit])
     kept = limit if partial else (int(ends[-1]) + 1 if len(ends) else 0)
     images_end = int(np.flatnonzero(is_visual)[-1]) + 2 if num_visual else 0  # past </img>
@@ -306,7 +321,7 @@ def _kept_length(
             key,
             "image_truncated",
             f"{total} tokens ({num_visual} of images, the last ends at token {images_end}): the limit of "
-            f"{limit} would cut an image block or separate it from its answer; {remedy}",
+            f"{limit}{name} would cut an image block or separate it from its answer; {remedy}",
         )
     if not (labels[:kept] != IGNORE_INDEX).any():
         first = int(np.flatnonzero(last)[0]) + 1
@@ -314,7 +329,7 @@ def _kept_length(
             key,
             "answer_truncated",
             f"the answer is cut by the length limit: {total} tokens ({num_visual} of images), the first "
-            f"answer ends at token {first}, the limit is {limit}; {remedy}",
+            f"answer ends at token {first}, the limit is {limit}{name}; {remedy}",
         )
     return kept
 
@@ -334,14 +349,16 @@ def encode(
     *,
     image_tokens: Sequence[int],
     max_length: int | None,
+    max_supervised: int | None = None,
     compat: ReleasedQuirks = NO_QUIRKS,
     key: str = "?",
 ) -> Encoded:
     """Tokenize a conversation and label its answers, each with its end token.
 
     `image_tokens`: number of placeholders of each image, in the order of the `<image>` they replace.
-    `max_length`: maximum number of tokens, including bos and images; None: no limit. A longer conversation is
-    cut after its last complete answer that fits; an image block is never cut or dropped.
+    `max_length`: maximum number of tokens, including bos and images; None: no limit. `max_supervised`: maximum number
+    of supervised tokens; None: no limit. A longer conversation is cut after its last complete answer that fits; an
+    image block is never cut or dropped.
 
     Raises ValueError for an unknown template or a tokenizer without the needed special tokens, and
     BadSample with `key`: bad_message, reserved_token, empty_answer, placeholder_mismatch, no_supervision,
@@ -367,9 +384,8 @@ def encode(
     ids, labels, last = (np.repeat(row, repeats) for row in (ids, labels, last))
     if bos is not None:
         ids, labels, last = np.r_[bos, ids], np.r_[IGNORE_INDEX, labels], np.r_[False, last]
-    kept = num_tokens
-    if max_length is not None and not fits:
-        kept = _kept_length(labels, last, ids == context_id, max_length, compat.partial_answers, key)
+    limits = (max_length, None if no_loss else max_supervised)
+    kept = _kept_length(labels, last, ids == context_id, limits, compat.partial_answers, key)
     if no_loss:
         labels[:] = IGNORE_INDEX
     ids, labels = ids[:kept], labels[:kept]

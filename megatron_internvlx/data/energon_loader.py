@@ -45,6 +45,8 @@ class LoaderSettings:
     workers: int = 0
     """Worker processes per rank; 0: read in the training process."""
     seed: int = 0
+    packing: bool = True
+    """Pack samples if the encoder has a budget. Off: with static boundaries the budget is that of one sample."""
     micro_batch_size: int = 1
     """Samples of a micro-batch without packing."""
     pack_buffer: int = 1000
@@ -85,7 +87,7 @@ class EnergonBatches:
 
     Args:
         directory: prepared directory, from tools/prepare_data.py.
-        encoder: converts records to samples; samples are packed if it has a packing budget.
+        encoder: converts records to samples; samples are packed if it has a budget and `settings` say so.
         plan: grids, alignment and static budgets.
         settings: share of this rank, and buffers.
         reject_log: counts and lists bad samples; its TooManyRejects ends the iteration.
@@ -136,7 +138,7 @@ class EnergonBatches:
                 f"{self.directory} has {total} records, too few for {slices} loader processes "
                 f"({settings.world} ranks with {max(settings.workers, 1)} each): use fewer --loader-workers"
             )
-        packing = self.encoder.settings.budget is not None
+        packing = settings.packing and self.encoder.settings.budget is not None
         config = WorkerConfig(
             rank=settings.rank,
             world_size=settings.world,
@@ -165,7 +167,7 @@ class EnergonBatches:
                 self.directory.absolute(),
                 self.encoder,
                 self.plan,
-                micro_batch_size=settings.micro_batch_size,
+                micro_batch_size=None if packing else settings.micro_batch_size,
                 buffer_size=settings.pack_buffer if packing else 8 * settings.micro_batch_size,
                 decode=self.decode,
                 seed=settings.seed,
@@ -305,11 +307,13 @@ def _start_worker(first: Any, worker_id: int) -> None:
 
 
 def _present_names(state: LoaderState) -> dict[str, Any]:
-    """Settings of a saved state, its RVTC rule by its present name."""
-    rule = state.made_with.get("rvtc")
-    return (
-        state.made_with if rule is None else {**state.made_with, "rvtc": stored_policy(rule, state.version)}
-    )
+    """Settings of a saved state, its RVTC rule by its present name, without a budget that it did not have yet."""
+    saved = dict(state.made_with)
+    if (rule := saved.get("rvtc")) is not None:
+        saved["rvtc"] = stored_policy(rule, state.version)
+    if saved.get("budget") is not None:
+        saved["budget"] = {"supervised": None, **saved["budget"]}
+    return saved
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -193,9 +193,9 @@ class PackEncoder(TaskEncoder):
 
     Args:
         out: prepared directory.
-        encoder: converts records to samples; with a packing budget, samples are packed.
+        encoder: converts records to samples.
         plan: grids, alignment and static budgets.
-        micro_batch_size: samples of a micro-batch without packing.
+        micro_batch_size: samples of a micro-batch; None: packs under the encoder's budget.
         buffer_size: samples from which packs are chosen.
         decode: decoder of the workers.
         seed: seed of the JPEG augmentation.
@@ -209,7 +209,7 @@ class PackEncoder(TaskEncoder):
         encoder: SampleEncoder,
         plan: PlanSettings,
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | None,
         buffer_size: int,
         decode: Decode,
         seed: int,
@@ -247,13 +247,13 @@ class PackEncoder(TaskEncoder):
         """Packs under the budgets, or micro-batches in order; rejects are added to the first."""
         good = [sample for sample in samples if sample.sample is not None]
         bad = [sample for sample in samples if sample.sample is None]
-        budget = self.encoder.settings.budget
+        budget, size = self.encoder.settings.budget, self.micro_batch_size
         groups: list[list[Encoded]]
-        if budget is not None:
+        if size is None:
+            assert budget is not None
             costs = [self.encoder.cost(sample.sample) for sample in good if sample.sample is not None]
             groups = [[good[i] for i in rows] for rows in pack(costs, budget)]
         else:
-            size = self.micro_batch_size
             groups = [good[i : i + size] for i in range(0, len(good), size)]
         if bad:
             groups = [[*(groups[0] if groups else []), *bad], *groups[1:]]

@@ -1,8 +1,8 @@
-"""Dual-length packing: combine samples into packs within three budgets.
+"""Dual-length packing: combine samples into packs within the budgets.
 
-A sample costs shallow tokens, deep tokens and tiles; the sums of a pack must be within all budgets. The limiting
-budget depends on the data: long texts fill the deep tokens, large images the tiles. The packs depend only on the
-costs, so that they are the same on every rank and after a resume.
+A sample costs shallow tokens, deep tokens, tiles and supervised tokens; the sums of a pack must be within all budgets.
+The limiting budget depends on the data: long texts fill the deep tokens, large images the tiles, long answers the
+supervised tokens. The packs depend only on the costs, so that they are the same on every rank and after a resume.
 """
 
 from collections.abc import Sequence
@@ -13,43 +13,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
-NAMES = ("shallow tokens", "deep tokens", "tiles")
+NAMES = ("shallow tokens", "deep tokens", "tiles", "supervised tokens")
+_UNLIMITED = np.iinfo(np.int64).max
 # Number of attempts with a growing number of packs before falling back to the tightest packing, and the growth.
 _GROWTH, _TRIES = 0.008, 6
 
 
 class Cost(NamedTuple):
-    """Cost of a sample: tokens in both decoder phases, and tiles."""
+    """Cost of a sample: tokens in both decoder phases, tiles, and tokens with a loss."""
 
     shallow: int
     deep: int
     tiles: int
+    supervised: int = 0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a pack: tokens in both phases, tiles and samples; None: no limit on tiles or samples."""
+    """Limits of a pack: tokens in both phases, tiles, samples and tokens with a loss; None: no limit on these."""
 
     shallow: int
     deep: int
     tiles: int | None = None
     samples: int | None = None
+    supervised: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and value < 1:
-                raise ValueError(f"the packing budget of {name} is {value}; it must be at least 1")
+                what = "supervised tokens" if name == "supervised" else name
+                raise ValueError(f"the packing budget of {what} is {value}; it must be at least 1")
 
     def share(self, samples: int) -> "Budget":
         """Equal share of the budget for each of `samples`. Raises ValueError if the share is 0."""
-        tiles = None if self.tiles is None else self.tiles // samples
-        most = None if self.samples is None else self.samples // samples
-        return Budget(self.shallow // samples, self.deep // samples, tiles, most)
+        return Budget(*(None if value is None else value // samples for value in vars(self).values()))  # type: ignore[arg-type]
 
     def limits(self) -> Int64:
-        """Limits as int64 [3], in the order of `Cost`."""
-        tiles = np.iinfo(np.int64).max if self.tiles is None else self.tiles
-        return np.asarray([self.shallow, self.deep, tiles], np.int64)
+        """Limits as int64 [4], in the order of `Cost`."""
+        values = (self.shallow, self.deep, self.tiles, self.supervised)
+        return np.asarray([_UNLIMITED if value is None else value for value in values], np.int64)
 
     def fits(self, cost: Cost) -> bool:
         """Whether the cost is within the budget."""
@@ -57,12 +59,13 @@ class Budget:
             cost.shallow <= self.shallow
             and cost.deep <= self.deep
             and cost.tiles <= (self.tiles or cost.tiles)
+            and cost.supervised <= (self.supervised or cost.supervised)
         )
 
 
 def as_costs(costs: Sequence[Cost] | Int64) -> Int64:
-    """Convert costs to int64 [n, 3]."""
-    return np.asarray(costs, np.int64).reshape(-1, 3)
+    """Convert costs to int64 [n, 4]."""
+    return np.asarray(costs, np.int64).reshape(-1, len(NAMES))
 
 
 def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:
@@ -126,22 +129,20 @@ def _assign_greedily(
     """Assign samples to packs greedily, the largest samples first; returns the pack number of each sample.
 
     With `spread`, a sample goes to the pack (of `count`) where it increases the sum of squared loads least, which
-    balances all three sums. Otherwise it goes to the fullest pack with room for it, which needs the fewest packs.
+    balances all sums. Otherwise it goes to the fullest pack with room for it, which needs the fewest packs.
     If no pack has room, a new one is opened.
     """
     owner = np.zeros(len(costs), np.int64)
     free = np.repeat(limits[:, None], len(costs) + 1, axis=1)
-    loads = np.zeros((3, len(costs) + 1))
+    loads = np.zeros((len(NAMES), len(costs) + 1))
     open_packs = count if spread else 1
     for i in order:
-        (a, b, c), (x, y, z) = costs[i], shares[i]
+        (a, b, c, d), (x, y, z, w) = costs[i], shares[i]
         fits = (free[0, :open_packs] >= a) & (free[1, :open_packs] >= b) & (free[2, :open_packs] >= c)
+        fits &= free[3, :open_packs] >= d
         if spread:
-            score = np.where(
-                fits,
-                x * loads[0, :open_packs] + y * loads[1, :open_packs] + z * loads[2, :open_packs],
-                np.inf,
-            )
+            added = x * loads[0, :open_packs] + y * loads[1, :open_packs] + z * loads[2, :open_packs]
+            score = np.where(fits, added + w * loads[3, :open_packs], np.inf)
             best = int(score.argmin())
         else:
             score = np.where(fits, loads[:, :open_packs].max(0), -np.inf)
@@ -163,20 +164,21 @@ class Fill:
     shallow: float
     deep: float
     tiles: float
+    supervised: float = 0.0
 
     @property
     def binding(self) -> str:
         """Name of the most used budget."""
-        return NAMES[int(np.argmax([self.shallow, self.deep, self.tiles]))]
+        return NAMES[int(np.argmax([self.shallow, self.deep, self.tiles, self.supervised]))]
 
     @property
     def best(self) -> float:
         """Used share of the most used budget."""
-        return max(self.shallow, self.deep, self.tiles)
+        return max(self.shallow, self.deep, self.tiles, self.supervised)
 
 
 def fill(costs: Sequence[Cost] | Int64, packs: Sequence[Int64], budget: Budget) -> Fill:
-    """Compute the used share of every budget; 0 for tiles without a limit."""
+    """Compute the used share of every budget; 0 for one without a limit."""
     used = as_costs(costs).sum(0) / np.maximum(len(packs), 1) / budget.limits()
     return Fill(len(packs), *(float(share) for share in used))
 

@@ -44,6 +44,8 @@ class PlanSettings:
     """Static mode: tiles per micro-batch."""
     sample_budget: int | None = None
     """Static mode: samples per micro-batch; needed where every tensor must have the same shape."""
+    supervised_budget: int | None = None
+    """Static mode: supervised tokens per micro-batch. None: as many as rows that enter layer 0."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class SequencePlan:
     """Visual rows per tile in the shallow phase; those of the deep phase without LVTC."""
     high_cells: int
     """Visual rows per tile in the deep phase."""
+    supervised_budget: int | None = None
+    """Static mode: supervised tokens to which the micro-batch is padded. None: the rows that enter layer 0."""
 
     @property
     def entry(self) -> PhasePlan:
@@ -124,9 +128,11 @@ class SequencePlan:
     def supervised_capacity(self) -> int:
         """Rows that reach the output layer: the supervised ones; in static mode as many as there can be.
 
-        Supervised tokens are text, and all text is among the rows that enter layer 0.
+        Without a budget of their own those are the rows that enter layer 0, for supervised tokens are text.
         """
-        return self.entry.length if self.fixed else len(self.loss_rows)
+        if not self.fixed:
+            return len(self.loss_rows)
+        return self.entry.length if self.supervised_budget is None else self.supervised_budget
 
 
 def _padded(values: Int32, size: int, filler: int) -> Int32:
@@ -164,8 +170,18 @@ def _tile_capacity(tiles: int, settings: PlanSettings) -> int:
     return -(-wanted // settings.tile_multiple) * settings.tile_multiple
 
 
-def _supervision(labels: Sequence[NDArray], starts: NDArray) -> tuple[Int32, Int32, Int32, Int32]:
+def supervised_tokens(labels: NDArray) -> int:
+    """Number of a sample's tokens that count in the loss, of labels [n]; nothing predicts the first token."""
+    return int((labels[1:] != IGNORE).sum())
+
+
+def _supervision(
+    labels: Sequence[NDArray], starts: NDArray, most: int | None
+) -> tuple[Int32, Int32, Int32, Int32]:
     """Rows that predict a supervised token, the tokens, and which answer and sample each is of."""
+    count = sum(supervised_tokens(label) for label in labels)
+    if most is not None and count > most:
+        raise ValueError(f"a micro-batch has {count} supervised tokens, over the static budget of {most}")
     rows, targets, answers, samples = [], [], [], []
     spans = 0
     for index, label in enumerate(labels):
@@ -240,11 +256,12 @@ def build_plan(
         merge,
         expand_index,
         tokens,
-        *_supervision(labels, starts),
+        *_supervision(labels, starts, settings.supervised_budget),
         np.asarray(range(len(lengths)) if sample_ids is None else sample_ids, np.int32),
         max(num_tiles, 1) if settings.tile_budget is None else settings.tile_budget,
         keep_per_tile,
         per_tile,
+        settings.supervised_budget,
     )
 
 
@@ -262,7 +279,7 @@ def _expand_index(visual: NDArray, kept: NDArray, shallow: PhasePlan, deep: Phas
     return index
 
 
-_HEADER = 7
+_HEADER = 8
 
 
 def pack_plan(plan: SequencePlan) -> Int32:
@@ -278,13 +295,14 @@ def pack_plan(plan: SequencePlan) -> Int32:
     header = np.zeros(_HEADER, np.int32)
     header[:3] = plan.num_tiles, plan.tile_capacity, int(plan.expand_index is not None)
     header[3:5] = plan.encoded_tiles, plan.deep.segment_capacity or 0
-    header[5:7] = plan.low_cells, plan.high_cells
+    header[5:8] = plan.low_cells, plan.high_cells, plan.supervised_budget or 0
     return np.concatenate([header, sizes, *arrays]).astype(np.int32)
 
 
 def unpack_plan(flat: Int32) -> SequencePlan:
     """Rebuild the plan that `pack_plan` flattened; a longer buffer is allowed."""
-    num_tiles, capacity, lvtc, encoded, segment_capacity, *cells = (int(x) for x in flat[:_HEADER])
+    header = (int(x) for x in flat[:_HEADER])
+    num_tiles, capacity, lvtc, encoded, segment_capacity, low, high, supervised = header
     count = 14 if lvtc else 10
     sizes = flat[_HEADER : _HEADER + count]
     ends = _HEADER + count + np.cumsum(sizes)
@@ -313,5 +331,7 @@ def unpack_plan(flat: Int32) -> SequencePlan:
         samples,
         ids,
         encoded,
-        *cells,
+        low,
+        high,
+        supervised or None,
     )

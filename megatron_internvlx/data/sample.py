@@ -11,7 +11,7 @@ from megatron_internvlx.data.conversation import IMAGE, check_tokenizer, encode,
 from megatron_internvlx.data.decode_pil import image_size
 from megatron_internvlx.data.manifest import Record
 from megatron_internvlx.data.packing import Budget, Cost
-from megatron_internvlx.data.plan import FILLER, IGNORE
+from megatron_internvlx.data.plan import FILLER, IGNORE, supervised_tokens
 from megatron_internvlx.data.quirks import NO_QUIRKS, ReleasedQuirks
 from megatron_internvlx.data.rejects import BadSample, blamed_on, printable
 from megatron_internvlx.data.rvtc import POLICIES, tile_count, tile_grid
@@ -179,7 +179,7 @@ class SampleEncoder:
         """Cost of a sample in a pack."""
         deep, tiles = len(sample.input_ids), sample.num_tiles
         saved = self.settings.tokens_per_tile - self.settings.shallow_per_tile
-        return Cost(deep - tiles * saved, deep, tiles)
+        return Cost(deep - tiles * saved, deep, tiles, supervised_tokens(sample.labels))
 
     def encode(self, record: Record, size_of: SizeOf | None = None) -> Sample:
         """Sample of `record`. Raises BadSample, named by the record's key, if it is unusable.
@@ -246,7 +246,7 @@ class SampleEncoder:
                 "raise --max-tiles-per-pack or split the record",
             )
         limit = min(budget.deep, budget.shallow + tiles * (per_tile - shallow))
-        sample = self._sample(record, turns, images, limit)
+        sample = self._sample(record, turns, images, limit, budget.supervised)
         sample.dropped_tiles = whole.num_tiles - tiles
         return sample
 
@@ -256,6 +256,7 @@ class SampleEncoder:
         turns: list[dict[str, Any]],
         images: tuple[ImageTiles, ...],
         max_length: int | None,
+        max_supervised: int | None = None,
     ) -> Sample:
         per_tile = self.settings.tokens_per_tile
         text = encode(
@@ -264,6 +265,7 @@ class SampleEncoder:
             turns,
             image_tokens=[image.num_tiles * per_tile for image in images],
             max_length=max_length,
+            max_supervised=max_supervised,
             compat=self.settings.compat,
             key=record.key,
         )

@@ -6,7 +6,8 @@ attention, which keep less; FP8 keeps its linear inputs at half of what is count
 PVTC have the same kernels, and so keep the same, in both.
 
 Letters: S rows of a layer's phase, s rows of this rank (S/t under sequence parallelism, else S), n rows that reach
-the output layer (the supervised ones; with static boundaries all that enter layer 0),
+the output layer (the supervised ones; with static boundaries --max-supervised-tokens-per-pack, or all that enter
+layer 0),
 T tiles (of this rank in the vision encoder), L = 1+P*P tokens and P*P patches of a tile, g*g tokens of a
 projector; h, c widths of decoder and vision encoder, f, F inner widths of their MLPs, q, k query and key widths,
 d width of a head, V vocabulary, E experts, r of them per row; t tensor-parallel size, which divides q, k, f and V.

@@ -1,6 +1,6 @@
 """`pretrain_vlm.py --dry-run`: layout, memory and work of a run on any number of GPUs, without one.
 
-Memory is that of the fullest micro-batch: as many tiles as fit, and every text row supervised.
+Memory is that of the fullest micro-batch: as many tiles as fit, and every text row supervised that may be.
 """
 
 from __future__ import annotations
@@ -263,6 +263,7 @@ def _check_memory(plan: Plan) -> None:
         "--recompute-granularity full": not backward.full_layers,
         "--vision-recompute": not backward.vision_recompute and backward.reaches("vision"),
         "--use-distributed-optimizer": not plan.model.per_parameter.distributed,
+        "--max-supervised-tokens-per-pack": plan.work.pads_output and plan.fullest is plan.stages[-1],
     }
     remedies = [flag for flag, off in unused.items() if off]
     remedies += [f"more tensor (now {layout.tensor}) or pipeline parallelism (now {layout.pipeline})"]
@@ -281,8 +282,7 @@ def describe(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     layout, work, stats = plan.model.layout, plan.work, plan.stats
     counts = parameters(plan.model.sizes)
-    chunks = len(layout.stages[0])
-    visual = stats.projected_tiles * plan.model.sizes.high_grid**2
+    chunks, visual = len(layout.stages[0]), stats.projected_tiles * plan.model.sizes.high_grid**2
     parallel = f"TP {layout.tensor}{' + SP' if layout.sequence_parallel else ''}, PP {layout.pipeline}"
     parallel += f", virtual stages {chunks}" if chunks > 1 else ""
     parallel += f", EP {layout.expert}" if plan.model.sizes.experts else ""
@@ -295,7 +295,8 @@ def _head(plan: Plan) -> list[str]:
         f"DP {layout.data} x {plan.pipeline.schedule.micro_batches} micro-batches",
         *_pipeline_line(plan.pipeline),
         f"micro-batch  {stats.projected_tiles} tiles, {stats.deep_rows:,} deep rows ({visual:,} visual)"
-        + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off"),
+        + (f", {stats.shallow_rows:,} shallow rows" if stats.shallow_rows else ", LVTC off")
+        + (f", {stats.output_rows:,} to the output layer" if work.static else ""),
         f"step         {work.packs * stats.deep_rows:,} tokens at most ({work.packs * stats.shallow_rows:,} in "
         f"the shallow phase), {_flops_text(plan.flops)}",
         *([plan.epoch.line(plan.machine.flops)] if plan.epoch else []),

@@ -89,7 +89,7 @@ def synthetic_batch(
     per_tile = settings.high_grid**2
     length, visual = stats.deep_rows, stats.projected_tiles * per_tile
     is_visual = np.arange(length) < visual
-    # Static boundaries send other rows to the output layer, too; only text can be supervised.
+    # Static boundaries may send more rows to the output layer; only text can be supervised.
     labels = np.where(np.arange(length) >= max(visual, length - stats.output_rows), 1, IGNORE)
     plan = build_plan([np.ones(length, int)], [labels], [is_visual], settings)
     share = plan.tile_capacity // tile_ranks

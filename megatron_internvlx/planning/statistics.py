@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data.images import FolderImages, ImageStore, ShardImages
 from megatron_internvlx.data.manifest import JsonlFile, Record
-from megatron_internvlx.data.packing import Budget, Fill, fill, pack
+from megatron_internvlx.data.packing import Budget, Fill, as_costs, fill, pack
 from megatron_internvlx.data.prepared import SHARD_JSON, Part, ShardRecord, prepared_sets, size_table
 from megatron_internvlx.data.rejects import BadSample
 from megatron_internvlx.data.rvtc import POLICIES
@@ -24,15 +25,18 @@ from megatron_internvlx.planning.flops import PlanStats, forward_flops
 
 INK, FAINT = "#212529", "#dee2e6"
 COLOURS = {"off": "#868e96", "edge": "#1f5fa8", "area": "#c2570c"}
+# A budget of supervised tokens is proposed from so many samples: the least multiple of `_ROUND` (whole tiles of a
+# matrix product) that leaves so many percent of them whole and takes at most this share of packs more, if it is worth
+# the setting: at most so much of the shallow budget.
+_TRIED, _ROUND, _WHOLE, _MORE_PACKS, _WORTH = 4_000, 128, 99.9, 0.01, 0.75
 
 
 @dataclass
 class PolicyStats:
-    """Counts of one policy: costs int64 [n, 3] (shallow, deep tokens, tiles), supervised tokens [n] per sample."""
+    """Counts of one policy: costs int64 [n, 4] per sample, in the order of `packing.Cost`."""
 
     policy: str
     costs: np.ndarray
-    supervised: np.ndarray
     fill: Fill | None = None
     flops: float = 0.0
     """Forward FLOPs of the samples, with LVTC."""
@@ -92,7 +96,6 @@ def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataSt
     tools = {p: SampleEncoder(encoder.tokenizer, replace(settings, rvtc=p)) for p in POLICIES}
     sizes: list[tuple[int, int]] = []
     costs: dict[str, list[Any]] = {policy: [] for policy in POLICIES}
-    supervised: list[int] = []
     bad: dict[str, int] = {}
     for record, store in stored_records(out, limit):
         try:
@@ -104,14 +107,11 @@ def collect(out: Path, encoder: SampleEncoder, *, limit: int = 20_000) -> DataSt
             bad[error.cause] = bad.get(error.cause, 0) + 1
             continue
         sizes += [(image.width, image.height) for image in sample.images]
-        supervised.append(int((sample.labels != -100).sum()))
-    if not supervised:
+    if not costs["off"]:
         raise ValueError(f"{out}: no usable record ({bad or 'it is empty'})")
-    tables = {p: np.asarray(rows, np.int64).reshape(-1, 3) for p, rows in costs.items()}
-    counts = np.asarray(supervised, np.int64)
     return DataStats(
         np.asarray(sizes, np.int64).reshape(-1, 2),
-        {policy: PolicyStats(policy, table, counts) for policy, table in tables.items()},
+        {policy: PolicyStats(policy, as_costs(rows)) for policy, rows in costs.items()},
         bad,
     )
 
@@ -127,6 +127,57 @@ def add_fill(stats: DataStats, budget: Budget) -> int:
     return over
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """A budget of supervised tokens per pack."""
+
+    most: int
+    more: float
+    """Share of packs that it takes more; below 0 where the packing happens to succeed with fewer."""
+    over: float
+    """Share of samples that are over it by themselves: cut after their last whole answer that fits, or refused."""
+
+
+def propose_supervised(costs: np.ndarray, budget: Budget) -> Proposal | None:
+    """Budget of supervised tokens for static boundaries; None if it saves less than a quarter of the shallow one.
+
+    Args:
+        costs: int64 [n, 4] within the budget, in the order of `packing.Cost`.
+        budget: limits of a pack; that of supervised tokens is not looked at.
+    """
+    costs, free = costs[:: -(-len(costs) // _TRIED)].copy(), replace(budget, supervised=None)
+    counts, packs = costs[:, 3].copy(), len(pack(costs, free))
+    least = max(float(np.percentile(counts, _WHOLE)), counts.sum() / packs, 1.0)
+    for slack in (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0, 3.0):
+        most = -(-int(least * slack) // _ROUND) * _ROUND
+        if most > budget.shallow * _WORTH:
+            break
+        costs[:, 3] = np.minimum(counts, most)
+        more = len(pack(costs, replace(budget, supervised=most))) / packs - 1
+        if more <= _MORE_PACKS:
+            return Proposal(most, more, float((counts > most).mean()))
+    return None
+
+
+def supervised_line(policy: PolicyStats, budget: Budget) -> str:
+    """Supervised tokens of a policy's samples and packs, after `add_fill`, and a budget for them, as text."""
+    assert policy.fill is not None
+    costs = np.minimum(policy.costs, replace(budget, supervised=None).limits())
+    costs[:, 3] = np.minimum(costs[:, 3], costs[:, 0])  # a text that is cut loses answers
+    counts, found = costs[:, 3], propose_supervised(costs, budget)
+    line = (
+        f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}, "
+        f"{counts.sum() / policy.fill.packs:,.0f} per pack"
+    )
+    if found is None:
+        return f"{line}; a budget of their own would be almost as large as the shallow one"
+    return (
+        f"{line}; --boundary static with --max-supervised-tokens-per-pack {found.most} pads to {found.most:,} rows "
+        f"instead of {budget.shallow:,}, takes {max(found.more, 0):.1%} more packs and cuts or refuses "
+        f"{found.over:.2%} of the samples"
+    )
+
+
 def add_flops(stats: DataStats, model: str, tiles: Mapping[str, Any]) -> None:
     """Count the forward FLOPs of all samples in a preset's model, with LVTC at the preset's layer and without.
 
@@ -138,9 +189,8 @@ def add_flops(stats: DataStats, model: str, tiles: Mapping[str, Any]) -> None:
     flags = {"expand_layer": None, **preset(model), **tiles}
     sizes = model_sizes(flags | {"expand_layer": flags["expand_layer"] or max(1, flags["num_layers"] // 2)})
     for policy in stats.policies.values():
-        shallow, deep, count = (int(total) for total in policy.costs.sum(0))
+        shallow, deep, count, rows = (int(total) for total in policy.costs.sum(0))
         squares = [int((policy.costs[:, i] ** 2).sum()) for i in (0, 1)]
-        rows = int(policy.supervised.sum())
         with_lvtc = PlanStats(count, count, count, shallow, squares[0], deep, squares[1], rows)
         without = PlanStats(count, count, 0, 0, 0, deep, squares[1], rows)
         policy.flops = forward_flops(sizes, with_lvtc).total
@@ -155,6 +205,8 @@ def table(stats: DataStats, budget: Budget | None) -> str:
         quarters = np.percentile(stats.sizes, [5, 50, 95], axis=0).astype(int)
         shown = ", ".join(f"{w}x{h}" for w, h in quarters)
         lines.append(f"width x height at 5, 50, 95 %: {shown}")
+    if budget:
+        lines.append(supervised_line(stats.policies[DataSettings().rvtc], budget))
     base = stats.policies["off"].flops_without_lvtc
     head = "policy   tiles/sample  shallow tokens (mean, 95 %)  deep tokens (mean, 95 %)"
     head += "   packs  fill   binding        " if budget else ""

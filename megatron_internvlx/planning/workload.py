@@ -24,7 +24,9 @@ class Workload:
     shallow_seq_length: int | None = None
     """Shallow rows to which static boundaries pad. None: not padded."""
     static: bool = False
-    """Static boundaries: all rows that enter layer 0 reach the output layer, supervised or not."""
+    """Static boundaries: `supervised_tokens` rows reach the output layer, or all that enter layer 0."""
+    supervised_tokens: int | None = None
+    """Supervised tokens of a micro-batch at most, to which static boundaries pad. None: no limit of their own."""
 
     @classmethod
     def from_args(cls, arguments: Arguments) -> Workload:
@@ -39,7 +41,13 @@ class Workload:
             train.max_tiles_per_pack,
             train.shallow_seq_length if static else None,
             static,
+            train.max_supervised_tokens_per_pack if static else None,
         )
+
+    @property
+    def pads_output(self) -> bool:
+        """Whether the output layer runs on all rows that enter layer 0, supervised or not."""
+        return self.static and self.supervised_tokens is None
 
     @property
     def packs(self) -> int:
@@ -47,7 +55,7 @@ class Workload:
         return self.global_batch_size // self.micro_batch_size
 
     def full_micro_batch(self, sizes: ModelSizes) -> PlanStats:
-        """Micro-batch with as many tiles as fit and all its text supervised.
+        """Micro-batch with as many tiles as fit and as much of its text supervised as may be.
 
         Raises ValueError when not even one tile fits.
         """
@@ -78,5 +86,6 @@ class Workload:
             shallow_squares=shallow**2,
             deep_rows=rows,
             deep_squares=rows**2,
-            output_rows=(shallow or rows) if self.static else rows - tiles * per_tile,
+            output_rows=self.supervised_tokens
+            or (shallow or rows if self.static else rows - tiles * per_tile),
         )

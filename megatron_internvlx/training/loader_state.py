@@ -75,6 +75,7 @@ def energon_loader(
         world=world,
         workers=data.loader_workers,
         seed=sizes.seed,
+        packing=data.packing,
         micro_batch_size=sizes.micro_batch_size,
         pack_buffer=data.pack_buffer,
         shuffle_buffer=data.shuffle_buffer,

@@ -63,6 +63,7 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         deep_length=batches.seq_length if static else None,
         tile_budget=train.max_tiles_per_pack if static else None,
         sample_budget=samples if static else None,
+        supervised_budget=train.max_supervised_tokens_per_pack if static else None,
     )
 
 
@@ -88,6 +89,7 @@ def sample_budget(
         seq_length,
         train.max_tiles_per_pack,
         train.max_samples_per_pack if static and data.packing else None,
+        train.max_supervised_tokens_per_pack if static else None,
     )
     return whole.share(micro_batch_size) if static else whole
 

@@ -107,7 +107,8 @@ TORCH = ["--vision-attention", "torch"]
 VISION = ["--vision-overrides", '{"qk_normalization": true, "drop_path_rate": 0.2}']
 LAYOUTS = {
     "one": (1, "", ["--projector-drop-path", "0.3"]),
-    "one, mlp": (1, "", ["--projector", "mlp", *VISION]),
+    # Four samples supervise at most 20 tokens.
+    "one, mlp": (1, "", ["--projector", "mlp", *VISION, "--max-supervised-tokens-per-pack", "20"]),
     "pp": (2, "pp=2", []),
     "tp": (2, "tp=2", []),
     "tp sp recompute": (2, "tp=2 sp full", TORCH),

@@ -17,6 +17,7 @@ from megatron_internvlx.config import SETTINGS
 from megatron_internvlx.lifecycle.start import check_paths
 from megatron_internvlx.model.presets import PRESETS, preset
 from megatron_internvlx.model.sizes import vision_config
+from megatron_internvlx.training.provider import plan_settings
 from tests.golden_weights import GOLDEN
 
 TOKENIZER = GOLDEN / "data" / "tokenizers" / "qwen2_fast"
@@ -216,6 +217,7 @@ def test_a_preset_that_this_megatron_does_not_know(monkeypatch: pytest.MonkeyPat
 
 
 STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-length", "128"]
+FEW = ["--max-supervised-tokens-per-pack"]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +258,12 @@ STATIC = ["--boundary", "static", "--max-tiles-per-pack", "13", "--shallow-seq-l
         ),
         ([*TINY, "--boundary", "static"], "--boundary static needs --max-tiles-per-pack and --shallow-seq"),
         ([*TINY, *STATIC, "--seq-length", "208"], "--seq-length 208 is too small for the 208 visual rows"),
+        ([*TINY, *FEW, "64"], "--max-supervised-tokens-per-pack 64 needs --boundary static"),
+        (
+            [*TINY, *STATIC, *FEW, "129"],
+            "--max-supervised-tokens-per-pack 129 must be at least 1 (samples of a micro-batch) and at most 128, the",
+        ),
+        ([*TINY, *STATIC, *FEW, "0"], "--max-supervised-tokens-per-pack 0: must be at least 1"),
         (
             [*TINY, "--freeze-vision", "--freeze-llm", "--freeze-projectors"],
             "--freeze-vision --freeze-llm --freeze-projectors: nothing is left to train",
@@ -349,8 +357,9 @@ def test_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_static_boundary_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = parsed(monkeypatch, *TINY, *NEEDED, *STATIC)
+    args = parsed(monkeypatch, *TINY, *NEEDED, *STATIC, *FEW, "128")
     assert (args.boundary, args.max_tiles_per_pack, args.shallow_seq_length) == ("static", 13, 128)
+    assert plan_settings(args).supervised_budget == 128
 
 
 def test_flags_stay() -> None:
@@ -375,7 +384,7 @@ def test_paths_that_are_looked_at_early_mean_the_same_to_this_parser() -> None:
 FLAGS = """
 --auto-resume --boundary --conversation-template --data --dry-run --dry-run-world-size --epochs --expand-layer
 --freeze-llm --freeze-projectors --freeze-vision --gpu-memory-gib --high-ratio --image-size
---inject-layers --loader-workers --loss-weighting --low-ratio --max-rejects --max-tiles
+--inject-layers --loader-workers --loss-weighting --low-ratio --max-rejects --max-supervised-tokens-per-pack --max-tiles
 --max-tiles-per-pack --max-tries --min-tiles --model-preset --no-thumbnail --patch-size
 --pixel-shuffle-version --predictions-file --projector --projector-drop-path --rejects-file
 --released-quirks --report-file --rvtc --select-layer --shallow-seq-length

@@ -13,6 +13,7 @@ from megatron_internvlx.config import (
     check_decoding,
     check_projector,
     check_static_budgets,
+    check_supervised_budget,
     grid_side,
 )
 from megatron_internvlx.data.conversation import TEMPLATES
@@ -182,6 +183,16 @@ def test_static_budgets_that_work() -> None:
 def test_static_budgets_that_cannot_work(train: TrainSettings, budgets: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_static_budgets(train, **BUDGETS | budgets)
+
+
+def test_supervised_budget() -> None:
+    check_supervised_budget(static(), entry_rows=32, samples=4)
+    check_supervised_budget(static(max_supervised_tokens_per_pack=32), entry_rows=32, samples=4)
+    for most in (3, 33):
+        with pytest.raises(ValueError, match=rf"-per-pack {most} must be at least 4 .* and at most 32"):
+            check_supervised_budget(static(max_supervised_tokens_per_pack=most), entry_rows=32, samples=4)
+    with pytest.raises(ValueError, match="-per-pack 9 needs --boundary static"):
+        check_supervised_budget(TrainSettings(max_supervised_tokens_per_pack=9), entry_rows=32, samples=1)
 
 
 def test_ranks_cut_images_only_if_their_files_reach_them():

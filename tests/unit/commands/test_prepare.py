@@ -11,6 +11,7 @@ import pytest
 
 from megatron_internvlx.commands import prepare
 from megatron_internvlx.data import conversation, rvtc
+from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.sources import detect, page, record
 from tests.preparing import Command, Item, items, photo, write_csv, write_messages
 
@@ -86,6 +87,7 @@ def test_recipe_gives_tiles_template_and_lengths():
     )
     assert settings.shallow_per_tile < settings.tokens_per_tile
     assert most == 65_536
+    assert settings.budget is None
     options = prepare.parser().parse_args(["IN", "--recipe", str(DEMO), "--max-tiles", "3"])
     assert prepare.encoder_settings(options)[0].max_tiles == 3
 
@@ -107,6 +109,13 @@ def test_wrong_value_of_a_recipe_is_named(line, remedy, tmp_path, command):
     (tmp_path / "r.yaml").write_text(line + "\n")
     text = command(tmp_path, "--check", "--recipe", tmp_path / "r.yaml", code=2)
     assert f"--recipe {tmp_path / 'r.yaml'}: {remedy}" in text
+
+
+def test_budgets_of_a_recipe_with_packing(tmp_path):
+    lines = ("packing: true", "seq_length: 4096", "max_supervised_tokens_per_pack: '512'")
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    options = prepare.parser().parse_args(["IN", "--recipe", str(tmp_path / "r.yaml")])
+    assert prepare.encoder_settings(options)[0].budget == Budget(4096, 4096, supervised=512)
 
 
 def test_number_in_quotes_is_read_as_training_reads_it(tmp_path):

@@ -56,8 +56,7 @@ def prepared(tmp_path_factory):
 def loader(encoder):
     opened = []
 
-    def make(directory, *, log=None, packing=True, ahead=0, late=0.0, decoder=decode, **settings):
-        budget = BUDGET if packing else None
+    def make(directory, *, log=None, budget=BUDGET, ahead=0, late=0.0, decoder=decode, **settings):
         tool = encoder(tokens_per_tile=16, shallow_tokens_per_tile=4, max_length=600, budget=budget)
         given = {"pack_buffer": 16, "shuffle_buffer": 4, "sequence": 4, "seed": 3, **settings}
         batches = EnergonBatches(
@@ -216,8 +215,10 @@ def test_packs_keep_the_budgets_and_ranks_share_the_data(prepared, loader):
     assert all(key.startswith("b.") for key in seen[0] & seen[1])
 
 
-def test_without_packing_a_micro_batch_is_a_number_of_samples(prepared, loader):
-    batches = loader(prepared, packing=False, micro_batch_size=3)
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_without_packing_a_micro_batch_is_a_number_of_samples(prepared, loader, budget):
+    """With static boundaries a sample has a budget, too."""
+    batches = loader(prepared, packing=False, budget=budget, micro_batch_size=3)
     assert [len(next(batches).keys) for _ in range(12)] == [3] * 12
 
 
@@ -255,6 +256,12 @@ def test_a_state_of_other_settings_is_refused_with_both_values(prepared, loader)
         loader(prepared).restore(state)
     loader(prepared).restore(replace(state, version=1))
     state.made_with = kept
+    # Before there was a budget of supervised tokens a position did not have one; to set it changes the packs.
+    old = {name: value for name, value in kept["budget"].items() if name != "supervised"}
+    loader(prepared).restore(replace(state, made_with=kept | {"budget": old}))
+    set_now = kept | {"budget": kept["budget"] | {"supervised": 90}}
+    with pytest.raises(ValueError, match=r"budget: .*'supervised': 90.* -> .*'supervised': None"):
+        loader(prepared).restore(replace(state, made_with=set_now))
     with pytest.raises(ValueError, match="has started"):
         batches.restore(state)
 

@@ -1,6 +1,6 @@
 """The plan against one written out row by row, with every row named instead of numbered."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -73,6 +73,7 @@ def some_settings(draw) -> PlanSettings:
         lvtc=lvtc,
         alignment=draw(st.sampled_from([1, 4, 16])),
         tile_multiple=draw(st.sampled_from([1, 2, 4])),
+        supervised_budget=draw(st.sampled_from([None, 64])),
     )
 
 
@@ -182,6 +183,18 @@ def test_static_budgets() -> None:
         assert len(plan.expand_index) == 12
 
 
+def test_rows_of_the_output_layer() -> None:
+    """All that enter layer 0, or the budget's; with variable boundaries the supervised ones."""
+    static = PlanSettings(1, 2, shallow_length=8, deep_length=12, tile_budget=3, sample_budget=2)
+    for described in (TWO_TILES, [[(1, False), (2, True), (3, True)]]):
+        count = len(planned(described, PlanSettings(1, 2)).loss_rows)
+        assert planned(described, PlanSettings(1, 2)).supervised_capacity == count
+        assert planned(described, static).supervised_capacity == 8
+        few = planned(described, replace(static, supervised_budget=2))
+        assert few.supervised_capacity == unpack_plan(pack_plan(few)).supervised_capacity == 2
+        assert len(few.loss_rows) == count
+
+
 def test_exactly_full() -> None:
     plan = planned(TWO_TILES, PlanSettings(1, 2, shallow_length=5, deep_length=11, tile_budget=2))
     assert plan.shallow.segment_lengths == (5,)
@@ -195,6 +208,7 @@ def test_exactly_full() -> None:
         ({"deep_length": 10}, "a micro-batch has 11 deep rows, over the static budget of 10"),
         ({"tile_budget": 1}, "a micro-batch has 2 tiles, over the static budget of 1"),
         ({"sample_budget": 0}, "a micro-batch has 1 samples, over the static budget of 0"),
+        ({"supervised_budget": 0}, "a micro-batch has 1 supervised tokens, over the static budget of 0"),
     ],
 )
 def test_over_a_static_budget(budget: dict[str, int], message: str) -> None:

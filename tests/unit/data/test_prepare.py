@@ -133,7 +133,9 @@ def test_tool_reports_and_draws_statistics(meta, tmp_path, capsys, tokenizer):
     options += ["--max-tiles-per-pack", "8", "--model-preset", "internvlx_8b", "--png", str(png)]
     options += ["--low-ratio", "0.5", "--high-ratio", "1"]
     assert prepare_data.main(["stats", str(out), *options]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[-4:-1]}
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[-4:-1]}
+    assert any(line.startswith("supervised tokens (edge): ") for line in lines)
     assert rows.keys() == {"off", "area", "edge"}
     assert float(rows["area"][1]) < float(rows["off"][1])
     assert rows["off"][-2] == "0.0%,"
@@ -191,6 +193,7 @@ def test_a_run_with_other_settings_takes_the_marks_away_first(disk, tmp_path, mo
     [
         (["--seq-length", "100"], "--seq-length 100 is too small for one tile of 256 tokens"),
         (["--shallow-seq-length", "4096"], "need --seq-length"),
+        (["--max-supervised-tokens-per-pack", "64"], "need --seq-length"),
         (["--image-size", "450"], "--image-size 450 must be a multiple of --patch-size 14"),
         (["--png", "/proc/none.png"], "/proc/none.png"),
     ],

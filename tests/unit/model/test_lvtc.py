@@ -196,6 +196,32 @@ def test_padding_changes_nothing(tiles: list[int]) -> None:
     compare(*model, tiles, shallow_length=96, deep_length=160, tile_budget=10)
 
 
+def test_a_budget_of_supervised_rows_changes_nothing() -> None:
+    """Loss and gradients of static packs, whose padding rows weigh nothing: 1e-6 of the largest element.
+
+    Measured: all are bit-equal. A hundredth of a token's weight on each padding row exceeds it.
+    """
+    model = lvtc("small", (1, 2))[0]
+    rng = np.random.default_rng(8)
+    samples = [sample(rng, n, 4, SMALL.image_size) for n in MIXED]
+    tiles = torch.cat([s.tiles for s in samples])
+    static = {"shallow_length": 96, "deep_length": 160, "tile_budget": 10, "sample_budget": 4}
+    seen = []
+    for most in (None, 16, sum(np.sum(np.array(s.labels) != -100) for s in samples)):
+        batch = micro_batch(batch_plan(model, samples, **static, supervised_budget=most), tiles)
+        losses = model.train()(batch)
+        assert len(losses) == (most or 96)
+        model.zero_grad()
+        loss = (losses * batch.plan.loss_weights).sum()
+        loss.backward()
+        seen.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    (loss, gradients), *others = seen
+    for found, grads in others:
+        assert found == pytest.approx(loss, rel=1e-6)
+        for gradient, grad in zip(gradients, grads, strict=True):
+            assert worst(gradient, grad) <= 1e-6 * gradient.abs().max()
+
+
 def test_v1_pixel_shuffle() -> None:
     compare(*lvtc("large", (2, 3), compression={"pixel_shuffle_version": "v1"}), [0, 1])
 

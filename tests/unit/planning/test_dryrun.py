@@ -92,6 +92,7 @@ def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, cap
     message = capsys.readouterr().err.splitlines()[0]
     assert "more tensor (now 2) or pipeline parallelism (now 1)" in message
     assert "--recompute-granularity full" in message and "--vision-recompute" not in message
+    assert "--max-supervised-tokens-per-pack" in message
 
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if "_layout:" in path.read_text()], ids=str)
@@ -123,6 +124,20 @@ def test_the_buffers_of_a_graph_are_counted(monkeypatch):
     deep = eager.stages[0].activations["deep"] / 16
     assert deep < stage.evaluation < 4 * deep
     assert "evaluation" in dryrun.describe(plan)
+
+
+@pytest.mark.parametrize(("recipe", "tensor"), [(SFT_2B, 1), (SFT_8B, 2)], ids=["2b", "8b"])
+def test_a_budget_of_supervised_tokens_saves_its_rows(monkeypatch, recipe, tensor):
+    """Logits and inputs of the output layer, and its three products; nothing else changes."""
+    all_rows = dryrun.check(dry(monkeypatch, recipe))
+    few = dryrun.check(dry(monkeypatch, recipe, "--max-supervised-tokens-per-pack", "1024"))
+    sizes, saved = few.model.sizes, 4096 - 1024
+    assert (all_rows.stats.output_rows, few.stats.output_rows) == (4096, 1024)
+    memory = 2 * saved * (sizes.hidden + sizes.padded_vocab // tensor)
+    assert all_rows.fullest.total - few.fullest.total == memory
+    assert all_rows.flops - few.flops == 128 * 3 * 2 * saved * sizes.hidden * sizes.padded_vocab
+    assert "4,096 to the output layer" in dryrun.describe(all_rows)
+    assert "1,024 to the output layer" in dryrun.describe(few)
 
 
 def test_a_graph_trains_the_vision_encoder_with_torchs_attention(monkeypatch):

@@ -16,7 +16,10 @@ STATS = PlanStats(2, 2, 2, 40, 40**2, 64, 64**2, 20)
 STATIC = {"shallow_length": 40, "deep_length": 64, "tile_budget": 2, "sample_budget": 1}
 
 
-@pytest.mark.parametrize(("static", "output_rows"), [({}, 20), ({}, 32), (STATIC, 40)])
+@pytest.mark.parametrize(
+    ("static", "output_rows"),
+    [({}, 20), ({}, 32), (STATIC, 40), (STATIC | {"supervised_budget": 12}, 12)],
+)
 def test_only_text_is_supervised(static: dict, output_rows: int) -> None:
     """2 tiles of 16 deep rows and 32 rows of text; static boundaries have more rows at the output layer."""
     stats = PlanStats(*list(vars(STATS).values())[:-1], output_rows)

@@ -29,6 +29,15 @@ SIZES = model_sizes(FLAGS)
             {"max_tiles_per_pack": 5, "boundary": "static", "shallow_seq_length": 64},
             PlanStats(5, 5, 5, 64, 64**2, 100, 100**2, 64),
         ),
+        (
+            {
+                "max_tiles_per_pack": 5,
+                "boundary": "static",
+                "shallow_seq_length": 64,
+                "max_supervised_tokens_per_pack": 9,
+            },
+            PlanStats(5, 5, 5, 64, 64**2, 100, 100**2, 9),
+        ),
     ],
 )
 def test_full_micro_batch(changes: dict, expected: PlanStats) -> None:
