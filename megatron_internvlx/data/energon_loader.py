@@ -87,7 +87,7 @@ class EnergonBatches:
 
     Args:
         directory: prepared directory, from tools/prepare_data.py.
-        encoder: converts records to samples; samples are packed if it has a budget and `settings` say so.
+        encoder: converts records to samples; samples are packed if it has a budget and `settings.packing` is on.
         plan: grids, alignment and static budgets.
         settings: share of this rank, and buffers.
         reject_log: counts and lists bad samples; its TooManyRejects ends the iteration.
