@@ -84,7 +84,9 @@ def check_graph(args: argparse.Namespace, sizes: ModelSizes) -> None:
             "time; set them to 0, or recompute nothing)"
         ] = True
     if asked := [what for what, on in refused.items() if on]:
-        raise ValueError(f"{flag} cannot go with {'; '.join(asked)}")
+        raise ValueError(
+            f"{flag} cannot go with {'; '.join(asked)}. --cuda-graph-impl none trains without a graph"
+        )
     # It reads every loss on the host. `training/graph.py` checks each step as a whole instead.
     args.check_for_nan_in_loss_and_grad = False
     args.te_rng_tracker = True  # Megatron would do it, with a warning

@@ -148,7 +148,8 @@ def test_a_graph_is_refused(check_changed, name: str) -> None:
     values, reason = REFUSED[name]
     with pytest.raises(ValueError) as error:
         check_changed(**values)
-    assert str(error.value) == f"--cuda-graph-impl full_iteration cannot go with {reason}"
+    remedy = "--cuda-graph-impl none trains without a graph"
+    assert str(error.value) == f"--cuda-graph-impl full_iteration cannot go with {reason}. {remedy}"
     check_changed(**values, cuda_graph_impl="none")
 
 
