@@ -119,7 +119,7 @@ class DataSettings:
     epochs: float | None = None
     """Length of the training in epochs of --data; not with --packing. Unset: --train-iters."""
     packing: bool = False
-    """Fill micro-batches to --seq-length, --shallow-seq-length and --max-tiles-per-pack (energon loader)."""
+    """Fill micro-batches to --seq-length, --shallow-seq-length and the budgets per pack (energon loader)."""
     pack_buffer: int = 1000
     """Number of buffered samples per loader process from which packs are made."""
     shuffle_buffer: int = 256
@@ -394,5 +394,5 @@ def check_packing(data: DataSettings, train: TrainSettings, *, micro_batch_size:
     if micro_batch_size != 1:
         raise ValueError(
             f"with --packing a micro-batch is one pack: --micro-batch-size {micro_batch_size} must be 1; "
-            "raise --seq-length, --shallow-seq-length and --max-tiles-per-pack instead"
+            "raise --seq-length, --shallow-seq-length and the budgets per pack instead"
         )

@@ -136,12 +136,18 @@ def run_stats(argv: Sequence[str]) -> None:
                 raise ValueError(
                     f"{name} {rows} is too small for one tile of {tile} tokens and some text: raise it"
                 )
+        if most and most > budget.shallow:
+            raise ValueError(
+                f"--max-supervised-tokens-per-pack {most} must be at most {budget.shallow}, the rows that enter layer 0"
+            )
     encoder = SampleEncoder(load_tokenizer(options.tokenizer_model), settings)
     found = stats.collect(options.out, encoder, limit=options.samples)
     if budget:
         over = stats.add_fill(found, budget)
         if over:
-            print(f"{over} samples exceed a budget by themselves and were cut to it")
+            print(
+                f"{over} samples exceed a budget by themselves and were cut to it, or would be refused in training"
+            )
     if options.model_preset:
         flags = ("image_size", "patch_size", "low_ratio", "high_ratio")
         stats.add_flops(found, options.model_preset, {name: getattr(options, name) for name in flags})

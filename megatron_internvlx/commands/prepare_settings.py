@@ -13,13 +13,11 @@ MAX_CHARACTERS = 1 << 19
 """Longest text without a recipe: 64 characters for each of 8,192 tokens, as training has it."""
 _SIZES = ("image_size", "max_tiles", "min_tiles")
 _OPTIONAL_SIZES = (
-    *(
-        "patch_size",
-        "seq_length",
-        "shallow_seq_length",
-        "max_tiles_per_pack",
-        "max_supervised_tokens_per_pack",
-    ),
+    "patch_size",
+    "seq_length",
+    "shallow_seq_length",
+    "max_tiles_per_pack",
+    "max_supervised_tokens_per_pack",
     "expand_layer",
 )
 _RATIOS = ("low_ratio", "high_ratio")

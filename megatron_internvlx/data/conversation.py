@@ -70,7 +70,7 @@ class Encoded:
 
     `input_ids` int64 [n]; `labels` int64 [n], `-100` where ignored, not shifted; `is_visual` bool
     [n], True at image placeholders; `attention_mask` bool [n], or None if every token is attended to;
-    `num_images` number of used images; `dropped_tokens` number of tokens cut from the end by the length limit.
+    `num_images` number of used images; `dropped_tokens` number of tokens cut from the end by the limits.
     """
 
     input_ids: np.ndarray
@@ -306,11 +306,16 @@ def _kept_length(
     """
     total, num_visual = len(labels), int(is_visual.sum())
     limit, most = total if limits[0] is None else limits[0], limits[1]
-    name, remedy = "", "raise the sequence length, or lower max_tiles or the tokens per tile"
+    by, name, remedy = (
+        "length limit",
+        "",
+        "raise the sequence length, or lower max_tiles or the tokens per tile",
+    )
     supervised = np.flatnonzero(labels != IGNORE_INDEX)
     if most is not None and len(supervised) > most and supervised[most] < limit:
         limit, name = int(supervised[most]), f" ({len(supervised)} supervised tokens, of which {most} fit)"
-        remedy = "raise --max-supervised-tokens-per-pack or split the record"
+        by = "budget of supervised tokens"
+        remedy = "raise --max-supervised-tokens-per-pack, which the samples of a micro-batch share, or split the record"
     if total <= limit:
         return total
     ends = np.flatnonzero(last[:limit])
@@ -328,7 +333,7 @@ def _kept_length(
         raise BadSample(
             key,
             "answer_truncated",
-            f"the answer is cut by the length limit: {total} tokens ({num_visual} of images), the first "
+            f"the answer is cut by the {by}: {total} tokens ({num_visual} of images), the first "
             f"answer ends at token {first}, the limit is {limit}{name}; {remedy}",
         )
     return kept

@@ -312,13 +312,19 @@ def _present_names(state: LoaderState) -> dict[str, Any]:
     if (rule := saved.get("rvtc")) is not None:
         saved["rvtc"] = stored_policy(rule, state.version)
     if saved.get("budget") is not None:
-        saved["budget"] = {"supervised": None, **saved["budget"]}
+        saved["budget"] = {**saved["budget"], "supervised": saved["budget"].get("supervised")}
     return saved
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Compare the settings of a saved state with the present ones. Raises ValueError naming the differences."""
-    wrong = [f"{key}: {saved.get(key)} -> {now.get(key)}" for key in now if saved.get(key) != now.get(key)]
+    wrong = []
+    for key in now:
+        old, new = saved.get(key), now[key]
+        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+            wrong += [f"{key} {name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]]
+        elif old != new:
+            wrong.append(f"{key}: {old} -> {new}")
     if wrong:
         raise ValueError(
             "the loader state was saved with other data or settings, so the next samples are unknown: "

@@ -64,8 +64,11 @@ class Budget:
 
 
 def as_costs(costs: Sequence[Cost] | Int64) -> Int64:
-    """Convert costs to int64 [n, 4]."""
-    return np.asarray(costs, np.int64).reshape(-1, len(NAMES))
+    """Convert costs to int64 [n, 4]. Raises ValueError for a table of other columns."""
+    table = np.asarray(costs, np.int64)
+    if table.size and table.shape[1:] != (len(NAMES),):
+        raise ValueError(f"costs have the shape {table.shape}, must be [n, {len(NAMES)}]: {', '.join(NAMES)}")
+    return table.reshape(-1, len(NAMES))
 
 
 def pack(costs: Sequence[Cost] | Int64, budget: Budget) -> list[Int64]:

@@ -64,7 +64,7 @@ class Sample:
     attention_mask: np.ndarray | None = None
     """bool [n]; None unless a released quirk masks tokens."""
     dropped_tokens: int = 0
-    """Tokens cut from the end by the length limit."""
+    """Tokens cut from the end by a limit of length or of supervised tokens."""
     dropped_tiles: int = 0
     """Tiles removed to fit a packing budget."""
     number: int = 0
@@ -230,6 +230,11 @@ class SampleEncoder:
     ) -> Sample:
         """Sample that fits `budget`: with fewer tiles, then with less text."""
         per_tile, shallow = self.settings.tokens_per_tile, self.settings.shallow_per_tile
+        if budget.supervised is not None:
+            # No tile makes room for supervised tokens, and none is given up for text that goes with them.
+            whole = self._sample(record, turns, whole.images, None, budget.supervised)
+            if budget.fits(self.cost(whole)):
+                return whole
         text = len(whole.input_ids) - whole.num_tiles * per_tile
         most = min((budget.deep - text) // per_tile, (budget.shallow - text) // shallow)
         most = min(most, budget.tiles) if budget.tiles is not None else most

@@ -88,6 +88,7 @@ class InternViTSelfAttention(SelfAttention):
             q_STC, _ = kernels.norm_and_pass(q_STND.flatten(2), self.q_norm())
             k_STC, _ = kernels.norm_and_pass(k_STND.flatten(2), self.k_norm())
             qkv = q_STC.view(q_STND.shape), k_STC.view(k_STND.shape), v_STND
+            del qkv_STc, qkv_STN3D, q_STND, k_STND  # a frozen layer needs them no longer
             attended = self.core_attention(*qkv, None, attn_mask_type=self.attn_mask_type)
         return self.linear_proj(attended)[0], None
 

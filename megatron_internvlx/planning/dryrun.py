@@ -263,7 +263,6 @@ def _check_memory(plan: Plan) -> None:
         "--recompute-granularity full": not backward.full_layers,
         "--vision-recompute": not backward.vision_recompute and backward.reaches("vision"),
         "--use-distributed-optimizer": not plan.model.per_parameter.distributed,
-        "--max-supervised-tokens-per-pack": plan.work.pads_output and plan.fullest is plan.stages[-1],
     }
     remedies = [flag for flag, off in unused.items() if off]
     remedies += [f"more tensor (now {layout.tensor}) or pipeline parallelism (now {layout.pipeline})"]

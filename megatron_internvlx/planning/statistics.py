@@ -165,6 +165,14 @@ def supervised_line(policy: PolicyStats, budget: Budget) -> str:
     costs = np.minimum(policy.costs, replace(budget, supervised=None).limits())
     costs[:, 3] = np.minimum(costs[:, 3], costs[:, 0])  # a text that is cut loses answers
     counts, found = costs[:, 3], propose_supervised(costs, budget)
+    if budget.supervised is not None:
+        over = float((counts > budget.supervised).mean())
+        kept = np.minimum(counts, budget.supervised)
+        return (
+            f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}; of "
+            f"{budget.supervised:,} per pack {kept.sum() / policy.fill.packs:,.0f} are used, and {over:.2%} of the "
+            "samples are over it by themselves: cut or refused"
+        )
     line = (
         f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}, "
         f"{counts.sum() / policy.fill.packs:,.0f} per pack"
@@ -209,13 +217,13 @@ def table(stats: DataStats, budget: Budget | None) -> str:
         lines.append(supervised_line(stats.policies[DataSettings().rvtc], budget))
     base = stats.policies["off"].flops_without_lvtc
     head = "policy   tiles/sample  shallow tokens (mean, 95 %)  deep tokens (mean, 95 %)"
-    head += "   packs  fill   binding        " if budget else ""
+    head += "   packs  fill   binding           " if budget else ""
     lines.append(head + ("   compute saved: LVTC off, LVTC on" if base else ""))
     for policy in stats.policies.values():
         mean, high = policy.costs.mean(0), np.percentile(policy.costs, 95, axis=0)
         row = f"{policy.policy:<8} {mean[2]:12.2f}  {mean[0]:18.0f} {high[0]:9.0f}  {mean[1]:15.0f} {high[1]:8.0f}"
         if policy.fill:
-            row += f"   {policy.fill.packs:>5}  {policy.fill.best:5.1%}  {policy.fill.binding:<14}"
+            row += f"   {policy.fill.packs:>5}  {policy.fill.best:5.1%}  {policy.fill.binding:<17}"
         if base:
             row += f"   {1 - policy.flops_without_lvtc / base:21.1%}, {1 - policy.flops / base:6.1%}"
         lines.append(row)

@@ -45,11 +45,6 @@ class Workload:
         )
 
     @property
-    def pads_output(self) -> bool:
-        """Whether the output layer runs on all rows that enter layer 0, supervised or not."""
-        return self.static and self.supervised_tokens is None
-
-    @property
     def packs(self) -> int:
         """Micro-batches of a step over all replicas."""
         return self.global_batch_size // self.micro_batch_size

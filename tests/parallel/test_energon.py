@@ -60,7 +60,7 @@ PLAIN = ["--pipeline-model-parallel-size", "1"]
 VIRTUAL = [
     *("--pipeline-model-parallel-size", "2"),
     *("--num-virtual-stages-per-pipeline-rank", "2"),
-    *("--boundary", "static", "--max-supervised-tokens-per-pack", "32"),
+    *("--boundary", "static", "--max-supervised-tokens-per-pack", "16"),
 ]
 
 

@@ -186,6 +186,32 @@ def test_answers_over_the_budget_are_cut_and_no_tile_is(disk, encoder):
     assert f"({answers} supervised tokens, of which 2 fit); raise --max-supervised" in str(error.value)
 
 
+def test_no_tile_is_given_up_for_text_that_is_cut_with_its_answers(disk, encoder):
+    """Its supervised tokens are cut first; tiles only for what is left."""
+    rounds = ["<image>\nWhat?", "A thing."] + ["And this?", "Another thing, and much more of it."] * 20
+    manifest = disk.add("a", [record(disk.image("a.png", 150, 90), *rounds)]).manifest()
+    few = {
+        "supervised": packed_encoder(encoder)
+        .cost(packed_encoder(encoder).encode(manifest.record(0)))
+        .supervised
+        // 2
+    }
+    alone = packed_encoder(encoder, **few).encode(manifest.record(0))
+    sample = packed_encoder(encoder, deep=len(alone.input_ids), **few).encode(manifest.record(0))
+    assert (sample.num_tiles, sample.dropped_tiles, sample.dropped_tokens) == (7, 0, alone.dropped_tokens)
+    tight = packed_encoder(encoder, deep=len(alone.input_ids) - 1, **few).encode(manifest.record(0))
+    assert tight.num_tiles == 7 - tight.dropped_tiles < 7
+
+
+def test_costs_of_other_columns_are_refused() -> None:
+    """Read as rows of four, samples would be lost."""
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 3\), must be \[n, 4\]: shallow tokens, .*supervised tokens"
+    ):
+        pack(np.ones((8, 3), int), Budget(4, 4))
+    assert pack([], Budget(4, 4)) == []
+
+
 def test_more_images_than_tiles_in_a_pack_is_a_bad_sample(disk, encoder):
     names = [disk.image(f"{i}.png", 40 + i, 30) for i in range(3)]
     manifest = disk.add("a", [record(names, "<image><image><image>Which?", "This.")]).manifest()

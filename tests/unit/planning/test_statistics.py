@@ -34,5 +34,9 @@ def test_the_line_names_the_setting_and_both_sizes() -> None:
     assert line.startswith("supervised tokens (edge): 20 per sample, the longest 20, 138 per pack; ")
     assert "--max-supervised-tokens-per-pack 256 pads to 256 rows instead of 4,096" in line
     assert line.endswith("takes 0.0% more packs and cuts or refuses 0.00% of the samples")
+    given = supervised_line(policy, Budget(4096, 8192, 24, supervised=16))
+    assert given.endswith(
+        "of 16 per pack 110 are used, and 100.00% of the samples are over it by themselves: cut or refused"
+    )
     long = PolicyStats("edge", costs * [1, 1, 1, 24], policy.fill)
     assert supervised_line(long, BUDGET).endswith("would be almost as large as the shallow one")
