@@ -359,6 +359,8 @@ function listen() {
 
 attempt(async () => {
   about = await (await call("about")).json();
+  await start(); // before anything can be given: a picture belongs to a conversation
+  listen();
   const folder = about.source.split(/[\\/]/).filter(Boolean).pop();
   $("name").textContent = `${about.name} · ${folder}`;
   document.title = `${folder} · ivlx chat`;
@@ -368,6 +370,4 @@ attempt(async () => {
   $("system").value = about.system;
   $("max-new-tokens").value = about.sampling.max_new_tokens;
   $("temperature").value = about.sampling.temperature;
-  listen();
-  await start();
 });

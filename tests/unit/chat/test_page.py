@@ -155,6 +155,20 @@ def test_a_question_waits_for_its_pictures(page: Any, photo: Path) -> None:
     assert page.locator("#problem").is_hidden()
 
 
+def test_a_picture_waits_for_its_conversation(page: Any, tmp_path: Path) -> None:
+    """The page takes nothing before the server has answered: on a busy one pictures went to no conversation."""
+
+    def late(route: Any) -> None:
+        page.wait_for_timeout(300)
+        route.continue_()
+
+    page.route(re.compile(r"/conversations$"), late)
+    page.reload()
+    expect(page.locator("#facts")).to_contain_text("parameters", timeout=LIMIT)
+    upload(page, save_picture(tmp_path / "early.png", 30, 20), 1)
+    assert not page.locator("#problem").is_visible()
+
+
 def test_mistakes_are_shown(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#files", tmp_path / "broken.png")
