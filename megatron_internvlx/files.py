@@ -1,8 +1,9 @@
-"""Files of a run: locations of checkpoints, and atomic writing."""
+"""Files of a run: locations of checkpoints, JSON objects, and atomic writing."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -41,6 +42,21 @@ def step_of(checkpoint: Path | None) -> int | None:
     """Step of a checkpoint's directory; None for an import's, and without one."""
     match = re.fullmatch(r"iter_(\d{7,})", checkpoint.name) if checkpoint else None
     return int(match[1]) if match else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object. Raises ValueError if it is missing or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: not readable: brackets are nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
 
 
 class FileWindow(io.RawIOBase):

@@ -60,8 +60,10 @@ def _steps() -> Callable[[dict[str, Any]], None]:
         send({"build_seconds": time.perf_counter() - started, "parameters": parameters, **_device()})
         send(_predicted(trainer.args))
         last = _timed(row, trainer.step)
-        send({"flops": last["flops"], "useful_flops": last["useful_flops"], **_memory()})
-        send({"replay_difference": trainer.replay_difference})
+        send(
+            {"flops": last["flops"], "useful_flops": last["useful_flops"], **_memory()}
+            | {"replay_difference": trainer.replay_difference}
+        )
         send(_profile(row, trainer.step))
 
     return measure

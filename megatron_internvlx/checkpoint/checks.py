@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_internvlx import files
 from megatron_internvlx.checkpoint.errors import ConversionError
 from megatron_internvlx.data.internlm2_tokenizer import is_internlm2
 from megatron_internvlx.data.rvtc import NAMES_VERSION
@@ -95,16 +95,9 @@ def unknown_model(config: Mapping[str, Any]) -> ConversionError:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains an object. Raises ConversionError if it is missing or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ConversionError(f"{path}: not readable: brackets are nested too deeply") from error
+        return files.read_object(path)
     except ValueError as error:
-        raise ConversionError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path}: not a JSON object")
-    return content
+        raise ConversionError(str(error)) from error
 
 
 def model_part(config: Mapping[str, Any], key: str) -> dict[str, Any]:

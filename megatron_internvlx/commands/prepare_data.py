@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_internvlx.commands.values import float_in_range, int_in_range
+from megatron_internvlx.config import TrainSettings, check_supervised_budget
 from megatron_internvlx.data.conversation import TEMPLATES
 from megatron_internvlx.data.packing import Budget
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
@@ -136,10 +137,8 @@ def run_stats(argv: Sequence[str]) -> None:
                 raise ValueError(
                     f"{name} {rows} is too small for one tile of {tile} tokens and some text: raise it"
                 )
-        if most and most > budget.shallow:
-            raise ValueError(
-                f"--max-supervised-tokens-per-pack {most} must be at most {budget.shallow}, the rows that enter layer 0"
-            )
+        fixed = TrainSettings(boundary="static", max_supervised_tokens_per_pack=most)
+        check_supervised_budget(fixed, entry_rows=budget.shallow, samples=1)
     encoder = SampleEncoder(load_tokenizer(options.tokenizer_model), settings)
     found = stats.collect(options.out, encoder, limit=options.samples)
     if budget:

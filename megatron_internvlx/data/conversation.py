@@ -304,20 +304,18 @@ def _kept_length(
 
     Raises BadSample if an image or every answer is cut.
     """
-    total, num_visual = len(labels), int(is_visual.sum())
-    limit, most = total if limits[0] is None else limits[0], limits[1]
-    by, name, remedy = (
-        "length limit",
-        "",
-        "raise the sequence length, or lower max_tiles or the tokens per tile",
-    )
-    supervised = np.flatnonzero(labels != IGNORE_INDEX)
+    total, most = len(labels), limits[1]
+    limit = total if limits[0] is None else limits[0]
+    by, name = "length limit", ""
+    remedy = "raise the sequence length, or lower max_tiles or the tokens per tile"
+    supervised = np.flatnonzero(labels != IGNORE_INDEX) if most is not None else np.zeros(0)
     if most is not None and len(supervised) > most and supervised[most] < limit:
         limit, name = int(supervised[most]), f" ({len(supervised)} supervised tokens, of which {most} fit)"
         by = "budget of supervised tokens"
         remedy = "raise --max-supervised-tokens-per-pack, which the samples of a micro-batch share, or split the record"
     if total <= limit:
         return total
+    num_visual = int(is_visual.sum())
     ends = np.flatnonzero(last[:limit])
     kept = limit if partial else (int(ends[-1]) + 1 if len(ends) else 0)
     images_end = int(np.flatnonzero(is_visual)[-1]) + 2 if num_visual else 0  # past </img>
@@ -389,10 +387,11 @@ def encode(
     ids, labels, last = (np.repeat(row, repeats) for row in (ids, labels, last))
     if bos is not None:
         ids, labels, last = np.r_[bos, ids], np.r_[IGNORE_INDEX, labels], np.r_[False, last]
+    is_visual = ids == context_id
     limits = (max_length, None if no_loss else max_supervised)
-    kept = _kept_length(labels, last, ids == context_id, limits, compat.partial_answers, key)
+    kept = _kept_length(labels, last, is_visual, limits, compat.partial_answers, key)
     if no_loss:
         labels[:] = IGNORE_INDEX
-    ids, labels = ids[:kept], labels[:kept]
+    ids, labels, is_visual = ids[:kept], labels[:kept], is_visual[:kept]
     attention_mask = ids != 0 if compat.mask_id_zero else None
-    return Encoded(ids, labels, ids == context_id, attention_mask, num_images, num_tokens - kept)
+    return Encoded(ids, labels, is_visual, attention_mask, num_images, num_tokens - kept)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_internvlx.files import read_object
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +44,7 @@ def is_internlm2(directory: Path) -> bool:
     if (directory / FAST).is_file() or not model.is_file() or not settings.is_file():
         return False
     try:
-        return str(_object(settings).get("tokenizer_class", "")).startswith("InternLM2Tokenizer")
+        return str(read_object(settings).get("tokenizer_class", "")).startswith("InternLM2Tokenizer")
     except ValueError:
         return False  # transformers says what is wrong with it
 
@@ -56,7 +58,7 @@ def internlm2_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    settings = _object(directory / SETTINGS)
+    settings = read_object(directory / SETTINGS)
     proto = _sentencepiece_model(directory / MODEL)
     added = _added_tokens(settings, directory)
     # An added token may have the id of a piece that was kept free for it.
@@ -103,7 +105,7 @@ def write_fast_tokenizer(directory: Path) -> None:
     """
     internlm2_tokenizer(directory).save_pretrained(directory)
     path = directory / SETTINGS
-    settings = _object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = read_object(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if "extra_special_tokens" in settings:  # its name before release 5, which reads both
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -226,13 +228,3 @@ def _check_probes(tokenizer: Tokenizer, proto: bytes, model: Path) -> None:
                 f"{model}: {text!r} would become {found} instead of SentencePiece's {wanted}; put a tokenizer.json "
                 "that agrees beside it"
             )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return content

@@ -179,9 +179,6 @@ def _supervision(
     labels: Sequence[NDArray], starts: NDArray, most: int | None
 ) -> tuple[Int32, Int32, Int32, Int32]:
     """Rows that predict a supervised token, the tokens, and which answer and sample each is of."""
-    count = sum(supervised_tokens(label) for label in labels)
-    if most is not None and count > most:
-        raise ValueError(f"a micro-batch has {count} supervised tokens, over the static budget of {most}")
     rows, targets, answers, samples = [], [], [], []
     spans = 0
     for index, label in enumerate(labels):
@@ -194,6 +191,9 @@ def _supervision(
         answers.append(spans + np.cumsum(new_span) - 1)
         spans += int(new_span.sum())
         samples.append(np.full(len(at), index))
+    count = sum(map(len, rows))
+    if most is not None and count > most:
+        raise ValueError(f"a micro-batch has {count} supervised tokens, over the static budget of {most}")
     if not rows:
         empty = np.zeros(0, np.int32)
         return empty, empty, empty, empty

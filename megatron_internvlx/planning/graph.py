@@ -94,12 +94,9 @@ def check_graph(args: argparse.Namespace, sizes: ModelSizes) -> None:
 
 def drawn_again(args: argparse.Namespace) -> list[str]:
     """List the probabilities above 0 of what is dropped at random within recomputed layers, by their flags."""
-    granularity, dropout = (
-        settings_from(args, Recomputation).recompute_granularity,
-        settings_from(args, Dropout),
-    )
+    granularity = settings_from(args, Recomputation).recompute_granularity
+    dropout, lora = settings_from(args, Dropout), settings_from(args, LoraSettings)
     compression, vision = settings_from(args, CompressionSettings), settings_from(args, VisionSettings)
-    lora = settings_from(args, LoraSettings)
     trained = "vision" not in untrained_parts(settings_from(args, TrainSettings), lora)
     whole = granularity == "full"
     inside = {

@@ -164,19 +164,19 @@ def supervised_line(policy: PolicyStats, budget: Budget) -> str:
     assert policy.fill is not None
     costs = np.minimum(policy.costs, replace(budget, supervised=None).limits())
     costs[:, 3] = np.minimum(costs[:, 3], costs[:, 0])  # a text that is cut loses answers
-    counts, found = costs[:, 3], propose_supervised(costs, budget)
+    counts = costs[:, 3]
+    line = (
+        f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}"
+    )
     if budget.supervised is not None:
         over = float((counts > budget.supervised).mean())
         kept = np.minimum(counts, budget.supervised)
         return (
-            f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}; of "
-            f"{budget.supervised:,} per pack {kept.sum() / policy.fill.packs:,.0f} are used, and {over:.2%} of the "
-            "samples are over it by themselves: cut or refused"
+            f"{line}; of {budget.supervised:,} per pack {kept.sum() / policy.fill.packs:,.0f} are used, and {over:.2%} "
+            "of the samples are over it by themselves: cut or refused"
         )
-    line = (
-        f"supervised tokens ({policy.policy}): {counts.mean():,.0f} per sample, the longest {counts.max():,}, "
-        f"{counts.sum() / policy.fill.packs:,.0f} per pack"
-    )
+    line += f", {counts.sum() / policy.fill.packs:,.0f} per pack"
+    found = propose_supervised(costs, budget)
     if found is None:
         return f"{line}; a budget of their own would be almost as large as the shallow one"
     return (
