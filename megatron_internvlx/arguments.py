@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -344,10 +343,7 @@ def parse(
 
 
 def default_to_one_rank() -> None:
-    """Without torchrun, set RANK=0, WORLD_SIZE=1 and a free MASTER_PORT."""
+    """Without torchrun, set RANK=0, WORLD_SIZE=1 and MASTER_PORT=0: the store takes a free port when it is made."""
     if "RANK" in os.environ or "MASTER_ADDR" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from PIL import Image
 if __name__ == "__main__":  # works without an installed package too
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_internvlx.evaluation.served_answers import free_port
 from tools.gallery import add_options, draw_gallery
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -112,13 +112,6 @@ def served(command: list[str], port: int) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def free_port() -> int:
-    """TCP port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True)

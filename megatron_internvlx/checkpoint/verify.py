@@ -8,7 +8,6 @@ weights and runs Megatron's own pipeline schedule.
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from megatron_internvlx.checkpoint.case import Case, check_case, load_case
 from megatron_internvlx.checkpoint.errors import ConversionError
@@ -87,13 +87,13 @@ def write_recipe(arguments: Mapping[str, Any], folder: Path) -> None:
 def start_ranks(request: Request, ranks: int) -> None:
     """Run `run_rank` in `ranks` new processes. Raises ConversionError with the first failure."""
     context = get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # This process serves the store and the ranks connect to it, as under torchrun: a port chosen here for rank 0
+    # to serve on could be taken by another program while the rank imports Megatron.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, readers = [], []
     for rank in range(ranks):
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_process, args=(request, rank, ranks, port, writer))
+        process = context.Process(target=_rank_process, args=(request, rank, ranks, store.port, writer))
         process.start()
         writer.close()  # otherwise the reader would not notice that a rank was killed
         processes.append(process)
@@ -118,7 +118,7 @@ def _rank_process(request: Request, rank: int, ranks: int, port: int, report: An
     end_with_parent()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))

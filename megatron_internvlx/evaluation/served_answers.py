@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,32 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
+def free_port() -> int:
+    """TCP port of this machine on which nothing listens, for a server that takes seconds to start.
+
+    It is below the ports that the system gives to outgoing connections and to whoever asks for any port: one of
+    those can be taken by another program while the server imports its packages. Raises ServerError.
+    """
+    try:
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:  # not Linux
+        end = 32_768
+    # Some machines give out almost all of their ports: then no choice is better than another.
+    ports = range(10_000, end if end > 11_000 else 32_768)
+    for port in random.SystemRandom().sample(ports, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError(f"no free port was found between {ports[0]} and {ports[-1]}")
+
+
 @contextmanager
 def transformers_server(hf: Path, log: Path, *, device: str, dtype: str) -> Iterator[tuple[str, int]]:
     """Start `transformers serve --trust-remote-code` on a free port of this machine; yields (address, process id).
 
     It is stopped when the block ends. Raises ServerError, with the last line of `log`, if it does not start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-c", "import sys; from transformers.cli.transformers import main; sys.exit(main())",
         "serve", str(hf), "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", device,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_internvlx import arguments, paths
 from megatron_internvlx.config import SETTINGS
@@ -329,7 +330,12 @@ def test_a_process_without_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name)
     arguments.default_to_one_rank()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
-    assert int(os.environ["MASTER_PORT"]) > 0
+    ports = []
+    for _ in range(2):  # the store listens before anybody hears of its port, so nobody can take it first
+        store, rank, world_size = next(rendezvous("env://"))
+        ports.append(store.port)
+        assert (rank, world_size) == (0, 1)
+    assert min(ports) > 0 and ports[0] != ports[1]
 
 
 def test_per_token_loss_cannot_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
