@@ -1,7 +1,7 @@
 # make setup      .venv with every dependency, from constraints.txt (a second call does nothing)
 # make demo       a tiny InternVL-X trained on two CPU ranks
 # make test       the suite                   make test-fast   without the slow and the parallel tests
-# make test-heavy  proofs of minutes: the quickstart's notebook, counted compilations
+# make test-heavy  what takes minutes: static boundaries and conversion in all layouts, the notebook, compilations
 # make test-slurm  jobs on a real SLURM of two nodes (root; tests/slurm/cluster.sh install)
 # make test-serving  exports in servers and evaluation harnesses, in environments that it makes; minutes
 # make test-gpu   the tests that need CUDA    make lint        ruff, mypy
@@ -33,13 +33,13 @@ demo: setup
 
 # Two processes: one for all tests that share the pool of ranks, one for the others (tests/conftest.py).
 test: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup --ignore tests/heavy
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not heavy"
 
 test-fast: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow" --ignore tests/parallel --ignore tests/heavy
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not heavy" --ignore tests/parallel
 
 test-heavy: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup tests/heavy
+	@$(PYTHON) -m pytest -n 2 --dist loadgroup -m heavy
 
 test-slurm: setup
 	@$(PYTHON) -m pytest -rs tests/slurm/scenarios.py

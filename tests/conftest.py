@@ -24,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # With several processes (make test), what uses the pool stays together: one pool per machine.
         shared = "pool" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ranks" if shared else item.path.name))
+        if item.path.parent.name == "heavy":
+            item.add_marker(pytest.mark.heavy)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

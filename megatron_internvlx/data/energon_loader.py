@@ -25,7 +25,7 @@ from megatron_internvlx.data.energon_tasks import Batch, Decode, Delivery, PackE
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prefetch import WORKER_AHEAD, Prefetcher
 from megatron_internvlx.data.prepared import METADATASET, prepared_sets
-from megatron_internvlx.data.rejects import RejectLog, TooManyRejects
+from megatron_internvlx.data.rejects import RejectLog, TooManyRejects, UnusableData
 from megatron_internvlx.data.rvtc import stored_policy
 from megatron_internvlx.data.sample import SampleEncoder
 
@@ -243,7 +243,10 @@ class EnergonBatches:
         return LoaderState(self._made_with, settings.rank, settings.world, settings.workers, state, pending)
 
     def restore(self, state: LoaderState) -> None:
-        """Continue after `state`, before the first micro-batch is taken. Raises ValueError if it does not fit."""
+        """Continue after `state`, before the first micro-batch is taken. Raises ValueError if it does not fit.
+
+        Of other data or settings the error is an UnusableData: it is the caller's mistake.
+        """
         if self._packs is not None:
             raise ValueError("the loader has started: restore its state before the first micro-batch")
         check_same(_present_names(state), self._made_with)
@@ -317,7 +320,7 @@ def _present_names(state: LoaderState) -> dict[str, Any]:
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare the settings of a saved state with the present ones. Raises ValueError naming the differences."""
+    """Compare the settings of a saved state with the present ones. Raises UnusableData naming the differences."""
     wrong = []
     for key in now:
         old, new = saved.get(key), now[key]
@@ -326,7 +329,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
         elif old != new:
             wrong.append(f"{key}: {old} -> {new}")
     if wrong:
-        raise ValueError(
+        raise UnusableData(
             "the loader state was saved with other data or settings, so the next samples are unknown: "
             f"{'; '.join(wrong)}. Use the same, or start the data again with --restart-data"
         )

@@ -25,7 +25,7 @@ from megatron_internvlx.data.energon_loader import (
 )
 from megatron_internvlx.data.plan import PlanSettings
 from megatron_internvlx.data.prefetch import TAKEN_AHEAD
-from megatron_internvlx.data.rejects import RejectLog
+from megatron_internvlx.data.rejects import RejectLog, UnusableData
 from megatron_internvlx.data.sample import SampleEncoder
 from megatron_internvlx.files import checkpoint_directory
 from megatron_internvlx.megatron_settings import Batches, CheckpointFiles, Progress
@@ -176,7 +176,7 @@ def position_fault(files: CheckpointFiles, data: DataSettings, step: int) -> str
 def find_states(files: CheckpointFiles, data: DataSettings, step: int) -> list[LoaderState]:
     """Loader states of all ranks saved with checkpoint `step`; empty if there are none.
 
-    Raises ValueError if some are missing or unreadable: with a part of them, samples would be left out.
+    Raises UnusableData if some are missing or unreadable: with a part of them, samples would be left out.
     """
     for folder in _folders(files, data, step):
         paths = sorted(folder.glob(position_file("*")))
@@ -186,12 +186,12 @@ def find_states(files: CheckpointFiles, data: DataSettings, step: int) -> list[L
             # Our own file, with classes of ours and Energon's.
             every = [torch.load(path, weights_only=False)["dataloader_state_dict"] for path in paths]
         except Exception as error:  # a torn file raises nearly anything
-            raise ValueError(f"a loader position in {folder} cannot be read: {error}; {_REMEDY}") from error
+            raise UnusableData(f"a loader position in {folder} cannot be read: {error}; {_REMEDY}") from error
         every.sort(key=lambda state: state.rank)
         # Files of ranks beyond the world size of the first are left from an earlier run with more ranks.
         every = every[: every[0].world]
         if lacking := sorted(set(range(every[0].world)) - {state.rank for state in every}):
-            raise ValueError(
+            raise UnusableData(
                 f"{folder} has the loader positions of {len(every)} of {every[0].world} ranks, without "
                 f"{', '.join(map(str, lacking))}; {_REMEDY}"
             )

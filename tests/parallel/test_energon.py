@@ -92,6 +92,7 @@ def test_resume_gives_the_same_losses_bit_for_bit(
         assert other[-1]["losses"][3] != losses[3]
 
 
+@pytest.mark.heavy
 def test_ranks_that_cut_their_own_tiles_resume_bit_for_bit(pool: Pool, demo: Path, tmp_path: Path) -> None:
     """A micro-batch is begun ahead of training when a checkpoint is saved or held-out data come, and comes again."""
     more = [

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_internvlx import files
+from megatron_internvlx import exit_codes, files
 from megatron_internvlx.config import DataSettings
 from megatron_internvlx.data.prepare import PrepareSettings, prepare
 from megatron_internvlx.lifecycle import resume
@@ -203,6 +203,20 @@ def test_weights_are_not_thrown_away_with_the_place_in_the_data(launch_packed, u
     assert resume.verdict(tmp_path, 0, 3)[0] == resume.STOP
 
 
+def test_a_place_of_other_settings_is_a_mistake_told_once(launch_packed, unbroken_packed, tmp_path):
+    shutil.copytree(unbroken_packed.save, tmp_path, dirs_exist_ok=True)
+    results = launch_packed(tmp_path, "--pack-buffer", "13")
+    assert [r["code"] for r in results] == [exit_codes.MISTAKE] * 2
+    for result in results:
+        assert (
+            "pack_buffer: 12 -> 13. Use the same, or start the data again with --restart-data"
+            in result["err"]
+        )
+        assert "Traceback" not in result["out"] + result["err"]
+    assert files.iterations(tmp_path) == files.iterations(unbroken_packed.save)
+    assert "pack_buffer" in resume.RunState.read(tmp_path).reason
+
+
 def test_a_place_in_the_data_is_wanted_of_the_loader_that_has_one(unbroken, unbroken_packed, tmp_path):
     from megatron_internvlx.training.loader_state import position_fault  # imports Energon
 
@@ -297,10 +311,8 @@ def test_hung_rank_is_noticed(pool, launch, unbroken, tmp_path):
         os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
 
     threading.Thread(target=act, daemon=True).start()
-    begun = time.monotonic()
     with pytest.raises(RankError, match="rank 1: died with exit code 1"):
         launch(tmp_path, "--exit-signal-handler", "--stall-minutes", "0.2")
-    assert time.monotonic() - begun < 80
     said = pool.outputs[1]
     assert "rank 1 waited 12 s for a step" in said and "most recent call first" in said
     state = resume.RunState.read(tmp_path)

@@ -128,7 +128,7 @@ def words(layout: str) -> list[str]:
     [
         (1, ""),
         pytest.param(2, "zero overlap", marks=pytest.mark.slow),
-        pytest.param(2, "tp=2 sp", marks=pytest.mark.slow),
+        pytest.param(2, "tp=2 sp", marks=pytest.mark.heavy),
     ],
 )
 def test_training_goes_on_bit_for_bit(pool: Pool, ranks: int, layout: str) -> None:

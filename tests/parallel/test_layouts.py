@@ -47,8 +47,13 @@ def test_one_step(runner: Runner, case: Case) -> None:
     assert not runner.difference(case).exceeded()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CURVES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.heavy if number else pytest.mark.slow)
+        for number, case in enumerate(CURVES)
+    ],
+)
 def test_loss_curve(runner: Runner, case: Case) -> None:
     assert runner.curve(case) <= 1e-4
 

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp4_lone_ends": (4, [*PP4, "--pipeline-model-parallel-layout", "E|tt|tt|L"]),
     "tp2_pp2_uneven": (4, [*TP2, *PP2, "--pipeline-model-parallel-layout", "Ettt|tL"]),
 }
+LIGHT = ("one", "dp2", "tp4", "tp2_pp2_vpp2", "pp4_lone_ends")
+"""Layouts of `make test`; `make test-heavy` has the others."""
 EXPERT_LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ep2": (2, EP2),
     "tp2_ep2": (2, [*TP2, *EP2]),
@@ -65,7 +67,9 @@ def test_without_megatron(imported: Path, tmp_path: Path) -> None:
         assert problems(imported, name, imported / "ck" / name, tmp_path / name) == [], name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name if name in LIGHT else pytest.param(name, marks=pytest.mark.heavy) for name in LAYOUTS]
+)
 def test_through_every_layout(pool: Pool, imported: Path, tmp_path: Path, layout: str) -> None:
     ranks, arguments = LAYOUTS[layout]
     checkpoints = {name: str(imported / "ck" / name) for name in FAMILIES}

@@ -98,7 +98,7 @@ def digest(batch):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("workers", [0, 1, pytest.param(4, marks=pytest.mark.heavy)])
 def test_resume_at_ten_random_steps_gives_the_same_batches(prepared, loader, workers, world):
     steps = 30
     at = sorted(random.Random(f"{workers}/{world}").sample(range(steps - 3), 10))
@@ -124,6 +124,7 @@ def test_resume_at_ten_random_steps_gives_the_same_batches(prepared, loader, wor
                 second.close()
 
 
+@pytest.mark.heavy
 def test_a_state_saved_while_workers_still_start_is_right(prepared, loader, monkeypatch):
     """Energon's command thread may answer before its worker has begun, which skipped that worker's first pack.
 

@@ -1,5 +1,5 @@
 import dataclasses
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -138,16 +138,15 @@ def test_meter_adds_up_and_starts_anew() -> None:
 
 
 def test_meter_is_cheap() -> None:
-    """The limit is generous for a loaded machine; measured 21 us for a pack of 20 samples."""
-    meter, pack = StepMeter(SIZES, BackwardSettings()), plan((1, 0) * 10)
-    best = min(_seconds(lambda: meter.add(pack)) for _ in range(50))
-    assert best < 50e-6
-
-
-def _seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    """It runs between two steps. Measured: 185 Python calls for a pack of 20 samples, in 21 us."""
+    meter, pack, events = StepMeter(SIZES, BackwardSettings()), plan((1, 0) * 10), []
+    meter.add(pack)
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    try:
+        meter.add(pack)
+    finally:
+        sys.setprofile(None)
+    assert 0 < events.count("call") + events.count("c_call") < 250
 
 
 @pytest.mark.parametrize(
