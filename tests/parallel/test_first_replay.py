@@ -82,8 +82,9 @@ def recordable() -> Callable[..., list]:
 SCHEDULE = training.get_forward_backward_func
 
 
-def recorded(changes: list[str], mistake: str = "", **options: Any) -> dict[str, Any]:
-    """`layouts.train` with its steps in a graph; its printed line, or its error, is in "said"."""
+@contextmanager
+def stand_ins(mistake: str = "") -> Iterator[list[str]]:
+    """Within it steps are recorded by stand-ins, once `graph.record_steps` is called; yields the printed lines."""
     said: list[str] = []
     with ExitStack() as stack:
         for owner, names in {
@@ -97,6 +98,16 @@ def recorded(changes: list[str], mistake: str = "", **options: Any) -> dict[str,
             Recording: {"mistake": mistake},
         }.items():
             stack.enter_context(mock.patch.multiple(owner, **names))
+        try:
+            yield said
+        finally:
+            StepGraph.reset_cuda_graph(mock.Mock())
+
+
+def recorded(changes: list[str], mistake: str = "", **options: Any) -> dict[str, Any]:
+    """`layouts.train` with its steps in a graph; its printed line, or its error, is in "said"."""
+    with ExitStack() as stack:
+        said = stack.enter_context(stand_ins(mistake))
         if mistake == "other numbers":
             stack.enter_context(mock.patch.object(replay, "keep_random_state", lambda: lambda: None))
         if mistake == "gradients kept":
@@ -114,8 +125,6 @@ def recorded(changes: list[str], mistake: str = "", **options: Any) -> dict[str,
             return {**layouts.train(changes, **options), "said": said}
         except GraphDiffers as error:
             return {"said": [str(error)]}
-        finally:
-            StepGraph.reset_cuda_graph(mock.Mock())
 
 
 def words(layout: str) -> list[str]:
