@@ -15,7 +15,9 @@ from megatron_internvlx.commands import plan, planner
 from megatron_internvlx.planning import dryrun
 from megatron_internvlx.planning.search import evaluate, find_plan
 
-RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[3] / "examples" / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+EVERY_RECIPE = sorted(FOLDER.rglob("*.yaml"))
 GRAPH_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_pretrain"))
 SFT_2B = next(path for path in RECIPES if path.name.startswith("internvlx_2b_sft"))
 SFT_8B = next(path for path in RECIPES if path.name.startswith("internvlx_8b_sft"))
@@ -77,14 +79,25 @@ def test_recipe_can_run(monkeypatch, capsys, recipe):
     stated = re.search(r"(\d+) of 79 GiB", recipe.read_text())
     assert stated is not None
     assert plan.fullest.total / dryrun.GIB + dryrun.RESERVE_GIB == pytest.approx(int(stated[1]), abs=0.5)
-    # Matrix products over a vocabulary that 64 does not divide take several times as long.
-    assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
     # "Packs" in the recipe and tokens per step in the report are true only of packed data.
     assert args.packing and args.loader == "energon"
     # Others are refused, or wait for a card: the table of docs/performance.md, "One CUDA graph per step".
     recordable = args.pipeline_model_parallel_size == 1 and not args.num_experts
     graph = args.cuda_graph_impl == "full_iteration"
     assert graph == bool(recordable and args.freeze_vision and not args.fp8)
+
+
+def test_recipes_are_found_in_all_folders():
+    folders = {path for path in FOLDER.iterdir() if path.is_dir()}
+    assert {path.parent for path in EVERY_RECIPE} == {FOLDER, *folders} and len(folders) >= 3
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=lambda path: path.stem)
+def test_the_vocabulary_is_padded(monkeypatch, recipe):
+    """On each tensor-parallel rank to a multiple of 64: matrix products over others take several times as long."""
+    args = dry(monkeypatch, recipe)
+    assert args.padded_vocab_size >= args.vocab_size
+    assert args.padded_vocab_size % (64 * args.tensor_model_parallel_size) == 0
 
 
 def test_memory_that_does_not_suffice_names_what_is_left_to_try(monkeypatch, capsys):
