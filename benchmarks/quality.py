@@ -144,7 +144,7 @@ def step_times(
     workers = {}
     for combination in wanted:
         settings = recipe(combination, SEEDS[0], 1000) | {"global_batch_size": TIMED}
-        grids = [tile_grid(*size, **tile_rule(combination[2])) for size in timed_sizes(sizes)]
+        grids = [tile_grid(*size, **tile_rule(combination[2])) for size in sizes]
         samples = [(tile_count(*grid, thumbnail=True), 48) for grid in grids]
         count = settings["micro_batch_size"]
         micro_batches = [samples[i : i + count] for i in range(0, len(samples), count)]
@@ -233,7 +233,7 @@ def main() -> None:
             print(f"{len(missing)} runs are still to do; --report shows those that are there")
             return
         present = [key for key in distinct if any(of(run) == key for run in runs)]
-        ms = step_times(data, sizes, present, 7 if chosen.full else 2)
+        ms = step_times(data, timed_sizes(sizes), present, 7 if chosen.full else 2)
     runs += [
         run | {"rvtc": rule}
         for rule in RULES
