@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ TESTS = 110  # seconds of a file of tests, which is ended after 1.6 times as man
 GRAPH = ("--cuda-graph-impl", "full_iteration")
 FROZEN = ("--freeze-vision",)
 EXACT = ("--deterministic-mode", "--max-samples-per-pack", str(EXACT_SAMPLES))
+FP8_PARTS = ("decoder", "projectors")
+"""What runs in FP8, as in every FP8 recipe (`examples/recipes`)."""
+EVERYWHERE = ("decoder", "vision", "projectors")
 TORCH_ATTENTION = ("--vision-attention", "torch")
 """What a graph needs to hold a trained vision encoder (docs/performance.md); rows without a graph or `-torch` have
 Transformer Engine's attention."""
@@ -83,8 +87,9 @@ def model_arguments(
     packs: int = 4,
     deep: int = DEEP,
     tiles: int = TILES,
+    fp8_parts: Sequence[str] = FP8_PARTS,
 ) -> list[str]:
-    """Arguments of a stack with static budgets of so many deep rows and tiles per pack."""
+    """Arguments of a stack with static budgets of so many deep rows and tiles per pack; `fp8_parts` if in FP8."""
     shallow = deep - tiles * SAVED if lvtc else deep
     words = f"""
     --model-preset {preset} --precision {precision} --transformer-impl transformer_engine
@@ -94,7 +99,8 @@ def model_arguments(
     --tokenizer-model {TOKENIZER} --data none --lr 1e-4 --min-lr 1e-4
     --lr-decay-style constant --clip-grad 1.0 --train-iters 1000 --projector-drop-path 0
     """.split()
-    return words + (["--expand-layer", str(layers // 3)] if lvtc else [])
+    words += ["--expand-layer", str(layers // 3)] if lvtc else []
+    return words + (["--fp8-parts", *fp8_parts] if "fp8" in precision else [])
 
 
 SHAPES = {"2b": ("internvlx_2b_released", 24), "8b": ("internvlx_8b_released", 4)}
@@ -169,9 +175,9 @@ def step_rows() -> list[Row]:
     frozen = (*model_arguments(*SHAPES["2b"], "bf16", True), *FROZEN)
     rows.append(Row("2b-bf16-graph-frozen", "step", 5, 40, (*frozen, *GRAPH)))
     rows.append(Row("2b-bf16-eager-frozen", "step", 5, 40, frozen))
-    argv = model_arguments(*SHAPES["8b"], "fp8_tensorwise", True, packs=2, deep=2 * DEEP, tiles=2 * TILES)
-    argv += ["--fp8-parts", "decoder", "vision", "projectors", *GRAPH, *TORCH_ATTENTION]
-    argv += ["--vision-recompute"]  # 16 tiles a pack do not fit otherwise
+    wide: dict[str, Any] = {"packs": 2, "deep": 2 * DEEP, "tiles": 2 * TILES}
+    argv = model_arguments(*SHAPES["8b"], "fp8_tensorwise", True, fp8_parts=EVERYWHERE, **wide)
+    argv += [*GRAPH, *TORCH_ATTENTION, "--vision-recompute"]  # 16 tiles a pack do not fit otherwise
     rows.append(Row("8b-fp8_everywhere-graph", "step", 9, 32, tuple(argv), WIDE_PACKS))
     return rows
 
@@ -267,7 +273,8 @@ def _tiny_arguments(argv: Sequence[str]) -> list[str]:
         del words[at : at + len(GRAPH)]
     if "--fp8-parts" in words:
         at = words.index("--fp8-parts")
-        del words[at : at + 4]
+        parts = takewhile(lambda word: not word.startswith("--"), words[at + 1 :])
+        del words[at : at + 1 + len(list(parts))]
     if "--expand-layer" in words:
         words[words.index("--expand-layer") + 1] = "1"
     for flag, value in _TINY.items():
