@@ -30,6 +30,8 @@ CURVE_STEPS, GRAPH_STEPS = 100, 50
 TESTS = 110  # seconds of a file of tests, which is ended after 1.6 times as many
 GRAPH = ("--cuda-graph-impl", "full_iteration")
 FROZEN = ("--freeze-vision",)
+FIRST_WITHOUT_UPDATE = ("--lr-warmup-iters", "1")
+"""A first step at a learning rate of 0, as every recipe has it: delayed scaling knows no scales before it."""
 EXACT = ("--deterministic-mode", "--max-samples-per-pack", str(EXACT_SAMPLES))
 FP8_PARTS = ("decoder", "projectors")
 """What runs in FP8, as in every FP8 recipe (`examples/recipes`)."""
@@ -189,7 +191,7 @@ def curve_rows() -> list[Row]:
         sizes = {"deep": EXACT_ROWS, "tiles": EXACT_TILES} if exact else {}
         argv = model_arguments("internvlx_2b_released", 4, precision, True, packs=1, **sizes)
         argv += [*CURVE_SIZE, "--vision-overrides", json.dumps({"num_layers": 4})]
-        argv += [*FROZEN, *(GRAPH if graph else ()), *(EXACT if exact else ())]
+        argv += [*FROZEN, *FIRST_WITHOUT_UPDATE, *(GRAPH if graph else ()), *(EXACT if exact else ())]
         environment = DETERMINISTIC if exact else {}
         packs, settings = EXACT_PACKS if exact else PACKS, {"steps": steps}
         rows.append(Row(name, "curve", priority, 100, tuple(argv), packs, settings, environment))

@@ -64,6 +64,18 @@ def test_fp8_rows_have_the_parts_of_the_recipes(parsed, row: rows.Row) -> None:
         assert args.fp8_parts == recipe["fp8_parts"]
 
 
+def test_curves_compare_and_begin_without_an_update(parsed) -> None:
+    """The first update would follow gradients scaled without a history; all curves have equal learning rates."""
+    curves = [row for row in STEPPED if row.kind == "curve"]
+    rates = set()
+    for row in curves:
+        args = parsed(*row.argv)
+        assert args.lr_warmup_iters == 1 and args.lr_warmup_init == 0, row.name
+        rates.add((args.lr, args.min_lr, args.lr_decay_style, args.train_iters, args.global_batch_size))
+    assert len(rates) == 1
+    assert len(curves) == len(rows.CURVES)
+
+
 @pytest.mark.parametrize("row", STEPPED, ids=lambda row: row.name)
 def test_tiny_rows_have_arguments_that_a_cpu_takes(parsed, row: rows.Row) -> None:
     small = rows.tiny(row)
