@@ -245,13 +245,14 @@ def tiny(row: Row) -> Row:
             "hidden": 64, "layers": 3, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512,
         }  # fmt: skip
         size = {**row.settings.get("size", {}), **small}
-        return replace(row, packs=TINY_PACKS, settings={**row.settings, "size": size, "tiny": True})
-    argv = _tiny_arguments(row.argv)
-    return replace(
-        row, argv=tuple(argv), packs=TINY_PACKS, settings={**row.settings, "tiny": True, "steps": 4}
-    )
+        settings = {**row.settings, "size": size, "tiny": True}
+        return replace(row, packs=TINY_PACKS, settings=settings, seconds=TINY_SECONDS)
+    settings = {**row.settings, "tiny": True, "steps": 4}
+    argv = tuple(_tiny_arguments(row.argv))
+    return replace(row, argv=argv, packs=TINY_PACKS, settings=settings, seconds=TINY_SECONDS)
 
 
+TINY_SECONDS = 100.0  # a few, but none is ended on a busy machine
 TINY_PACKS = [[(1, 40), (0, 60)], [(2, 30)]]
 _TINY = {
     "--precision": "bf16", "--transformer-impl": "local", "--num-layers": "3", "--seq-length": "160",
