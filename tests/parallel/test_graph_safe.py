@@ -29,7 +29,7 @@ from megatron_internvlx.training.provider import plan_settings
 from megatron_internvlx.training.step import ForwardStep
 from tests.distributed import Pool
 from tests.graph_recorder import HostTensors, Recorder, nothing_from_the_host, unsafe
-from tests.layout_cases import STATIC, expand
+from tests.layout_cases import LORA, STATIC, expand
 
 # Tiles of each sample of a pack; (number, tiles) are arguments of `layouts.sample`.
 PACKS = {"no tiles, one sample": [0], "all tiles": [4, 4], "most samples": [0, 1, 0, 2]}
@@ -104,6 +104,7 @@ def _recorded_steps(run: layouts.Run, host: HostTensors, *, told: bool) -> dict[
 
 # The vision encoder's attention with which a graph can train it.
 TORCH = ["--vision-attention", "torch"]
+EVERYWHERE = ["decoder_attention", "decoder_mlp", "vision", "projectors"]
 VISION = ["--vision-overrides", '{"qk_normalization": true, "drop_path_rate": 0.2}']
 LAYOUTS = {
     "one": (1, "", ["--projector-drop-path", "0.3"]),
@@ -112,6 +113,10 @@ LAYOUTS = {
     "pp": (2, "pp=2", []),
     "tp": (2, "tp=2", []),
     "tp sp recompute": (2, "tp=2 sp full", TORCH),
+    # As in the recipes with a graph: no gradients of the decoder's weights, none beyond the projectors.
+    "frozen": (1, "", ["--freeze-vision", "--freeze-llm"]),
+    "adapters": (1, "", [*LORA.split(), "--lora-dropout", "0.2", "--freeze-vision"]),
+    "adapters everywhere": (2, "tp=2 sp", [*LORA.split(), "--lora-targets", *EVERYWHERE, *TORCH]),
 }
 
 

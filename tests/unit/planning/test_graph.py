@@ -133,6 +133,8 @@ ALLOWED: dict[str, dict[str, object]] = {
     },
     "vision trained with torch's attention": {**TRAINED, "vision_attention": "torch"},
     "FP8": FP8,
+    "frozen parts": {"freeze_llm": True},
+    "adapters": {"lora_rank": 3, "lora_alpha": 9.0, "lora_dropout": 0.1},
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "tensor and sequence parallelism": {
         "world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,

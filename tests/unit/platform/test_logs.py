@@ -42,6 +42,13 @@ def test_missing_apex_is_news_on_cuda_only(log_filter: logs._Filter) -> None:
     assert logs._Filter(on_cpu=False).should_show(text)
 
 
+def test_apex_of_foreign_models_is_no_news(log_filter: logs._Filter) -> None:
+    """Megatron's other models ask for it when imported; on GPUs Transformer Engine has what it is for."""
+    foreign = logs._Filter(on_cpu=False)
+    assert not foreign.should_show("Apex is not installed. Falling back to Torch Norm")
+    assert foreign.should_show("Apex is too old. Falling back to Torch Norm")
+
+
 def test_warnings_of_others_pass() -> None:
     logs.quiet_logs(on_cpu=True)
     with pytest.warns(UserWarning, match="mine"):
