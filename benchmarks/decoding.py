@@ -33,12 +33,12 @@ def photograph(seed: int) -> bytes:
     return file.getvalue()
 
 
-def photographs(count: int) -> list[EncodedImage]:
-    """So many of them with their grids (RVTC edge, at most 12 tiles and the thumbnail), drawn on every core."""
+def photographs(count: int, max_tiles: int = MAX_TILES) -> list[EncodedImage]:
+    """So many of them with their grids (RVTC edge, at most so many tiles and the thumbnail), drawn on every core."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         files = list(pool.map(photograph, range(count)))
     sizes = [Image.open(io.BytesIO(data)).size for data in files]
-    grids = [tile_grid(*size, tile_size=TILE, max_tiles=MAX_TILES) for size in sizes]
+    grids = [tile_grid(*size, tile_size=TILE, max_tiles=max_tiles) for size in sizes]
     return [EncodedImage(data, *grid, True) for data, grid in zip(files, grids, strict=True)]
 
 
@@ -96,15 +96,25 @@ def host_time(images: list[EncodedImage], batch: int, device_id: int | None = 0,
     return {"batch": batch, "tiles": len(out), "start_ms": middle[0], "collect_ms": middle[1]}
 
 
-def gpu_rows(seconds: float, images: list[EncodedImage] | None = None) -> list[dict]:
-    """Rows of a table, one per batch size, engine share and upsampling; takes about ``seconds`` on a GPU."""
+def gpu_rows(
+    seconds: float, images: list[EncodedImage] | None = None, device_id: int | None = 0
+) -> list[dict]:
+    """Rows of a table, one per batch size, engine share and upsampling.
+
+    Args:
+        seconds: what all rows take together on a GPU, about.
+        images: as many as a batch has in most rows; None draws them.
+        device_id: GPU; None for the CPU, where engine share and upsampling change nothing.
+    """
     images = images or photographs(BATCH)
+    batch = len(images)
+    small, half = max(batch // 6, 1), max(batch // 2, 1)
     variants: list[tuple[int, dict[str, Any]]] = [
-        *((batch, {"engine_share": ENGINE_SHARE}) for batch in (8, 24, BATCH, 2 * BATCH)),
-        *((BATCH, {"engine_share": share}) for share in (0.0, 0.5, 0.8, 1.0)),
-        (BATCH, {"engine_share": ENGINE_SHARE, "fancy_upsampling": False}),
-        (BATCH, {"engine_share": ENGINE_SHARE, "threads": 8}),
+        *((count, {"engine_share": ENGINE_SHARE}) for count in (small, half, batch, 2 * batch)),
+        *((batch, {"engine_share": share}) for share in (0.0, 0.5, 0.8, 1.0)),
+        (batch, {"engine_share": ENGINE_SHARE, "fancy_upsampling": False}),
+        (batch, {"engine_share": ENGINE_SHARE, "threads": 8}),
     ]
     each = seconds / (len(variants) + 2)
-    rows = [rate(images, batch, each, **options) for batch, options in variants]
-    return rows + [host_time(images, batch) for batch in (8, 24)]
+    rows = [rate(images, count, each, device_id, **options) for count, options in variants]
+    return rows + [host_time(images, count, device_id) for count in (small, half)]

@@ -13,8 +13,8 @@ kind: digits, words and counts need detail that colours do not. A run takes one 
 it; two processes with different `--only` use two cores, once the trained model is there. Each finished run is a line
 of results/quality_kinds.jsonl, with its commit and a digest of its recipes; runs that are there are not repeated, so
 it can be stopped and started again. A rule of RVTC that cuts every image of the data as another one does needs no run
-of its own: the same tiles and seed are the same run. Step times are taken at the end, all combinations in turns on the
-same 16 samples.
+of its own: the same tiles and seed are the same run. Step times are taken at the end, all combinations in turns on 64
+images, whose mean tiles are those of the data under every rule; --report can be repeated for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -56,14 +56,59 @@ BASE_STAGES = (Stage(DEMO, 400), Stage(UNCOMPRESSED, 1440))
 QUICK_STAGES = (Stage(DEMO, 20), Stage(UNCOMPRESSED, 20))
 STEPS = 80
 WORK = ROOT / "runs" / "quality"
-TIMED = 16  # images per timed step
+TIMED = 64  # images per timed step
 
 
-def images_of(data: Path) -> list[tuple[int, int]]:
-    """Width and height of every record with one image, training records first."""
-    lines = [line for name in ("train", "val") for line in (data / f"{name}.jsonl").open()]
-    records = [json.loads(line) for line in lines]
-    return [(r["width"], r["height"]) for r in records if isinstance(r.get("image"), str)]
+class Picture(NamedTuple):
+    """What the study needs to know of a record with one image."""
+
+    width: int
+    height: int
+    questions: int
+    """Held-out questions about it; 0 for training records."""
+
+
+def pictures_of(data: Path) -> list[Picture]:
+    """Every record with one image, training records first."""
+    found = []
+    for name in ("train", "val"):
+        for line in (data / f"{name}.jsonl").open():
+            record = json.loads(line)
+            if isinstance(record.get("image"), str):
+                asked = sum(turn["from"] == "human" for turn in record["conversations"])
+                found.append(Picture(record["width"], record["height"], asked if name == "val" else 0))
+    return found
+
+
+def timed_sizes(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sizes of `TIMED` images at equal distances in the order of their tiles, so that the means are those of all."""
+
+    def tiles(size: tuple[int, int]) -> list[float]:
+        return [mean_tiles([size], rule) for rule in RULES]
+
+    sizes = sorted(sizes, key=tiles)
+    return [sizes[(2 * number + 1) * len(sizes) // (2 * TIMED)] for number in range(TIMED)]
+
+
+def mean_tiles(sizes: Sequence[tuple[int, int]], rule: str) -> float:
+    """Tiles per image under a rule of RVTC, thumbnails included."""
+    grids = [tile_grid(*size, **tile_rule(rule)) for size in sizes]
+    return statistics.mean(tile_count(*grid, thumbnail=True) for grid in grids)
+
+
+def about_pictures(pictures: list[Picture]) -> str:
+    """What the rules cut otherwise, and the tiles of what is timed."""
+    edge, area = (tile_rule(rule) for rule in ("edge", "area"))
+    other = [p for p in pictures if tile_grid(*p[:2], **edge) != tile_grid(*p[:2], **area)]
+    held_out = [picture for picture in other if picture.questions]
+    sizes = timed_sizes([(picture.width, picture.height) for picture in pictures])
+    timed = ", ".join(f"{mean_tiles(sizes, rule):.2f} {rule}" for rule in RULES)
+    return (
+        f"`area` cuts {len(other)} of {len(pictures):,} pictures otherwise than `edge`, {len(held_out)} of the "
+        f"{sum(bool(picture.questions) for picture in pictures)} held-out ones, with "
+        f"{sum(picture.questions for picture in held_out)} questions. A timed step has {TIMED} pictures, with "
+        f"{timed} tiles each. Questions without a picture are not counted. "
+    )
 
 
 def tile_rule(rule: str) -> dict[str, Any]:
@@ -81,8 +126,7 @@ def twins(sizes: list[tuple[int, int]]) -> dict[str, str]:
 
 def compression(sizes: list[tuple[int, int]], combination: Combination) -> tuple[float, float]:
     """Tiles per image, thumbnails included, and visual tokens per image in the mean over the decoder's layers."""
-    rule = tile_rule(combination[2])
-    tiles = statistics.mean(tile_count(*tile_grid(*size, **rule), thumbnail=True) for size in sizes)
+    tiles = mean_tiles(sizes, combination[2])
     model = preset(demo_recipe()["model_preset"])
     side = internvit_preset(model["vision_preset"]).patches_per_side
     low, high = ((round(side * model.get(name, default))) ** 2 for name, default in RATIOS)
@@ -93,15 +137,17 @@ def compression(sizes: list[tuple[int, int]], combination: Combination) -> tuple
 RATIOS = (("low_ratio", 0.25), ("high_ratio", 0.5))
 
 
-def step_times(data: Path, wanted: list[Combination], repeats: int) -> dict[Combination, float]:
-    """Median milliseconds of a step of the same 16 samples; the combinations take turns."""
+def step_times(
+    data: Path, sizes: list[tuple[int, int]], wanted: list[Combination], repeats: int
+) -> dict[Combination, float]:
+    """Median milliseconds of a step of the same images; the combinations take turns."""
     workers = {}
     for combination in wanted:
         settings = recipe(combination, SEEDS[0], 1000) | {"global_batch_size": TIMED}
-        grids = [tile_grid(*image, **tile_rule(combination[2])) for image in images_of(data)[:TIMED]]
+        grids = [tile_grid(*size, **tile_rule(combination[2])) for size in sizes]
         samples = [(tile_count(*grid, thumbnail=True), 48) for grid in grids]
-        size = settings["micro_batch_size"]
-        micro_batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        count = settings["micro_batch_size"]
+        micro_batches = [samples[i : i + count] for i in range(0, len(samples), count)]
         # A file, not flags: only there can `expand_layer: null` overrule the preset.
         path = data / f"{'-'.join(combination).replace('/', '_')}.yaml"
         path.write_text(
@@ -171,7 +217,8 @@ def main() -> None:
         data = Path(folder)
         command = [sys.executable, "tools/make_demo_data.py", "--out", folder]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        sizes = images_of(data)
+        pictures = pictures_of(data)
+        sizes = [(picture.width, picture.height) for picture in pictures]
         same = twins(sizes)
         distinct = list(dict.fromkeys((p, k, same[rule]) for p, k, rule in wanted))
         if not chosen.report:
@@ -186,7 +233,7 @@ def main() -> None:
             print(f"{len(missing)} runs are still to do; --report shows those that are there")
             return
         present = [key for key in distinct if any(of(run) == key for run in runs)]
-        ms = step_times(data, present, 7 if chosen.full else 2)
+        ms = step_times(data, timed_sizes(sizes), present, 7 if chosen.full else 2)
     runs += [
         run | {"rvtc": rule}
         for rule in RULES
@@ -197,11 +244,13 @@ def main() -> None:
     ms = {key: ms[key] for key in wanted if key in ms}
     tokens = {key: compression(sizes, key) for key in ms}
     plot(runs, ms, tokens, same, RESULTS / f"{name}.png")
+    times = {"commit": commit(), "images": TIMED, "ms": {"/".join(key): round(ms[key], 1) for key in ms}}
+    (RESULTS / f"{name}-ms.json").write_text(json.dumps(times, indent=1) + "\n")
     lines = report_lines(runs, ms, tokens, same)
     size = demo_recipe()["global_batch_size"]
     before = " and ".join(f"{count} steps of {'/'.join(combination)}" for combination, count in stages)
     runs_text = f"{steps} steps of {size} samples per run, one rank, from a model of {before}"
-    lines[0] = f"{runs_text} with new projectors; {lines[0]}![plot]({name}.png)"
+    lines[0] = f"{runs_text} with new projectors; {lines[0]}{about_pictures(pictures)}![plot]({name}.png)"
     command_line = "python -m benchmarks.quality" + " --full" * chosen.full + " --report" * chosen.report
     write(name, "Quality against compression, by kind of question", command_line, lines)
 

@@ -19,6 +19,7 @@ RULES = ("off", "edge", "area")
 FINE = ("digit", "word", "count", "shape", "position")
 """Kinds that need detail."""
 COARSE = ("background", "colour", "half", "two_images")
+"""Kinds that do not. Questions without a picture belong to neither: no compressor touches them."""
 # What the paper states; its models are thousands of times larger, so only the direction compares.
 PAPER = (
     "The paper states for RVTC 49.62 % and 58.51 % of the training time at 97.77 % and 99.04 % of the quality, and "
@@ -38,8 +39,9 @@ def share(run: Run, kinds: Sequence[str]) -> float:
 
 
 def share_of_all(run: Run) -> float:
-    """Right answers in percent, each question with the same weight."""
-    right, asked = (sum(numbers) for numbers in zip(*run["kinds"].values(), strict=True))
+    """Right answers about pictures in percent, each question with the same weight."""
+    counted = [numbers for kind, numbers in run["kinds"].items() if kind in (*FINE, *COARSE)]
+    right, asked = (sum(numbers) for numbers in zip(*counted, strict=True))
     return 100 * right / asked
 
 
@@ -133,7 +135,7 @@ def plot(
     same: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Accuracy of fine and coarse kinds over visual tokens and over step time.
+    """Accuracy of every kind over visual tokens and over step time, fine kinds on the left, one scale for all.
 
     Colour: projector; marker: LVTC; size and filling: RVTC. Rules that cut alike are one point.
     """
@@ -142,35 +144,49 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharey="row", sharex="col")
-    markers = dict(zip(EXPANSIONS, "os^D", strict=True))
-    sizes = {"off": 5, "edge": 11, "area": 8}
-    for row, (title, kinds) in enumerate(
-        (("digit, word, count, shape, position", FINE), ("colours", COARSE))
-    ):
-        for key in ms:
-            right = [share(run, kinds) for run in runs if of(run) == key]
-            if not right or same[key[2]] != key[2]:
+    shown = [key for key in ms if same[key[2]] == key[2] and any(of(run) == key for run in runs)]
+    rows = max(len(FINE), len(COARSE))
+    figure, axes = pyplot.subplots(rows, 4, figsize=(15, 2.6 * rows), sharey=True, sharex="col")
+    for first, kinds in ((0, FINE), (2, COARSE)):
+        for row in range(rows):
+            pair = axes[row][first : first + 2]
+            if row >= len(kinds):
+                for axis in pair:
+                    axis.set_visible(False)
                 continue
-            for axis, x in zip(axes[row], (tokens[key][1], ms[key]), strict=True):
-                axis.errorbar(
-                    x,
-                    statistics.mean(right),
-                    yerr=statistics.pstdev(right),
-                    fmt=markers[key[1]],
-                    markersize=sizes[key[2]],
-                    fillstyle="none" if key[2] == "off" else "full",
-                    alpha=0.7,
-                    color={"mlp": "tab:gray", "pvtc": "tab:blue"}[key[0]],
-                    label=f"{key[0]}, k {key[1]}" if key[2] == "off" else None,
-                )
-        axes[row][0].set_ylabel(f"{title}: right, %")
-    for axis, text in zip(
-        axes[1], ("visual tokens per image, mean of the layers", "ms per step"), strict=True
-    ):
-        axis.set_xlabel(text)
-    axes[0][1].legend(fontsize=7)
-    figure.suptitle("open: RVTC off; large: edge; middle: area; bars: deviation over seeds", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            for key in shown:
+                right = [share(run, [kinds[row]]) for run in runs if of(run) == key]
+                for axis, x in zip(pair, (tokens[key][1], ms[key]), strict=True):
+                    _point(axis, x, right, key)
+            pair[0].set_ylabel(f"{kinds[row]}: right, %")
+        for axis, text in zip(
+            axes[len(kinds) - 1][first : first + 2],
+            ("visual tokens per image, mean of the layers", "ms per step"),
+            strict=True,
+        ):
+            axis.set_xlabel(text)
+            axis.tick_params(labelbottom=True)
+    figure.suptitle(
+        "Left: kinds that need detail; right: kinds that do not. "
+        "Open: RVTC off; large: edge; middle: area; bars: deviation over seeds",
+        fontsize=11,
+    )
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower right", ncols=2)
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
+
+
+def _point(axis: Any, x: float, right: Sequence[float], key: Combination) -> None:
+    """One combination: mean and deviation of its seeds."""
+    axis.errorbar(
+        x,
+        statistics.mean(right),
+        yerr=statistics.pstdev(right),
+        fmt=dict(zip(EXPANSIONS, "os^D", strict=True))[key[1]],
+        markersize={"off": 5, "edge": 10, "area": 7}[key[2]],
+        fillstyle="none" if key[2] == "off" else "full",
+        alpha=0.7,
+        color={"mlp": "tab:gray", "pvtc": "tab:blue"}[key[0]],
+        label=f"{key[0]}, k {key[1]}" if key[2] == "off" else None,
+    )

@@ -35,6 +35,7 @@ from typing import Any
 from megatron_internvlx.checkpoint.target import preload_workers
 
 MAX_RANKS = 8
+LONGER = 60.0  # seconds that a collective may take more than its job
 MAX_THREADS = 60  # of a rank between two jobs
 _OUTPUT_TAIL = 6000  # characters of a rank's output shown when it fails
 
@@ -238,7 +239,8 @@ def _run(
         store=torch.distributed.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout),
+        # Longer than the pool waits: a hang is then told with the stacks of all ranks, not as one rank's timeout.
+        timeout=timedelta(seconds=timeout + LONGER),
     )
     result = fn(*args)
     # Nobody tears down while another rank still talks to it. After an error nothing is torn down: the others

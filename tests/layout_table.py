@@ -13,7 +13,8 @@ from tests.layout_cases import CASES, CURVES, STEPS, Case, Runner
 HEAD = """# Every layout gives the numbers of one process
 
 Measured by `python -m tests.layout_table` on CPU with gloo, fp32 (bf16 where named); `make test` checks
-every row. Each row trains one step on the same four micro-batches from the same weights and is compared
+every row of one step and one of the curves, `make test-heavy` the other curves.
+Each row trains one step on the same four micro-batches from the same weights and is compared
 with one process: the loss (relative, limit 2e-6), the gradient norm used for reporting and clipping (the
 same limit), every gradient gathered to full shape (norm of the difference divided by the norm, and largest element of
 the difference divided by the largest element: limit 2e-5), every weight after the step (absolute, limit 2e-6). The

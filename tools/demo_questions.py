@@ -32,6 +32,10 @@ COLOUR_QUESTION = "Colour of the {thing}?"
 HALF_QUESTION = "Colour of the {which} half?"
 TWO_IMAGES_QUESTION = "Background colour of the {which} image?"
 TEXT_QUESTION = "Say the word {word}."
+KINDS = frozenset(kind for kind, _ in THING_QUESTIONS.values()) | {
+    "background", "colour", "half", "two_images", "text_only",
+}  # fmt: skip
+"""Kinds of the demo's questions."""
 # Not among the demo's questions: for a data set of its own, to teach a trained model something new.
 NEXT_QUESTION = "Which digit comes next?"
 NEW_KINDS = ("next_digit",)

@@ -22,6 +22,7 @@ RESULT = "RESULT "
 WARMUP, REPEATS, PROFILED = 6, 8, 2
 MAX_STEP_SECONDS = 16.0  # of timed steps together, from the second on
 IMAGE_SECONDS = 10.0
+TINY_IMAGE_SECONDS, TINY_IMAGES, TINY_IMAGE_TILES = 0.1, 2, 1
 
 
 def send(values: dict[str, Any]) -> None:
@@ -109,10 +110,15 @@ def _images() -> Callable[[dict[str, Any]], None]:
     from importlib import import_module
 
     # By name: the rows are DALI's, and a report without them is still one. Imports neither torchvision nor Energon.
-    rows = import_module("benchmarks.decoding").gpu_rows
+    decoding = import_module("benchmarks.decoding")
 
     def measure(row: dict[str, Any]) -> None:
-        send({"images": rows(1.0 if row.get("tiny") else IMAGE_SECONDS), **_device()})
+        if row.get("tiny"):
+            few = decoding.photographs(TINY_IMAGES, TINY_IMAGE_TILES)
+            images = decoding.gpu_rows(TINY_IMAGE_SECONDS, few, _gpu())
+        else:
+            images = decoding.gpu_rows(IMAGE_SECONDS)
+        send({"images": images, **_device()})
 
     return measure
 
@@ -131,6 +137,13 @@ def _import_transformer_engine() -> None:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
         print("Transformer Engine is not installed", flush=True)
+
+
+def _gpu() -> int | None:
+    """The first GPU; None where there is none."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else None
 
 
 def _device() -> dict[str, Any]:

@@ -19,6 +19,8 @@ OMP_NUM_THREADS=1 "$python" -m megatron_internvlx.launch --standalone --nproc-pe
   --tokenizer-model "$out/data/tokenizer" \
   --save "$out/checkpoints" \
   --predictions-file "$out/predictions.jsonl" --report-file "$out/report.png" "$@"
+# Other arguments may be a shorter training, from which less is to be expected.
+if [ $# = 0 ]; then "$python" tools/demo_goals.py "$out/predictions.jsonl"; fi
 # The answers of the exported model, generated token by token: the same as those above.
 "$python" tools/convert_checkpoint.py export --load "$out/checkpoints" --hf "$out/hf" --quiet
 "$python" tools/evaluate.py --hf "$out/hf" --data "$out/data/meta_val.json" --out "$out/evaluation" \

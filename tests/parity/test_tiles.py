@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_internvlx.data.decode_pil import image_size, load_tiles
 from megatron_internvlx.data.normalize import normalize_tiles
-from megatron_internvlx.data.rvtc import tile_grid
+from megatron_internvlx.data.rvtc import POLICIES, tile_grid
 
 RVTC = Path(__file__).parents[1] / "golden" / "rvtc"
 
@@ -22,7 +22,7 @@ def test_golden_tiles_are_equal_byte_for_byte():
 
 
 @pytest.mark.parametrize("name", ["a_500x400.png", "c_300x200.png", "f_640x960.png"])
-@pytest.mark.parametrize("policy", ["off", "area"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_tiles_follow_the_released_recipe(name, policy):
     size = 112
     cols, rows = tile_grid(*image_size(RVTC / name), policy=policy, max_tiles=6, tile_size=448)

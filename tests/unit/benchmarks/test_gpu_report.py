@@ -21,26 +21,46 @@ def row(name: str, priority: int = 1, seconds: float = 10, kind: str = "step") -
 # --- the plan
 
 
+class Asked(dict):
+    """Results that remember which rows a figure asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
+
+
+def asked(value) -> set[str]:
+    results = Asked()
+    value(results)
+    return results.names
+
+
 def test_names_are_unique_and_figures_name_rows():
     names = [one.name for one in rows.all_rows()]
     assert len(names) == len(set(names))
-    asked = set()
+    wanted = set().union(*(asked(value) for _, _, _, value in figures.FIGURES))
+    assert wanted and wanted <= set(names)
 
-    class Asked(dict):
-        def get(self, name, default=None):
-            asked.add(name)
-            return super().get(name, default)
 
-    for _, _, _, value in figures.FIGURES:
-        value(Asked())
-    assert asked and asked <= set(names)
+GOALS = {name: value for name, _, goal, value in figures.FIGURES if goal}
+
+
+@pytest.mark.parametrize("name", [name for name in GOALS if "of all rows" not in name])
+def test_figures_with_a_goal_are_measured_by_default(name):
+    kept, _ = rows.trim(rows.all_rows(), command.MINUTES * 60)
+    assert asked(GOALS[name]) and asked(GOALS[name]) <= {one.name for one in kept}
 
 
 def test_most_important_rows_fit_into_eight_minutes():
+    """Those up to a stated priority and whatever costs nothing beside others, no less important one in their place."""
     kept, left_out = rows.trim(rows.all_rows(), 8 * 60)
-    assert rows.estimate(kept) <= 8 * 60
-    assert max(one.priority for one in rows.all_rows() if one in kept) >= 6
-    assert all(one.priority > 4 for one in left_out)
+    assert command.MINUTES == 8 and rows.estimate(kept) <= 8 * 60 - processes.LAST
+    assert kept == [one for one in rows.all_rows() if one.beside or one.priority <= rows.LEAST_IMPORTANT]
+    assert rows.estimate(kept) + min(one.seconds for one in left_out) > 8 * 60
 
 
 def test_trimming_goes_by_priority_and_counts_rows_beside_each_other_once():
@@ -279,6 +299,24 @@ def test_rows_that_no_longer_fit_are_left_out(fake):
     assert found["long"]["error"].startswith("left out") and found["short"]["second"] == 2
 
 
+def test_time_that_is_left_goes_to_rows_that_were_trimmed(fake, monkeypatch):
+    """After all others, whatever their priority; those that still do not fit say nothing."""
+    monkeypatch.setattr(processes, "LATE", 5.0)
+    found: dict[str, dict] = {}
+    flush = lambda name, part: found.setdefault(name, {}).update(part)  # noqa: E731
+    plan = [row("one", 3, 1), row("two", 3, 1)]
+    spare = [row("later", 6, 1), row("long", 5, 1000), row("next", 5, 1), row("curve", 4, 1, "curve")]
+    processes.run(plan, time.monotonic() + 60, flush, spare)
+    assert list(found) == ["one", "two", "next", "later"]
+    assert all("error" not in one and one["second"] == 2 for one in found.values())
+
+
+def test_imports_beside_nothing_are_part_of_a_rows_time(fake):
+    """A row whose process could not start beside another."""
+    found = told(row("long", 1, 100), row("short", 2, 20), seconds=30)
+    assert found["short"]["error"].startswith("left out: ") and "it takes about 40" in found["short"]["error"]
+
+
 def test_pytest_report_becomes_a_row(tmp_path):
     process = processes.Process.__new__(processes.Process)
     process.report = tmp_path / "report.xml"
@@ -295,12 +333,15 @@ def test_command_runs_what_is_missing_and_keeps_the_rest(fake, tmp_path, monkeyp
     plan = [row("one", 1, 1), Row("two", "step", 2, 1, settings={"do": "raise"}), row("three", 3, 1000)]
     monkeypatch.setattr(command.rows, "all_rows", lambda: plan)
     monkeypatch.setattr(processes, "LAST", 0.0)
+    monkeypatch.setattr(command.rows, "AROUND", 60.0)
+    plan.append(row("four", 4, 59))  # a second too much, until the others take none
     out = tmp_path / "results"
     assert command.main(["--out", str(out), "--commit", "abc", "--minutes", "2"]) == 0
     (stored,) = out.glob("*.json")
     first = json.loads(stored.read_text())["rows"]
     assert first["one"]["second"] == 2 and first["two"]["error"] == "RuntimeError: out of memory"
     assert first["three"]["error"] == "left out: does not fit into 2 minutes"
+    assert first["four"]["second"] == 2 and "error" not in first["four"]
     plan[1] = row("two", 2, 1)
     assert command.main(["--add-to", str(stored), "--minutes", "2"]) == 0
     second = json.loads(stored.read_text())["rows"]

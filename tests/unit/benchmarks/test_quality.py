@@ -11,7 +11,7 @@ from benchmarks import quality, quality_report, quality_runs
 
 
 def run(projector, expansion, rvtc, fine, coarse, seed=1):
-    kinds = {"digit": [fine, 10], "colour": [coarse, 100]}
+    kinds = {"digit": [fine, 10], "colour": [coarse, 100], "text_only": [50, 50]}
     names = {"projector": projector, "expansion": expansion, "rvtc": rvtc}
     return names | {"seed": seed, "kinds": kinds, "commit": "abc"}
 
@@ -32,6 +32,28 @@ def test_effects_compare_the_same_runs_with_and_without():
 def test_kinds_have_equal_weight_and_questions_in_the_total():
     assert quality_report.share(RUNS[0], ["digit", "colour"]) == pytest.approx(85)
     assert quality_report.share_of_all(RUNS[0]) == pytest.approx(100 * 98 / 110)
+
+
+def test_timed_images_have_the_tiles_of_the_data_under_every_rule():
+    """Every hundredth image is large, as in data that are drawn in turns."""
+    sizes = [(400, 300) if number % 104 == 52 else (100 + number % 90, 112) for number in range(6656)]
+    timed = quality.timed_sizes(sizes)
+    assert len(timed) == quality.TIMED
+    for rule in quality_report.RULES:
+        means = quality.mean_tiles(timed, rule), quality.mean_tiles(sizes, rule)
+        assert means[0] == pytest.approx(means[1], abs=0.1), rule
+
+
+def test_what_two_rules_cut_otherwise_is_counted(tmp_path):
+    def record(width, height, asked, image="a.png"):
+        turns = [{"from": who, "value": "x"} for _ in range(asked) for who in ("human", "gpt")]
+        return json.dumps({"image": image, "width": width, "height": height, "conversations": turns})
+
+    (tmp_path / "train.jsonl").write_text("\n".join([record(224, 224, 1), record(170, 170, 2)]) + "\n")
+    held_out = [record(170, 170, 3), record(224, 224, 4), record(1, 1, 1, ["a.png", "b.png"])]
+    (tmp_path / "val.jsonl").write_text("\n".join(held_out) + "\n")
+    text = quality.about_pictures(quality.pictures_of(tmp_path))
+    assert "cuts 2 of 4 pictures otherwise than `edge`, 1 of the 2 held-out ones, with 3 questions" in text
 
 
 def test_report_has_a_line_per_combination(tmp_path):

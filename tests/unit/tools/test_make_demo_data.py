@@ -12,6 +12,7 @@ from megatron_internvlx.data.manifest import Manifest
 from megatron_internvlx.data.rvtc import tile_count, tile_grid
 from tools import demo_pictures, demo_questions
 from tools import make_demo_data as demo
+from tools.demo_questions import KINDS
 
 TRAIN, VAL = 240, 60
 
@@ -38,22 +39,6 @@ def images(record):
 
 def answers(rows):
     return [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
-
-
-KINDS = {
-    *(
-        "digit",
-        "shape",
-        "count",
-        "word",
-        "position",
-        "half",
-        "background",
-        "colour",
-        "two_images",
-        "text_only",
-    ),
-}
 
 
 def contents(root):
