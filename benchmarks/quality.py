@@ -20,6 +20,7 @@ images, whose mean tiles are those of the data under every rule; --report can be
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -92,14 +93,12 @@ def timed_sizes(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def mean_tiles(sizes: Sequence[tuple[int, int]], rule: str) -> float:
     """Tiles per image under a rule of RVTC, thumbnails included."""
-    grids = [tile_grid(*size, **tile_rule(rule)) for size in sizes]
-    return statistics.mean(tile_count(*grid, thumbnail=True) for grid in grids)
+    return statistics.mean(tile_count(*cut(size, rule), thumbnail=True) for size in sizes)
 
 
 def about_pictures(pictures: list[Picture]) -> str:
     """What the rules cut otherwise, and the tiles of what is timed."""
-    edge, area = (tile_rule(rule) for rule in ("edge", "area"))
-    other = [p for p in pictures if tile_grid(*p[:2], **edge) != tile_grid(*p[:2], **area)]
+    other = [picture for picture in pictures if cut(picture[:2], "edge") != cut(picture[:2], "area")]
     held_out = [picture for picture in other if picture.questions]
     sizes = timed_sizes([(picture.width, picture.height) for picture in pictures])
     timed = ", ".join(f"{mean_tiles(sizes, rule):.2f} {rule}" for rule in RULES)
@@ -118,10 +117,16 @@ def tile_rule(rule: str) -> dict[str, Any]:
     return {"tile_size": size, "max_tiles": settings["max_tiles"], "policy": rule}
 
 
+@functools.cache
+def cut(size: tuple[int, int], rule: str) -> tuple[int, int]:
+    """Columns and rows of an image under a rule of RVTC."""
+    return tile_grid(*size, **tile_rule(rule))
+
+
 def twins(sizes: list[tuple[int, int]]) -> dict[str, str]:
     """Each rule of RVTC and the first one that cuts all these images alike."""
-    cut = {rule: [tile_grid(*size, **tile_rule(rule)) for size in sizes] for rule in RULES}
-    return {rule: next(other for other in RULES if cut[other] == cut[rule]) for rule in RULES}
+    grids = {rule: [cut(size, rule) for size in sizes] for rule in RULES}
+    return {rule: next(other for other in RULES if grids[other] == grids[rule]) for rule in RULES}
 
 
 def compression(sizes: list[tuple[int, int]], combination: Combination) -> tuple[float, float]:
@@ -144,7 +149,7 @@ def step_times(
     workers = {}
     for combination in wanted:
         settings = recipe(combination, SEEDS[0], 1000) | {"global_batch_size": TIMED}
-        grids = [tile_grid(*size, **tile_rule(combination[2])) for size in sizes]
+        grids = [cut(size, combination[2]) for size in sizes]
         samples = [(tile_count(*grid, thumbnail=True), 48) for grid in grids]
         count = settings["micro_batch_size"]
         micro_batches = [samples[i : i + count] for i in range(0, len(samples), count)]
