@@ -69,9 +69,8 @@ def losses(fp8: bool, rates: list[float]) -> list[float]:
 
 def drift(rates: list[float]) -> float:
     exact, cast = losses(False, rates), losses(True, rates)
-    assert cast[0] == pytest.approx(
-        exact[0], rel=5e-3
-    )  # the forward pass of the first step is not the trouble
+    # The forward pass of the first step is not the trouble.
+    assert cast[0] == pytest.approx(exact[0], rel=5e-3)
     return abs(cast[-1] / exact[-1] - 1)
 
 
